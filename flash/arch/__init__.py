@@ -1,0 +1,34 @@
+"""What a model is: architecture, search space, counts. Imports no torch."""
+
+from flash.arch.counts import (
+    CacheFormat,
+    ParameterCount,
+    Quantization,
+    count_parameters,
+    decode_flops,
+    kv_cache_bytes,
+    prefill_flops,
+    training_flops_per_token,
+    weight_bytes,
+)
+from flash.arch.space import Choices, SearchSpace, SpaceSettings
+from flash.arch.spec import GROUP, ArchSpec, Attention, parse_pattern
+
+__all__ = [
+    "GROUP",
+    "ArchSpec",
+    "Attention",
+    "CacheFormat",
+    "Choices",
+    "ParameterCount",
+    "Quantization",
+    "SearchSpace",
+    "SpaceSettings",
+    "count_parameters",
+    "decode_flops",
+    "kv_cache_bytes",
+    "parse_pattern",
+    "prefill_flops",
+    "training_flops_per_token",
+    "weight_bytes",
+]

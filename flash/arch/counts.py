@@ -1,0 +1,129 @@
+"""What an architecture costs on paper: parameters, FLOPs, bytes. Exact, and no model is built."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from flash.arch.spec import GROUP, ArchSpec, Attention
+
+
+class Quantization(Enum):
+    """Weight formats that the lowering writes."""
+
+    fp32 = "fp32"
+    int8da4w = "8da4w"
+    """4-bit weights and embedding in groups of 32, 8-bit dynamic activations (Sec. 4.1)."""
+
+
+class CacheFormat(Enum):
+    """KV-cache formats that the lowering writes."""
+
+    fp32 = "fp32"
+    int8 = "int8"
+    """One scale and zero point a token and head, as ExecuTorch's quantised cache."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by where they sit."""
+
+    embedding: int
+    head: int
+    attention: int
+    ffn: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.attention + self.ffn + self.norms
+
+
+def count_parameters(spec: ArchSpec) -> ParameterCount:
+    """Parameters of the decoder, tied weights once; a skipped layer has no attention and no norm for it."""
+    attention_layers = len(spec.attention_layers)
+    q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    per_attention = spec.model_dim * (2 * q_dim + 2 * kv_dim)
+    norm_dims = spec.model_dim + (2 * spec.head_dim if spec.qk_norm else 0)
+    table = spec.vocab_size * spec.model_dim
+    return ParameterCount(
+        embedding=table,
+        head=0 if spec.tie_embeddings else table,
+        attention=attention_layers * per_attention,
+        ffn=spec.num_layers * 3 * spec.model_dim * spec.ffn_dim,
+        norms=(spec.num_layers + 1) * spec.model_dim + attention_layers * norm_dims,
+    )
+
+
+def _visible(spec: ArchSpec, kind: Attention, position: int) -> int:
+    """Keys that the query at `position` (0-based) attends to."""
+    full = position + 1
+    return min(full, spec.sliding_window) if kind is Attention.sliding_attention else full
+
+
+def _attention_flops(spec: ArchSpec, first: int, last: int) -> int:
+    """FLOPs of scores and weighted sums for queries at positions first..last-1."""
+    pairs = 0
+    for kind in (Attention.full_attention, Attention.sliding_attention):
+        layers = spec.layer_types.count(kind)
+        if layers:
+            pairs += layers * sum(_visible(spec, kind, p) for p in range(first, last))
+    # q.k and p.v: 2 multiply-adds = 4 FLOPs for each pair, head and head channel.
+    return 4 * pairs * spec.num_heads * spec.head_dim
+
+
+def _linear_flops_per_token(spec: ArchSpec) -> int:
+    counts = count_parameters(spec)
+    return 2 * (counts.attention + counts.ffn)
+
+
+def prefill_flops(spec: ArchSpec, prompt_tokens: int) -> int:
+    """FLOPs from an empty cache to the first token's logits; the head runs on the last token only."""
+    head = 2 * spec.vocab_size * spec.model_dim
+    linear = prompt_tokens * _linear_flops_per_token(spec)
+    return linear + head + _attention_flops(spec, 0, prompt_tokens)
+
+
+def decode_flops(spec: ArchSpec, context: int) -> int:
+    """FLOPs of one decoded token whose cache already holds `context` tokens."""
+    head = 2 * spec.vocab_size * spec.model_dim
+    return _linear_flops_per_token(spec) + head + _attention_flops(spec, context, context + 1)
+
+
+def training_flops_per_token(spec: ArchSpec, seq_len: int) -> float:
+    """FLOPs of forward and backward for one token of a sequence (backward = 2 x forward)."""
+    head = 2 * spec.vocab_size * spec.model_dim
+    attention = _attention_flops(spec, 0, seq_len) / seq_len
+    return 3 * (_linear_flops_per_token(spec) + head + attention)
+
+
+def weight_bytes(spec: ArchSpec, quantization: Quantization) -> int:
+    """Bytes of all weights as the lowering stores them.
+
+    A tied embedding counts twice: the embedding table and the output head are different
+    operators, each with a packed copy of its own in the .pte (seen in ExecuTorch 1.5).
+    8da4w: half a byte a weight; for the linears a bf16 scale a group plus, as XNNPACK packs
+    nothing else, no zero points; for the embedding a float scale and an int8 zero point a group.
+    """
+    counts = count_parameters(spec)
+    table = spec.vocab_size * spec.model_dim
+    linear = counts.attention + counts.ffn + table
+    if quantization is Quantization.fp32:
+        return 4 * (linear + table + counts.norms)
+    return _packed(linear, scale_bytes=2) + _packed(table, scale_bytes=5) + 4 * counts.norms
+
+
+def _packed(weights: int, scale_bytes: int) -> int:
+    return weights // 2 + weights // GROUP * scale_bytes
+
+
+def kv_cache_bytes(spec: ArchSpec, context: int, cache: CacheFormat) -> int:
+    """Bytes of all keys and values that attention can still see at `context` tokens.
+
+    int8 adds a float scale and an int8 zero point for each token and head.
+    """
+    per_head = 4 * spec.head_dim if cache is CacheFormat.fp32 else spec.head_dim + 4 + 1
+    tokens = sum(
+        min(context, spec.sliding_window) if kind is Attention.sliding_attention else context
+        for kind in spec.layer_types
+        if kind is not Attention.skip_attention
+    )
+    return 2 * tokens * spec.num_kv_heads * per_head

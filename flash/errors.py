@@ -1,0 +1,27 @@
+"""The one error that users are meant to see."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Input that cannot be used: the entry scripts print it in one line and exit with code 2."""
+
+
+def require(condition: bool, key: str, value: object, expected: str) -> None:
+    """Check one value.
+
+    Raises:
+        InputError: `condition` is false; the message is `<key>=<value>: expected <expected>`.
+    """
+    if not condition:
+        raise InputError(f"{key}={value}: expected {expected}")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint that names the closest valid name, or lists all of them when none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"valid: {', '.join(names)}" if names else "no keys are valid here"

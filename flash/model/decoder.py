@@ -1,0 +1,241 @@
+"""The decoder: RMSNorm, RoPE, grouped-query attention with optional QK-norm, SwiGLU.
+
+Parameter names are those of transformers' Llama and Qwen3, so that converting a checkpoint renames
+nothing. What those classes lack is the layer kind: a skipped layer owns no attention and no norm in
+front of it, only its FFN (arXiv:2603.15954, Sec. 3.2).
+
+Shapes: b batch, s sequence, h heads, d head size, c channels (d_model).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from flash.arch import ArchSpec, Attention
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_table(
+    positions: Int[Tensor, " s"], head_dim: int, theta: float
+) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d"]]:
+    """Cosines and sines of the rotary embedding at `positions`, float32, halves repeated."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions.float()[:, None] / theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "b h s d"], cos: Float[Tensor, "s d"], sin: Float[Tensor, "s d"]
+) -> Float[Tensor, "b h s d"]:
+    """Rotary embedding in the "rotate half" layout of transformers' checkpoints."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def visible(
+    queries: Int[Tensor, " s"], keys: Int[Tensor, " k"], window: int | None
+) -> Tensor:
+    """Mask `(s, k)`, true where a query position may see a key position."""
+    distance = queries[:, None] - keys[None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values that one attention layer has seen, `(b, kv_heads, s, d)` each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention, full or within a sliding window."""
+
+    def __init__(self, spec: ArchSpec, kind: Attention) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        self.head_dim = spec.head_dim
+        self.window = spec.sliding_window if kind is Attention.sliding_attention else None
+        q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(spec.model_dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(spec.model_dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(spec.model_dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, spec.model_dim, bias=False)
+        norm = (lambda: RMSNorm(spec.head_dim, spec.norm_eps)) if spec.qk_norm else nn.Identity
+        self.q_norm = norm()
+        self.k_norm = norm()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s c"],
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+    ) -> tuple[Float[Tensor, "b s c"], LayerCache | None]:
+        b, s, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(b, s, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        past = 0
+        if cache is not None:
+            past = cache.keys.shape[2]
+            k = torch.cat([cache.keys, k], dim=2)
+            v = torch.cat([cache.values, v], dim=2)
+            cache = LayerCache(k, v)
+        mask = None
+        if self.window is not None or past > 0:
+            positions = torch.arange(past + s, device=x.device)
+            mask = visible(positions[past:], positions, self.window)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), cache
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.model_dim, spec.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(spec.model_dim, spec.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(spec.ffn_dim, spec.model_dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b s c"]) -> Float[Tensor, "b s c"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention (unless skipped) and FFN, each with its norm in front and added to the residual."""
+
+    def __init__(self, spec: ArchSpec, kind: Attention) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind is not Attention.skip_attention:
+            self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps)
+            self.self_attn = SelfAttention(spec, kind)
+        self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps)
+        self.mlp = FeedForward(spec)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s c"],
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Tensor, "b s c"], LayerCache | None]:
+        if self.kind is not Attention.skip_attention:
+            out, cache = self.self_attn(self.input_layernorm(x), rotary, cache)
+            x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm: everything but the output head."""
+
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.model_dim)
+        self.layers = nn.ModuleList(Layer(spec, kind) for kind in spec.layer_types)
+        self.norm = RMSNorm(spec.model_dim, spec.norm_eps)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model of the architecture `spec`.
+
+    Built on the meta device or in any dtype by the usual torch contexts. Weights are random
+    (normal, standard deviation 0.02, output projections scaled down by depth) until loaded.
+    """
+
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = Transformer(spec)
+        self.lm_head = nn.Linear(spec.model_dim, spec.vocab_size, bias=False)
+        if spec.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        residual_std = 0.02 / (2 * self.spec.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if is_residual else 0.02)
+
+    def hidden(
+        self, tokens: Int[Tensor, "b s"], cache: list[LayerCache] | None = None
+    ) -> Float[Tensor, "b s c"]:
+        """Final-norm output for every position; a `cache` from `empty_cache` is extended in place."""
+        past = cache[0].keys.shape[2] if cache else 0
+        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        cos, sin = rotary_table(positions, self.spec.head_dim, self.spec.rope_theta)
+        x = self.model.embed_tokens(tokens)
+        rotary = (cos.to(x.dtype), sin.to(x.dtype))
+        slots = iter(range(len(self.spec.attention_layers)))
+        for layer in self.model.layers:
+            if cache is None or layer.kind is Attention.skip_attention:
+                x, _ = layer(x, rotary)
+            else:
+                slot = next(slots)
+                x, cache[slot] = layer(x, rotary, cache[slot])
+        return self.model.norm(x)
+
+    def forward(
+        self, tokens: Int[Tensor, "b s"], cache: list[LayerCache] | None = None
+    ) -> Float[Tensor, "b s vocab"]:
+        """Next-token logits for every position."""
+        return self.lm_head(self.hidden(tokens, cache))
+
+    def empty_cache(self, batch: int = 1) -> list[LayerCache]:
+        """A KV cache with nothing in it, one entry for each layer that attends."""
+        weight = self.model.embed_tokens.weight
+        shape = (batch, self.spec.num_kv_heads, 0, self.spec.head_dim)
+        return [
+            LayerCache(weight.new_zeros(shape), weight.new_zeros(shape))
+            for _ in self.spec.attention_layers
+        ]
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: Int[Tensor, "b s"],
+    new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "b t"]:
+    """The prompt with `new_tokens` more: the likeliest ones, or sampled at `temperature` > 0."""
+    cache = model.empty_cache(prompt.shape[0])
+    tokens = step = prompt
+    for _ in range(new_tokens):
+        logits = model(step, cache)[:, -1].float()
+        if temperature > 0:
+            probabilities = torch.softmax(logits / temperature, dim=-1)
+            step = torch.multinomial(probabilities, 1, generator=generator)
+        else:
+            step = logits.argmax(dim=-1, keepdim=True)
+        tokens = torch.cat([tokens, step], dim=1)
+    return tokens
