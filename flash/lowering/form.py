@@ -1,0 +1,223 @@
+"""The exportable form of a `Decoder`: stock ExecuTorch operators, one method, weights shared.
+
+Parts mirror the decoder's (flash/model/decoder.py) and take over its tensors; what differs is what
+the device needs: a cache that is updated in place at `input_pos`, `llama::custom_sdpa` over it
+(GQA without expanding the keys), and an output head on the last position only.
+
+Shapes: s tokens of this call, l cache slots, h heads, d head size, c channels (d_model).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flash.arch import ArchSpec, Attention, CacheFormat
+from flash.lowering.settings import LoweringSettings
+from flash.model import Decoder
+from flash.model.decoder import FeedForward, RMSNorm, SelfAttention, rotary_table
+
+
+def load_custom_ops() -> None:
+    """Register `llama::*` and the quantised embedding kernels, once."""
+    import executorch.extension.llm.custom_ops.custom_ops
+    import executorch.kernels.quantized  # noqa: F401
+
+
+class Norm(nn.Module):
+    """RMSNorm from operators that ExecuTorch has kernels for."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class FloatCache(nn.Module):
+    """Keys and values of one layer in float32, updated in place."""
+
+    def __init__(self, spec: ArchSpec, max_context: int) -> None:
+        super().__init__()
+        shape = (1, max_context, spec.num_kv_heads, spec.head_dim)
+        self.register_buffer("keys", torch.zeros(shape), persistent=False)
+        self.register_buffer("values", torch.zeros(shape), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
+        torch.ops.llama.update_cache(k, self.keys, start)
+        torch.ops.llama.update_cache(v, self.values, start)
+        if mask is None:
+            return torch.ops.llama.custom_sdpa(q, self.keys, self.values, start, None, 0.0, True)
+        return torch.ops.llama.custom_sdpa(q, self.keys, self.values, 0, mask, 0.0, False)
+
+
+class Int8Cache(nn.Module):
+    """Keys and values in int8 with a scale and zero point for each token and head."""
+
+    def __init__(self, spec: ArchSpec, max_context: int) -> None:
+        super().__init__()
+        shape = (1, max_context, spec.num_kv_heads, spec.head_dim)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8), persistent=False)
+            scales = torch.ones((*shape[:3], 1))
+            self.register_buffer(f"{name}_scale", scales, persistent=False)
+            self.register_buffer(f"{name}_zero", scales.to(torch.int8), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
+        for name, new in (("keys", k), ("values", v)):
+            value, scale, zero = _quantize(new)
+            torch.ops.llama.update_cache(value, getattr(self, name), start)
+            torch.ops.llama.update_cache(scale, getattr(self, f"{name}_scale"), start)
+            torch.ops.llama.update_cache(zero, getattr(self, f"{name}_zero"), start)
+        q_value, q_scale, q_zero = _quantize(q)
+        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
+        return torch.ops.llama.custom_quantized_sdpa(
+            q_value,
+            self.keys,
+            self.values,
+            *position,
+            None,
+            q_zero,
+            q_scale,
+            self.keys_zero,
+            self.keys_scale,
+            self.values_zero,
+            self.values_scale,
+        )
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 values, float scales and int8 zero points of each token and head (stock operators)."""
+    ops = torch.ops.quantized_decomposed
+    scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+    value = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+    return value, scale.to(torch.float32), zero.to(torch.int8)
+
+
+class Position(nn.Module):
+    """What every attention layer needs to know of the position: rotary rows and window mask."""
+
+    def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
+        super().__init__()
+        slots = torch.arange(settings.max_context)
+        cos, sin = rotary_table(slots, spec.head_dim, spec.rope_theta)
+        half = spec.head_dim // 2
+        self.register_buffer("cos", cos[:, None, :half].clone(), persistent=False)
+        self.register_buffer("sin", sin[:, None, :half].clone(), persistent=False)
+        self.max_context = settings.max_context
+        self.window = spec.sliding_window if windows else None
+        if windows:
+            self.register_buffer("slots", slots, persistent=False)
+
+    def forward(self, input_pos: Tensor, length: int) -> tuple[int, Tensor, Tensor, Tensor | None]:
+        start = input_pos[0].item()
+        torch._check(start >= 0)
+        torch._check(start + length <= self.max_context)
+        torch._check(start < self.max_context)
+        cos = self.cos.narrow(0, start, length)
+        sin = self.sin.narrow(0, start, length)
+        if self.window is None:
+            return start, cos, sin, None
+        queries = self.slots.narrow(0, start, length)[:, None]
+        distance = queries - self.slots[None, :]
+        unseen = (distance < 0) | (distance >= self.window)
+        return start, cos, sin, torch.zeros(()).masked_fill(unseen, float("-inf"))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class AttentionHalf(nn.Module):
+    """Norm, projections, rotary embedding, cache, attention, residual."""
+
+    def __init__(
+        self, norm: RMSNorm, attention: SelfAttention, spec: ArchSpec, settings: LoweringSettings
+    ) -> None:
+        super().__init__()
+        self.norm = Norm(norm)
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.q_norm = Norm(attention.q_norm) if spec.qk_norm else nn.Identity()
+        self.k_norm = Norm(attention.k_norm) if spec.qk_norm else nn.Identity()
+        self.sliding = attention.window is not None
+        self.q_shape = (spec.num_heads, spec.head_dim)
+        self.kv_shape = (spec.num_kv_heads, spec.head_dim)
+        cache = FloatCache if settings.cache is CacheFormat.fp32 else Int8Cache
+        self.cache = cache(spec, settings.max_context)
+
+    def forward(
+        self, x: Tensor, start: int, cos: Tensor, sin: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        length = x.shape[1]
+        y = self.norm(x)
+        q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
+        k = self.k_norm(self.k_proj(y).view(1, length, *self.kv_shape))
+        v = self.v_proj(y).view(1, length, *self.kv_shape)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        out = self.cache(q, k, v, start, mask if self.sliding else None)
+        return x + self.o_proj(out.reshape(1, length, -1))
+
+
+class FfnHalf(nn.Module):
+    """Norm, SwiGLU, residual."""
+
+    def __init__(self, norm: RMSNorm, mlp: FeedForward) -> None:
+        super().__init__()
+        self.norm = Norm(norm)
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+
+class Head(nn.Module):
+    """Last position, final norm, output projection: `[1, s, c] -> [1, vocab]`."""
+
+    def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
+        super().__init__()
+        self.norm = Norm(norm)
+        # A module of its own: quantisation must not reach the tied embedding through it.
+        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.lm_head.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.norm(x[:, -1, :]))
+
+
+class Form(nn.Module):
+    """`forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]` of the last position.
+
+    Its caches are buffers: calls with rising `input_pos` continue one sequence, and a call at
+    position 0 starts a new one.
+    """
+
+    def __init__(self, model: Decoder, settings: LoweringSettings) -> None:
+        super().__init__()
+        load_custom_ops()
+        spec = model.spec
+        weight = model.model.embed_tokens.weight.detach()
+        self.embedding = nn.Embedding.from_pretrained(weight)
+        kinds = spec.layer_types
+        self.position = (
+            Position(spec, settings, Attention.sliding_attention in kinds)
+            if spec.attention_layers
+            else None
+        )
+        self.halves = nn.ModuleList()
+        for layer in model.model.layers:
+            if layer.kind is not Attention.skip_attention:
+                half = AttentionHalf(layer.input_layernorm, layer.self_attn, spec, settings)
+                self.halves.append(half)
+            self.halves.append(FfnHalf(layer.post_attention_layernorm, layer.mlp))
+        self.head = Head(model.model.norm, model.lm_head.weight)
+        self.requires_grad_(False).eval()
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        where = self.position(input_pos, tokens.shape[1]) if self.position is not None else None
+        for half in self.halves:
+            x = half(x, *where) if isinstance(half, AttentionHalf) else half(x)
+        return self.head(x)

@@ -1,0 +1,182 @@
+"""Importance of FFN channels, residual channels and layers, from one pass over calibration text."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from flash.errors import InputError
+from flash.files import atomic_write
+from flash.model import Decoder, weights_file
+from flash.model.decoder import Layer, RMSNorm
+from flash.progress import progress
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The paper's three metrics, each a mean over all calibration positions (Sec. 3.3).
+
+    Attributes:
+        ffn: Mean magnitude of each hidden MLP activation, `(layers, ffn_dim)`.
+        model: Mean magnitude of each norm-output channel, over all norms, `(model_dim,)`. The paper
+            writes one norm per position; a score per position could not rank channels, so it is
+            read per channel.
+        layers: 1 - mean cosine similarity of a layer's input and output, `(layers,)`.
+        tokens: Positions that were averaged.
+        backbone: `fingerprint` of the weights that were scored.
+    """
+
+    ffn: Float[Tensor, "layers ffn_dim"]
+    model: Float[Tensor, " model_dim"]
+    layers: Float[Tensor, " layers"]
+    tokens: int
+    backbone: str
+
+    @property
+    def digest(self) -> str:
+        """Hash of the scores, to be recorded with whatever was cut by them."""
+        hasher = hashlib.sha256()
+        for scores in (self.ffn, self.model, self.layers):
+            hasher.update(scores.contiguous().numpy().tobytes())
+        return hasher.hexdigest()[:16]
+
+    def write(self, path: Path) -> None:
+        """Store as safetensors, atomically."""
+        tensors = {"ffn": self.ffn, "model": self.model, "layers": self.layers}
+        about = json.dumps({"tokens": self.tokens, "backbone": self.backbone})
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata={"importance": about}))
+
+    @classmethod
+    def read(cls, path: Path) -> "Importance":
+        """Inverse of `write`.
+
+        Raises:
+            InputError: The file is damaged or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["importance"])
+                tensors = {name: file.get_tensor(name) for name in ("ffn", "model", "layers")}
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: not importance scores ({error}); delete it") from error
+        return cls(**tensors, **about)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint folder's config and weights."""
+    hasher = hashlib.sha256((folder / "config.json").read_bytes())
+    with weights_file(folder).open("rb") as file:
+        hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()[:16]
+
+
+class _Sums:
+    """Running sums by name. Each batch is summed in float32, batches are added in float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add `values` of shape `(positions, n)`."""
+        total = values.float().sum(dim=0).double().cpu()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + values.shape[0]
+
+    def mean(self, name: str) -> Tensor:
+        return (self.sums[name] / self.counts[name]).float()
+
+
+def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
+    """Hooks that see each activation once, as it flows by, and keep nothing but sums."""
+
+    def ffn_hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums.add(f"ffn.{index}", args[0].abs().flatten(0, 1))
+
+        return hook
+
+    def layer_hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            before, after = args[0].flatten(0, 1).float(), output[0].flatten(0, 1).float()
+            similarity = F.cosine_similarity(before, after, dim=-1)
+            sums.add(f"layer.{index}", (1 - similarity)[:, None])
+
+        return hook
+
+    def norm_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        sums.add("model", output.abs().flatten(0, 1))
+
+    handles: list[Any] = []
+    for index, layer in enumerate(model.model.layers):
+        assert isinstance(layer, Layer)
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(ffn_hook(index)))
+        handles.append(layer.register_forward_hook(layer_hook(index)))
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
+            handles.append(module.register_forward_hook(norm_hook))
+    return handles
+
+
+@torch.no_grad()
+def score(model: Decoder, batches: Iterable[Tensor], backbone: str) -> Importance:
+    """Importance scores of `model` in one pass over `batches` of token ids `(b, s)`.
+
+    Any number of tokens: memory does not grow with it.
+
+    Raises:
+        InputError: There is no batch.
+    """
+    sums = _Sums()
+    handles = _hooks(sums, model)
+    tokens = 0
+    try:
+        device = next(model.parameters()).device
+        for batch in batches:
+            model.hidden(batch.to(device))
+            tokens += batch.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if tokens == 0:
+        raise InputError("recipe.calibration_tokens: expected at least one batch of text")
+    layers = range(model.spec.num_layers)
+    return Importance(
+        ffn=torch.stack([sums.mean(f"ffn.{i}") for i in layers]),
+        model=sums.mean("model"),
+        layers=torch.cat([sums.mean(f"layer.{i}") for i in layers]),
+        tokens=tokens,
+        backbone=backbone,
+    )
+
+
+def cached_scores(
+    path: Path, folder: Path, load: Callable[[], Decoder], batches: Iterable[Tensor], count: int
+) -> Importance:
+    """Scores from `path` if they are of this backbone, else computed and stored there.
+
+    Args:
+        path: Where the scores are kept.
+        folder: Checkpoint folder of the backbone.
+        load: Gives the backbone when it has to be run.
+        batches: Calibration text.
+        count: How many batches there are, for the time left.
+    """
+    backbone = fingerprint(folder)
+    if path.is_file():
+        found = Importance.read(path)
+        if found.backbone == backbone:
+            return found
+    found = score(load(), progress(batches, "importance", count), backbone)
+    found.write(path)
+    return found

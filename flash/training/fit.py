@@ -1,0 +1,169 @@
+"""One call that trains a decoder, resumes where it stopped, and reports the held-out loss."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from flash.data import PackedData
+from flash.errors import InputError
+from flash.model import Decoder, cross_entropy
+from flash.training.callbacks import AtomicCheckpointIO, Throughput
+from flash.training.module import LanguageModelling
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+
+LAST = "last.ckpt"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Quality on held-out text.
+
+    Attributes:
+        loss: Negative log-likelihood [nats a token].
+        bits_per_byte: The same in bits over the UTF-8 bytes of the target tokens, comparable
+            between tokenizers.
+        tokens: Target tokens that it was computed on.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def heldout_quality(model: Decoder, data: PackedData, precision: Precision) -> HeldOut:
+    """Held-out loss of `model`, on all of the data module's held-out sequences."""
+    total, tokens, num_bytes = 0.0, 0, 0
+    device = next(model.parameters()).device
+    for batch in data.val_dataloader():
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
+            logits = model(batch[:, :-1])
+        targets = batch[:, 1:]
+        total += float(cross_entropy(logits, targets)) * targets.numel()
+        tokens += targets.numel()
+        num_bytes += int(data.streams.bytes_per_token[targets.cpu().numpy()].sum())
+    bits = total / math.log(2)
+    return HeldOut(total / tokens, bits / num_bytes, tokens)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a training run went.
+
+    Attributes:
+        steps: Optimiser steps done in all, resumed ones included.
+        tokens: Tokens seen in those steps.
+        tokens_per_s: Median rate of the last steps.
+        mfu: Share of the machine's measured matrix-product peak.
+        peak_rss_mib: Highest resident memory of the process [MiB].
+    """
+
+    steps: int
+    tokens: int
+    tokens_per_s: float
+    mfu: float
+    peak_rss_mib: float
+
+
+def fit(
+    model: Decoder,
+    data: PackedData,
+    recipe: RecipeSettings,
+    trainer: TrainerSettings,
+    *,
+    teacher: Decoder | None = None,
+    folder: Path | None = None,
+    loggers: Any = False,
+    what: str = "training",
+) -> FitResult:
+    """Train `model` in place.
+
+    Args:
+        model: Trained in place; with a checkpoint in `folder`, its weights come from there.
+        data: Batches; its batch size and seed decide what is seen when.
+        recipe: Optimiser, schedule and losses.
+        trainer: Device, precision and intervals.
+        teacher: For distillation.
+        folder: Where checkpoints live; a run finds its own there and resumes. None keeps none.
+        loggers: Lightning loggers.
+        what: Label of the progress bar.
+
+    Raises:
+        InputError: Distillation without a fitting teacher, a damaged checkpoint, or a loss that is
+            no longer finite.
+    """
+    seq_len = data.settings.seq_len
+    steps = recipe.steps(seq_len)
+    module = LanguageModelling(
+        model, recipe, steps=steps, teacher=teacher, compiled=trainer.compile
+    )
+    throughput = Throughput(trainer.precision, what)
+    callbacks: list[L.Callback] = [throughput]
+    if folder is not None:
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                filename="last",
+                every_n_train_steps=trainer.checkpoint_every_steps,
+                enable_version_counter=False,
+                save_top_k=1,
+            )
+        )
+    max_steps = min(steps, trainer.max_steps or steps)
+    # Held-out losses along the way are worth their time only on runs that have several of them.
+    evaluate = loggers is not False and max_steps > trainer.eval_every_steps
+    lightning = L.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        precision=trainer.precision.value,
+        max_steps=max_steps,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=folder is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=trainer.log_every_steps,
+        check_val_every_n_epoch=None,
+        val_check_interval=trainer.eval_every_steps if evaluate else None,
+        limit_val_batches=1.0 if evaluate else 0,
+        num_sanity_val_steps=0,
+    )
+    last = folder / LAST if folder is not None and (folder / LAST).is_file() else None
+    with warnings.catch_warnings():
+        # One process reads a memory map: workers would cost more than they save.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        try:
+            lightning.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+        except (RuntimeError, EOFError, KeyError) as error:
+            if last is not None and lightning.global_step == 0:
+                raise InputError(
+                    f"{last}: damaged or of another arch ({error}); delete it to start over"
+                ) from error
+            raise
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise InputError(f"recipe.lr={recipe.lr}: training diverged; lower it")
+    return FitResult(
+        steps=lightning.global_step,
+        tokens=lightning.global_step * recipe.batch_size * seq_len,
+        tokens_per_s=throughput.tokens_per_s,
+        mfu=throughput.mfu,
+        peak_rss_mib=peak_rss_mib(),
+    )
+
+
+def peak_rss_mib() -> float:
+    """Highest resident memory of this process so far [MiB]."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

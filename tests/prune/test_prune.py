@@ -1,0 +1,158 @@
+"""The prune operator against the masked backbone."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash.arch import ArchSpec, Attention, parse_pattern
+from flash.errors import InputError
+from flash.model import Decoder, build, load, save, state_to_save
+from flash.prune import Importance, fingerprint, prune, score, select
+
+SPEC = ArchSpec(
+    model_dim=64,
+    ffn_dim=96,
+    layer_types=parse_pattern("FFFF"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=97,
+    norm_eps=1e-12,  # the width equality below holds up to epsilon
+)
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> tuple[Path, Decoder, Importance, Tensor]:
+    torch.manual_seed(0)
+    model = Decoder(SPEC)
+    folder = tmp_path / "backbone"
+    save(folder, SPEC, state_to_save(model, torch.float32))
+    tokens = torch.randint(0, SPEC.vocab_size, (3, 20))
+    return folder, model, score(model, [tokens], fingerprint(folder)), tokens
+
+
+def test_identity_spec_reproduces_the_backbone_bit_for_bit(backbone):
+    folder, model, importance, _ = backbone
+    weights = prune(folder, importance, SPEC)
+    original = load(folder).state_dict()
+    assert set(weights) | {"lm_head.weight"} == set(original)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, original[name]), name
+
+
+def test_pruned_ffn_equals_masked_ffn(backbone):
+    folder, model, importance, tokens = backbone
+    spec = SPEC.replace(ffn_dim=32)
+    pruned = build(spec, prune(folder, importance, spec))
+    selection = select(importance, spec)
+    for i, layer in enumerate(model.model.layers):
+        mask = torch.zeros(SPEC.ffn_dim).index_fill(0, selection.ffn[i], 1.0)
+        layer.mlp.down_proj.weight.data *= mask
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_pruned_layers_equal_bypassed_layers(backbone):
+    folder, model, importance, tokens = backbone
+    spec = SPEC.replace(layer_types=parse_pattern("FF"))
+    pruned = build(spec, prune(folder, importance, spec))
+    keep = select(importance, spec).layers.tolist()
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in keep)
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_skipped_attention_equals_zeroed_output_projection(backbone):
+    folder, model, importance, tokens = backbone
+    kinds = (Attention.full_attention, Attention.skip_attention) * 2
+    spec = SPEC.replace(layer_types=kinds)
+    pruned = build(spec, prune(folder, importance, spec))
+    for layer, kind in zip(model.model.layers, kinds, strict=True):
+        if kind is Attention.skip_attention:
+            layer.self_attn.o_proj.weight.data.zero_()
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_pruned_width_equals_masked_width_up_to_the_norms_mean(backbone):
+    """RMSNorm divides by a mean over d channels; d' kept ones have the mean of d' instead.
+
+    With the other channels zero both see the same sum of squares, so each norm of the pruned model
+    gives sqrt(d'/d) times the masked one's. Gains scaled by sqrt(d/d') make them equal.
+    """
+    folder, model, importance, tokens = backbone
+    spec = SPEC.replace(model_dim=32)
+    pruned = build(spec, prune(folder, importance, spec))
+    mask = torch.zeros(SPEC.model_dim).index_fill(0, select(importance, spec).model, 1.0)
+    model.model.embed_tokens.weight.data *= mask
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data *= mask[:, None]
+        layer.mlp.down_proj.weight.data *= mask[:, None]
+    ratio = math.sqrt(SPEC.model_dim / spec.model_dim)
+    for name, parameter in pruned.named_parameters():
+        if name.endswith("layernorm.weight") or name == "model.norm.weight":
+            parameter.data *= ratio
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_tied_candidate_of_an_untied_backbone_inherits_the_input_embedding(tmp_path):
+    torch.manual_seed(0)
+    untied = SPEC.replace(tie_embeddings=False)
+    model = Decoder(untied)
+    save(tmp_path / "b", untied, state_to_save(model, torch.float32))
+    importance = score(model, [torch.randint(0, 97, (2, 8))], "x")
+    pruned = build(SPEC, prune(tmp_path / "b", importance, SPEC))
+    assert torch.equal(pruned.lm_head.weight, model.model.embed_tokens.weight)
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+
+
+def test_scores_do_not_depend_on_how_the_text_is_batched(backbone):
+    _, model, _, tokens = backbone
+    whole = score(model, [tokens], "x")
+    parts = score(model, tokens.split(1), "x")
+    assert whole.tokens == parts.tokens == tokens.numel()
+    torch.testing.assert_close(whole.ffn, parts.ffn)
+    torch.testing.assert_close(whole.model, parts.model)
+    torch.testing.assert_close(whole.layers, parts.layers)
+
+
+def test_scores_match_the_definition(backbone):
+    _, model, importance, tokens = backbone
+    layer, seen = model.model.layers[1], {}
+    layer.register_forward_hook(lambda m, args, out: seen.update(before=args[0], after=out[0]))
+    layer.mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.update(hidden=args[0]))
+    model(tokens)
+    cosine = torch.nn.functional.cosine_similarity(seen["before"], seen["after"], dim=-1)
+    torch.testing.assert_close(importance.layers[1], 1 - cosine.mean())
+    torch.testing.assert_close(importance.ffn[1], seen["hidden"].abs().mean(dim=(0, 1)))
+
+
+def test_scores_survive_a_round_trip(backbone, tmp_path):
+    _, _, importance, _ = backbone
+    importance.write(tmp_path / "scores.safetensors")
+    again = Importance.read(tmp_path / "scores.safetensors")
+    assert again.digest == importance.digest
+    assert (again.tokens, again.backbone) == (importance.tokens, importance.backbone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_dim": 128}, r"arch\.model_dim=128: expected at most the backbone's 64"),
+        ({"ffn_dim": 128}, r"arch\.ffn_dim=128: expected at most the backbone's 96"),
+        ({"num_kv_heads": 4}, r"arch\.num_kv_heads=4: expected the backbone's 2"),
+        ({"tie_embeddings": False}, r"arch\.tie_embeddings=false"),
+    ],
+)
+def test_a_spec_that_does_not_fit_is_refused(backbone, change, message):
+    folder, _, importance, _ = backbone
+    with pytest.raises(InputError, match=message):
+        prune(folder, importance, SPEC.replace(**change))
+
+
+def test_a_cut_off_checkpoint_is_named(backbone):
+    folder, _, importance, _ = backbone
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
+        prune(folder, importance, SPEC)
