@@ -11,7 +11,7 @@ from flash.arch.spec import ArchSpec, Attention
 from flash.errors import InputError, require
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Choices:
     """The values `min, min + step, ..., max` of one searched size."""
 
@@ -34,7 +34,7 @@ class Choices:
         return tuple(range(self.min, self.max + 1, self.step))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SpaceSettings:
     """Config group `space`: the searched sizes (Table 3) and the rule on patterns (Sec. 3.5)."""
 

@@ -18,7 +18,7 @@ class Source(Enum):
     """Text files below `data.path`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DataSettings:
     """Config group `data`."""
 

@@ -140,16 +140,19 @@ def _decompose_once(run: Callable) -> Callable:
     """`run_decompositions` that skips a call which could only trace the graph again."""
 
     def once(self: ExportedProgram, table: dict | None = None, **options: Any) -> ExportedProgram:
-        from executorch.exir.graph_module import contains_any_call_fn_target_op
-
         # The first of the three calls only functionalises, which the next one does as well.
         if table is not None and not table:
             return self
-        decomposed = getattr(self, "flash_decomposed", False)
-        if decomposed and not contains_any_call_fn_target_op(self.graph_module, table or {}):
+        if getattr(self, "flash_decomposed", False) and not _left_to_decompose(self, table):
             return self
         program = run(self, table, **options)
         program.flash_decomposed = True
         return program
 
     return once
+
+
+def _left_to_decompose(program: ExportedProgram, table: dict | None) -> bool:
+    # sym_size is in the table and decomposes into itself.
+    targets = {node.target for node in program.graph.nodes} - {torch.ops.aten.sym_size.int}
+    return table is None or not targets.isdisjoint(table)

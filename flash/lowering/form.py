@@ -23,12 +23,23 @@ def load_custom_ops() -> None:
     import executorch.kernels.quantized  # noqa: F401
 
 
+def _share(weight: Tensor) -> nn.Parameter:
+    """A parameter of its own on the same memory: nothing done to it reaches the decoder."""
+    return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = _share(weight)
+    return linear
+
+
 class Norm(nn.Module):
     """RMSNorm from operators that ExecuTorch has kernels for."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
+        self.weight, self.eps = _share(norm.weight), norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
@@ -137,8 +148,10 @@ class AttentionHalf(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = Norm(norm)
-        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
-        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.q_proj = _linear(attention.q_proj.weight)
+        self.k_proj = _linear(attention.k_proj.weight)
+        self.v_proj = _linear(attention.v_proj.weight)
+        self.o_proj = _linear(attention.o_proj.weight)
         self.q_norm = Norm(attention.q_norm) if spec.qk_norm else nn.Identity()
         self.k_norm = Norm(attention.k_norm) if spec.qk_norm else nn.Identity()
         self.sliding = attention.window is not None
@@ -166,7 +179,9 @@ class FfnHalf(nn.Module):
     def __init__(self, norm: RMSNorm, mlp: FeedForward) -> None:
         super().__init__()
         self.norm = Norm(norm)
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.gate_proj = _linear(mlp.gate_proj.weight)
+        self.up_proj = _linear(mlp.up_proj.weight)
+        self.down_proj = _linear(mlp.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -179,9 +194,7 @@ class Head(nn.Module):
     def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
         super().__init__()
         self.norm = Norm(norm)
-        # A module of its own: quantisation must not reach the tied embedding through it.
-        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.lm_head.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.lm_head = _linear(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lm_head(self.norm(x[:, -1, :]))
@@ -198,8 +211,7 @@ class Form(nn.Module):
         super().__init__()
         load_custom_ops()
         spec = model.spec
-        weight = model.model.embed_tokens.weight.detach()
-        self.embedding = nn.Embedding.from_pretrained(weight)
+        self.embedding = nn.Embedding.from_pretrained(model.model.embed_tokens.weight.detach())
         kinds = spec.layer_types
         self.position = (
             Position(spec, settings, Attention.sliding_attention in kinds)
@@ -213,7 +225,7 @@ class Form(nn.Module):
                 self.halves.append(half)
             self.halves.append(FfnHalf(layer.post_attention_layernorm, layer.mlp))
         self.head = Head(model.model.norm, model.lm_head.weight)
-        self.requires_grad_(False).eval()
+        self.eval()
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         x = self.embedding(tokens)

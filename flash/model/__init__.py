@@ -1,5 +1,6 @@
 """The decoder, its losses, and Hugging Face checkpoints."""
 
+from flash.model.backbone import Backbone, BackboneSettings
 from flash.model.checkpoint import (
     build,
     from_config,
@@ -15,6 +16,8 @@ from flash.model.decoder import Decoder, LayerCache, generate
 from flash.model.losses import cross_entropy, distillation
 
 __all__ = [
+    "Backbone",
+    "BackboneSettings",
     "Decoder",
     "LayerCache",
     "build",

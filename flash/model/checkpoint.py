@@ -212,7 +212,7 @@ def save(
     weights: Mapping[str, Tensor],
     *,
     tokenizer: Path | None = None,
-    extra: Mapping[str, str] | None = None,
+    token_ids: Mapping[str, int] | None = None,
 ) -> None:
     """Write a checkpoint folder; a kill or a full disk leaves the old one or none, never half.
 
@@ -221,19 +221,17 @@ def save(
         spec: Architecture of the weights.
         weights: Tensors by Hugging Face name, in the dtype to store.
         tokenizer: A tokenizer.json to put beside them.
-        extra: Further text files by name, such as a model card.
+        token_ids: Special token ids to record in config.json, such as `eos_token_id`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        config = {**to_config(spec), "dtype": dtype}
+        config = {**to_config(spec), **(token_ids or {}), "dtype": dtype}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         save_file(dict(weights), temporary / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-        for name, text in (extra or {}).items():
-            (temporary / name).write_text(text, "utf-8")
         for path in temporary.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -22,7 +22,7 @@ class Precision(Enum):
     bf16 = "bf16-mixed"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RecipeSettings:
     """Config group `recipe`. The paper states none of these values for Flash."""
 
@@ -88,7 +88,7 @@ class RecipeSettings:
         return self.final_lr_ratio + (1 - self.final_lr_ratio) * left
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TrainerSettings:
     """Config group `trainer`: Lightning's part."""
 

@@ -1,0 +1,247 @@
+"""From Hydra's configuration to typed settings, and from its errors to one line.
+
+The dataclasses are the schema; YAML under `conf/` holds values only. `entry` wraps Hydra's main:
+it composes, checks every key, converts once, and turns anything a user got wrong into one line and
+exit code 2 before any work starts. Ctrl-C ends with 130 and says how to go on.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flash.arch import SpaceSettings
+from flash.data import DataSettings
+from flash.device import DeviceSettings
+from flash.errors import InputError, nearest
+from flash.latency import LatencySettings
+from flash.lowering import GateSettings
+from flash.model import BackboneSettings
+from flash.runs import Runs
+from flash.search import SearchSettings
+from flash.training import RecipeSettings, TrainerSettings
+from flash.training.loggers import LoggerSettings
+from flash.training.run import TrainSettings
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class SearchJobSettings:
+    """Root of `search.py`."""
+
+    backbone: BackboneSettings = MISSING
+    space: SpaceSettings = MISSING
+    latency: LatencySettings = MISSING
+    device: DeviceSettings = MISSING
+    data: DataSettings = MISSING
+    recipe: RecipeSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    search: SearchSettings = MISSING
+    seed: int = 0
+    runs: str = "runs"
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    """Root of `export.py`."""
+
+    backbone: BackboneSettings = MISSING
+    latency: LatencySettings = MISSING
+    device: DeviceSettings = MISSING
+    data: DataSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    gate: GateSettings = MISSING
+    arch: dict[str, Any] = field(default_factory=dict)
+    """What to export, as for `train.py`; nothing is the backbone itself."""
+    name: str | None = None
+    model: str | None = None
+    """Folder of trained weights; null takes the training run of that name."""
+    prompt: str = "def "
+    """What the exported program is asked to continue."""
+    seed: int = 0
+    runs: str = "runs"
+
+
+Settings = TypeVar("Settings", TrainSettings, SearchJobSettings, ExportSettings)
+_ROOTS: dict[type, str] = {
+    TrainSettings: "train",
+    SearchJobSettings: "search",
+    ExportSettings: "export",
+}
+
+
+def register() -> None:
+    """Put the schemas into Hydra's ConfigStore."""
+    store = ConfigStore.instance()
+    for schema, name in _ROOTS.items():
+        store.store(name=f"{name}_schema", node=schema)
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass behind `X` or `X | None`, if that is what the annotation is."""
+    if typing.get_origin(annotation) in {typing.Union, UnionType}:
+        options = [arg for arg in typing.get_args(annotation) if arg is not NoneType]
+        annotation = options[0] if len(options) == 1 else None
+    is_schema = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    return annotation if is_schema else None
+
+
+def schema_at(root: type, path: list[str]) -> type | None:
+    """The dataclass that holds the keys below `path`, or None where there is none."""
+    schema: type | None = root
+    for key in path:
+        if schema is None:
+            return None
+        schema = _dataclass_of(typing.get_type_hints(schema).get(key))
+    return schema
+
+
+def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = None) -> None:
+    """Refuse keys that the schema lacks: `+a.b=1` would otherwise be dropped in silence.
+
+    Raises:
+        InputError: Names the key and the nearest valid one.
+    """
+    path = path or []
+    schema = schema_at(root, path)
+    if schema is None:
+        return
+    valid = [f.name for f in dataclasses.fields(schema)]
+    for key in map(str, node):
+        full = ".".join([*path, key])
+        if key not in valid:
+            raise InputError(f"{full}: unknown key; {nearest(key, valid)}")
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            reject_unknown_keys(child, root, [*path, key])
+
+
+def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
+    """The composed configuration as typed settings.
+
+    Raises:
+        InputError: An unknown key, a missing value, a wrong type or an illegal value.
+    """
+    reject_unknown_keys(cfg, schema)
+    try:
+        settings = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error, schema)) from error
+    assert isinstance(settings, schema)
+    return settings
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def explain(error: BaseException, schema: type) -> str:
+    """One line about an error of Hydra's or OmegaConf's: key, what is wrong, the nearest valid key."""
+    if isinstance(error, MissingConfigException):
+        return _explain_missing_option(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException | InputError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, InputError):
+        return str(cause)
+    if not isinstance(cause, OmegaConfBaseException):
+        return _first_line(error)
+    key = str(cause.full_key or cause.key or "")
+    wrapped = cause.__cause__ or cause.__context__
+    if isinstance(wrapped, InputError):
+        return str(wrapped)
+    *path, last = key.split(".")
+    owner = schema_at(schema, path)
+    fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
+    if fields and last not in fields:
+        return f"{key}: unknown key; {nearest(last, fields)}"
+    return f"{key}: {_first_line(cause)}"
+
+
+def _explain_missing_option(error: MissingConfigException) -> str:
+    """`+arch=typo`: name the group's nearest option."""
+    name = str(error.missing_cfg_file or "")
+    if "/" in name and error.options is not None:
+        group, option = name.rsplit("/", 1)
+        options = list(error.options)
+        return f"{group}={option}: expected one of {', '.join(options)}; {nearest(option, options)}"
+    return _first_line(error)
+
+
+def _search_path_exists() -> None:
+    """The folder of found architectures is on Hydra's search path and must be there to be read."""
+    runs = "runs"
+    for argument in sys.argv[1:]:
+        if argument.startswith("runs="):
+            runs = argument.removeprefix("runs=")
+    os.environ["FLASH_RUNS"] = str(Path(runs).resolve())
+    Runs(Path(runs)).found_arch.mkdir(parents=True, exist_ok=True)
+
+
+def _quiet_libraries() -> None:
+    """Drop notices that users of these scripts cannot act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+
+
+def entry(schema: type[Settings], job: Callable[[Settings], None]) -> None:
+    """Run a script: compose its configuration, check it, convert it, call `job`, then exit.
+
+    Args:
+        schema: Root settings of the script.
+        job: The one call.
+    """
+    _quiet_libraries()
+    register()
+    _search_path_exists()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
+
+    def run(cfg: DictConfig) -> None:
+        try:
+            settings = load(cfg, schema)
+            choices = HydraConfig.get().runtime.choices
+            if isinstance(settings, TrainSettings | ExportSettings) and settings.name is None:
+                settings.name = choices.get("arch") or settings.backbone.name
+            job(settings)
+        except InputError as error:  # inside, else Hydra adds lines of its own
+            _fail(str(error))
+
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=_ROOTS[schema])
+    command = " ".join(sys.argv)
+    try:
+        main(run)()
+    except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
+        _fail(explain(error, schema))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
+    except KeyboardInterrupt:
+        _fail(f"stopped; finished work is kept, go on with: python {command}", 130)
+
+
+def _fail(message: str, code: int = 2) -> typing.NoReturn:
+    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,249 @@
+"""The program that runs on the device: `python runner.py job.json result.json`.
+
+It needs only the standard library, torch and ExecuTorch's runtime, and nothing of `flash`, so that
+one copied file measures on any board with Python. The job is one JSON object:
+
+    {"mode": "measure", "threads": 2, "programs": [PROGRAM...], "prompt_tokens": 512,
+     "prefill_chunk": 512, "decode_context": 512, "decode_tokens": 16, "warmups": 2, "runs": 3}
+    {"mode": "generate", "threads": 2, "programs": [PROGRAM], "tokens": [1, 2], "new_tokens": 8,
+     "stop": [2], "prefill_chunk": 512}
+    {"mode": "score", "threads": 2, "programs": [PROGRAM], "tokens": [1, 2, 3], "keep_logits": true,
+     "prefill": 1, "prefill_chunk": 512}
+    PROGRAM = {"name": "x", "path": "x.pte", "input": "tokens" | "activations",
+               "vocab_size": 2048, "model_dim": 256}
+
+TTFT is the time from an empty cache to the first token's logits, the prompt fed in chunks of
+`prefill_chunk`. A decode step is one token at a cache position of `decode_context` and above; what
+the cache holds does not change the time, so it is not filled first.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+
+def status_kib(field):
+    """A field of /proc/self/status in KiB, 0 where there is none."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith(field + ":"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def steal_ticks():
+    """Ticks that a hypervisor kept from this machine, 0 where unknown."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            return int(file.readline().split()[8])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class Clock:
+    """Wall, user and system time and steal from its creation on."""
+
+    def __init__(self):
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self.start = (time.perf_counter(), usage.ru_utime, usage.ru_stime, steal_ticks())
+
+    def read(self):
+        """The four times since the start; seconds, steal in ticks."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        now = (time.perf_counter(), usage.ru_utime, usage.ru_stime, steal_ticks())
+        names = ("wall_s", "user_s", "system_s", "steal_ticks")
+        return {n: b - a for n, a, b in zip(names, self.start, now, strict=True)}
+
+
+class Runnable:
+    """A loaded program with the inputs that it takes."""
+
+    def __init__(self, spec):
+        native = bindings()
+        self.name = spec["name"]
+        self.spec = spec
+        before = status_kib("VmRSS")
+        start = time.perf_counter()
+        checks = native.Verification.InternalConsistency
+        self.program = native._load_program(spec["path"], program_verification=checks)
+        self.method = self.program.load_method("forward")  # here XNNPACK packs the weights
+        self.load_ms = (time.perf_counter() - start) * 1e3
+        self.load_rss_kib = status_kib("VmRSS") - before
+
+    def inputs(self, count):
+        """`count` tokens, or as many rows of activations, that repeat from run to run."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        if self.spec["input"] == "tokens":
+            high = self.spec["vocab_size"]
+            return torch.randint(0, high, (1, count), generator=generator)
+        return torch.randn(1, count, self.spec["model_dim"], generator=generator)
+
+    def call(self, x, position):
+        """Run the method on inputs that start at a cache position; its first output."""
+        import torch
+
+        return self.method.call((x, torch.tensor([position])))[0]
+
+    def prefill(self, x, chunk):
+        """Feed all of `x` from position 0; the last call's output."""
+        out = None
+        for start in range(0, x.shape[1], chunk):
+            out = self.call(x[:, start : start + chunk], start)
+        return out
+
+
+def bindings():
+    """ExecuTorch's native module: the public wrapper also imports the exporter, 8 s of it."""
+    import torch  # noqa: F401  its libraries must be loaded first
+
+    try:
+        from executorch.extension.pybindings import _C as native
+    except ImportError:  # its name up to 1.4
+        from executorch.extension.pybindings import _portable_lib as native
+    return native
+
+
+def prepare(threads):
+    """Load the runtime with its operators and fix the size of its thread pool."""
+    import torch
+
+    torch.set_num_threads(threads)
+    native = bindings()
+    load_operators()
+    # Before the first program is loaded; afterwards it crashes.
+    native._unsafe_reset_threadpool(threads)
+
+
+def load_operators():
+    """Load the libraries with `llama::*` and the quantised embedding.
+
+    The Python packages that they lie in would import the exporter as well: seconds.
+    """
+    import executorch
+    import torch
+
+    for root in executorch.__path__:
+        for package in ("extension/llm/custom_ops", "kernels/quantized"):
+            folder = os.path.join(root, package)
+            for name in sorted(os.listdir(folder)):
+                if "aot_lib" in name and name.endswith((".so", ".dylib")):
+                    torch.ops.load_library(os.path.join(folder, name))
+
+
+def measure(job, programs):
+    """Warm-ups, then timed runs, programs taking turns so that slow moments hit all alike."""
+    samples = {p.name: {"ttft": [], "decode": []} for p in programs}
+    for turn in range(job["warmups"] + job["runs"]):
+        for program in programs:
+            ttft = time_prefill(job, program)
+            decode = time_decode(job, program)
+            if turn >= job["warmups"]:
+                samples[program.name]["ttft"].append(ttft)
+                samples[program.name]["decode"].append(decode)
+    return samples
+
+
+def time_prefill(job, program):
+    """One prefill of the prompt."""
+    x = program.inputs(job["prompt_tokens"])
+    clock = Clock()
+    program.prefill(x, job["prefill_chunk"])
+    return clock.read()
+
+
+def time_decode(job, program):
+    """Single-token calls from `decode_context` on; adds the time of each step."""
+    x = program.inputs(1)
+    steps = []
+    clock = Clock()
+    for step in range(job["decode_tokens"]):
+        start = time.perf_counter()
+        program.call(x, job["decode_context"] + step)
+        steps.append((time.perf_counter() - start) * 1e3)
+    return {**clock.read(), "steps_ms": steps}
+
+
+def generate(job, program):
+    """Greedy continuation of the job's tokens."""
+    import torch
+
+    tokens = list(job["tokens"])
+    stop = set(job["stop"])
+    logits = program.prefill(torch.tensor([tokens]), job["prefill_chunk"])
+    out = []
+    while len(out) < job["new_tokens"]:
+        token = int(logits[0].argmax())
+        if token in stop:
+            break
+        out.append(token)
+        if len(out) < job["new_tokens"]:
+            logits = program.call(torch.tensor([[token]]), len(tokens) + len(out) - 1)
+    return out
+
+
+def score(job, program):
+    """Log-likelihood of each token after the first `prefill`, and the logits if asked for."""
+    import torch
+
+    tokens = job["tokens"]
+    first = job["prefill"]
+    ids = torch.tensor([tokens])
+    logits = program.prefill(ids[:, :first], job["prefill_chunk"])
+    kept, scores = [], []
+    for position in range(first, len(tokens) + 1):
+        if job["keep_logits"]:
+            kept.append(logits[0].tolist())
+        if position == len(tokens):
+            break
+        scores.append(float(torch.log_softmax(logits[0].double(), dim=-1)[tokens[position]]))
+        if position < len(tokens) - 1 or job["keep_logits"]:
+            logits = program.call(ids[:, position : position + 1], position)
+    return {"log_likelihoods": scores, "logits": kept}
+
+
+def run(job):
+    """The result object of a job."""
+    started = time.time()
+    clock = Clock()
+    prepare(job["threads"])
+    result = {"started": started, "start_ms": clock.read()["wall_s"] * 1e3}
+    result["baseline_rss_kib"] = status_kib("VmRSS")
+    programs = []
+    for spec in job["programs"]:
+        try:
+            programs.append(Runnable(spec))
+        except RuntimeError as error:
+            return {**result, "error": f"{spec['name']}: cannot be loaded ({error})"}
+    result["load_ms"] = {p.name: p.load_ms for p in programs}
+    result["load_rss_kib"] = {p.name: p.load_rss_kib for p in programs}
+    if job["mode"] == "measure":
+        result["samples"] = measure(job, programs)
+    elif job["mode"] == "generate":
+        result["tokens"] = generate(job, programs[0])
+    else:
+        result.update(score(job, programs[0]))
+    result["peak_rss_kib"] = status_kib("VmHWM")
+    result["load_average"] = os.getloadavg()[0]
+    result["process"] = clock.read()
+    return result
+
+
+def main(job_path, result_path):
+    """Read the job, run it, write the result in one step."""
+    with open(job_path, encoding="utf-8") as file:
+        job = json.load(file)
+    result = run(job)
+    with open(result_path + ".part", "w", encoding="utf-8") as file:
+        json.dump(result, file)
+    os.replace(result_path + ".part", result_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,157 @@
+"""Latency as a sum of measured half-blocks, for any width and depth of the space.
+
+Attention halves depend on the kind and model_dim, FFN halves on model_dim and ffn_dim, embedding
+and head on model_dim. Their work is at most bilinear in these (a matrix product costs
+model_dim x ffn_dim), so each is measured on a small grid and interpolated linearly on each axis:
+the number of lowerings does not grow with the number of architectures.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from flash.arch import ArchSpec, Attention
+from flash.errors import InputError
+
+Values = Float[np.ndarray, " n"]
+
+FIXED = ("num_heads", "num_kv_heads", "head_dim", "vocab_size", "qk_norm", "sliding_window")
+"""What blocks depend on and the search leaves alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One measurable part of a decoder.
+
+    Attributes:
+        name: `ends` (embedding and head), `ffn`, or the kind of an attention half.
+        model_dim: Width of the residual stream.
+        ffn_dim: Hidden width of an FFN half, else None.
+    """
+
+    name: str
+    model_dim: int
+    ffn_dim: int | None = None
+
+
+ENDS, FFN = "ends", "ffn"
+
+
+def grid_points(choices: Sequence[int], num: int) -> tuple[int, ...]:
+    """`num` of the choices (all, if there are fewer), evenly spaced, both ends included."""
+    values = sorted(set(choices))
+    picked = np.linspace(0, len(values) - 1, min(num, len(values))).round().astype(int)
+    return tuple(values[i] for i in picked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The parts that are measured: every kind at every width, every FFN at every pair of widths."""
+
+    model_dims: tuple[int, ...]
+    ffn_dims: tuple[int, ...]
+    kinds: tuple[Attention, ...]
+
+    def parts(self) -> list[Part]:
+        """All parts to measure."""
+        attending = [kind for kind in self.kinds if kind is not Attention.skip_attention]
+        return [
+            *(Part(name=ENDS, model_dim=d) for d in self.model_dims),
+            *(Part(name=kind.value, model_dim=d) for kind in attending for d in self.model_dims),
+            *(
+                Part(name=FFN, model_dim=d, ffn_dim=f)
+                for d in self.model_dims
+                for f in self.ffn_dims
+            ),
+        ]
+
+
+class BlockTable:
+    """Measured parts of one phase; sums them up for whole models.
+
+    Args:
+        base: A spec with the fixed sizes that the parts were measured with.
+        grid: The measured points.
+        values_ms: Latency of each part of the grid [ms].
+    """
+
+    def __init__(self, base: ArchSpec, grid: Grid, values_ms: Mapping[Part, float]) -> None:
+        self.grid = grid
+        self.smallest_ms = min(values_ms[part] for part in grid.parts())
+        self._fixed = tuple(getattr(base, name) for name in FIXED)
+        self._tables = {
+            part.name: np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
+            for part in grid.parts()
+        }
+        for part in grid.parts():
+            row = grid.model_dims.index(part.model_dim)
+            column = 0 if part.ffn_dim is None else grid.ffn_dims.index(part.ffn_dim)
+            self._tables[part.name][row, column] = values_ms[part]
+
+    def compose(self, specs: Sequence[ArchSpec]) -> tuple[Values, Values]:
+        """Sum of the parts [ms] and number of parts of each model.
+
+        A spec with a kind that was not measured, or with heads, vocabulary or window that differ
+        from those of the measured blocks, is an `InputError`.
+        """
+        for spec in specs:
+            self._check(spec)
+        model_dims = np.array([spec.model_dim for spec in specs], dtype=float)
+        ffn_dims = np.array([spec.ffn_dim for spec in specs], dtype=float)
+        depths = np.array([spec.num_layers for spec in specs], dtype=float)
+        total = self._interpolate(ENDS, model_dims) + depths * self._interpolate(
+            FFN, model_dims, ffn_dims
+        )
+        num_parts = 1 + depths
+        for kind in Attention:
+            counts = np.array([spec.layer_types.count(kind) for spec in specs], dtype=float)
+            if kind is not Attention.skip_attention and counts.any():
+                total += counts * self._interpolate(kind.value, model_dims)
+                num_parts += counts
+        return total, num_parts
+
+    def _interpolate(self, name: str, x: Values, y: Values | None = None) -> Values:
+        table = self._tables[name]
+        i, u = _locate(self.grid.model_dims, x)
+        next_i = np.minimum(i + 1, table.shape[0] - 1)
+        if y is None:
+            return (1 - u) * table[i, 0] + u * table[next_i, 0]
+        j, v = _locate(self.grid.ffn_dims, y)
+        next_j = np.minimum(j + 1, table.shape[1] - 1)
+        low = (1 - v) * table[i, j] + v * table[i, next_j]
+        high = (1 - v) * table[next_i, j] + v * table[next_i, next_j]
+        return (1 - u) * low + u * high
+
+    def _check(self, spec: ArchSpec) -> None:
+        fixed = tuple(getattr(spec, name) for name in FIXED)
+        if fixed != self._fixed:
+            name, value, expected = next(
+                triple
+                for triple in zip(FIXED, fixed, self._fixed, strict=True)
+                if triple[1] != triple[2]
+            )
+            raise InputError(
+                f"arch.{name}={value}: expected {expected}, as in the measured blocks; "
+                "measure blocks for this backbone"
+            )
+        for kind in set(spec.layer_types):
+            if kind not in self.grid.kinds:
+                raise InputError(
+                    f"arch.layer_types={kind.value}: expected a kind whose block was measured "
+                    f"({', '.join(k.value for k in self.grid.kinds)}); add it to space.kinds"
+                )
+
+
+def _axis(grid: Grid, name: str) -> tuple[int | None, ...]:
+    return grid.ffn_dims if name == FFN else (None,)
+
+
+def _locate(axis: tuple[int, ...], x: Values) -> tuple[np.ndarray, Values]:
+    """Index of the grid point below each x and the way to the next; beyond the ends it goes on."""
+    if len(axis) == 1:
+        return np.zeros(len(x), dtype=int), np.zeros(len(x))
+    points = np.array(axis, dtype=float)
+    i = np.clip(np.searchsorted(points, x, side="right") - 1, 0, len(points) - 2)
+    return i, (x - points[i]) / (points[i + 1] - points[i])

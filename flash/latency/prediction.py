@@ -1,0 +1,146 @@
+"""What every latency predictor offers, and how good one is on models it has not seen."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from flash.arch import ArchSpec
+
+Values = Float[np.ndarray, " n"]
+
+LEVEL = 0.9
+"""Probability that an interval of a `Prediction` is meant to hold."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted latencies of n architectures [ms].
+
+    Attributes:
+        mean: Point predictions (on the logarithmic scale that predictors work on: medians).
+        low: Lower ends of the central 90 % intervals.
+        high: Upper ends. The interval is for what measuring the whole model would show, so it
+            includes the noise of a measurement.
+    """
+
+    mean: Values
+    low: Values
+    high: Values
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+class Predictor(Protocol):
+    """Learns latencies of one phase (prefill or decode) on one device under one workload."""
+
+    def fit(
+        self, specs: Sequence[ArchSpec], values_ms: Values, errors_ms: Values | None = None
+    ) -> Self:
+        """Learn from whole models; `errors_ms` are standard errors of the measured values."""
+        ...
+
+    def predict(self, specs: Sequence[ArchSpec]) -> Prediction:
+        """Latencies with intervals; 10,000 specs take about a second or less."""
+        ...
+
+
+def from_logs(center: Values, half_width: Values | float) -> Prediction:
+    """Prediction with an interval that is symmetric on the logarithmic scale."""
+    with np.errstate(over="ignore"):
+        low, high = np.exp(center - half_width), np.exp(center + half_width)
+    return Prediction(np.exp(center), low, high)
+
+
+def t_quantile(freedom: int) -> float:
+    """Half-width of the central 90 % interval in standard deviations; infinite for no freedom."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) if freedom > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How well held-out models were predicted. With few of them the figures mean little.
+
+    Attributes:
+        r2: Coefficient of determination.
+        mape_pct: Mean absolute error as a share of the measured value [%].
+        kendall_tau: Rank correlation of predicted and measured.
+        coverage_90: Share of the measured values inside their 90 % intervals.
+        n: Number of held-out models.
+    """
+
+    r2: float
+    mape_pct: float
+    kendall_tau: float
+    coverage_90: float
+    n: int
+
+    def __str__(self) -> str:
+        few = " (few: take the figures as a sanity check only)" if self.n < 15 else ""
+        return (
+            f"R2 {self.r2:.3f}, MAPE {self.mape_pct:.1f} %, Kendall tau {self.kendall_tau:.2f}, "
+            f"90 % interval holds {100 * self.coverage_90:.0f} %, n={self.n}{few}"
+        )
+
+
+def score(prediction: Prediction, values_ms: Values) -> Scores:
+    """Compare predictions with measured values that the predictor has not seen."""
+    values = np.asarray(values_ms, dtype=float)
+    errors = prediction.mean - values
+    spread = float(((values - values.mean()) ** 2).sum())
+    tau, _ = stats.kendalltau(prediction.mean, values)
+    inside = (prediction.low <= values) & (values <= prediction.high)
+    return Scores(
+        r2=1 - float((errors**2).sum()) / spread if spread > 0 else math.nan,
+        mape_pct=100 * float(np.mean(np.abs(errors) / values)),
+        kendall_tau=float(tau),
+        coverage_90=float(inside.mean()),
+        n=len(values),
+    )
+
+
+def cross_validate(
+    make_predictor: Callable[[], Predictor],
+    specs: Sequence[ArchSpec],
+    values_ms: Values,
+    errors_ms: Values | None = None,
+    *,
+    folds: int | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Predict every model by a predictor that was fitted to the others.
+
+    Args:
+        make_predictor: Gives an unfitted predictor. What it was made with stays fixed: for
+            `blocks` that is the table of measured blocks, so only the calibration is fitted anew.
+        specs: Measured whole models.
+        values_ms: Their latencies [ms].
+        errors_ms: Standard errors of the latencies [ms].
+        folds: Parts that are held out in turn; None leaves one out for up to 20 models and takes
+            10 parts for more.
+        seed: Shuffles the models into parts.
+    """
+    n = len(specs)
+    values = np.asarray(values_ms, dtype=float)
+    folds = min(n, folds or (n if n <= 20 else 10))
+    parts = np.array_split(np.random.default_rng(seed).permutation(n), folds)
+    mean, low, high = np.empty(n), np.empty(n), np.empty(n)
+    for held_out in parts:
+        kept = np.setdiff1d(np.arange(n), held_out)
+        errors = None if errors_ms is None else np.asarray(errors_ms, dtype=float)[kept]
+        predictor = make_predictor().fit([specs[i] for i in kept], values[kept], errors)
+        prediction = predictor.predict([specs[i] for i in held_out])
+        mean[held_out], low[held_out], high[held_out] = (
+            prediction.mean,
+            prediction.low,
+            prediction.high,
+        )
+    return score(Prediction(mean, low, high), values)

@@ -1,0 +1,203 @@
+"""Measurements are data: an append-only file with one line for each, never taken twice."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from flash.errors import InputError
+
+SCHEMA_VERSION = 1
+"""Raised whenever a field of `Row` changes its meaning; stores of other versions are refused."""
+
+logger = logging.getLogger(__name__)
+
+
+class SubjectKind(Enum):
+    """What was measured."""
+
+    model = "model"
+    """A whole decoder; the subject is `ArchSpec.to_dict()`."""
+    block = "block"
+    """One part of a decoder; the subject is the block's own dict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a latency depends on beside the subject; plain JSON values only.
+
+    Attributes:
+        workload: What is timed: prompt and context lengths, threads.
+        protocol: How it is timed: processes, warm-ups, runs. In the key, so that a quick look does
+            not pass for a careful measurement.
+        lowering: Weight and cache formats, chunk and context lengths.
+        runtime: Name and version of what executes the program.
+        device: Identity of the device, with everything that changes its speed (threads, affinity).
+    """
+
+    workload: dict[str, Any]
+    protocol: dict[str, Any]
+    lowering: dict[str, Any]
+    runtime: str
+    device: dict[str, Any]
+
+    def key(self, kind: SubjectKind, subject: dict[str, Any]) -> str:
+        """Hash under which the store keeps the measurement of `subject`."""
+        everything = {"kind": kind.value, "subject": subject, **asdict(self)}
+        text = json.dumps(everything, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        kind: Whole model or block.
+        subject: Spec of the model or of the block.
+        conditions: What the subject was measured under.
+        result: What the device reported, `flash.device.Measurement.to_dict()`: latencies and their
+            standard errors [ms], raw samples, rejected processes, conditions.
+        time_utc: When it was stored, ISO 8601.
+    """
+
+    kind: SubjectKind
+    subject: dict[str, Any]
+    conditions: Conditions
+    result: dict[str, Any]
+    time_utc: str = field(default_factory=_now)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the latency depends on."""
+        return self.conditions.key(self.kind, self.subject)
+
+    def to_json(self) -> str:
+        """One line of JSON, without the line's end."""
+        values = {"schema": SCHEMA_VERSION, "key": self.key, **asdict(self)}
+        return json.dumps(values | {"kind": self.kind.value}, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Row":
+        """Inverse of `to_json` once parsed; `schema` and `key` are ignored."""
+        known = {f.name: values[f.name] for f in fields(cls)}
+        known["kind"] = SubjectKind(values["kind"])
+        known["conditions"] = Conditions(**values["conditions"])
+        return cls(**known)
+
+
+class MeasurementStore:
+    """Every measurement of every device, in one JSON-lines file.
+
+    A line is on disk when `append` returns. A line that a kill tore is dropped when the file is
+    read and overwritten by the next `append`. Of two rows with one key only the first is kept.
+
+    Args:
+        path: The file; it and its folder are created by the first `append`.
+
+    Raises:
+        InputError: The file belongs to another schema version, or is no measurement store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._rows: dict[str, Row] = {}
+        self._end = 0  # bytes that have been read, always whole lines
+        self._lines = 0
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+    def get(self, key: str) -> Row | None:
+        """The measurement with this key, or None."""
+        return self._rows.get(key)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Keys without a measurement, each once, in the order given."""
+        return [key for key in dict.fromkeys(keys) if key not in self._rows]
+
+    def append(self, row: Row) -> bool:
+        """Write one measurement to disk; returns False, writing nothing, if its key is there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.refresh()  # another process may have appended
+            key = row.key
+            if key in self._rows:
+                return False
+            file.truncate(self._end)  # what a kill left of a torn line
+            line = row.to_json().encode() + b"\n"
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+            self._rows[key] = row
+            self._end += len(line)
+            self._lines += 1
+        return True
+
+    def refresh(self) -> None:
+        """Read what other processes have appended since."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._end)
+            text = file.read()
+        whole, _, torn = text.rpartition(b"\n")
+        for line in whole.splitlines():
+            self._lines += 1
+            row = self._parse(line)
+            self._rows.setdefault(row.key, row)
+        if torn:
+            logger.warning(
+                "%s: dropped a torn last line of %d bytes (a measurement that was being written "
+                "when its process was killed)",
+                self.path,
+                len(torn),
+            )
+        self._end += len(text) - len(torn)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Be the only process that measures for this store; waits for another one to finish."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(self.path.name + ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("%s: waiting for another process that is measuring", self.path)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.refresh()
+            yield
+
+    def _parse(self, line: bytes) -> Row:
+        where = f"measurement store {self.path}, line {self._lines}"
+        try:
+            values = json.loads(line)
+            version = values["schema"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{where}: not a measurement; remove or repair the line") from error
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{where}: schema version {version}: expected {SCHEMA_VERSION}; move the file "
+                "away to measure anew, or use the version of flash that wrote it"
+            )
+        try:
+            return Row.from_dict(values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{where}: not a measurement; remove or repair the line") from error

@@ -1,0 +1,20 @@
+"""Decoder -> torch.export -> XNNPACK program (.pte), block by block or whole, and its parity gate."""
+
+from flash.lowering.blocks import Block, BlockKind, blocks_of, lower_block
+from flash.lowering.gate import GateReport, GateSettings, Stage, check_parity
+from flash.lowering.lower import lower, write
+from flash.lowering.settings import LoweringSettings
+
+__all__ = [
+    "Block",
+    "BlockKind",
+    "GateReport",
+    "GateSettings",
+    "LoweringSettings",
+    "Stage",
+    "blocks_of",
+    "check_parity",
+    "lower",
+    "lower_block",
+    "write",
+]

@@ -1,0 +1,168 @@
+"""Blocks: the parts whose times add up to a model's, each a program that can be measured alone.
+
+An architecture is a multiset of blocks: one attention half for each layer that attends, one FFN half
+for each layer, and its two ends (embedding and head). A search space of billions of architectures
+has few distinct blocks, so that each needs to be lowered and measured once.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from flash.arch import ArchSpec, Attention
+from flash.lowering.form import AttentionHalf, FfnHalf, Head, Position, load_custom_ops
+from flash.lowering.lower import export_form, serialise
+from flash.lowering.noise import quiet
+from flash.lowering.quantize import quantize
+from flash.lowering.settings import LoweringSettings
+from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
+
+
+class BlockKind(Enum):
+    """What a block computes."""
+
+    full_attention = "full_attention"
+    sliding_attention = "sliding_attention"
+    ffn = "ffn"
+    ends = "ends"
+    """Embedding of all tokens, then final norm and output head of the last position."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block. Equal blocks have the same program, whichever architecture they come from.
+
+    Attributes:
+        kind: What it computes.
+        spec: An architecture of that one block; make it with `Block.of`, which sets everything
+            that the program does not depend on to fixed values.
+    """
+
+    kind: BlockKind
+    spec: ArchSpec
+
+    @classmethod
+    def of(cls, kind: BlockKind, spec: ArchSpec) -> "Block":
+        """The block of this kind in `spec`."""
+        plain = ArchSpec(
+            model_dim=spec.model_dim,
+            ffn_dim=32,
+            layer_types=(Attention.skip_attention,),
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=32,
+            vocab_size=32,
+            sliding_window=1,
+            rope_theta=spec.rope_theta,
+            norm_eps=spec.norm_eps,
+            max_context=spec.max_context,
+        )
+        match kind:
+            case BlockKind.ffn:
+                return cls(kind, plain.replace(ffn_dim=spec.ffn_dim))
+            case BlockKind.ends:
+                return cls(kind, plain.replace(vocab_size=spec.vocab_size))
+        sliding = kind is BlockKind.sliding_attention
+        attention = plain.replace(
+            layer_types=(Attention[kind.value],),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            qk_norm=spec.qk_norm,
+            sliding_window=spec.sliding_window if sliding else 1,
+        )
+        return cls(kind, attention)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether the first input is token ids `[1, s]` and not activations `[1, s, model_dim]`."""
+        return self.kind is BlockKind.ends
+
+    def __str__(self) -> str:
+        spec = self.spec
+        match self.kind:
+            case BlockKind.ffn:
+                return f"ffn d{spec.model_dim} f{spec.ffn_dim}"
+            case BlockKind.ends:
+                return f"ends d{spec.model_dim} v{spec.vocab_size}"
+            case BlockKind.sliding_attention:
+                window = f" w{spec.sliding_window}"
+            case _:
+                window = ""
+        heads = f"h{spec.num_heads}/{spec.num_kv_heads}x{spec.head_dim}"
+        return f"{self.kind.value} d{spec.model_dim} {heads}{window}"
+
+
+def blocks_of(spec: ArchSpec) -> dict[Block, int]:
+    """The distinct blocks of `spec` and how often each occurs."""
+    counts: Counter[Block] = Counter()
+    for kind in spec.layer_types:
+        if kind is not Attention.skip_attention:
+            counts[Block.of(BlockKind[kind.value], spec)] += 1
+    counts[Block.of(BlockKind.ffn, spec)] += spec.num_layers
+    counts[Block.of(BlockKind.ends, spec)] += 1
+    return dict(counts)
+
+
+def lower_block(block: Block, settings: LoweringSettings) -> bytes:
+    """The .pte of one block, random weights: `forward(x, input_pos)` with a dynamic length.
+
+    x is activations `[1, s, model_dim]` in float32, or tokens `[1, s]` for the ends.
+    """
+    with quiet():
+        form = quantize(block_form(block, settings), settings.quantization)
+    length = min(8, settings.prefill_chunk)
+    example = None if block.takes_tokens else torch.randn(1, length, block.spec.model_dim)
+    return serialise(export_form(form, settings, example), settings)
+
+
+def block_form(block: Block, settings: LoweringSettings) -> nn.Module:
+    """The block as a module with the inputs of its program, in float32."""
+    load_custom_ops()
+    generator_state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        match block.kind:
+            case BlockKind.ffn:
+                return _Ffn(block.spec).eval()
+            case BlockKind.ends:
+                return _Ends(block.spec).eval()
+            case _:
+                return _Attention(block.spec, settings).eval()
+    finally:
+        torch.set_rng_state(generator_state)
+
+
+class _Attention(nn.Module):
+    def __init__(self, spec: ArchSpec, settings: LoweringSettings) -> None:
+        super().__init__()
+        kind = spec.layer_types[0]
+        self.position = Position(spec, settings, kind is Attention.sliding_attention)
+        norm = RMSNorm(spec.model_dim, spec.norm_eps)
+        self.part = AttentionHalf(norm, SelfAttention(spec, kind), spec, settings)
+
+    def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
+        return self.part(x, *self.position(input_pos, x.shape[1]))
+
+
+class _Ffn(nn.Module):
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        self.part = FfnHalf(RMSNorm(spec.model_dim, spec.norm_eps), FeedForward(spec))
+
+    def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class _Ends(nn.Module):
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        weight = torch.randn(spec.vocab_size, spec.model_dim) * 0.02
+        self.embedding = nn.Embedding.from_pretrained(weight)
+        self.head = Head(RMSNorm(spec.model_dim, spec.norm_eps), weight)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))

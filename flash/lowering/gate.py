@@ -1,0 +1,248 @@
+"""The parity gate: from the trained decoder to the file on disk, where does the answer change?
+
+The same text goes through four stages, each compared with the one before it: the float decoder, its
+quantised form in eager mode, the exported program, and the .pte in ExecuTorch's runtime. All but
+the first are fed as on a device: a prefill in two chunks, then one token at a time.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flash.arch import Quantization
+from flash.errors import require
+from flash.lowering.form import load_custom_ops
+from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
+from flash.lowering.noise import quiet
+from flash.lowering.settings import LoweringSettings
+from flash.model import Decoder
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""`(tokens [1, s], input_pos [1]) -> logits [1, vocab]`."""
+
+
+class Stage(Enum):
+    """Where a difference arises."""
+
+    quantized = "quantized"
+    """Quantised eager form against the float decoder."""
+    exported = "exported"
+    """Exported program against the quantised form."""
+    runtime = "runtime"
+    """The .pte in ExecuTorch against the exported program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """Config of the parity gate: how much text, and how large a difference each stage may make."""
+
+    prefill_tokens: int = 32
+    """Prompt length; it goes through in two chunks [tokens]."""
+    decode_tokens: int = 16
+    """Teacher-forced single steps after the prompt."""
+    max_error_fp32: float = 1e-4
+    """Any stage without quantisation: largest difference over largest logit."""
+    max_kl_quantized: float = 0.5
+    """8da4w against float: mean KL [nats]; a tiny model loses far more than a large one."""
+    min_agreement_quantized: float = 0.5
+    """8da4w against float: share of positions with the same likeliest token."""
+    max_error_exported: float = 1e-4
+    """Exported against quantised eager: the same arithmetic in the same library."""
+    max_kl_runtime: float = 0.02
+    """8da4w .pte against exported: mean KL [nats]. XNNPACK rounds activations to 8 bits in another
+    order than torchao does, which moves single values by one step."""
+    min_agreement_runtime: float = 0.9
+    """8da4w .pte against exported: share of positions with the same likeliest token."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_tokens", "decode_tokens"):
+            value = getattr(self, name)
+            require(type(value) is int and value >= 2, f"gate.{name}", value, "2 or more")
+        for name in ("min_agreement_quantized", "min_agreement_runtime"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"gate.{name}", value, "a share from 0 to 1")
+        limits = ("max_error_fp32", "max_error_exported", "max_kl_quantized", "max_kl_runtime")
+        for name in limits:
+            value = getattr(self, name)
+            require(value > 0, f"gate.{name}", value, "a positive number")
+
+    @property
+    def tokens(self) -> int:
+        """Length of the text that the gate needs [tokens]."""
+        return self.prefill_tokens + self.decode_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """One stage against the stage before it."""
+
+    stage: Stage
+    error: float
+    """Largest difference of a logit over the largest logit."""
+    kl: float
+    """Mean KL divergence from the stage before [nats]."""
+    kl_to_float: float
+    """Mean KL divergence from the float decoder [nats]."""
+    agreement: float
+    """Share of positions whose likeliest token stayed the same."""
+    passed: bool
+    rule: str
+    """The limits that decided."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """All stages of one gate run."""
+
+    stages: list[StageResult]
+
+    @property
+    def first_failure(self) -> Stage | None:
+        """The first stage that made too large a difference."""
+        return next((result.stage for result in self.stages if not result.passed), None)
+
+    @property
+    def passed(self) -> bool:
+        return self.first_failure is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        stages = [{**asdict(result), "stage": result.stage.value} for result in self.stages]
+        failure = self.first_failure
+        return {
+            "passed": self.passed,
+            "first_failure": failure.value if failure else None,
+            "stages": stages,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{r.stage.value:10s} {'ok  ' if r.passed else 'FAIL'} error {r.error:.1e} "
+            f"kl {r.kl:.1e} agreement {r.agreement:.2f} ({r.rule})"
+            for r in self.stages
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def check_parity(
+    model: Decoder,
+    settings: LoweringSettings,
+    text: Int[Tensor, " n"],
+    gate: GateSettings | None = None,
+    *,
+    program: bytes | None = None,
+) -> GateReport:
+    """Compare all stages on real text.
+
+    Args:
+        model: The decoder in float32.
+        settings: How it is lowered.
+        text: Token ids of real text, at least `gate.tokens` of them.
+        gate: Lengths and limits.
+        program: The .pte to check; lowered here when None.
+
+    Raises:
+        InputError: The text is too short or the cache cannot hold it.
+    """
+    gate = gate or GateSettings()
+    require(len(text) >= gate.tokens, "gate.text", len(text), f"at least {gate.tokens} tokens")
+    fits = gate.tokens <= settings.max_context
+    require(fits, "lowering.max_context", settings.max_context, f"at least {gate.tokens} for a gate")
+    text = text[: gate.tokens].long()
+    form = quantized_form(model, settings)
+    exported = export_form(form, settings)
+    if program is None:
+        program = serialise(exported, settings)
+
+    positions = slice(gate.prefill_tokens - 1, None)
+    reference = model(text[None])[0, positions].float()
+    with quiet():
+        logits = {
+            Stage.quantized: _run(form, text, gate, settings),
+            Stage.exported: _run(exported.module(), text, gate, settings),
+            Stage.runtime: _run(_runtime_step(program), text, gate, settings),
+        }
+    quantized = settings.quantization is not Quantization.fp32
+    results, before = [], reference
+    for stage, after in logits.items():
+        results.append(_compare(stage, before, after, reference, gate, quantized))
+        before = after
+    report = GateReport(stages=results)
+    log.info("parity gate\n%s", report)
+    return report
+
+
+def _run(
+    step: Step, text: Int[Tensor, " n"], gate: GateSettings, settings: LoweringSettings
+) -> Float[Tensor, "p vocab"]:
+    """Last-position logits of the prefill, then of every decode step."""
+    chunk = min(gate.prefill_tokens // 2, settings.prefill_chunk)
+    out = None
+    for start in range(0, gate.prefill_tokens, chunk):
+        stop = min(start + chunk, gate.prefill_tokens)
+        out = step(text[None, start:stop], torch.tensor([start]))
+    rows = [out.clone()]
+    for position in range(gate.prefill_tokens, gate.tokens):
+        row = step(text[None, position : position + 1], torch.tensor([position]))
+        rows.append(row.clone())
+    return torch.cat(rows).float()
+
+
+def _runtime_step(program: bytes) -> Step:
+    """The program in ExecuTorch's runtime, in this process."""
+    load_custom_ops()
+    from executorch.runtime import Runtime
+
+    loaded = Runtime.get().load_program(program)
+    method = loaded.load_method(METHOD)
+
+    def step(tokens: Tensor, position: Tensor) -> Tensor:
+        # A method does not keep its program alive: without this reference the call crashes.
+        assert loaded is not None
+        return method.execute((tokens, position))[0]
+
+    return step
+
+
+def _compare(
+    stage: Stage, before: Tensor, after: Tensor, reference: Tensor, gate: GateSettings, quant: bool
+) -> StageResult:
+    error = float((after - before).abs().max() / before.abs().max())
+    kl, agreement = _kl(before, after), _agreement(before, after)
+    if not quant:
+        passed, rule = error <= gate.max_error_fp32, f"error <= {gate.max_error_fp32:g}"
+    elif stage is Stage.exported:
+        passed, rule = error <= gate.max_error_exported, f"error <= {gate.max_error_exported:g}"
+    else:
+        runtime = stage is Stage.runtime
+        most = gate.max_kl_runtime if runtime else gate.max_kl_quantized
+        least = gate.min_agreement_runtime if runtime else gate.min_agreement_quantized
+        passed = kl <= most and agreement >= least
+        rule = f"kl <= {most:g} and agreement >= {least:g}"
+    return StageResult(
+        stage=stage,
+        error=error,
+        kl=kl,
+        kl_to_float=_kl(reference, after),
+        agreement=agreement,
+        passed=bool(passed),  # NaN passes no comparison
+        rule=rule,
+    )
+
+
+def _kl(before: Tensor, after: Tensor) -> float:
+    p, q = torch.log_softmax(before.double(), -1), torch.log_softmax(after.double(), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def _agreement(before: Tensor, after: Tensor) -> float:
+    return float((before.argmax(-1) == after.argmax(-1)).float().mean())

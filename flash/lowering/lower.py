@@ -1,0 +1,166 @@
+"""`lower`: a decoder as the bytes of one ExecuTorch program."""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from flash.arch import Quantization
+from flash.errors import require
+from flash.lowering.fast import short_passes
+from flash.lowering.form import Form
+from flash.lowering.noise import quiet
+from flash.lowering.quantize import quantize
+from flash.lowering.settings import LoweringSettings
+from flash.model import Decoder
+
+log = logging.getLogger(__name__)
+
+METHOD = "forward"
+
+
+def lower(
+    model: Decoder,
+    settings: LoweringSettings,
+    *,
+    bos_id: int = 1,
+    eos_ids: Sequence[int] = (2,),
+    fast: bool = True,
+) -> bytes:
+    """The .pte of `model`: method `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
+
+    Args:
+        model: Weights in float32; not changed.
+        settings: Formats and lengths.
+        bos_id: Beginning-of-text token that stock runners are told of.
+        eos_ids: Tokens at which stock runners stop.
+        fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
+
+    Raises:
+        InputError: The context is longer than the architecture allows.
+    """
+    require(
+        settings.max_context <= model.spec.max_context,
+        "lowering.max_context",
+        settings.max_context,
+        f"at most arch.max_context={model.spec.max_context}",
+    )
+    form = quantized_form(model, settings)
+    return serialise(
+        export_form(form, settings),
+        settings,
+        constants=runner_constants(model, settings, bos_id, eos_ids),
+        fast=fast,
+    )
+
+
+def quantized_form(model: Decoder, settings: LoweringSettings) -> Form:
+    """What gets exported, runnable in eager mode: the form with its weights quantised."""
+    with quiet():
+        return quantize(Form(model, settings), settings.quantization)
+
+
+def runner_constants(
+    model: Decoder, settings: LoweringSettings, bos_id: int, eos_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Constant methods by which ExecuTorch's stock LLM runners know the model."""
+    return {
+        "get_bos_id": bos_id,
+        "get_eos_ids": list(eos_ids),
+        "get_vocab_size": model.spec.vocab_size,
+        "get_n_layers": model.spec.num_layers,
+        # For a runner this is the longest single call, not the context.
+        "get_max_seq_len": settings.prefill_chunk,
+        "get_max_context_len": settings.max_context,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def export_form(
+    form: nn.Module, settings: LoweringSettings, first_input: Tensor | None = None
+) -> ExportedProgram:
+    """torch.export's program of `form` with a dynamic number of tokens.
+
+    Args:
+        form: Takes the tokens (or activations) with the sequence in dimension 1, and `input_pos`.
+        settings: Bounds the number of tokens of one call.
+        first_input: Example of the first input; token ids when None.
+    """
+    length = min(8, settings.prefill_chunk)
+    if first_input is None:
+        first_input = torch.zeros(1, length, dtype=torch.long)
+    example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
+    tokens = Dim("tokens", min=1, max=settings.prefill_chunk)
+    started = time.perf_counter()
+    with torch.no_grad(), quiet():
+        program = export(form, example, dynamic_shapes=({1: tokens}, None), strict=False)
+    log.debug("exported in %.1f s", time.perf_counter() - started)
+    return program
+
+
+def serialise(
+    programs: ExportedProgram | dict[str, ExportedProgram],
+    settings: LoweringSettings,
+    *,
+    constants: dict[str, Any] | None = None,
+    fast: bool = True,
+) -> bytes:
+    """Delegate what XNNPACK can run and write the rest for the portable kernels."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+        XnnpackDynamicallyQuantizedPartitioner,
+        XnnpackPartitioner,
+    )
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    quantized = settings.quantization is not Quantization.fp32
+    partitioner = XnnpackDynamicallyQuantizedPartitioner if quantized else XnnpackPartitioner
+    started = time.perf_counter()
+    with torch.no_grad(), quiet(), short_passes() if fast else nullcontext():
+        edge = to_edge_transform_and_lower(
+            programs,
+            partitioner=[partitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            constant_methods=constants,
+        )
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                do_quant_fusion_and_const_prop=True,
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            )
+        )
+        data = bytes(program.buffer)
+    log.debug("lowered in %.1f s, %d bytes", time.perf_counter() - started, len(data))
+    return data
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a program; a kill or a full disk leaves the old file or none, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

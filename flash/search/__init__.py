@@ -1,0 +1,35 @@
+"""Stage 2: which architectures are worth training, found by Bayesian optimisation."""
+
+from flash.search.frontier import write_frontier, write_report
+from flash.search.loop import (
+    EvaluationError,
+    Quality,
+    frontier,
+    hypervolume_history,
+    search,
+)
+from flash.search.pareto import choose_winners, hypervolume, non_dominated
+from flash.search.sampler import Latency, propose
+from flash.search.settings import Sampler, SearchSettings
+from flash.search.study import Study, Trial, open_study, space_fingerprint
+
+__all__ = [
+    "EvaluationError",
+    "Latency",
+    "Quality",
+    "Sampler",
+    "SearchSettings",
+    "Study",
+    "Trial",
+    "choose_winners",
+    "frontier",
+    "hypervolume",
+    "hypervolume_history",
+    "non_dominated",
+    "open_study",
+    "propose",
+    "search",
+    "space_fingerprint",
+    "write_frontier",
+    "write_report",
+]

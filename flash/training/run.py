@@ -1,0 +1,305 @@
+"""`train.py`: an architecture, weights inherited from the backbone, trained and saved."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import MISSING
+from tokenizers import Tokenizer
+
+from flash.arch import ArchSpec, count_parameters
+from flash.data import DataSettings, PackedData, end_of_text_id, find_tokenizer, load_tokenizer
+from flash.errors import InputError
+from flash.files import write_text
+from flash.model import Backbone, BackboneSettings, Decoder, build, save, state_to_save
+from flash.prune import Importance, cached_scores, check_fits, fingerprint, prune
+from flash.runs import Runs
+from flash.training.fit import FitResult, HeldOut, fit, heldout_quality
+from flash.training.loggers import LoggerSettings, close_logger, make_logger
+from flash.training.settings import RecipeSettings, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainSettings:
+    """Root of `train.py`."""
+
+    backbone: BackboneSettings = MISSING
+    data: DataSettings = MISSING
+    recipe: RecipeSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    arch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What differs from the backbone's architecture: nothing, or all of a file in conf/arch."""
+    name: str | None = None
+    """Name of the result; null takes the arch's."""
+    seed: int = 0
+    runs: str = "runs"
+    """Folder for everything that runs produce."""
+
+
+def plain(settings: Any) -> Any:
+    """Settings as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=lambda value: value.value))
+
+
+def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
+    """The backbone's architecture with `changes`.
+
+    Raises:
+        InputError: An unknown key, an illegal value, or a spec that cannot be cut from it.
+    """
+    spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})
+    check_fits(spec, backbone.spec)
+    return spec
+
+
+def importance_of(
+    backbone: Backbone, data: PackedData, recipe: RecipeSettings, runs: Runs
+) -> Importance:
+    """The backbone's importance scores, computed once and kept."""
+    assert backbone.folder is not None
+    batches = list(data.calibration_batches(recipe.calibration_tokens))
+    path = runs.importance(f"{fingerprint(backbone.folder)}_{data.streams.digest}")
+    return cached_scores(path, backbone.folder, backbone.load, batches, len(batches))
+
+
+def initial_model(
+    spec: ArchSpec, backbone: Backbone, data: PackedData, recipe: RecipeSettings, runs: Runs
+) -> Decoder:
+    """`spec` with the backbone's weights: all of them, or those that pruning keeps.
+
+    Without backbone weights they are random.
+    """
+    if backbone.folder is None:
+        return Decoder(spec)
+    if spec == backbone.spec:
+        return backbone.load()
+    importance = importance_of(backbone, data, recipe, runs)
+    return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `result.json` beside a trained model says.
+
+    Attributes:
+        name: Name of the run.
+        spec: The architecture.
+        parameters: Trained parameters, tied ones once.
+        before: Held-out quality of the inherited weights.
+        after: Held-out quality after training.
+        fit: Steps, tokens and speed.
+        key: Hash of all that decides the result; the run is done when it is unchanged.
+        settings: The settings, plain.
+    """
+
+    name: str
+    spec: ArchSpec
+    parameters: int
+    before: HeldOut
+    after: HeldOut
+    fit: FitResult
+    key: str
+    settings: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"held-out loss {self.before.loss:.3f} -> {self.after.loss:.3f} "
+            f"({self.after.bits_per_byte:.3f} bits per byte), {self.fit.tokens:,} tokens"
+        )
+
+    def write(self, folder: Path) -> None:
+        values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
+        write_text(folder / "result.json", json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainResult | None":
+        """The result in `folder`, or None where there is none.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        path = folder / "result.json"
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            return cls(
+                **{
+                    **values,
+                    "spec": ArchSpec.from_dict(values["spec"]),
+                    "before": HeldOut(**values["before"]),
+                    "after": HeldOut(**values["after"]),
+                    "fit": FitResult(**values["fit"]),
+                }
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it to train again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything a job needs before it works: opened, checked, nothing large loaded.
+
+    Attributes:
+        runs: Where results go.
+        backbone: What weights come from.
+        tokenizer_path: The tokenizer.json in use.
+        tokenizer: The same, loaded.
+        data: Batches.
+    """
+
+    runs: Runs
+    backbone: Backbone
+    tokenizer_path: Path
+    tokenizer: Tokenizer
+    data: PackedData
+
+    @classmethod
+    def open(
+        cls,
+        backbone: Backbone,
+        data: DataSettings,
+        recipe: RecipeSettings,
+        *,
+        seed: int,
+        runs: Runs,
+    ) -> "Inputs":
+        """Find the tokenizer and the token streams.
+
+        Raises:
+            InputError: Corpus or tokenizer cannot be used with this backbone.
+        """
+        path = find_tokenizer(data, backbone.tokenizer, runs.tokens)
+        tokenizer = load_tokenizer(path)
+        if tokenizer.get_vocab_size() > backbone.spec.vocab_size:
+            raise InputError(
+                f"data.tokenizer={path}: has {tokenizer.get_vocab_size()} entries: expected at "
+                f"most the backbone's vocabulary of {backbone.spec.vocab_size}"
+            )
+        packed = PackedData(
+            data, tokenizer, batch_size=recipe.batch_size, seed=seed, cache=runs.tokens
+        )
+        return cls(runs, backbone, path, tokenizer, packed)
+
+    @property
+    def end_of_text(self) -> int:
+        """Id of the token between documents."""
+        return end_of_text_id(self.tokenizer, self.tokenizer_path)
+
+    def save_model(self, folder: Path, model: Decoder) -> None:
+        """Write `model` as a bf16 Hugging Face folder with the tokenizer."""
+        save(
+            folder,
+            model.spec,
+            state_to_save(model, torch.bfloat16),
+            tokenizer=self.tokenizer_path,
+            token_ids={"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text},
+        )
+
+
+def _key(settings: TrainSettings, spec: ArchSpec, inputs: Inputs) -> str:
+    folder = inputs.backbone.folder
+    decisive = {
+        "spec": spec.to_dict(),
+        "recipe": plain(settings.recipe),
+        "precision": settings.trainer.precision.value,
+        "max_steps": settings.trainer.max_steps,
+        "data": [inputs.data.streams.digest, settings.data.seq_len],
+        "backbone": fingerprint(folder) if folder else "random",
+        "seed": settings.seed,
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train(settings: TrainSettings) -> TrainResult:
+    """Train what `settings` ask for, or return the finished result of the same run.
+
+    Raises:
+        InputError: Settings, backbone or data that cannot be used.
+    """
+    backbone = Backbone.open(settings.backbone)
+    spec = arch_of(settings.arch, backbone)
+    name = settings.name or backbone.name
+    if backbone.folder is None:
+        log.warning(
+            "backbone %s has no weights: training %s from random weights, without a teacher "
+            "(give backbone.weights=FOLDER to inherit)",
+            backbone.name,
+            name,
+        )
+        settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
+    L.seed_everything(settings.seed, verbose=False)
+    runs = Runs(Path(settings.runs))
+    inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
+    key = _key(settings, spec, inputs)
+    folder = runs.model(name)
+    result = TrainResult.read(folder)
+    if result is not None and result.key == key:
+        log.info("%s is finished: %s", name, result.summary)
+        return result
+    result = _train(settings, name, spec, inputs, key)
+    result.write(folder)
+    log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
+    return result
+
+
+def _train(
+    settings: TrainSettings, name: str, spec: ArchSpec, inputs: Inputs, key: str
+) -> TrainResult:
+    recipe, precision = settings.recipe, settings.trainer.precision
+    model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs)
+    before = heldout_quality(model, inputs.data, precision)
+    log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
+    logger = make_logger(
+        settings.logger,
+        folder=inputs.runs.logs,
+        run=name,
+        job="train",
+        config={**plain(settings), "spec": spec.to_dict()},
+    )
+    folder = inputs.runs.model(name)
+    try:
+        done = fit(
+            model,
+            inputs.data,
+            recipe,
+            settings.trainer,
+            teacher=inputs.backbone.load() if recipe.kd_weight > 0 else None,
+            # Checkpoints carry the key: other settings start over, not from foreign ones.
+            folder=folder / "checkpoints" / key,
+            loggers=logger if logger is not None else False,
+            what=name,
+        )
+        after = heldout_quality(model, inputs.data, precision)
+        if logger is not None:
+            metrics = {
+                "heldout/loss_before": before.loss,
+                "heldout/loss_after": after.loss,
+                "heldout/bits_per_byte": after.bits_per_byte,
+                "parameters": count_parameters(spec).total,
+            }
+            logger.log_metrics(metrics, step=done.steps)
+    finally:
+        close_logger(logger)
+    inputs.save_model(folder / "checkpoint", model)
+    return TrainResult(
+        name=name,
+        spec=spec,
+        parameters=count_parameters(spec).total,
+        before=before,
+        after=after,
+        fit=done,
+        key=key,
+        settings=plain(settings),
+    )

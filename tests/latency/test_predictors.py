@@ -1,0 +1,271 @@
+"""Facts about the latency predictors, on synthetic devices with a known truth."""
+
+import time
+
+import numpy as np
+import pytest
+
+from flash.arch import (
+    ArchSpec,
+    Attention,
+    Choices,
+    SearchSpace,
+    SpaceSettings,
+    count_parameters,
+    decode_flops,
+    prefill_flops,
+)
+from flash.errors import InputError
+from flash.latency import (
+    BlockPredictor,
+    BlockTable,
+    Grid,
+    Part,
+    PowerLaw,
+    Prediction,
+    cross_validate,
+    grid_points,
+)
+from flash.latency.blocks import Calibration
+from flash.latency.gp import GaussianProcess
+
+# botorch imports linear_operator, which scripts a function at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+FULL, SLIDING = Attention.full_attention, Attention.sliding_attention
+BACKBONE = ArchSpec(
+    model_dim=256,
+    ffn_dim=1024,
+    layer_types=(FULL,) * 8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=512,
+    sliding_window=32,
+)
+SPACE = SearchSpace(
+    SpaceSettings(
+        name="test",
+        num_layers=Choices(min=4, max=8),
+        model_dim=Choices(min=128, max=256, step=32),
+        ffn_dim=Choices(min=256, max=1024, step=64),
+    ),
+    BACKBONE,
+)
+GRID = Grid(
+    model_dims=grid_points(SPACE.model_dims, 3),
+    ffn_dims=grid_points(SPACE.ffn_dims, 3),
+    kinds=SPACE.kinds,
+)
+
+
+def part_ms(part):
+    """A device whose parts cost what they do in GEMMs: bilinear in the widths."""
+    d = part.model_dim
+    if part.name == "ends":
+        return 0.1 + 2e-3 * d
+    if part.name == "ffn":
+        return 0.05 + 1e-4 * d + 2e-5 * part.ffn_dim + 1.5e-6 * d * part.ffn_dim
+    return (0.3 if part.name == FULL.value else 0.7) + 4e-3 * d
+
+
+def model_ms(spec):
+    parts = [Part(name="ends", model_dim=spec.model_dim)]
+    for kind in spec.layer_types:
+        parts.append(Part(name="ffn", model_dim=spec.model_dim, ffn_dim=spec.ffn_dim))
+        if kind is not Attention.skip_attention:
+            parts.append(Part(name=kind.value, model_dim=spec.model_dim))
+    return sum(part_ms(part) for part in parts)
+
+
+def table(rng=None, noise=0.0):
+    values = {part: part_ms(part) for part in GRID.parts()}
+    if rng is not None:
+        values = {part: v * np.exp(noise * rng.standard_normal()) for part, v in values.items()}
+    return BlockTable(BACKBONE, GRID, values)
+
+
+def truth(specs):
+    return np.array([model_ms(spec) for spec in specs])
+
+
+def test_grid_takes_both_ends_and_even_steps():
+    assert grid_points(range(2048, 8193, 256), 3) == (2048, 5120, 8192)
+    assert grid_points([3, 1, 2, 2], 9) == (1, 2, 3)
+    assert len(GRID.parts()) == 3 + 2 * 3 + 9
+
+
+def test_composition_is_exact_for_a_bilinear_device():
+    specs = SPACE.stratified(np.random.default_rng(0), 200)
+    np.testing.assert_allclose(table().compose(specs)[0], truth(specs), rtol=1e-12)
+
+
+def test_composition_goes_on_linearly_beyond_the_grid():
+    wider = BACKBONE.replace(model_dim=320, ffn_dim=1280)
+    np.testing.assert_allclose(table().compose([wider])[0], truth([wider]), rtol=1e-12)
+
+
+def test_composition_counts_parts():
+    specs = [BACKBONE.replace(layer_types=kinds) for kinds in ((FULL,), (FULL, SLIDING))]
+    skipping = BACKBONE.replace(layer_types=(FULL, Attention.skip_attention))
+    assert list(table().compose([*specs, skipping])[1]) == [3, 5, 4]
+
+
+def test_grid_of_one_width_is_constant_in_it():
+    grid = Grid(model_dims=(256,), ffn_dims=GRID.ffn_dims, kinds=SPACE.kinds)
+    lone = BlockTable(BACKBONE, grid, {part: part_ms(part) for part in grid.parts()})
+    np.testing.assert_allclose(lone.compose([BACKBONE])[0], truth([BACKBONE]))
+
+
+def test_blocks_of_other_heads_are_refused():
+    with pytest.raises(InputError, match="arch.num_heads=8: expected 4"):
+        table().compose([BACKBONE.replace(num_heads=8)])
+
+
+def test_kind_without_a_measured_block_is_refused():
+    grid = Grid(model_dims=(256,), ffn_dims=(1024,), kinds=(FULL,))
+    lone = BlockTable(BACKBONE, grid, {part: part_ms(part) for part in grid.parts()})
+    with pytest.raises(InputError, match="sliding_attention"):
+        lone.compose([BACKBONE.replace(layer_types=(FULL, SLIDING))])
+
+
+@pytest.mark.parametrize(
+    ("device", "calibration"),
+    [
+        (lambda ms, parts: 1.36 * ms, Calibration.scale),
+        (lambda ms, parts: 1.1 * ms + 3.0, Calibration.model_overhead),
+        (lambda ms, parts: 1.2 * ms - 0.05 * parts, Calibration.part_overhead),
+    ],
+)
+def test_blocks_recover_the_calibration_of_a_device_without_noise(device, calibration):
+    rng = np.random.default_rng(1)
+    blocks = table()
+    fitted = [*SPACE.stratified(rng, 6), BACKBONE]
+    predictor = BlockPredictor(blocks).fit(fitted, device(*blocks.compose(fitted)))
+    assert predictor.calibration is calibration
+    unseen = SPACE.stratified(rng, 100)
+    np.testing.assert_allclose(
+        predictor.predict(unseen).mean, device(*blocks.compose(unseen)), rtol=1e-6
+    )
+
+
+def test_blocks_recover_a_noisy_device_and_their_interval_holds():
+    inside, mape, taus = [], [], []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        predictor = BlockPredictor(table(rng, 0.03))
+        fitted = [*SPACE.stratified(rng, 4), BACKBONE]
+
+        def measure(specs, rng=rng):
+            return 1.2 * truth(specs) * np.exp(0.03 * rng.standard_normal(len(specs)))
+
+        predictor.fit(fitted, measure(fitted))
+        unseen = [SPACE.sample(rng) for _ in range(20)]
+        measured = measure(unseen)
+        prediction = predictor.predict(unseen)
+        inside.append(np.mean((prediction.low <= measured) & (measured <= prediction.high)))
+        mape.append(np.mean(np.abs(prediction.mean / measured - 1)))
+        order = np.argsort(truth(unseen))
+        pairs = np.sign(np.subtract.outer(prediction.mean[order], prediction.mean[order]))
+        taus.append(-pairs[np.triu_indices(20, 1)].mean())
+    assert 0.85 <= np.mean(inside) <= 0.96
+    assert np.mean(mape) < 0.05
+    assert np.mean(taus) > 0.85
+
+
+class Oracle:
+    """Knows the truth."""
+
+    def fit(self, specs, values_ms, errors_ms=None):
+        return self
+
+    def predict(self, specs):
+        return Prediction(truth(specs), 0.99 * truth(specs), 1.01 * truth(specs))
+
+
+@pytest.mark.parametrize("folds", [None, 3])
+def test_perfect_predictor_has_perfect_scores(folds):
+    specs = SPACE.stratified(np.random.default_rng(0), 12)
+    scores = cross_validate(Oracle, specs, truth(specs), folds=folds)
+    assert (scores.r2, scores.mape_pct, scores.coverage_90) == (1, 0, 1)
+    assert scores.kendall_tau == pytest.approx(1)
+    assert scores.n == len(specs)
+    assert "n=12 (few" in str(scores)
+
+
+def test_held_out_models_are_not_fitted():
+    class Memory(Oracle):
+        def fit(self, specs, values_ms, errors_ms=None):
+            self.seen = set(specs)
+            assert len(specs) == len(values_ms) == len(errors_ms)
+            return self
+
+        def predict(self, specs):
+            assert not self.seen & set(specs)
+            return super().predict(specs)
+
+    specs = SPACE.stratified(np.random.default_rng(0), 30)
+    cross_validate(Memory, specs, truth(specs), np.ones(len(specs)))
+
+
+def test_gp_beats_parameters_where_attention_kinds_matter():
+    rng = np.random.default_rng(3)
+    specs = [*SPACE.stratified(rng, 40), BACKBONE]
+    values = truth(specs) * np.exp(0.01 * rng.standard_normal(len(specs)))
+    gp = cross_validate(GaussianProcess, specs, values, 0.01 * values, folds=4)
+    params = cross_validate(
+        lambda: PowerLaw(lambda spec: count_parameters(spec).total), specs, values
+    )
+    assert gp.kendall_tau > params.kendall_tau + 0.05
+    assert gp.r2 > 0.95
+    assert gp.mape_pct < params.mape_pct / 2
+    assert gp.coverage_90 >= 0.75
+
+
+def test_power_law_is_exact_for_a_power_law():
+    specs = SPACE.stratified(np.random.default_rng(0), 30)
+    values = np.array([3e-7 * prefill_flops(spec, 64) ** 0.9 for spec in specs])
+    predictor = PowerLaw(lambda spec: prefill_flops(spec, 64)).fit(specs[:10], values[:10])
+    np.testing.assert_allclose(predictor.predict(specs[10:]).mean, values[10:], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda spec: count_parameters(spec).total,
+        lambda spec: prefill_flops(spec, 100),
+        lambda spec: decode_flops(spec, 100),
+    ],
+)
+def test_counts_are_composed_exactly(count):
+    specs = SPACE.stratified(np.random.default_rng(0), 50)
+    assert [PowerLaw(count)._total(spec) for spec in specs] == [count(spec) for spec in specs]
+
+
+def test_interval_of_a_power_law_holds():
+    inside = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        specs = SPACE.stratified(rng, 20)
+        values = np.array([count_parameters(spec).total * 1e-6 for spec in specs])
+        values = values * np.exp(0.05 * rng.standard_normal(len(values)))
+        predictor = PowerLaw(lambda spec: count_parameters(spec).total).fit(specs[:8], values[:8])
+        prediction = predictor.predict(specs[8:])
+        inside.append(np.mean((prediction.low < values[8:]) & (values[8:] < prediction.high)))
+    assert 0.87 <= np.mean(inside) <= 0.93
+
+
+def test_ten_thousand_specs_are_predicted_in_a_second():
+    rng = np.random.default_rng(0)
+    fitted = SPACE.stratified(rng, 8)
+    many = [SPACE.sample(rng) for _ in range(1000)] * 10
+    for predictor in (
+        BlockPredictor(table()),
+        PowerLaw(lambda spec: count_parameters(spec).total),
+        PowerLaw(lambda spec: prefill_flops(spec, 2048)),
+        GaussianProcess(),
+    ):
+        predictor.fit(fitted, truth(fitted))
+        start = time.perf_counter()
+        assert len(predictor.predict(many)) == len(many)
+        assert time.perf_counter() - start < 1

@@ -1,0 +1,316 @@
+"""Facts about stage 1, with a device whose latencies are known."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
+from flash.device import DeviceSettings, HostDevice, Measurement, Workload
+from flash.errors import InputError
+from flash.latency import (
+    LatencySettings,
+    MeasurementStore,
+    Objective,
+    PredictorKind,
+    SubjectKind,
+    collect,
+    make_grid,
+    whole_models,
+)
+from flash.latency.stage import Subject
+from flash.lowering import LoweringSettings
+
+# botorch imports linear_operator, which scripts a function at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+BACKBONE = ArchSpec(
+    model_dim=256,
+    ffn_dim=1024,
+    layer_types=parse_pattern("FFFFFF"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=512,
+    sliding_window=32,
+    tie_embeddings=False,
+)
+SPACE = SearchSpace(
+    SpaceSettings(
+        name="test",
+        num_layers=Choices(min=3, max=6),
+        model_dim=Choices(min=128, max=256, step=32),
+        ffn_dim=Choices(min=256, max=1024, step=64),
+    ),
+    BACKBONE,
+)
+WORKLOAD = Workload(
+    prompt_tokens=64, decode_context=64, decode_tokens=4, prefill_chunk=64, threads=1
+)
+LOWERING = LoweringSettings(max_context=128)
+SETTINGS = LatencySettings(group_size=5)
+CALL_MS = 0.05
+
+
+def block_ms(kind, spec):
+    """Prefill [ms]; a fourth of the FFN's work in decode."""
+    d, f = spec["model_dim"], spec["ffn_dim"]
+    return {
+        "ends": 0.2 + 1e-3 * d,
+        "ffn": 2e-6 * d * f,
+        "full_attention": 0.2 + 3e-3 * d,
+        "sliding_attention": 0.4 + 3e-3 * d,
+    }[kind]
+
+
+def latency_ms(subject):
+    if "kind" in subject:
+        return CALL_MS + block_ms(subject["kind"], subject["spec"])
+    layers = [kind for kind in subject["layer_types"] if kind != "skip_attention"]
+    kinds = ["ends", *["ffn"] * len(subject["layer_types"]), *layers]
+    return CALL_MS + 1.1 * sum(block_ms(kind, subject) for kind in kinds)
+
+
+class Killed(BaseException):
+    pass
+
+
+class FakeDevice:
+    """Reads in each "program" what it is of, and knows how long that takes."""
+
+    def __init__(self, die_at_group=None, name="fake", reference_ms=lambda group: 10.0):
+        self.settings = SimpleNamespace(processes=3, warmups=1, runs=2)
+        self.name = name
+        self.measured = []
+        self.groups = 0
+        self.die_at_group = die_at_group
+        self.reference_ms = reference_ms
+
+    def identity(self):
+        return {"device": self.name, "threads": 1}
+
+    def measure(self, programs, workload, reference=None, on_progress=None):
+        assert workload is WORKLOAD
+        if self.groups == self.die_at_group:
+            raise Killed
+        reference_ms = self.reference_ms(self.groups)
+        self.groups += 1
+        assert len({program.name for program in [*programs, reference]}) == len(programs) + 1
+        on_progress(1, 1)
+        return [self.time(program, reference_ms) for program in programs]
+
+    def time(self, program, reference_ms):
+        subject = json.loads(program.path.read_text())
+        self.measured.append(json.dumps(subject, sort_keys=True))
+        ms = latency_ms(subject)
+        return Measurement(
+            name=program.name,
+            ttft_ms=ms,
+            ttft_se_ms=0.01 * ms,
+            decode_ms=ms / 4,
+            decode_se_ms=0.01 * ms,
+            load_ms=1.0,
+            peak_rss_mib=1.0,
+            model_rss_mib=1.0,
+            samples=[{"accepted": True, "ttft": [{"wall_s": ms / 1e3}]}],
+            conditions=[{"reference_ttft_ms": reference_ms}],
+        )
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """Names of what was lowered; a "program" is the description of its subject."""
+    names = []
+
+    def lower(subject, settings):
+        names.append(str(subject))
+        return json.dumps(subject.to_dict()).encode()
+
+    monkeypatch.setattr(Subject, "lower", lower)
+    return names
+
+
+def run(tmp_path, device, settings=SETTINGS, **changes):
+    arguments = {
+        "space": SPACE,
+        "backbone": BACKBONE,
+        "device": device,
+        "workload": WORKLOAD,
+        "lowering": LOWERING,
+        "settings": settings,
+        "store": MeasurementStore(tmp_path / "measurements.jsonl"),
+        "cache_dir": tmp_path / "programs",
+        "seed": 0,
+    }
+    return collect(**{**arguments, **changes})
+
+
+def test_blocks_predict_models_that_were_never_measured(tmp_path, lowered):
+    model = run(tmp_path, FakeDevice())
+    unseen = [SPACE.sample(np.random.default_rng(7)) for _ in range(50)]
+    truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
+    np.testing.assert_allclose(model.prefill.predict(unseen).mean, truth, rtol=0.03)
+    np.testing.assert_allclose(model.decode.predict(unseen).mean, truth / 4, rtol=0.03)
+    assert model.target is model.prefill
+    assert len(lowered) == len(model.rows) == 18 + 4 + 1
+    assert model.models[-1].layer_types == BACKBONE.layer_types
+    scores = model.scores[Objective.prefill]
+    assert set(scores) == {"blocks", "params", "flops"}
+    assert scores["blocks"].mape_pct < scores["params"].mape_pct
+    assert scores["blocks"].n == 5
+    assert "prefill blocks R2" in model.describe()
+    assert model.metrics()["latency/decode/blocks/n"] == 5
+
+
+def test_second_call_lowers_and_measures_nothing(tmp_path, lowered):
+    first = run(tmp_path, FakeDevice())
+    count = len(lowered)
+    device = FakeDevice()
+    start = time.perf_counter()
+    again = run(tmp_path, device)
+    assert time.perf_counter() - start < 1
+    assert (len(lowered), device.measured) == (count, [])
+    specs = [SPACE.sample(np.random.default_rng(1)) for _ in range(9)]
+    np.testing.assert_array_equal(
+        first.prefill.predict(specs).high, again.prefill.predict(specs).high
+    )
+
+
+def test_kill_between_groups_loses_only_the_group_that_ran(tmp_path, lowered):
+    killed = FakeDevice(die_at_group=3)
+    with pytest.raises(Killed):
+        run(tmp_path, killed)
+    assert len(killed.measured) == 3 * SETTINGS.group_size
+    resumed = FakeDevice()
+    model = run(tmp_path, resumed)
+    assert not set(killed.measured) & set(resumed.measured)
+    assert len(killed.measured) + len(resumed.measured) == len(model.rows)
+    assert len(lowered) == len(set(lowered)) == len(model.rows)
+
+
+def test_no_subject_is_measured_twice(tmp_path, lowered):
+    device = FakeDevice()
+    model = run(tmp_path, device)
+    assert len(device.measured) == len(set(device.measured)) == len(model.rows)
+    # More models: those measured before are among them.
+    more = run(tmp_path, device, LatencySettings(calibration_models=7))
+    assert set(model.models) < set(more.models)
+    assert len(device.measured) == len(set(device.measured)) == len(model.rows) + 3
+
+
+def test_other_device_workload_or_protocol_is_measured_anew(tmp_path, lowered):
+    run(tmp_path, FakeDevice())
+    other = FakeDevice(name="other")
+    run(tmp_path, other)
+    careful = FakeDevice()
+    careful.settings.processes = 7
+    run(tmp_path, careful)
+    assert len(other.measured) == len(careful.measured) == 23
+    assert len(lowered) == 23  # the programs were in the cache
+
+
+def test_programs_are_deleted_on_demand(tmp_path, lowered):
+    model = run(tmp_path, FakeDevice(), LatencySettings(keep_programs=False))
+    left = list((tmp_path / "programs").iterdir())
+    assert [json.loads(path.read_text()) for path in left] == [model.models[-1].to_dict()]
+
+
+@pytest.mark.parametrize("kind", [PredictorKind.gp, PredictorKind.params, PredictorKind.flops])
+def test_other_predictors_measure_whole_models_only(tmp_path, lowered, kind):
+    model = run(tmp_path, FakeDevice(), LatencySettings(predictor=kind, whole_models=8))
+    assert {row.kind for row in model.rows} == {SubjectKind.model}
+    assert len(model.rows) == 9
+    assert len(model.decode.predict(model.models)) == 9
+    assert model.scores[Objective.decode][kind.value].n == 9
+
+
+def test_busy_group_is_reported(tmp_path, lowered, caplog):
+    run(tmp_path, FakeDevice(reference_ms=lambda group: 13.0 if group == 2 else 10.0))
+    assert caplog.text.count("busy device") == 1
+
+
+def test_workload_must_fit_the_context(tmp_path):
+    with pytest.raises(InputError, match="lowering.max_context=32: expected at least 68"):
+        run(tmp_path, FakeDevice(), lowering=LoweringSettings(max_context=32))
+
+
+def test_grid_spans_space_and_backbone():
+    grid = make_grid(SPACE, BACKBONE.replace(model_dim=512), LatencySettings())
+    assert (grid.model_dims[0], grid.model_dims[-1]) == (128, 512)
+    assert set(grid.kinds) == set(Attention)
+
+
+def test_whole_models_start_alike_and_end_with_the_backbone():
+    few, many = (whole_models(SPACE, BACKBONE, num, seed=3) for num in (4, 9))
+    assert few[:-1] == many[:4]
+    assert few[-1] == many[-1] == BACKBONE.replace(tie_embeddings=True)
+    assert all(spec in SPACE for spec in few)
+
+
+@pytest.mark.parametrize("name", ["blocks", "gp", "params", "flops"])
+def test_values_of_each_group_file_fit_the_schema(name, request):
+    path = request.config.rootpath / "conf" / "latency" / f"{name}.yaml"
+    schema = OmegaConf.structured(LatencySettings)
+    override = OmegaConf.from_dotlist(["group_size=3"])
+    settings = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path), override))
+    assert settings.predictor is PredictorKind[name]
+    assert settings.group_size == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("grid_widths", 1), ("grid_ffn", 0), ("calibration_models", 1), ("group_size", 0)],
+)
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(InputError, match=f"latency.{field}={value}: expected an integer"):
+        LatencySettings(**{field: value})
+
+
+@pytest.mark.slow
+def test_stage_one_on_this_machine(tmp_path):
+    backbone = BACKBONE.replace(
+        model_dim=64, ffn_dim=128, layer_types=parse_pattern("FF"), vocab_size=128
+    )
+    sizes = SpaceSettings(
+        name="smallest",
+        num_layers=Choices(min=1, max=2),
+        model_dim=Choices(min=64, max=64),
+        ffn_dim=Choices(min=64, max=128, step=32),
+        kinds=[Attention.full_attention, Attention.skip_attention],
+    )
+    device_settings = DeviceSettings(
+        name="test",
+        max_context=64,
+        prompt_tokens=48,
+        decode_context=32,
+        decode_tokens=4,
+        processes=2,
+        warmups=1,
+        runs=3,
+    )
+    arguments = {
+        "space": SearchSpace(sizes, backbone),
+        "backbone": backbone,
+        "device": HostDevice(device_settings),
+        "workload": device_settings.workload,
+        "lowering": device_settings.lowering,
+        "settings": LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2),
+        "store": MeasurementStore(tmp_path / "measurements.jsonl"),
+        "cache_dir": tmp_path / "programs",
+    }
+    model = collect(**arguments)
+    assert len(model.rows) == 1 + 1 + 2 + 3
+    shallow, deep = (
+        backbone.replace(layer_types=parse_pattern(pattern), tie_embeddings=True)
+        for pattern in ("F-", "FF")
+    )
+    for predictor in (model.prefill, model.decode):
+        prediction = predictor.predict([shallow, deep])
+        assert 0 < prediction.mean[0] < prediction.mean[1]
+        assert (prediction.low <= prediction.high).all()
+    start = time.perf_counter()
+    collect(**arguments)
+    assert time.perf_counter() - start < 1
