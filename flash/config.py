@@ -12,7 +12,6 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar
@@ -21,63 +20,17 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flash.arch import SpaceSettings
-from flash.data import DataSettings
-from flash.device import DeviceSettings
-from flash.errors import InputError, nearest
-from flash.latency import LatencySettings
-from flash.lowering import GateSettings
-from flash.model import BackboneSettings
+from flash.errors import CheckFailed, InputError, nearest
+from flash.evaluation import ExportSettings
 from flash.runs import Runs
-from flash.search import SearchSettings
-from flash.training import RecipeSettings, TrainerSettings
-from flash.training.loggers import LoggerSettings
+from flash.search.run import SearchJobSettings
 from flash.training.run import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class SearchJobSettings:
-    """Root of `search.py`."""
-
-    backbone: BackboneSettings = MISSING
-    space: SpaceSettings = MISSING
-    latency: LatencySettings = MISSING
-    device: DeviceSettings = MISSING
-    data: DataSettings = MISSING
-    recipe: RecipeSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    search: SearchSettings = MISSING
-    seed: int = 0
-    runs: str = "runs"
-
-
-@dataclass(kw_only=True)
-class ExportSettings:
-    """Root of `export.py`."""
-
-    backbone: BackboneSettings = MISSING
-    latency: LatencySettings = MISSING
-    device: DeviceSettings = MISSING
-    data: DataSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    gate: GateSettings = MISSING
-    arch: dict[str, Any] = field(default_factory=dict)
-    """What to export, as for `train.py`; nothing is the backbone itself."""
-    name: str | None = None
-    model: str | None = None
-    """Folder of trained weights; null takes the training run of that name."""
-    prompt: str = "def "
-    """What the exported program is asked to continue."""
-    seed: int = 0
-    runs: str = "runs"
 
 
 Settings = TypeVar("Settings", TrainSettings, SearchJobSettings, ExportSettings)
@@ -205,7 +158,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
 
 
-def entry(schema: type[Settings], job: Callable[[Settings], None]) -> None:
+def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
     """Run a script: compose its configuration, check it, convert it, call `job`, then exit.
 
     Args:
@@ -226,6 +179,8 @@ def entry(schema: type[Settings], job: Callable[[Settings], None]) -> None:
             job(settings)
         except InputError as error:  # inside, else Hydra adds lines of its own
             _fail(str(error))
+        except CheckFailed as error:
+            _fail(str(error), 1)
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=_ROOTS[schema])
     command = " ".join(sys.argv)

@@ -25,3 +25,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"valid: {', '.join(names)}" if names else "no keys are valid here"
+
+
+class CheckFailed(RuntimeError):
+    """A result that did not pass its check: the entry scripts print it and exit with code 1."""

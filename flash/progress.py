@@ -18,7 +18,9 @@ def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iter
             bar.update()
 
 
-def progress_bar(what: str, total: int | None, unit: str = "it") -> "tqdm[None]":
+def progress_bar(
+    what: str, total: int | None, unit: str = "it", *, shown: bool = True
+) -> "tqdm[None]":
     """A bar to be updated by hand. Where no terminal is attached it prints a line now and then."""
     is_terminal = sys.stderr.isatty()
     return tqdm(
@@ -29,6 +31,7 @@ def progress_bar(what: str, total: int | None, unit: str = "it") -> "tqdm[None]"
         mininterval=0.2 if is_terminal else 5.0,
         ascii=not is_terminal,
         leave=True,
+        disable=not shown,
     )
 
 

@@ -1,18 +1,16 @@
 """Text through ExecuTorch's own LLM runner: proof that a program needs nothing of `flash` to run.
 
-Run as `python stock_runner.py model.pte tokenizer.json new_tokens < prompt`, it writes the
-continuation to stdout, the job's statistics as one line of JSON to stderr, and stops at the
-program's end-of-text tokens. `generate_text` does that in a child process.
+As a script, `python stock_runner.py model.pte tokenizer.json new_tokens < prompt` prints the
+continuation and then the runner's statistics; `generate_text` does that in a child process.
 """
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STATISTICS = "flash-statistics "
-"""Starts the line of statistics."""
+STATISTICS = "\nPyTorchObserver "
+"""What the runner prints between the text and its statistics."""
 
 
 def generate_text(
@@ -20,21 +18,19 @@ def generate_text(
 ) -> tuple[str, dict[str, Any]]:
     """The greedy continuation of `prompt` and the runner's statistics, times in ms.
 
+    The text ends with the end-of-text piece if the program stopped there. The runner leaves out
+    what is not printable.
+
     Raises:
         DeviceError: The runner exited with a code other than 0 or took longer than 10 minutes.
     """
     from flash.device.host import run_process
 
-    command: Sequence[str] = (
-        sys.executable,
-        str(Path(__file__)),
-        str(path),
-        str(tokenizer),
-        str(new_tokens),
-    )
-    out, err = run_process(command, threads, 600.0, path.name, text=prompt)
-    lines = [line for line in err.splitlines() if line.startswith(STATISTICS)]
-    return out, json.loads(lines[-1].removeprefix(STATISTICS))
+    script = str(Path(__file__))
+    command = [sys.executable, script, str(path), str(tokenizer), str(new_tokens)]
+    out, _ = run_process(command, threads, 600.0, path.name, text=prompt)
+    text, _, statistics = out.rpartition(STATISTICS)
+    return text.rstrip("\n"), json.loads(statistics)
 
 
 def main(path: str, tokenizer: str, new_tokens: str) -> None:
@@ -45,14 +41,8 @@ def main(path: str, tokenizer: str, new_tokens: str) -> None:
     from runner import load_operators  # our neighbour: run as a script, this folder is on the path
 
     load_operators()
-    config = GenerationConfig(
-        max_new_tokens=int(new_tokens), temperature=0.0, echo=False, num_bos=0, num_eos=0
-    )
-    statistics: list[str] = []
-    runner = TextLLMRunner(path, tokenizer)
-    prompt = sys.stdin.read()
-    runner.generate(prompt, config, None, lambda stats: statistics.append(stats.to_json_string()))
-    print(STATISTICS + statistics[-1], file=sys.stderr)
+    config = GenerationConfig(max_new_tokens=int(new_tokens), temperature=0.0, echo=False)
+    TextLLMRunner(path, tokenizer).generate(sys.stdin.read(), config)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -96,7 +96,7 @@ def score(prediction: Prediction, values_ms: Values) -> Scores:
     values = np.asarray(values_ms, dtype=float)
     errors = prediction.mean - values
     spread = float(((values - values.mean()) ** 2).sum())
-    tau, _ = stats.kendalltau(prediction.mean, values)
+    tau = cast(float, stats.kendalltau(prediction.mean, values)[0])
     inside = (prediction.low <= values) & (values <= prediction.high)
     return Scores(
         r2=1 - float((errors**2).sum()) / spread if spread > 0 else math.nan,

@@ -261,10 +261,9 @@ class _Bench:
         """Returns the TTFT of the reference program [ms], which takes turns with the group."""
         paths = []
         for subject in group:
-            bar.set_postfix_str(f"lowering {subject}")
-            paths.append(self._lowered(subject))
+            paths.append(self._lowered(subject, bar))
             bar.update()
-        reference_path = self._lowered(reference)
+        reference_path = self._lowered(reference, bar)
         bar.set_postfix_str("measuring")
         measured = self.device.measure(
             [subject.program(path) for subject, path in zip(group, paths, strict=True)],
@@ -285,13 +284,14 @@ class _Bench:
                 path.unlink()
         return min(each["reference_ttft_ms"] for each in measured[0].conditions)
 
-    def _lowered(self, subject: Subject) -> Path:
+    def _lowered(self, subject: Subject, bar: tqdm) -> Path:
         """Path of the subject's program, lowered unless it is cached."""
         conditions = self.conditions
         content = [subject.kind.value, subject.to_dict(), conditions.lowering, conditions.runtime]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
         path = self.cache_dir / f"{subject.kind.value}-{digest}.pte"
         if not path.exists():
+            bar.set_postfix_str(f"lowering {subject}")
             data = subject.lower(self.lowering)
             with atomic_write(path) as file:
                 file.write(data)

@@ -38,17 +38,18 @@ class Throughput(L.Callback):
 
     Args:
         precision: Arithmetic whose matrix-product rate is taken for the peak.
-        what: Label of the bar.
+        what: Label of the bar; None shows no bar.
     """
 
-    def __init__(self, precision: Precision, what: str) -> None:
+    def __init__(self, precision: Precision, what: str | None) -> None:
         self.precision, self.what = precision, what
         self.tokens_per_s = 0.0
         self.mfu = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._peak = measure_peak_flops(pl_module.device, self.precision) * trainer.world_size
-        self._bar = progress_bar(self.what, int(trainer.max_steps), unit="step")
+        shown = self.what is not None
+        self._bar = progress_bar(self.what or "", int(trainer.max_steps), unit="step", shown=shown)
         self._bar.update(trainer.global_step)
         self._times: list[float] = []
 

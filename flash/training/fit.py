@@ -82,6 +82,7 @@ def fit(
     folder: Path | None = None,
     loggers: Any = False,
     what: str = "training",
+    show_progress: bool = True,
 ) -> FitResult:
     """Train `model` in place.
 
@@ -94,6 +95,7 @@ def fit(
         folder: Where checkpoints live; a run finds its own there and resumes. None keeps none.
         loggers: Lightning loggers.
         what: Label of the progress bar.
+        show_progress: Whether there is one.
 
     Raises:
         InputError: Distillation without a fitting teacher, a damaged checkpoint, or a loss that is
@@ -104,7 +106,7 @@ def fit(
     module = LanguageModelling(
         model, recipe, steps=steps, teacher=teacher, compiled=trainer.compile
     )
-    throughput = Throughput(trainer.precision, what)
+    throughput = Throughput(trainer.precision, what if show_progress else None)
     callbacks: list[L.Callback] = [throughput]
     if folder is not None:
         callbacks.append(

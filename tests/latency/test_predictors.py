@@ -255,7 +255,7 @@ def test_interval_of_a_power_law_holds():
     assert 0.87 <= np.mean(inside) <= 0.93
 
 
-def test_ten_thousand_specs_are_predicted_in_a_second():
+def test_ten_thousand_specs_take_less_than_a_second_of_cpu():
     rng = np.random.default_rng(0)
     fitted = SPACE.stratified(rng, 8)
     many = [SPACE.sample(rng) for _ in range(1000)] * 10
@@ -266,6 +266,6 @@ def test_ten_thousand_specs_are_predicted_in_a_second():
         GaussianProcess(),
     ):
         predictor.fit(fitted, truth(fitted))
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(predictor.predict(many)) == len(many)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
