@@ -11,7 +11,8 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -158,6 +159,28 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
 
 
+@contextmanager
+def one_line_errors(schema: type) -> Iterator[None]:
+    """Turn what a user can mend into one line and an exit code."""
+    try:
+        yield
+    except InputError as error:
+        _fail(str(error))
+    except CheckFailed as error:
+        _fail(str(error), 1)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(explain(error, schema))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
+    except KeyboardInterrupt:
+        command = " ".join(["python", *sys.argv])
+        print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
+        sys.exit(130)
+
+
 def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
     """Run a script: compose its configuration, check it, convert it, call `job`, then exit.
 
@@ -171,32 +194,18 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
     def run(cfg: DictConfig) -> None:
-        try:
+        with one_line_errors(schema):  # here already, else Hydra adds lines of its own
             settings = load(cfg, schema)
             choices = HydraConfig.get().runtime.choices
             if isinstance(settings, TrainSettings | ExportSettings) and settings.name is None:
                 settings.name = choices.get("arch") or settings.backbone.name
             job(settings)
-        except InputError as error:  # inside, else Hydra adds lines of its own
-            _fail(str(error))
-        except CheckFailed as error:
-            _fail(str(error), 1)
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=_ROOTS[schema])
-    command = " ".join(sys.argv)
-    try:
+    with one_line_errors(schema):
         main(run)()
-    except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
-        _fail(explain(error, schema))
-    except OSError as error:
-        if error.errno is None:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
-    except KeyboardInterrupt:
-        _fail(f"stopped; finished work is kept, go on with: python {command}", 130)
 
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
-    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -53,19 +53,19 @@ def count_parameters(spec: ArchSpec) -> ParameterCount:
     )
 
 
-def _visible(spec: ArchSpec, kind: Attention, position: int) -> int:
-    """Keys that the query at `position` (0-based) attends to."""
-    full = position + 1
-    return min(full, spec.sliding_window) if kind is Attention.sliding_attention else full
+def _pairs(spec: ArchSpec, kind: Attention, positions: int) -> int:
+    """Query-key pairs of one layer for queries at positions 0..positions-1."""
+    window = positions if kind is Attention.full_attention else spec.sliding_window
+    growing = min(positions, window)
+    return growing * (growing + 1) // 2 + (positions - growing) * window
 
 
 def _attention_flops(spec: ArchSpec, first: int, last: int) -> int:
     """FLOPs of scores and weighted sums for queries at positions first..last-1."""
-    pairs = 0
-    for kind in (Attention.full_attention, Attention.sliding_attention):
-        layers = spec.layer_types.count(kind)
-        if layers:
-            pairs += layers * sum(_visible(spec, kind, p) for p in range(first, last))
+    pairs = sum(
+        spec.layer_types.count(kind) * (_pairs(spec, kind, last) - _pairs(spec, kind, first))
+        for kind in (Attention.full_attention, Attention.sliding_attention)
+    )
     # q.k and p.v: 2 multiply-adds = 4 FLOPs for each pair, head and head channel.
     return 4 * pairs * spec.num_heads * spec.head_dim
 

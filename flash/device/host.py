@@ -54,15 +54,14 @@ class HostDevice:
     ) -> list[Measurement]:
         """Time every program; all take turns in each of several fresh processes.
 
+        A process that dies or takes too long is a DeviceError.
+
         Args:
             programs: What to measure; each name once.
             workload: What to time.
             reference: A fixed program that takes turns with the others, so that slow processes are
                 told from slow programs; its times are in `conditions`.
             on_progress: Called after each process.
-
-        Raises:
-            DeviceError: A process died or timed out.
         """
         everything = [*programs] + ([reference] if reference is not None else [])
         results: list[dict[str, Any]] = []

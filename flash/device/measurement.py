@@ -50,8 +50,8 @@ class Measurement:
         decode_ms: Time of one decode step.
         decode_se_ms: Standard error of it.
         load_ms: Smallest time to load the program, weight packing included.
-        peak_rss_mib: Largest resident set of the process that ran all programs of the call together,
-            Python included.
+        peak_rss_mib: Largest resident set of the process that ran all programs of the call,
+            Python and torch included.
         model_rss_mib: What loading this program added to the resident set.
         rejected: Processes thrown away as too slow.
         samples: Raw times of every process, rejected ones too.

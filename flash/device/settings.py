@@ -16,7 +16,7 @@ class DeviceKind(Enum):
     host = "host"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DeviceSettings:
     """One device with the program format that suits it and the protocol of its measurements."""
 
@@ -65,9 +65,7 @@ class DeviceSettings:
             self.threads,
             f"1 to the {cores} cores of this machine",
         )
-        require(
-            self.reject_ratio > 1, "device.reject_ratio", self.reject_ratio, "a number above 1"
-        )
+        require(self.reject_ratio > 1, "device.reject_ratio", self.reject_ratio, "a number above 1")
         for name in ("start_timeout_s", "run_timeout_s"):
             require(getattr(self, name) > 0, f"device.{name}", getattr(self, name), "above 0")
         require(

@@ -19,10 +19,7 @@ def generate_text(
     """The greedy continuation of `prompt` and the runner's statistics, times in ms.
 
     The text ends with the end-of-text piece if the program stopped there. The runner leaves out
-    what is not printable.
-
-    Raises:
-        DeviceError: The runner exited with a code other than 0 or took longer than 10 minutes.
+    what is not printable. A runner that fails or takes longer than 10 minutes is a DeviceError.
     """
     from flash.device.host import run_process
 

@@ -3,10 +3,17 @@
 from flash.latency.blocks import BlockPredictor, Calibration
 from flash.latency.composition import BlockTable, Grid, Part, grid_points
 from flash.latency.gp import GaussianProcess
-from flash.latency.prediction import Prediction, Predictor, Scores, cross_validate, score
+from flash.latency.prediction import (
+    Prediction,
+    Predictor,
+    Scores,
+    cross_predict,
+    cross_validate,
+    score,
+)
 from flash.latency.proxies import PowerLaw
 from flash.latency.settings import LatencySettings, Objective, PredictorKind
-from flash.latency.stage import LatencyModel, collect, make_grid, whole_models
+from flash.latency.stage import LatencyModel, collect, conditions_of, make_grid, whole_models
 from flash.latency.store import Conditions, MeasurementStore, Row, SubjectKind
 
 __all__ = [
@@ -29,6 +36,8 @@ __all__ = [
     "Scores",
     "SubjectKind",
     "collect",
+    "conditions_of",
+    "cross_predict",
     "cross_validate",
     "grid_points",
     "make_grid",

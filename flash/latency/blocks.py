@@ -1,19 +1,20 @@
 """The default predictor: the sum of measured half-blocks, calibrated on a few whole models.
 
-A block alone is not a block inside a model: each program pays for a call, and a small one stays in
-the caches. On a 100M model the sum was 4 % off for prefill and up to 36 % for decode. What remains
-after that is nearly one factor, which a handful of whole models shows.
+A block alone is not a block inside a model: each program pays for a call, a small one stays in the
+caches, and what a model does once (the mask of the window) each block does again. On a 100M model
+the sum was 4 % off for prefill and up to 36 % for decode. What remains is nearly one factor and one
+overhead, which a handful of whole models shows.
 """
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Self
 
 import numpy as np
-from scipy.optimize import nnls
 
 from flash.arch import ArchSpec
-from flash.latency.composition import BlockTable
+from flash.latency.composition import BlockTable, Composition
 from flash.latency.prediction import Prediction, Values, from_logs, t_quantile
 
 
@@ -22,6 +23,9 @@ class Calibration(Enum):
 
     scale = "scale"
     """scale x sum."""
+    repeated_masks = "repeated_masks"
+    """scale x sum, less something for each sliding half beyond the first, at most the cheapest
+    sliding half: a model builds the mask of its window once, every such block builds it again."""
     model_overhead = "model_overhead"
     """scale x sum + a cost for each model, not below zero."""
     part_overhead = "part_overhead"
@@ -29,13 +33,11 @@ class Calibration(Enum):
     measured alone each contain the cost of a call, which a model pays only once."""
 
 
-_COEFFICIENTS = {
-    Calibration.scale: 1,
-    Calibration.model_overhead: 2,
-    Calibration.part_overhead: 2,
-}
 _GAIN = 0.7
 """A richer calibration is taken only if it cuts the leave-one-out error to this share."""
+_LEAST_SCALE = 0.5
+"""Beside an overhead, the scale stays above this: with few models a calibration that explains
+everything by the number of parts fits well and means nothing."""
 _FLOOR = 0.05
 """Predictions never fall below this share of the sum, whatever the overheads say."""
 
@@ -52,82 +54,111 @@ class BlockPredictor:
 
     def __init__(self, table: BlockTable) -> None:
         self._table = table
+        self._bounds = {
+            Calibration.repeated_masks: (-table.smallest_sliding_ms, 0.0),
+            Calibration.model_overhead: (0.0, math.inf),
+            Calibration.part_overhead: (-table.smallest_ms, math.inf),
+        }
 
     def fit(
         self, specs: Sequence[ArchSpec], values_ms: Values, errors_ms: Values | None = None
     ) -> Self:
         """Calibrate on whole models; `errors_ms` is not used, the residuals show more."""
-        total, parts = self._table.compose(specs)
-        values = np.asarray(values_ms, dtype=float)
+        sums, values = self._table.compose(specs), np.asarray(values_ms, dtype=float)
         n = len(values)
         residuals = np.empty(n)
-        for i in range(n):
-            kept = np.arange(n) != i
-            form, coefficients = self._calibrate(total[kept], parts[kept], values[kept])
-            predicted = self._apply(form, coefficients, total[i : i + 1], parts[i : i + 1])
-            residuals[i] = np.log(values[i] / predicted[0])
-        self.calibration, self.coefficients = self._calibrate(total, parts, values)
-        freedom = n - _COEFFICIENTS[self.calibration]
+        for i, kept in enumerate(~np.eye(n, dtype=bool)):
+            form, coefficients = self._calibrate(sums[kept], values[kept])
+            residuals[i] = _log_error(form, coefficients, sums[i : i + 1], values[i])
+        self.calibration, self.coefficients = self._calibrate(sums, values)
+        freedom = n - (1 if self.calibration is Calibration.scale else 2)
         self.half_width = t_quantile(freedom) * float(np.sqrt((residuals**2).mean()))
         return self
 
     def predict(self, specs: Sequence[ArchSpec]) -> Prediction:
         """Latencies with intervals."""
-        total, parts = self._table.compose(specs)
-        mean = self._apply(self.calibration, self.coefficients, total, parts)
+        mean = _apply(self.calibration, self.coefficients, self._table.compose(specs))
         return from_logs(np.log(mean), self.half_width)
 
     def __str__(self) -> str:
         scale, overhead = self.coefficients
         text = f"{scale:.3f} x sum of blocks"
         if self.calibration is not Calibration.scale:
-            each = "model" if self.calibration is Calibration.model_overhead else "part"
-            text += f" {overhead:+.3g} ms a {each}"
+            text += f" {overhead:+.3g} ms ({self.calibration.value})"
         return f"{text}, x/ {np.exp(self.half_width):.3f} for 90 %"
 
-    def _calibrate(
-        self, total: Values, parts: Values, values: Values
-    ) -> tuple[Calibration, Values]:
+    def _calibrate(self, sums: Composition, values: Values) -> tuple[Calibration, Values]:
         """Best form by leave-one-out error, a richer one only if it clearly wins."""
-        best, best_error = (
-            Calibration.scale,
-            self._left_out(Calibration.scale, total, parts, values),
-        )
-        threshold = _GAIN * best_error
-        for form in (Calibration.model_overhead, Calibration.part_overhead):
-            if len(values) < _COEFFICIENTS[form] + 2:
-                continue
-            error = self._left_out(form, total, parts, values)
-            if error < min(threshold, best_error):
-                best, best_error = form, error
-        return best, self._solve(best, total, parts, values)
+        best, best_error = Calibration.scale, self._left_out(Calibration.scale, sums, values)
+        best_error *= _GAIN
+        if len(values) >= 4:
+            for form in self._bounds:
+                error = self._left_out(form, sums, values)
+                if error < best_error:
+                    best, best_error = form, error
+        return best, self._solve(best, sums, values)
 
-    def _left_out(self, form: Calibration, total: Values, parts: Values, values: Values) -> float:
+    def _left_out(self, form: Calibration, sums: Composition, values: Values) -> float:
         n = len(values)
         if n < 2:
             return 0.0
         square = 0.0
-        for i in range(n):
-            kept = np.arange(n) != i
-            coefficients = self._solve(form, total[kept], parts[kept], values[kept])
-            predicted = self._apply(form, coefficients, total[i : i + 1], parts[i : i + 1])
-            square += float(np.log(values[i] / predicted[0]) ** 2)
-        return float(np.sqrt(square / n))
+        for i, kept in enumerate(~np.eye(n, dtype=bool)):
+            coefficients = self._solve(form, sums[kept], values[kept])
+            square += _log_error(form, coefficients, sums[i : i + 1], values[i]) ** 2
+        return math.sqrt(square / n)
 
-    def _solve(self, form: Calibration, total: Values, parts: Values, values: Values) -> Values:
+    def _solve(self, form: Calibration, sums: Composition, values: Values) -> Values:
         """Scale and overhead [ms]; relative errors count, so models of all sizes weigh the same."""
         if form is Calibration.scale:
-            return np.array([np.exp(np.log(values / total).mean()), 0.0])
-        per_model = form is Calibration.model_overhead
-        units = np.ones_like(parts) if per_model else parts
-        least = 0.0 if per_model else -self._table.smallest_ms
-        # nnls wants coefficients from zero on: solve for the overhead above its lower bound.
-        matrix = np.stack([total, units], axis=1) / values[:, None]
-        scale, above = nnls(matrix, (values - least * units) / values)[0]
-        return np.array([scale, above + least])
+            return np.array([np.exp(np.log(values / sums.total_ms).mean()), 0.0])
+        matrix = np.stack([sums.total_ms, _units(form, sums)], axis=1) / values[:, None]
+        return _boxed_least_squares(matrix, (_LEAST_SCALE, math.inf), self._bounds[form])
 
-    @staticmethod
-    def _apply(form: Calibration, coefficients: Values, total: Values, parts: Values) -> Values:
-        units = parts if form is Calibration.part_overhead else np.ones_like(parts)
-        scale, overhead = coefficients
-        return np.maximum(scale * total + overhead * units, _FLOOR * total)
+
+def _units(form: Calibration, sums: Composition) -> Values:
+    """What the overhead is multiplied by."""
+    match form:
+        case Calibration.scale:
+            return np.zeros_like(sums.total_ms)
+        case Calibration.repeated_masks:
+            return sums.num_repeated_masks
+        case Calibration.model_overhead:
+            return np.ones_like(sums.total_ms)
+        case Calibration.part_overhead:
+            return sums.num_parts
+
+
+def _apply(form: Calibration, coefficients: Values, sums: Composition) -> Values:
+    scale, overhead = coefficients
+    predicted = scale * sums.total_ms + overhead * _units(form, sums)
+    return np.maximum(predicted, _FLOOR * sums.total_ms)
+
+
+def _log_error(form: Calibration, coefficients: Values, one: Composition, value: float) -> float:
+    return math.log(value / _apply(form, coefficients, one)[0])
+
+
+def _boxed_least_squares(
+    matrix: Values, first: tuple[float, float], second: tuple[float, float]
+) -> Values:
+    """The two coefficients within bounds that bring `matrix @ coefficients` closest to one.
+
+    The optimum of a convex function in a box is the free one or lies on an edge.
+    """
+    free = np.linalg.lstsq(matrix, np.ones(len(matrix)), rcond=None)[0]
+    bounds = (first, second)
+    if all(low <= c <= high for c, (low, high) in zip(free, bounds, strict=True)):
+        return free
+    candidates = []
+    for fixed, other in ((0, 1), (1, 0)):
+        column = matrix[:, other]
+        square = float(column @ column)
+        for value in bounds[fixed]:
+            if math.isfinite(value):
+                rest = 1 - value * matrix[:, fixed]
+                best = float(column @ rest) / square if square > 0 else 0.0
+                candidate = np.empty(2)
+                candidate[fixed], candidate[other] = value, np.clip(best, *bounds[other])
+                candidates.append(candidate)
+    return min(candidates, key=lambda c: float(((matrix @ c - 1) ** 2).sum()))

@@ -8,6 +8,7 @@ the number of lowerings does not grow with the number of architectures.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -68,6 +69,28 @@ class Grid:
         ]
 
 
+@dataclass(frozen=True)
+class Composition:
+    """Sums of blocks for n models.
+
+    Attributes:
+        total_ms: Sum of the latencies of all parts.
+        num_parts: Number of parts that were added up.
+        num_repeated_masks: Sliding halves beyond the first. A model builds the mask of its window
+            once, but each sliding half that is measured alone builds it too.
+    """
+
+    total_ms: Values
+    num_parts: Values
+    num_repeated_masks: Values
+
+    def __getitem__(self, index: Any) -> "Composition":
+        """The same for some of the models."""
+        return Composition(
+            self.total_ms[index], self.num_parts[index], self.num_repeated_masks[index]
+        )
+
+
 class BlockTable:
     """Measured parts of one phase; sums them up for whole models.
 
@@ -80,6 +103,9 @@ class BlockTable:
     def __init__(self, base: ArchSpec, grid: Grid, values_ms: Mapping[Part, float]) -> None:
         self.grid = grid
         self.smallest_ms = min(values_ms[part] for part in grid.parts())
+        sliding = Attention.sliding_attention.value
+        masks = [values_ms[part] for part in grid.parts() if part.name == sliding]
+        self.smallest_sliding_ms = min(masks, default=0.0)
         self._fixed = tuple(getattr(base, name) for name in FIXED)
         self._tables = {
             part.name: np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
@@ -90,8 +116,8 @@ class BlockTable:
             column = 0 if part.ffn_dim is None else grid.ffn_dims.index(part.ffn_dim)
             self._tables[part.name][row, column] = values_ms[part]
 
-    def compose(self, specs: Sequence[ArchSpec]) -> tuple[Values, Values]:
-        """Sum of the parts [ms] and number of parts of each model.
+    def compose(self, specs: Sequence[ArchSpec]) -> "Composition":
+        """Sum up the parts of each model.
 
         A spec with a kind that was not measured, or with heads, vocabulary or window that differ
         from those of the measured blocks, is an `InputError`.
@@ -105,12 +131,15 @@ class BlockTable:
             FFN, model_dims, ffn_dims
         )
         num_parts = 1 + depths
+        num_masks = np.zeros_like(depths)
         for kind in Attention:
             counts = np.array([spec.layer_types.count(kind) for spec in specs], dtype=float)
             if kind is not Attention.skip_attention and counts.any():
                 total += counts * self._interpolate(kind.value, model_dims)
                 num_parts += counts
-        return total, num_parts
+                if kind is Attention.sliding_attention:
+                    num_masks = counts
+        return Composition(total, num_parts, np.maximum(num_masks - 1, 0))
 
     def _interpolate(self, name: str, x: Values, y: Values | None = None) -> Values:
         table = self._tables[name]

@@ -116,6 +116,20 @@ def cross_validate(
     folds: int | None = None,
     seed: int = 0,
 ) -> Scores:
+    """Scores of `cross_predict`, which has the same arguments."""
+    prediction = cross_predict(make_predictor, specs, values_ms, errors_ms, folds=folds, seed=seed)
+    return score(prediction, values_ms)
+
+
+def cross_predict(
+    make_predictor: Callable[[], Predictor],
+    specs: Sequence[ArchSpec],
+    values_ms: Values,
+    errors_ms: Values | None = None,
+    *,
+    folds: int | None = None,
+    seed: int = 0,
+) -> Prediction:
     """Predict every model by a predictor that was fitted to the others.
 
     Args:
@@ -143,4 +157,4 @@ def cross_validate(
             prediction.low,
             prediction.high,
         )
-    return score(Prediction(mean, low, high), values)
+    return Prediction(mean, low, high)

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -69,7 +70,9 @@ class Row:
         subject: Spec of the model or of the block.
         conditions: What the subject was measured under.
         result: What the device reported, `flash.device.Measurement.to_dict()`: latencies and their
-            standard errors [ms], raw samples, rejected processes, conditions.
+            standard errors [ms], raw samples, rejected processes, conditions. Stage 1 adds
+            `reference`, the key of the program that took turns with the subject.
+        attempt: 1, or more for a repetition after the device was seen to be disturbed.
         time_utc: When it was stored, ISO 8601.
     """
 
@@ -77,6 +80,7 @@ class Row:
     subject: dict[str, Any]
     conditions: Conditions
     result: dict[str, Any]
+    attempt: int = 1
     time_utc: str = field(default_factory=_now)
 
     @property
@@ -102,7 +106,7 @@ class MeasurementStore:
     """Every measurement of every device, in one JSON-lines file.
 
     A line is on disk when `append` returns. A line that a kill tore is dropped when the file is
-    read and overwritten by the next `append`. Of two rows with one key only the first is kept.
+    read and overwritten by the next `append`. Of rows with one key and attempt the first counts.
 
     Args:
         path: The file; it and its folder are created by the first `append`.
@@ -113,40 +117,48 @@ class MeasurementStore:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, list[Row]] = {}  # attempts, in order
         self._end = 0  # bytes that have been read, always whole lines
         self._lines = 0
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(len(attempts) for attempts in self._rows.values())
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows.values())
+        return itertools.chain.from_iterable(self._rows.values())
 
     def get(self, key: str) -> Row | None:
-        """The measurement with this key, or None."""
-        return self._rows.get(key)
+        """The last measurement with this key, or None."""
+        attempts = self._rows.get(key)
+        return attempts[-1] if attempts else None
+
+    def attempts(self, key: str) -> tuple[Row, ...]:
+        """All measurements with this key, nearly always none or one, first to last."""
+        return tuple(self._rows.get(key, ()))
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Keys without a measurement, each once, in the order given."""
         return [key for key in dict.fromkeys(keys) if key not in self._rows]
 
     def append(self, row: Row) -> bool:
-        """Write one measurement to disk; returns False, writing nothing, if its key is there."""
+        """Write one measurement to disk.
+
+        Returns False, writing nothing, if its key is there with this attempt or a later one.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.refresh()  # another process may have appended
-            key = row.key
-            if key in self._rows:
+            last = self.get(row.key)
+            if last is not None and last.attempt >= row.attempt:
                 return False
             file.truncate(self._end)  # what a kill left of a torn line
             line = row.to_json().encode() + b"\n"
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-            self._rows[key] = row
+            self._keep(row)
             self._end += len(line)
             self._lines += 1
         return True
@@ -161,8 +173,7 @@ class MeasurementStore:
         whole, _, torn = text.rpartition(b"\n")
         for line in whole.splitlines():
             self._lines += 1
-            row = self._parse(line)
-            self._rows.setdefault(row.key, row)
+            self._keep(self._parse(line))
         if torn:
             logger.warning(
                 "%s: dropped a torn last line of %d bytes (a measurement that was being written "
@@ -184,6 +195,11 @@ class MeasurementStore:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.refresh()
             yield
+
+    def _keep(self, row: Row) -> None:
+        attempts = self._rows.setdefault(row.key, [])
+        if not attempts or attempts[-1].attempt < row.attempt:
+            attempts.append(row)
 
     def _parse(self, line: bytes) -> Row:
         where = f"measurement store {self.path}, line {self._lines}"

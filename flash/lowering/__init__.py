@@ -1,4 +1,4 @@
-"""Decoder -> torch.export -> XNNPACK program (.pte), block by block or whole, and its parity gate."""
+"""Decoder -> torch.export -> XNNPACK program (.pte), whole or in blocks, and its parity gate."""
 
 from flash.lowering.blocks import Block, BlockKind, blocks_of, lower_block
 from flash.lowering.gate import GateReport, GateSettings, Stage, check_parity

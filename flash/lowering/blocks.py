@@ -1,7 +1,7 @@
 """Blocks: the parts whose times add up to a model's, each a program that can be measured alone.
 
-An architecture is a multiset of blocks: one attention half for each layer that attends, one FFN half
-for each layer, and its two ends (embedding and head). A search space of billions of architectures
+An architecture is a multiset of blocks: one attention half for each layer that attends, one FFN
+half for each layer, and its two ends (embedding and head). A space of billions of architectures
 has few distinct blocks, so that each needs to be lowered and measured once.
 """
 

@@ -49,9 +49,7 @@ def short_passes() -> Iterator[None]:
             interpreter = base.ExportInterpreter
             replace(interpreter, "run_node", _remember_node(interpreter.run_node))
             replace(base, "_fx", _reuse_results(base._fx, proxy_value))
-        replace(
-            XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__)
-        )
+        replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
         yield
@@ -122,8 +120,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _layout(tensor: FakeTensor) -> tuple:
-    """Dtype, device, shape and strides without asking the symbolic shapes to decide anything."""
-    sizes = (*tensor.shape, *tensor.stride())
+    """Dtype, device, shape, strides and offset; asks the symbolic shapes to decide nothing.
+
+    The offset matters: XNNPACK's partitioner refuses a view that starts at a position known only
+    at run time, but not its copy.
+    """
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
     plain = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
     return tensor.dtype, tensor.device, tensor.dim(), plain
 

@@ -19,7 +19,7 @@ from flash.model.decoder import FeedForward, RMSNorm, SelfAttention, rotary_tabl
 
 def load_custom_ops() -> None:
     """Register `llama::*` and the quantised embedding kernels, once."""
-    import executorch.extension.llm.custom_ops.custom_ops
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
     import executorch.kernels.quantized  # noqa: F401
 
 
@@ -35,7 +35,11 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 class Norm(nn.Module):
-    """RMSNorm from operators that ExecuTorch has kernels for."""
+    """RMSNorm from operators that ExecuTorch has kernels for.
+
+    `x * x` and not `pow`, which `F.rms_norm` and `vector_norm` become: an FFN half of width 256
+    took 1.57 ms for 256 tokens this way, 2.17 ms with either of those (one thread, x86).
+    """
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
@@ -106,7 +110,11 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Position(nn.Module):
-    """What every attention layer needs to know of the position: rotary rows and window mask."""
+    """What every attention layer needs to know of the position: rotary rows and window mask.
+
+    The mask is made once a call for all layers. How does not show in the time (three formulations
+    measured alike): with a mask `custom_sdpa` computes every slot of the cache.
+    """
 
     def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flash.arch import Quantization
+from flash.arch import CacheFormat, Quantization
 from flash.errors import require
 from flash.lowering.form import load_custom_ops
 from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
@@ -40,7 +40,7 @@ class Stage(Enum):
     """The .pte in ExecuTorch against the exported program."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GateSettings:
     """Config of the parity gate: how much text, and how large a difference each stage may make."""
 
@@ -49,18 +49,19 @@ class GateSettings:
     decode_tokens: int = 16
     """Teacher-forced single steps after the prompt."""
     max_error_fp32: float = 1e-4
-    """Any stage without quantisation: largest difference over largest logit."""
+    """Any stage without quantisation of weights or cache: largest difference over largest logit."""
     max_kl_quantized: float = 0.5
-    """8da4w against float: mean KL [nats]; a tiny model loses far more than a large one."""
+    """Quantised against float: mean KL [nats]; a tiny model loses far more than a large one."""
     min_agreement_quantized: float = 0.5
-    """8da4w against float: share of positions with the same likeliest token."""
+    """Quantised against float: share of positions with the same likeliest token."""
     max_error_exported: float = 1e-4
     """Exported against quantised eager: the same arithmetic in the same library."""
     max_kl_runtime: float = 0.02
-    """8da4w .pte against exported: mean KL [nats]. XNNPACK rounds activations to 8 bits in another
-    order than torchao does, which moves single values by one step."""
+    """Quantised .pte against exported: mean KL [nats]. XNNPACK sums and rounds in another order
+    than torchao, which moves single activations by one 8-bit step: 4e-6 was seen on small random
+    weights, 0.03 on absurdly large ones."""
     min_agreement_runtime: float = 0.9
-    """8da4w .pte against exported: share of positions with the same likeliest token."""
+    """Quantised .pte against exported: share of positions with the same likeliest token."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens", "decode_tokens"):
@@ -141,7 +142,7 @@ def check_parity(
     *,
     program: bytes | None = None,
 ) -> GateReport:
-    """Compare all stages on real text.
+    """Compare all stages on real text; too short a text or cache is an InputError.
 
     Args:
         model: The decoder in float32.
@@ -149,14 +150,13 @@ def check_parity(
         text: Token ids of real text, at least `gate.tokens` of them.
         gate: Lengths and limits.
         program: The .pte to check; lowered here when None.
-
-    Raises:
-        InputError: The text is too short or the cache cannot hold it.
     """
     gate = gate or GateSettings()
     require(len(text) >= gate.tokens, "gate.text", len(text), f"at least {gate.tokens} tokens")
     fits = gate.tokens <= settings.max_context
-    require(fits, "lowering.max_context", settings.max_context, f"at least {gate.tokens} for a gate")
+    require(
+        fits, "lowering.max_context", settings.max_context, f"at least {gate.tokens} for a gate"
+    )
     text = text[: gate.tokens].long()
     form = quantized_form(model, settings)
     exported = export_form(form, settings)
@@ -171,10 +171,10 @@ def check_parity(
             Stage.exported: _run(exported.module(), text, gate, settings),
             Stage.runtime: _run(_runtime_step(program), text, gate, settings),
         }
-    quantized = settings.quantization is not Quantization.fp32
+    exact = settings.quantization is Quantization.fp32 and settings.cache is CacheFormat.fp32
     results, before = [], reference
     for stage, after in logits.items():
-        results.append(_compare(stage, before, after, reference, gate, quantized))
+        results.append(_compare(stage, before, after, reference, gate, exact))
         before = after
     report = GateReport(stages=results)
     log.info("parity gate\n%s", report)
@@ -214,11 +214,11 @@ def _runtime_step(program: bytes) -> Step:
 
 
 def _compare(
-    stage: Stage, before: Tensor, after: Tensor, reference: Tensor, gate: GateSettings, quant: bool
+    stage: Stage, before: Tensor, after: Tensor, reference: Tensor, gate: GateSettings, exact: bool
 ) -> StageResult:
     error = float((after - before).abs().max() / before.abs().max())
     kl, agreement = _kl(before, after), _agreement(before, after)
-    if not quant:
+    if exact:
         passed, rule = error <= gate.max_error_fp32, f"error <= {gate.max_error_fp32:g}"
     elif stage is Stage.exported:
         passed, rule = error <= gate.max_error_exported, f"error <= {gate.max_error_exported:g}"

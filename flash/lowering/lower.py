@@ -37,15 +37,14 @@ def lower(
 ) -> bytes:
     """The .pte of `model`: method `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
 
+    A context longer than the architecture allows is an InputError.
+
     Args:
         model: Weights in float32; not changed.
         settings: Formats and lengths.
         bos_id: Beginning-of-text token that stock runners are told of.
         eos_ids: Tokens at which stock runners stop.
         fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
-
-    Raises:
-        InputError: The context is longer than the architecture allows.
     """
     require(
         settings.max_context <= model.spec.max_context,

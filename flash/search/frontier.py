@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,17 @@ def write_report(
     trials: Sequence[Trial],
     reference: tuple[float, float],
     num_winners: int,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write `frontier.json`: all trials, the frontier, the winners, the hypervolume over time.
 
     `frontier` and `winners` are trial numbers: the frontier fastest first, the winners by what
-    each adds to the hypervolume. Returns what was written.
+    each adds to the hypervolume. `about` holds further keys. Returns what was written.
     """
     front = frontier(trials)
-    points = [(trial.loss, trial.latency_ms) for trial in front]
+    points = [trial.point for trial in front]
     report = {
+        **about,
         "study": study,
         "reference": {"loss": reference[0], "latency_ms": reference[1]},
         "frontier": [trial.number for trial in front],

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class EvaluationError(Exception):
-    """A candidate cannot be evaluated (it diverged, say): its trial fails and the search goes on."""
+    """A candidate cannot be evaluated (it diverged, say): its trial fails, the search goes on."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def search(
 def frontier(trials: Sequence[Trial]) -> list[Trial]:
     """The complete trials that no other beats in both loss and latency, fastest first."""
     complete = [trial for trial in trials if trial.complete]
-    mask = non_dominated([(trial.loss, trial.latency_ms) for trial in complete])
+    mask = non_dominated([trial.point for trial in complete])
     return sorted(
         (trial for trial, keep in zip(complete, mask, strict=True) if keep),
         key=lambda trial: trial.latency_ms,
@@ -98,8 +98,8 @@ def hypervolume_history(trials: Sequence[Trial], reference: tuple[float, float])
     history: list[float] = []
     points: list[tuple[float, float]] = []
     for trial in trials:
-        if trial.loss is not None:
-            points.append((trial.loss, trial.latency_ms))
+        if trial.complete:
+            points.append(trial.point)
         if trial.finished:
             history.append(hypervolume(points, reference))
     return history
@@ -123,7 +123,9 @@ def _fill_queue(
             return True
     if not all(trial.finished for trial in trials):
         return True
-    wanted = min(settings.batch if trials else settings.startup_trials, settings.trials - len(trials))
+    wanted = min(
+        settings.batch if trials else settings.startup_trials, settings.trials - len(trials)
+    )
     if wanted <= 0:
         return False
     specs = plan(trials, wanted)
@@ -135,7 +137,11 @@ def _fill_queue(
 
 
 def _evaluate(study: Study, trial: Trial, evaluate: Evaluate) -> Trial:
-    """Evaluate one trial and record the outcome."""
+    """Evaluate one trial and record the outcome.
+
+    Raises:
+        KeyboardInterrupt: As it came; the trial is back in the queue.
+    """
     try:
         quality = evaluate(trial.spec, trial.number)
     except EvaluationError as error:

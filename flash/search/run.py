@@ -145,7 +145,12 @@ def _stage_two(job: _Job, latency: LatencyModel) -> dict[str, Any]:
         job.inputs, importance, settings.recipe, settings.trainer, settings.seed
     )
     reference = _reference(job, latency)
-    log.info("reference point: loss %.3f, %s %.1f ms", reference[0], latency.objective.value, reference[1])
+    log.info(
+        "reference point: loss %.3f, %s %.1f ms",
+        reference[0],
+        latency.objective.value,
+        reference[1],
+    )
     logger = make_logger(
         settings.logger,
         folder=runs.logs,
@@ -228,7 +233,10 @@ def _write(
                 phase.value: [float(value) for value in values]
                 for phase, values in latency.values_ms.items()
             },
-            "latency_models": [spec.to_dict() for spec in latency.models],
+            "latency_fitted": {
+                phase.value: [float(value) for value in values]
+                for phase, values in latency.left_out_ms.items()
+            },
             "space": {
                 "name": settings.space.name,
                 "count": job.space.count(),

@@ -1,7 +1,7 @@
 """Stage 2 of the search: propose the candidates that should widen the frontier most.
 
 Quality is learned by a Gaussian process from the trials so far; latency is the known function that
-stage 1 left behind, so it is never modelled again. The acquisition is qLogNEHVI (Sec. 3.5).
+stage 1 left behind, so it is never modelled again. The acquisition is NEHVI (Sec. 3.5).
 Candidates are only ever chosen from a pool of members of the space: nothing is rounded or repaired.
 
 A proposal is a pure function of (seed, trials so far, settings); hence a resumed search proposes
@@ -15,15 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.exceptions.errors import ModelFittingError
 from botorch.exceptions.warnings import OptimizationWarning
 from botorch.fit import fit_gpytorch_mll
-from botorch.models import ModelList, SingleTaskGP
-from botorch.models.deterministic import GenericDeterministicModel
+from botorch.models import SingleTaskGP
 from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
-from botorch.optim import optimize_acqf_discrete
-from botorch.sampling.get_sampler import get_sampler
+from botorch.sampling import SobolQMCNormalSampler
 from botorch.utils.sampling import manual_seed
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from linear_operator.utils.errors import NanError, NotPSDError
@@ -42,6 +39,8 @@ Latency = Callable[[Sequence[ArchSpec]], NDArray[np.float64]]
 
 DEPTH_BINS = 4
 """Resolution at which the model sees where in the network a layer kind sits."""
+FIT_TOLERANCE = 1e-6
+"""Relative gain of the likelihood at which fitting stops; SciPy's default is ten times slower."""
 MC_SAMPLES = 64
 """Draws of the loss surface that the expected improvement averages over."""
 
@@ -56,7 +55,7 @@ def propose(
     settings: SearchSettings,
     seed: int,
 ) -> list[ArchSpec]:
-    """Up to n architectures to evaluate next, none of them among `trials`; fewer when none are left.
+    """Up to n architectures to evaluate next, none of them in `trials`; fewer when none are left.
 
     Args:
         space: Where candidates come from.
@@ -111,7 +110,7 @@ def features(space: SearchSpace, spec: ArchSpec) -> NDArray[np.float64]:
     ]
     efficient = [layer.efficient for layer in spec.layer_types]
     pairs = [a and b for a, b in itertools.pairwise(efficient)]
-    return np.concatenate([sizes, *shares, [np.mean(pairs) if pairs else 0.0]])
+    return np.concatenate([sizes, *shares, [float(np.mean(pairs)) if pairs else 0.0]])
 
 
 def _unit(value: float, choices: Sequence[float] | NDArray[np.float64]) -> float:
@@ -131,63 +130,82 @@ def _select(
     """The n members of the pool with the greatest joint expected hypervolume improvement."""
     losses = np.array([trial.loss for trial in complete], dtype=float)
     center, scale = losses.mean(), losses.std()
-    # One latency column follows the features: the deterministic model reads only it, the loss
-    # model's kernel only the features. Both objectives are of order one, as BoTorch's smoothing
-    # constants are absolute, and negated, as it maximises.
-    observed = _inputs(
-        space, [t.spec for t in complete], [t.latency_ms for t in complete], reference[1]
-    )
-    choices = _inputs(space, pool, latency(pool), reference[1])
-    target = torch.from_numpy((center - losses) / scale).unsqueeze(-1)
+    observed = np.stack([features(space, trial.spec) for trial in complete])
+    choices = np.stack([features(space, spec) for spec in pool])
     with manual_seed(seed), warnings.catch_warnings():
-        # Widened jitter and a retried optimiser step are BoTorch's ways to succeed; failure raises.
+        # More jitter and another start are BoTorch's ways to succeed; when they fail, it raises.
         warnings.simplefilter("ignore", NumericalWarning)
         warnings.simplefilter("ignore", OptimizationWarning)
-        model = ModelList(
-            _fit_loss_model(observed, target), GenericDeterministicModel(lambda x: -x[..., -1:])
-        )
-        sampler = get_sampler(model.posterior(observed), torch.Size([MC_SAMPLES]), seed=seed)
-        acquisition = qLogNoisyExpectedHypervolumeImprovement(
-            model,
-            ref_point=[(center - reference[0]) / scale, -1.0],
-            X_baseline=observed,
-            sampler=sampler,
-            prune_baseline=True,
-        )
-        chosen, _ = optimize_acqf_discrete(acquisition, n, choices, return_acq_values=False)
-    picked: dict[ArchSpec, None] = {}
-    for row in chosen:
-        # Specs that share features and latency are alike to the model; each is picked once.
-        same = torch.nonzero((choices == row).all(dim=-1)).flatten().tolist()
-        picked[next(pool[i] for i in same if pool[i] not in picked)] = None
-    return list(picked)
+        model = fit_loss_model(observed, (losses - center) / scale)
+        both = torch.from_numpy(np.concatenate([observed, choices]))
+        sampler = SobolQMCNormalSampler(torch.Size([MC_SAMPLES]), seed=seed)
+        with torch.no_grad():
+            draws = sampler(model.posterior(both)).squeeze(-1).numpy() * scale + center
+    latencies = np.concatenate([[trial.latency_ms for trial in complete], latency(pool)])
+    chosen = greedy_batch(draws, latencies, len(complete), n, reference)
+    return [pool[i - len(complete)] for i in chosen]
 
 
-def _fit_loss_model(inputs: torch.Tensor, target: torch.Tensor) -> SingleTaskGP:
-    num_features = inputs.shape[-1] - 1
+def fit_loss_model(inputs: NDArray[np.float64], losses: NDArray[np.float64]) -> SingleTaskGP:
+    """A Gaussian process of standardised losses over `features`, by maximum a posteriori."""
     model = SingleTaskGP(
-        inputs,
-        target,
-        # Matern: loss surfaces are less smooth than an RBF assumes. ARD: each feature gets its own
+        torch.from_numpy(inputs),
+        torch.from_numpy(losses).unsqueeze(-1),
+        # Matern: loss surfaces are less smooth than an RBF assumes. ARD: each feature has its own
         # length, so that those that do not matter fade; the prior suits any number of them.
-        covar_module=get_covar_module_with_dim_scaled_prior(
-            num_features, use_rbf_kernel=False, active_dims=range(num_features)
-        ),
+        covar_module=get_covar_module_with_dim_scaled_prior(inputs.shape[-1], use_rbf_kernel=False),
         outcome_transform=None,
     )
-    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
+    fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"ftol": FIT_TOLERANCE}})
     return model
 
 
-def _inputs(
-    space: SearchSpace,
-    specs: Sequence[ArchSpec],
-    latencies_ms: Sequence[float] | NDArray[np.float64],
-    scale_ms: float,
-) -> torch.Tensor:
-    rows = np.stack([features(space, spec) for spec in specs])
-    column = np.asarray(latencies_ms, dtype=float)[:, None] / scale_ms
-    return torch.from_numpy(np.concatenate([rows, column], axis=1))
+def greedy_batch(
+    draws: NDArray[np.float64],
+    latencies: NDArray[np.float64],
+    num_observed: int,
+    n: int,
+    reference: tuple[float, float],
+) -> list[int]:
+    """Indices of the n points with the greatest expected hypervolume improvement, best first.
+
+    This is qNEHVI (arXiv:2105.08195) by sequential conditioning over a discrete pool. As latency is
+    known, every draw's frontier is a staircase over the same latencies, and a point's improvement
+    is an exact integral: the area between the staircase and the point's loss, from the point's
+    latency up to the reference. BoTorch's general version needs a box decomposition for each draw
+    and, since 0.18, compiles C++ on first use behind a lock that a killed process leaves behind.
+
+    Args:
+        draws: Joint posterior draws of the loss, shape `(draws, points)`: observed points, which
+            are noisy and hence drawn too, then the pool.
+        latencies: Latency of every point [ms].
+        num_observed: How many of the points are observed.
+        n: Points wanted.
+        reference: Worst acceptable (loss, latency in ms).
+    """
+    worst_loss, worst_ms = reference
+    chosen: list[int] = []
+    pool = np.arange(num_observed, draws.shape[1])
+    for _ in range(min(n, len(pool))):
+        known = np.array([*range(num_observed), *chosen], dtype=int)
+        known = known[np.argsort(latencies[known], kind="stable")]
+        starts = np.minimum(latencies[known], worst_ms)
+        # Step j of the staircase spans starts[j]..starts[j + 1]; before the first, all is open.
+        edges = np.concatenate([[-np.inf], starts, [worst_ms]])
+        steps = np.minimum.accumulate(
+            np.column_stack([np.full(len(draws), worst_loss), draws[:, known]]), axis=1
+        )
+        gain = np.zeros(len(pool))
+        for j in range(steps.shape[1]):
+            widths = (edges[j + 1] - np.maximum(edges[j], latencies[pool])).clip(min=0)
+            right = widths > 0
+            heights = (steps[:, j, None] - draws[:, pool[right]]).clip(min=0)
+            gain[right] += widths[right] * heights.mean(axis=0)
+        best = int(gain.argmax())
+        chosen.append(int(pool[best]))
+        pool = np.delete(pool, best)
+    return chosen
 
 
 def _pool(
@@ -198,7 +216,7 @@ def _pool(
     size: int,
 ) -> list[ArchSpec]:
     """Different unknown specs: near the frontier one and two steps away, the rest drawn afresh."""
-    points = [(trial.loss, trial.latency_ms) for trial in complete]
+    points = [trial.point for trial in complete]
     parents = [t.spec for t, keep in zip(complete, non_dominated(points), strict=True) if keep]
     near = _unique(spec for parent in parents for spec in space.neighbours(parent))
     near = _draw(rng, [spec for spec in near if spec not in known], size // 2)

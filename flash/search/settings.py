@@ -16,7 +16,7 @@ class Sampler(Enum):
     """Stratified random draws, the baseline that a model must beat."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SearchSettings:
     """Config group `search`: stage 2, multi-objective search of (held-out loss, latency)."""
 
@@ -32,7 +32,7 @@ class SearchSettings:
     pool_size: int = 2048
     """Architectures that compete for the places in a batch."""
     max_loss_increase: float = 0.6
-    """Reference point: the worst acceptable loss, above the backbone's held-out loss [nats a token]."""
+    """Reference point: the worst acceptable loss, above the backbone's [nats a token]."""
     max_latency_ratio: float = 1.0
     """Reference point: the worst acceptable latency, as a multiple of the backbone's."""
     winners: int = 3

@@ -7,13 +7,15 @@ as an undisturbed one. (Optuna's own retry makes a new trial, which would be nei
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -48,6 +50,12 @@ class Trial:
         return self.state is TrialState.COMPLETE
 
     @property
+    def point(self) -> tuple[float, float]:
+        """(loss, latency in ms) of a complete trial."""
+        assert self.loss is not None
+        return self.loss, self.latency_ms
+
+    @property
     def finished(self) -> bool:
         """Whether nothing remains to be done: complete or failed."""
         return self.state.is_finished()
@@ -73,7 +81,7 @@ class Study:
         self,
         space: SearchSpace,
         specs: Sequence[ArchSpec],
-        latencies_ms: Sequence[float],
+        latencies_ms: Iterable[float],
         batch: tuple[int, int],
     ) -> None:
         """Append candidates to the queue, one database commit each."""
@@ -132,6 +140,12 @@ class Study:
                 _log.warning("trial %d was interrupted %d times: failed", trial.number, crashes)
                 self.fail(trial, f"its process died {crashes} times")
 
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """A plain JSON value that is computed once and kept with the study."""
+        if key not in self._study.user_attrs:
+            self._study.set_user_attr(key, compute())
+        return self._study.user_attrs[key]
+
     def _get(self, number: int) -> Trial:
         return self.trials()[number]
 
@@ -150,9 +164,6 @@ def open_study(storage: Path | str, name: str, fingerprint: Mapping[str, Any]) -
         name: Name of the study.
         fingerprint: All that makes results comparable, as plain JSON values: space, backbone,
             device, recipe. Compared key by key with the one that the study was made with.
-
-    Raises:
-        InputError: The study was made with another fingerprint.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if isinstance(storage, Path):
@@ -168,7 +179,9 @@ def open_study(storage: Path | str, name: str, fingerprint: Mapping[str, Any]) -
         sampler=RandomSampler(),  # never asked: every trial is enqueued with its values
         load_if_exists=True,
     )
-    study.set_metric_names(["loss", "latency_ms"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(["loss", "latency_ms"])  # for the dashboard only
     stored = study.user_attrs.get("fingerprint")
     if stored is None:
         study.set_user_attr("fingerprint", dict(fingerprint))
@@ -188,6 +201,11 @@ def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
 def _check_fingerprint(
     name: str, storage: Path | str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
+    """Compare key by key.
+
+    Raises:
+        InputError: The study was made with another fingerprint.
+    """
     old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))  # tuples come back as lists
     differing = [
         f"{key} (was {old.get(key)!r}, is now {new.get(key)!r})"
@@ -225,7 +243,7 @@ def _typed(frozen: FrozenTrial) -> Trial:
         state=frozen.state,
         loss=frozen.values[0] if frozen.state is TrialState.COMPLETE else None,
         extra=extra,
-        batch=tuple(attrs["batch"]),
+        batch=(attrs["batch"][0], attrs["batch"][1]),
     )
 
 

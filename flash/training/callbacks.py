@@ -50,7 +50,7 @@ class Throughput(L.Callback):
         self._peak = measure_peak_flops(pl_module.device, self.precision) * trainer.world_size
         shown = self.what is not None
         self._bar = progress_bar(self.what or "", int(trainer.max_steps), unit="step", shown=shown)
-        self._bar.update(trainer.global_step)
+        self._bar.initial = self._bar.n = trainer.global_step
         self._times: list[float] = []
 
     def on_train_batch_start(

@@ -26,7 +26,7 @@ from flash.latency import (
     cross_validate,
     grid_points,
 )
-from flash.latency.blocks import Calibration
+from flash.latency.blocks import Calibration, _boxed_least_squares
 from flash.latency.gp import GaussianProcess
 
 # botorch imports linear_operator, which scripts a function at import.
@@ -97,24 +97,26 @@ def test_grid_takes_both_ends_and_even_steps():
 
 def test_composition_is_exact_for_a_bilinear_device():
     specs = SPACE.stratified(np.random.default_rng(0), 200)
-    np.testing.assert_allclose(table().compose(specs)[0], truth(specs), rtol=1e-12)
+    np.testing.assert_allclose(table().compose(specs).total_ms, truth(specs), rtol=1e-12)
 
 
 def test_composition_goes_on_linearly_beyond_the_grid():
     wider = BACKBONE.replace(model_dim=320, ffn_dim=1280)
-    np.testing.assert_allclose(table().compose([wider])[0], truth([wider]), rtol=1e-12)
+    np.testing.assert_allclose(table().compose([wider]).total_ms, truth([wider]), rtol=1e-12)
 
 
-def test_composition_counts_parts():
+def test_composition_counts_parts_and_masks():
     specs = [BACKBONE.replace(layer_types=kinds) for kinds in ((FULL,), (FULL, SLIDING))]
     skipping = BACKBONE.replace(layer_types=(FULL, Attention.skip_attention))
-    assert list(table().compose([*specs, skipping])[1]) == [3, 5, 4]
+    sums = table().compose([*specs, skipping, BACKBONE.replace(layer_types=(SLIDING,) * 3)])
+    assert list(sums.num_parts) == [3, 5, 4, 7]
+    assert list(sums.num_repeated_masks) == [0, 0, 0, 2]
 
 
 def test_grid_of_one_width_is_constant_in_it():
     grid = Grid(model_dims=(256,), ffn_dims=GRID.ffn_dims, kinds=SPACE.kinds)
     lone = BlockTable(BACKBONE, grid, {part: part_ms(part) for part in grid.parts()})
-    np.testing.assert_allclose(lone.compose([BACKBONE])[0], truth([BACKBONE]))
+    np.testing.assert_allclose(lone.compose([BACKBONE]).total_ms, truth([BACKBONE]))
 
 
 def test_blocks_of_other_heads_are_refused():
@@ -132,21 +134,38 @@ def test_kind_without_a_measured_block_is_refused():
 @pytest.mark.parametrize(
     ("device", "calibration"),
     [
-        (lambda ms, parts: 1.36 * ms, Calibration.scale),
-        (lambda ms, parts: 1.1 * ms + 3.0, Calibration.model_overhead),
-        (lambda ms, parts: 1.2 * ms - 0.05 * parts, Calibration.part_overhead),
+        (lambda sums: 1.36 * sums.total_ms, Calibration.scale),
+        (
+            lambda sums: 1.1 * sums.total_ms - 0.8 * sums.num_repeated_masks,
+            Calibration.repeated_masks,
+        ),
+        (lambda sums: 1.1 * sums.total_ms + 3.0, Calibration.model_overhead),
+        (lambda sums: 1.2 * sums.total_ms - 0.05 * sums.num_parts, Calibration.part_overhead),
     ],
 )
 def test_blocks_recover_the_calibration_of_a_device_without_noise(device, calibration):
     rng = np.random.default_rng(1)
     blocks = table()
     fitted = [*SPACE.stratified(rng, 6), BACKBONE]
-    predictor = BlockPredictor(blocks).fit(fitted, device(*blocks.compose(fitted)))
+    predictor = BlockPredictor(blocks).fit(fitted, device(blocks.compose(fitted)))
     assert predictor.calibration is calibration
     unseen = SPACE.stratified(rng, 100)
     np.testing.assert_allclose(
-        predictor.predict(unseen).mean, device(*blocks.compose(unseen)), rtol=1e-6
+        predictor.predict(unseen).mean, device(blocks.compose(unseen)), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("overhead", [-0.2, 0.0, 0.3])
+def test_bounded_fit_is_as_good_as_any_point_of_the_box(overhead):
+    rng = np.random.default_rng(5)
+    matrix = rng.uniform(0.5, 1.5, (6, 2))
+    first, second = (0.5, np.inf), (overhead - 0.1, overhead + 0.1)
+    found = _boxed_least_squares(matrix, first, second)
+    assert first[0] <= found[0]
+    assert second[0] <= found[1] <= second[1]
+    a, b = np.meshgrid(np.linspace(0.5, 3, 200), np.linspace(*second, 50))
+    losses = ((matrix[:, 0, None, None] * a + matrix[:, 1, None, None] * b - 1) ** 2).sum(axis=0)
+    assert ((matrix @ found - 1) ** 2).sum() <= losses.min() + 1e-9
 
 
 def test_blocks_recover_a_noisy_device_and_their_interval_holds():

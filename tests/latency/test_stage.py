@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from flash.latency import (
     make_grid,
     whole_models,
 )
-from flash.latency.stage import Subject
+from flash.latency.bench import Subject
 from flash.lowering import LoweringSettings
 
 # botorch imports linear_operator, which scripts a function at import.
@@ -81,13 +82,16 @@ class Killed(BaseException):
 class FakeDevice:
     """Reads in each "program" what it is of, and knows how long that takes."""
 
-    def __init__(self, die_at_group=None, name="fake", reference_ms=lambda group: 10.0):
+    def __init__(
+        self, die_at_group=None, name="fake", reference_ms=lambda group: 10.0, slowdown=False
+    ):
         self.settings = SimpleNamespace(processes=3, warmups=1, runs=2)
         self.name = name
         self.measured = []
         self.groups = 0
         self.die_at_group = die_at_group
         self.reference_ms = reference_ms
+        self.slowdown = slowdown
 
     def identity(self):
         return {"device": self.name, "threads": 1}
@@ -105,7 +109,7 @@ class FakeDevice:
     def time(self, program, reference_ms):
         subject = json.loads(program.path.read_text())
         self.measured.append(json.dumps(subject, sort_keys=True))
-        ms = latency_ms(subject)
+        ms = latency_ms(subject) * (reference_ms / 10.0 if self.slowdown else 1.0)
         return Measurement(
             name=program.name,
             ttft_ms=ms,
@@ -116,7 +120,7 @@ class FakeDevice:
             peak_rss_mib=1.0,
             model_rss_mib=1.0,
             samples=[{"accepted": True, "ttft": [{"wall_s": ms / 1e3}]}],
-            conditions=[{"reference_ttft_ms": reference_ms}],
+            conditions=[{"reference_ttft_ms": reference_ms, "reference_decode_ms": 1.0}],
         )
 
 
@@ -227,9 +231,57 @@ def test_other_predictors_measure_whole_models_only(tmp_path, lowered, kind):
     assert model.scores[Objective.decode][kind.value].n == 6
 
 
-def test_busy_group_is_reported(tmp_path, lowered, caplog):
-    run(tmp_path, FakeDevice(reference_ms=lambda group: 13.0 if group == 2 else 10.0))
-    assert caplog.text.count("busy device") == 1
+@pytest.mark.parametrize("busy", [0, 2])
+def test_group_on_a_busy_device_is_measured_again(tmp_path, lowered, caplog, busy):
+    device = FakeDevice(reference_ms=lambda group: 13.0 if group == busy else 10.0, slowdown=True)
+    model = run(tmp_path, device)
+    assert len(device.measured) == len(model.rows) + SETTINGS.group_size
+    for row in model.rows:
+        assert row.result["ttft_ms"] == pytest.approx(latency_ms(row.subject))
+    assert "busy during" not in caplog.text
+    repeated = [row for row in model.rows if row.attempt == 2]
+    assert len(repeated) == SETTINGS.group_size
+
+
+def test_measurement_without_the_reference_does_not_count(tmp_path, lowered):
+    first = run(tmp_path, FakeDevice())
+    path = tmp_path / "measurements.jsonl"
+    path.unlink()
+    exported = dict(first.rows[-1].result)
+    del exported["reference"]
+    exported["conditions"] = [{}]
+    MeasurementStore(path).append(replace(first.rows[-1], result=exported))
+    device = FakeDevice()
+    again = run(tmp_path, device)
+    assert len(device.measured) == len(again.rows) == len(first.rows)
+    assert again.rows[-1].attempt == 2
+
+
+def test_left_out_predictions_are_those_that_the_scores_are_of(tmp_path, lowered):
+    model = run(tmp_path, FakeDevice())
+    left_out, values = model.left_out_ms[Objective.decode], model.values_ms[Objective.decode]
+    mape_pct = 100 * np.mean(abs(left_out / values - 1))
+    assert mape_pct == pytest.approx(model.scores[Objective.decode]["blocks"].mape_pct)
+
+
+def test_drift_between_groups_is_taken_out(tmp_path, lowered):
+    drifting = [1.0, 1.14, 1.08, 1.12, 1.1]
+    device = FakeDevice(reference_ms=lambda group: 10.0 * drifting[group], slowdown=True)
+    model = run(tmp_path, device)
+    truth = np.array([latency_ms(spec.to_dict()) for spec in model.models])
+    raw = np.array([row.result["ttft_ms"] for row in model.rows[-5:]])
+    assert abs(raw / truth - 1).max() > 0.1
+    assert abs(model.values_ms[Objective.prefill] / truth - 1).max() < 0.04
+
+
+def test_device_that_stays_busy_is_reported_and_not_measured_for_ever(tmp_path, lowered, caplog):
+    calm_once = FakeDevice(reference_ms=lambda group: 10.0 if group == 0 else 13.0)
+    run(tmp_path, calm_once)
+    assert "busy during 18 of 23 measurements, 3 attempts each" in caplog.text
+    assert len(calm_once.measured) == 5 + 3 * 18
+    again = FakeDevice()
+    run(tmp_path, again)
+    assert again.measured == []
 
 
 def test_workload_must_fit_the_context(tmp_path):

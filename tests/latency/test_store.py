@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -51,6 +52,20 @@ def test_same_key_from_two_open_stores_is_stored_once(path):
     assert first.append(row(1, 1.0))
     assert not second.append(row(1, 2.0))
     assert second.get(row(1).key).result["prefill"]["ms"] == 1.0
+
+
+def test_later_attempt_is_kept_beside_the_first(path):
+    store = MeasurementStore(path)
+    store.append(row(1, 9.0))
+    again = replace(row(1, 5.0), attempt=2)
+    assert store.append(again)
+    assert not store.append(again)
+    assert not store.append(row(1, 1.0))
+    for each in (store, MeasurementStore(path)):
+        assert each.get(again.key).result["prefill"]["ms"] == 5.0
+        assert [each.attempt for each in each.attempts(again.key)] == [1, 2]
+        assert len(each) == 2
+    assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all that a newcomer needs; both set up `.venv` first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint types slow report clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	@echo "installing (about 2 GB, a few minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The whole method on the embedded backbone: search, train the winners, export, report.
+demo: $(READY)
+	$(BIN)/python search.py
+	$(BIN)/python train.py -m "+arch=$$(cat runs/studies/tiny/winners)"
+	$(BIN)/python export.py
+	$(BIN)/python export.py -m "+arch=$$(cat runs/studies/tiny/winners)"
+	$(BIN)/python -m flash.report --wandb flash
+
+test: $(READY) lint types
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: $(READY)
+	$(BIN)/basedpyright
+
+# Longer tests: real searches, real lowering of larger models.
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+report: $(READY)
+	$(BIN)/python -m flash.report
+
+clean:
+	rm -rf runs .venv

@@ -1,0 +1,52 @@
+"""`python -m flash.report`: print the result table and write the page, for a `runs` folder."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from flash.errors import InputError
+from flash.report.data import ReportData, read
+from flash.report.figures import all_figures
+from flash.report.page import write_page
+from flash.report.table import COLUMNS, as_text, rows
+from flash.runs import Runs
+from flash.training.loggers import has_wandb_key
+
+
+def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
+    """The table and every figure as one W&B run; offline without a key."""
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    runs.logs.mkdir(parents=True, exist_ok=True)
+    mode = "online" if has_wandb_key() else "offline"
+    with wandb.init(
+        project=project, name=f"report {data.study}", job_type="report", dir=runs.logs, mode=mode
+    ) as run:
+        run.log({"result": wandb.Table(columns=list(COLUMNS), data=rows(data.models))})
+        run.log({name: wandb.Plotly(figure) for name, figure in all_figures(data).items()})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flash.report", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--study", help="name of a study; default: the one written last")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
+    arguments = parser.parse_args()
+    runs = Runs(arguments.runs)
+    try:
+        data = read(runs, arguments.study)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_page(data, runs.report)
+    if arguments.wandb:
+        log_to_wandb(data, runs, arguments.wandb)
+    print(as_text(data.models))
+    print(f"\nreport: {runs.report.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The report as one HTML file that needs nothing else: no network, no second file."""
+
+from pathlib import Path
+
+import plotly.io
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from flash.arch import ArchSpec, Attention
+from flash.files import write_text
+from flash.report.data import Model, ReportData
+from flash.report.figures import all_figures
+from flash.report.table import COLUMNS, rows
+
+CAPTIONS = {
+    "frontier": (
+        "Frontier",
+        "Each point is a candidate: cut out of the backbone, trained for a short while, its latency "
+        "predicted from measured blocks. Dotted lines: the reference point.",
+    ),
+    "predicted_against_measured": (
+        "Predicted against measured latency",
+        "Bars are 90 % intervals, promised before the program existed.",
+    ),
+    "hypervolume": (
+        "Progress of the search",
+        "Area between the frontier and the reference point, after each trial.",
+    ),
+    "recovery": (
+        "Recovery of the winners",
+        "Held-out loss of the same architecture at three ages.",
+    ),
+}
+_KIND_CLASS = {
+    Attention.full_attention: "full",
+    Attention.sliding_attention: "sliding",
+    Attention.skip_attention: "skip",
+}
+
+
+def _diagram(spec: ArchSpec, widest: ArchSpec) -> list[dict[str, object]]:
+    """Layers from input to output, sizes as shares of the widest model's [%]."""
+    return [
+        {
+            "index": index,
+            "kind": _KIND_CLASS[kind],
+            "label": kind.value.replace("_", " "),
+            "attention_pct": 100 * spec.model_dim / widest.model_dim,
+            "ffn_pct": 100 * spec.ffn_dim / widest.ffn_dim,
+        }
+        for index, kind in enumerate(spec.layer_types)
+    ]
+
+
+def render(data: ReportData) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("flash.report"), autoescape=True, undefined=StrictUndefined
+    )
+    figures = [
+        {
+            "title": CAPTIONS[name][0],
+            "caption": CAPTIONS[name][1],
+            "html": plotly.io.to_html(
+                figure, include_plotlyjs=False, full_html=False, div_id=name,
+                config={"displaylogo": False, "responsive": True},
+            ),
+        }
+        for name, figure in all_figures(data).items()
+    ]
+    return environment.get_template("report.html").render(
+        data=data,
+        search=data.search,
+        columns=COLUMNS,
+        rows=rows(data.models),
+        figures=figures,
+        diagrams=[
+            {"model": model, "layers": _diagram(model.spec, data.backbone.spec)}
+            for model in data.models
+        ],
+        exported=[model for model in data.models if model.exported is not None],
+        scores=_scores(data),
+        machine=_machine(data.models, data.search["device"]),
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def _scores(data: ReportData) -> list[dict[str, object]]:
+    """Cross-validation of the predictors, a row for each phase and predictor."""
+    table: dict[tuple[str, str], dict[str, object]] = {}
+    for key, value in data.search["latency_scores"].items():
+        _, phase, predictor, score = key.split("/")
+        row = table.setdefault((phase, predictor), {"phase": phase, "predictor": predictor})
+        row[score] = value
+    return list(table.values())
+
+
+def _machine(models: list[Model], device: dict[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in device.items())
+
+
+def write_page(data: ReportData, path: Path) -> None:
+    """Render and store, atomically."""
+    write_text(path, render(data))

@@ -1,0 +1,124 @@
+from itertools import product
+
+import numpy as np
+import pytest
+
+from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
+from flash.errors import InputError
+
+BACKBONE = ArchSpec(
+    model_dim=2048,
+    ffn_dim=8192,
+    layer_types=parse_pattern("F" * 16),
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    vocab_size=202048,
+    tie_embeddings=False,
+)
+TABLE_3 = SpaceSettings(
+    name="flash",
+    num_layers=Choices(min=10, max=16),
+    model_dim=Choices(min=1024, max=2048, step=128),
+    ffn_dim=Choices(min=2048, max=8192, step=256),
+)
+SMALL = SpaceSettings(
+    name="small",
+    num_layers=Choices(min=2, max=5),
+    model_dim=Choices(min=64, max=128, step=64),
+    ffn_dim=Choices(min=128, max=192, step=64),
+)
+
+
+def brute_force(space: SearchSpace, depth: int) -> set[tuple[Attention, ...]]:
+    patterns = product(space.kinds, repeat=depth)
+    return {p for p in patterns if space.make(128, 128, p) in space}
+
+
+def test_the_papers_count_comes_out():
+    space = SearchSpace(TABLE_3, BACKBONE)
+    assert space.count_slots() == 3**16 * 7 * 25 * 9
+    assert round(space.count_slots() / 1e9, 1) == 67.8
+    assert space.count(constrained=False) == sum(3**d for d in range(10, 17)) * 25 * 9
+
+
+@pytest.mark.parametrize("run", [0, 1, 2, 4])
+def test_counts_equal_enumeration(run):
+    settings = SpaceSettings(**{**vars(SMALL), "max_efficient_run": run})
+    space = SearchSpace(settings, BACKBONE)
+    for depth in space.depths:
+        assert space.count_patterns(depth) == len(brute_force(space, depth))
+    assert space.count() == sum(map(space.count_patterns, space.depths)) * 4
+
+
+def test_samples_are_uniform_over_the_members():
+    space = SearchSpace(SMALL, BACKBONE)
+    rng = np.random.default_rng(0)
+    drawn = [space.sample(rng) for _ in range(6000)]
+    assert all(spec in space for spec in drawn)
+    members = space.count()
+    counts = np.bincount([sorted(set(drawn), key=str).index(spec) for spec in drawn])
+    assert len(counts) == members
+    chi2 = ((counts - 6000 / members) ** 2 / (6000 / members)).sum()
+    assert chi2 < members + 4 * np.sqrt(2 * members)  # 4 standard deviations
+
+
+def test_neighbours_are_members_one_step_away_and_mutual():
+    space = SearchSpace(SMALL, BACKBONE)
+    spec = space.make(64, 128, parse_pattern("F-F"))
+    neighbours = list(space.neighbours(spec))
+    assert len(neighbours) == len(set(neighbours))
+    assert spec not in neighbours
+    assert all(n in space for n in neighbours)
+    assert all(spec in space.neighbours(n) for n in neighbours)
+    assert space.make(128, 128, spec.layer_types) in neighbours
+    assert space.make(64, 128, parse_pattern("FF")) in neighbours
+
+
+def test_encoding_inverts():
+    space = SearchSpace(SMALL, BACKBONE)
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        spec = space.sample(rng)
+        vector = space.encode(spec)
+        assert vector.min() >= 0
+        assert vector.max() <= 1
+        assert space.decode(vector) == spec
+
+
+def test_stratified_draws_visit_every_size():
+    space = SearchSpace(TABLE_3, BACKBONE)
+    specs = space.stratified(np.random.default_rng(0), 25)
+    assert {s.num_layers for s in specs} == set(space.depths)
+    assert {s.model_dim for s in specs} == set(space.model_dims)
+    assert {s.ffn_dim for s in specs} == set(space.ffn_dims)
+    assert all(s in space for s in specs)
+
+
+def test_non_members_are_told_why():
+    space = SearchSpace(SMALL, BACKBONE)
+    good = space.make(64, 128, parse_pattern("FF-"))
+    assert space.why_not(good) is None
+    reasons = {
+        "num_layers=6": good.replace(layer_types=parse_pattern("F" * 6)),
+        "ffn_dim=256": good.replace(ffn_dim=256),
+        "3 efficient layers in a row": good.replace(layer_types=parse_pattern("F-S-")),
+        "no attention": good.replace(layer_types=parse_pattern("--")),
+        "fixed settings": good.replace(num_heads=16),
+    }
+    for reason, spec in reasons.items():
+        assert reason in (space.why_not(spec) or "")
+        with pytest.raises(InputError):
+            space.encode(spec)
+
+
+def test_a_space_larger_than_the_backbone_is_refused():
+    wide = SpaceSettings(**{**vars(SMALL), "model_dim": Choices(min=2048, max=4096, step=2048)})
+    with pytest.raises(InputError, match=r"space\.model_dim\.max=4096.*backbone's 2048"):
+        SearchSpace(wide, BACKBONE)
+    with pytest.raises(InputError, match=r"space\.kinds.*full_attention"):
+        SearchSpace(
+            SpaceSettings(**{**vars(SMALL), "kinds": [Attention.skip_attention]}), BACKBONE
+        )
+    with pytest.raises(InputError, match=r"space\.max=10"):
+        Choices(min=1, max=10, step=2)

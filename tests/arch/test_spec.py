@@ -1,0 +1,59 @@
+import pytest
+
+from flash.arch import ArchSpec, Attention, parse_pattern
+from flash.errors import InputError
+
+SPEC = ArchSpec(
+    model_dim=256,
+    ffn_dim=576,
+    layer_types=parse_pattern("FF-SF"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    vocab_size=2048,
+)
+
+
+def test_round_trips():
+    assert ArchSpec.from_dict(SPEC.to_dict()) == SPEC
+    assert ArchSpec.from_json(SPEC.to_json()) == SPEC
+    assert hash(ArchSpec.from_json(SPEC.to_json())) == hash(SPEC)
+    assert parse_pattern(SPEC.pattern) == SPEC.layer_types
+
+
+def test_the_longest_run_counts_skips_and_windows_alike():
+    assert SPEC.longest_efficient_run == 2
+    assert SPEC.replace(layer_types=parse_pattern("FFF")).longest_efficient_run == 0
+    assert SPEC.attention_layers == (0, 1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, r"arch\.num_kv_heads=3: expected a divisor of arch\.num_heads=4"),
+        ({"model_dim": 100}, r"arch\.model_dim=100: expected a multiple of 32"),
+        ({"ffn_dim": 0}, r"arch\.ffn_dim=0: expected a positive integer"),
+        ({"head_dim": 33}, r"arch\.head_dim=33: expected an even number"),
+        ({"layer_types": ()}, r"arch\.layer_types=\[\]: expected at least one layer"),
+        ({"layer_types": ("full_atention",)}, "did you mean 'full_attention'"),
+        ({"norm_eps": 0.0}, r"arch\.norm_eps=0\.0: expected a positive number"),
+    ],
+)
+def test_illegal_specs_raise(change, message):
+    with pytest.raises(InputError, match=message):
+        SPEC.replace(**change)
+
+
+def test_unknown_and_missing_keys_are_named():
+    with pytest.raises(InputError, match=r"arch\.ffn_dims: unknown key; did you mean 'ffn_dim'"):
+        ArchSpec.from_dict({**SPEC.to_dict(), "ffn_dims": 1})
+    with pytest.raises(InputError, match=r"arch\.ffn_dim: missing"):
+        ArchSpec.from_dict({k: v for k, v in SPEC.to_dict().items() if k != "ffn_dim"})
+
+
+def test_kinds_have_the_ecosystems_names():
+    assert [kind.value for kind in Attention] == [
+        "full_attention",
+        "sliding_attention",
+        "skip_attention",
+    ]

@@ -1,0 +1,63 @@
+"""What many tests need: a little text, a little backbone, and settings that run in seconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash.arch import ArchSpec, parse_pattern
+from flash.data import DataSettings, Source, train_tokenizer
+from flash.model import BackboneSettings, Decoder, save, state_to_save
+
+SMALL = ArchSpec(
+    model_dim=64,
+    ffn_dim=128,
+    layer_types=parse_pattern("FFF"),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    vocab_size=320,
+    sliding_window=16,
+    max_context=128,
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Forty small files of text with some structure to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        lines = [f"def f{j}(x):\n    return x + {(i * j) % 7}\n" for j in range(40)]
+        (folder / f"file{i}.py").write_text("".join(lines), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def data_settings(corpus) -> DataSettings:
+    return DataSettings(
+        name="test",
+        source=Source.folder,
+        path=str(corpus),
+        heldout_percent=20,
+        seq_len=32,
+        bpe_vocab_size=320,
+        heldout_sequences=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(corpus, tmp_path_factory) -> Path:
+    """A Hugging Face folder with random weights and a tokenizer of the corpus."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("backbone")
+    tokenizer = folder / "bpe.json"
+    texts = [path.read_text("utf-8") for path in sorted(corpus.iterdir())]
+    train_tokenizer(texts, 320).save(str(tokenizer))
+    model = Decoder(SMALL)
+    save(folder / "hf", SMALL, state_to_save(model, torch.bfloat16), tokenizer=tokenizer)
+    return folder / "hf"
+
+
+@pytest.fixture
+def backbone_settings(backbone_folder) -> BackboneSettings:
+    return BackboneSettings(name="small", weights=str(backbone_folder))

@@ -1,0 +1,113 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from flash.data import (
+    DataSettings,
+    PackedData,
+    PackedSequences,
+    ResumableBatches,
+    Source,
+    find_documents,
+    find_tokenizer,
+    load_tokenizer,
+    tokenize,
+)
+from flash.errors import InputError
+
+
+@pytest.fixture
+def tokenizer(data_settings, tmp_path):
+    return load_tokenizer(find_tokenizer(data_settings, None, tmp_path))
+
+
+def test_held_out_files_are_in_no_training_stream(data_settings, tokenizer, tmp_path):
+    streams = tokenize(data_settings, tokenizer, tmp_path)
+    documents = find_documents(data_settings)
+    held = [d for d in documents if d.is_held_out(20)]
+    assert 0 < len(held) < len(documents)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    for split, members in (
+        (streams.heldout, held),
+        (streams.train, [d for d in documents if not d.is_held_out(20)]),
+    ):
+        decoded = [
+            tokenizer.decode(part[part != end].tolist())
+            for part in np.split(split, np.flatnonzero(split == end) + 1)[:-1]
+        ]
+        assert decoded == [d.path.read_text("utf-8") for d in members]
+
+
+def test_the_split_depends_on_the_relative_path_alone(data_settings, corpus, tmp_path):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    for path in corpus.iterdir():
+        (other / path.name).write_text("other text", "utf-8")
+    moved = DataSettings(**{**vars(data_settings), "path": str(other)})
+    split = {d.name: d.is_held_out(20) for d in find_documents(data_settings)}
+    assert split == {d.name: d.is_held_out(20) for d in find_documents(moved)}
+
+
+def test_bytes_per_token_add_up_to_the_text(data_settings, tokenizer, tmp_path):
+    streams = tokenize(data_settings, tokenizer, tmp_path)
+    texts = [d for d in find_documents(data_settings) if not d.is_held_out(20)]
+    total = sum(len(d.path.read_bytes()) for d in texts)
+    assert streams.bytes_per_token[streams.train].sum() == total
+
+
+def test_unchanged_texts_are_not_tokenised_again(data_settings, tokenizer, tmp_path, monkeypatch):
+    first = tokenize(data_settings, tokenizer, tmp_path)
+    monkeypatch.setattr("flash.data.packed._encode", pytest.fail)
+    again = tokenize(data_settings, tokenizer, tmp_path)
+    assert again.digest == first.digest
+    assert np.array_equal(again.train, first.train)
+
+
+def test_every_token_but_the_first_is_a_target_exactly_once():
+    tokens = np.arange(101, dtype=np.uint16)
+    packed = PackedSequences(tokens, 10)
+    targets = [int(t) for i in range(len(packed)) for t in packed[i][1:]]
+    assert targets == list(range(1, 101))
+
+
+def test_batches_resume_in_the_middle_of_an_epoch():
+    whole = list(islice(ResumableBatches(23, 4, seed=3), 17))
+    for start in (1, 4, 5, 12):
+        resumed = list(islice(ResumableBatches(23, 4, seed=3, start=start), 17 - start))
+        assert resumed == whole[start:]
+    first_epoch = [i for batch in whole[:5] for i in batch]
+    assert len(set(first_epoch)) == 20  # nothing twice
+    assert whole[:5] != whole[5:10]
+    assert whole != list(islice(ResumableBatches(23, 4, seed=4), 17))
+
+
+def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
+    data = PackedData(data_settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+    train = {tuple(data.train_set[i][:-1].tolist()) for i in range(len(data.train_set))}
+    rows = [row for batch in data.calibration_batches(320) for row in batch]
+    assert len(rows) == 10
+    assert all(tuple(row.tolist()) in train for row in rows)
+
+
+def test_bad_corpora_are_named(tmp_path, data_settings):
+    missing = DataSettings(name="x", source=Source.folder, path=str(tmp_path / "none"))
+    with pytest.raises(InputError, match=r"data\.path=.*none: expected a folder"):
+        find_documents(missing)
+    (tmp_path / "empty").mkdir()
+    empty = DataSettings(name="x", source=Source.folder, path=str(tmp_path / "empty"))
+    with pytest.raises(InputError, match=r"expected files that match \*\.py, found none"):
+        find_documents(empty)
+    with pytest.raises(InputError, match=r"data\.path=null"):
+        DataSettings(name="x", source=Source.folder)
+    with pytest.raises(InputError, match=r"data\.heldout_percent=100"):
+        DataSettings(name="x", heldout_percent=100)
+
+
+def test_bad_tokenizers_are_named(tmp_path, data_settings):
+    named = DataSettings(**{**vars(data_settings), "tokenizer": str(tmp_path / "t.json")})
+    with pytest.raises(InputError, match=r"t\.json: no such file"):
+        find_tokenizer(named, None, tmp_path)
+    (tmp_path / "t.json").write_text("{", "utf-8")
+    with pytest.raises(InputError, match=r"t\.json: damaged"):
+        find_tokenizer(named, None, tmp_path)

@@ -1,0 +1,109 @@
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash.device import DeviceError, HostDevice, Measurement, Program, open_device
+from flash.device.host import run_process
+from flash.errors import InputError
+from flash.model.decoder import generate
+
+
+def test_programs_take_turns_in_fresh_processes(program, settings, tmp_path):
+    copy = tmp_path / "copy.pte"
+    copy.write_bytes(program.read_bytes())
+    programs = [Program(name="a", path=program, vocab_size=64)]
+    reference = Program(name="ref", path=copy, vocab_size=64)
+    steps = []
+    [result] = open_device(settings).measure(
+        programs, settings.workload, reference, on_progress=lambda *done: steps.append(done)
+    )
+    assert steps == [(1, 2), (2, 2)]
+    assert [len(process["ttft"]) for process in result.samples] == [2, 2]
+    assert all(len(run["steps_ms"]) == 4 for p in result.samples for run in p["decode"])
+    assert result.ttft_ms == pytest.approx(
+        1e3 * min(run["wall_s"] for process in result.samples for run in process["ttft"])
+    )
+    assert 0 < result.decode_ms < result.ttft_ms
+    assert result.peak_rss_mib > result.conditions[0]["baseline_rss_kib"] / 1024 > 0
+    assert result.load_ms > 0
+    assert result.conditions[0]["reference_ttft_ms"] > 0
+    assert result.conditions[0]["started"] < result.conditions[1]["started"]
+    assert Measurement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_file_continues_text_as_the_decoder_does(model, program, settings):
+    prompt = [5, 9, 33, 2, 17, 40, 8, 8, 61, 30, 3]  # longer than one chunk
+    expected = generate(model, torch.tensor([prompt]), 12)[0, len(prompt) :].tolist()
+    device = HostDevice(settings)
+    assert device.generate(program, prompt, 12) == expected
+    stop = expected[4]
+    assert device.generate(program, prompt, 12, [stop]) == expected[: expected.index(stop)]
+
+
+@torch.no_grad()
+def test_file_scores_text_as_the_decoder_does(model, program, settings):
+    text = [5, 9, 33, 2, 17, 40, 8, 8, 61, 30, 3]
+    logits = model(torch.tensor([text]))[0]
+    likelihoods = torch.log_softmax(logits.double(), -1)
+    expected = [float(likelihoods[i - 1, text[i]]) for i in range(3, len(text))]
+    scores = HostDevice(settings).score(program, text, prefill=3, keep_logits=True)
+    assert scores["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
+    torch.testing.assert_close(torch.tensor(scores["logits"]), logits[2:], atol=1e-4, rtol=1e-4)
+
+
+def test_cut_off_file_is_one_clear_error(program, settings, tmp_path):
+    broken = tmp_path / "broken.pte"
+    broken.write_bytes(program.read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"broken\.pte: cannot be loaded .* damaged"):
+        HostDevice(settings).generate(broken, [1], 1)
+    with pytest.raises(InputError, match=r"missing\.pte: no such file"):
+        HostDevice(settings).generate(tmp_path / "missing.pte", [1], 1)
+
+
+def test_text_longer_than_the_cache_is_an_error(program, settings):
+    with pytest.raises((DeviceError, InputError), match=r"model\.pte"):
+        HostDevice(settings).score(program, [1] * 70)
+
+
+def test_dead_and_slow_processes_are_errors_with_a_name():
+    dies = "import sys; print('boom', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(DeviceError, match="model a: the runner exited with code 3: boom"):
+        run_process([sys.executable, "-c", dies], 1, 60.0, "model a")
+    with pytest.raises(DeviceError, match="model b: no result after 0 s"):
+        run_process([sys.executable, "-c", "import time; time.sleep(60)"], 1, 0.3, "model b")
+
+
+def test_disturbed_process_is_replaced_once_and_counted(settings, monkeypatch, tmp_path):
+    def result(ttft_s):
+        times = {"ttft": [{"wall_s": ttft_s}], "decode": [{"steps_ms": [1.0]}]}
+        return {
+            "samples": {"a": times},
+            "load_ms": {"a": 1.0},
+            "load_rss_kib": {"a": 1024},
+            "peak_rss_kib": 2048,
+            "baseline_rss_kib": 1,
+            "started": 0.0,
+            "start_ms": 0.0,
+            "load_average": 0.0,
+            "process": {},
+        }
+
+    answers = iter([result(0.010), result(5.0), result(0.012), result(0.011)])
+    device = HostDevice(replace(settings, processes=3, reject_ratio=1.5))
+    monkeypatch.setattr(device, "_run", lambda job, programs: next(answers))
+    programs = [Program(name="a", path=tmp_path, vocab_size=64)]
+    [measured] = device.measure(programs, settings.workload)
+    assert (measured.rejected, len(measured.samples)) == (1, 4)
+    assert [process["accepted"] for process in measured.samples] == [True, False, True, True]
+    assert measured.ttft_ms == pytest.approx(10)
+    assert measured.ttft_se_ms == pytest.approx(1 / 3**0.5)
+
+
+def test_identity_holds_what_changes_times(settings):
+    identity = HostDevice(settings).identity()
+    assert identity["threads"] == 1
+    assert identity["runtime"].startswith("executorch 1.")
+    assert identity["cpu"]

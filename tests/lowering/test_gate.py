@@ -1,0 +1,59 @@
+import json
+
+import pytest
+import torch
+
+from flash.errors import InputError
+from flash.lowering import GateSettings, Stage, check_parity, lower
+
+SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
+
+
+@pytest.mark.parametrize("pattern", ["F-", pytest.param("FS", marks=pytest.mark.slow)])
+def test_fp32_program_equals_the_decoder(toy, settings, text, pattern):
+    report = check_parity(toy(pattern), settings("fp32"), text, SHORT)
+    assert report.passed, report
+    assert all(result.error < 1e-5 for result in report.stages)
+
+
+def test_quantised_program_equals_its_eager_form(toy, settings, text):
+    # The sliding layer also covers the additive mask.
+    report = check_parity(toy("S-"), settings(), text, SHORT)
+    quantized, exported, runtime = report.stages
+    assert report.passed, report
+    assert quantized.kl > 0
+    assert exported.error < 1e-5
+    assert runtime.kl < 0.1 * quantized.kl
+    assert json.loads(json.dumps(report.to_dict()))["first_failure"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["fp32", "int8da4w"])
+def test_int8_cache_program_equals_its_eager_form(toy, settings, text, quantization):
+    report = check_parity(toy("FS"), settings(quantization, "int8"), text, SHORT)
+    assert report.passed, report
+
+
+def test_gate_names_the_stage_that_changed_the_answer(toy, settings, text):
+    other = toy("-")
+    program = lower(other, settings("fp32"))
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)  # after the file was written
+    report = check_parity(other, settings("fp32"), text, SHORT, program=program)
+    assert report.first_failure is Stage.runtime
+    assert [r.passed for r in report.stages] == [True, True, False]
+    assert "runtime    FAIL" in str(report)
+
+
+def test_broken_weights_fail_and_do_not_pass_as_nan(toy, settings, text):
+    model = toy("-")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    program = lower(toy("-"), settings("fp32"))
+    report = check_parity(model, settings("fp32"), text, SHORT, program=program)
+    assert report.first_failure is Stage.quantized
+
+
+def test_short_text_is_an_error(toy, settings, text):
+    with pytest.raises(InputError, match="gate.text=10: expected at least 32 tokens"):
+        check_parity(toy("F"), settings(), text[:10], SHORT)

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from flash.errors import InputError
+from flash.lowering import LoweringSettings, lower, write
+from flash.lowering.form import Form
+from flash.lowering.lower import quantized_form
+
+
+def last_logits(form, text, chunks):
+    start = 0
+    for length in chunks:
+        out = form(text[None, start : start + length], torch.tensor([start]))
+        start += length
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("pattern", "qk_norm"), [("F-", True), ("S-S", True), ("FS", False)])
+def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm):
+    model = toy(pattern, qk_norm)
+    form = Form(model, settings("fp32"))
+    expected = model(text[None, :20])[0]
+    for chunks in ([9, 7, 1, 1, 1, 1], [20], [1] * 20):
+        torch.testing.assert_close(
+            last_logits(form, text, chunks)[0], expected[19], atol=2e-6, rtol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_position_zero_starts_a_new_sequence(toy, settings, text):
+    form = Form(toy("FS"), settings("fp32"))
+    first = last_logits(form, text, [6, 1]).clone()
+    last_logits(form, text.flip(0), [16, 16])
+    torch.testing.assert_close(last_logits(form, text, [6, 1]), first)
+
+
+@torch.no_grad()
+def test_int8_cache_stays_close_to_float(toy, settings, text):
+    model = toy("FS")
+    form = Form(model, settings("fp32", "int8"))
+    expected = model(text[None, :20])[0, -1]
+    error = (last_logits(form, text, [16, 3, 1])[0] - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.02
+
+
+def test_lowering_leaves_the_decoder_as_it_was(toy, settings):
+    model = toy("F-")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    form = quantized_form(model, settings())
+    assert not any(parameter.requires_grad for parameter in form.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_form_shares_the_decoders_memory(toy, settings):
+    model = toy("F-")
+    form = Form(model, settings("fp32"))
+    owned = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in form.parameters()} <= owned
+
+
+def test_context_beyond_the_architecture_is_an_error(toy):
+    with pytest.raises(InputError, match=r"lowering.max_context=9000: expected at most"):
+        lower(toy("F"), LoweringSettings(max_context=9000))
+
+
+def test_settings_name_the_bad_value():
+    with pytest.raises(InputError, match="lowering.prefill_chunk=100: expected"):
+        LoweringSettings(max_context=64, prefill_chunk=100)
+    with pytest.raises(InputError, match="lowering.max_context=0: expected"):
+        LoweringSettings(max_context=0)
+    assert LoweringSettings(max_context=4096).prefill_chunk == 1024
+    assert LoweringSettings(max_context=64).prefill_chunk == 64
+
+
+def test_write_replaces_the_file_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "model.pte"
+    write(path, b"old")
+    write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["model.pte"]

@@ -1,0 +1,30 @@
+import os
+import subprocess
+import sys
+
+from flash.lowering.noise import is_noise, quiet
+
+
+def test_only_known_lines_are_dropped():
+    code = (
+        "import os\n"
+        "from flash.lowering.noise import quiet\n"
+        "with quiet():\n"
+        "    os.write(2, b'[cpuinfo_utils.cpp:71] Reading file\\nreal trouble\\n')\n"
+        "    with quiet():\n"
+        "        os.write(2, b'[kernel_runtime_context.h:91] No temp allocator provided\\n')\n"
+        "os.write(2, b'after\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stderr.splitlines() == ["real trouble", "after"]
+
+
+def test_descriptor_is_restored_after_an_error():
+    before = os.fstat(2)
+    try:
+        with quiet():
+            raise KeyError
+    except KeyError:
+        pass
+    assert os.path.samestat(os.fstat(2), before)
+    assert not is_noise("error: no such operator llama::custom_sdpa")

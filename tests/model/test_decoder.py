@@ -1,0 +1,188 @@
+"""The decoder against transformers' classes, and its cache against the full forward pass."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from flash.arch import ArchSpec, parse_pattern
+from flash.errors import InputError
+from flash.model import (
+    Decoder,
+    build,
+    from_config,
+    generate,
+    load,
+    read_spec,
+    save,
+    state_to_save,
+    to_config,
+)
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # large enough that attention and norms matter
+}
+SPEC = ArchSpec(
+    model_dim=64,
+    ffn_dim=96,
+    layer_types=parse_pattern("FFF"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=97,
+    sliding_window=5,
+    max_context=64,
+)
+
+
+def _theirs(family: str, tied: bool):
+    torch.manual_seed(0)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=tied)).eval()
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = Qwen3Config(
+        **COMMON,
+        tie_word_embeddings=tied,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=kinds,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):  # all ones would hide a norm that is left out
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_their_checkpoint_in_our_decoder(family, tied, tmp_path):
+    theirs = _theirs(family, tied)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    tokens = torch.randint(0, 97, (2, 20))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("qk_norm", "pattern"), [(False, "FFF"), (True, "FFF"), (True, "FSF")])
+@torch.no_grad()
+def test_our_checkpoint_in_their_class(qk_norm, pattern, tied, tmp_path):
+    torch.manual_seed(0)
+    spec = SPEC.replace(
+        qk_norm=qk_norm, tie_embeddings=tied, layer_types=parse_pattern(pattern)
+    )
+    ours = Decoder(spec)
+    for parameter in ours.parameters():
+        parameter.data.mul_(3)
+    save(tmp_path / "m", spec, state_to_save(ours, torch.float32))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    tokens = torch.randint(0, 97, (2, 20))
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
+    assert read_spec(tmp_path / "m") == spec
+
+
+def test_stock_transformers_refuses_patterns_that_it_would_build_wrongly(tmp_path):
+    spec = SPEC.replace(layer_types=parse_pattern("F-F"))
+    save(tmp_path / "m", spec, state_to_save(Decoder(spec), torch.float32))
+    with pytest.raises(ValueError, match="mobilellm_flash"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("pattern", ["FFF", "F-F", "FSF", "-SF"])
+@torch.no_grad()
+def test_generation_with_a_cache_equals_the_full_forward_pass(pattern):
+    torch.manual_seed(0)
+    model = Decoder(SPEC.replace(layer_types=parse_pattern(pattern)))
+    for parameter in model.parameters():
+        parameter.data.mul_(5)
+    prompt = torch.randint(0, 97, (2, 9))
+    tokens = generate(model, prompt, 12)
+    assert torch.equal(tokens[:, :9], prompt)
+    expected = model(tokens[:, :-1])[:, 8:].argmax(-1)
+    assert torch.equal(tokens[:, 9:], expected)
+    cache = model.empty_cache(2)
+    steps = [model(part, cache) for part in tokens.split([9, 1, 4, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, 1), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sliding_layer_sees_its_window_and_no_further():
+    torch.manual_seed(0)
+    model = Decoder(SPEC.replace(layer_types=parse_pattern("S"), sliding_window=4))
+    tokens = torch.randint(0, 97, (1, 12))
+    other = tokens.clone()
+    other[0, 3] = (other[0, 3] + 1) % 97
+    same = torch.isclose(model(tokens), model(other), atol=1e-6).all(-1)[0]
+    assert same.tolist() == [True] * 3 + [False] * 4 + [True] * 5
+
+
+def test_bf16_round_trip_keeps_the_spec_and_the_rounded_weights(tmp_path):
+    spec = SPEC.replace(layer_types=parse_pattern("F-S"))
+    model = Decoder(spec)
+    save(tmp_path / "m", spec, state_to_save(model, torch.bfloat16), token_ids={"eos_token_id": 3})
+    again = load(tmp_path / "m")
+    assert again.spec == spec
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == 3
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b), name
+
+
+def _broken(folder: Path, change: dict) -> dict:
+    config = {**to_config(SPEC), **change}
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type=gemma3: expected one of llama, qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu: expected silu"),
+        ({"attention_bias": True}, "attention_bias=True: expected False"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type=llama3: expected default"),
+        ({"hidden_size": ...}, "hidden_size: missing"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+    ],
+)
+def test_configs_that_cannot_be_expressed_are_refused(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        from_config(_broken(tmp_path, change))
+
+
+def test_wrong_tensors_are_named():
+    weights = state_to_save(Decoder(SPEC), torch.float32)
+    missing = {k: v for k, v in weights.items() if k != "model.norm.weight"}
+    with pytest.raises(InputError, match=r"model\.norm\.weight is missing"):
+        build(SPEC, missing)
+    with pytest.raises(InputError, match="has shape"):
+        build(SPEC.replace(ffn_dim=64), weights)
+    with pytest.raises(InputError, match="does not belong"):
+        build(SPEC, {**weights, "extra": torch.zeros(1)})
+
+
+def test_an_interrupted_save_keeps_the_old_folder(tmp_path, monkeypatch):
+    spec, folder = SPEC, tmp_path / "m"
+    weights = state_to_save(Decoder(spec), torch.float32)
+    save(folder, spec, weights)
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flash.model.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(folder, spec, {name: w + 1 for name, w in weights.items()})
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

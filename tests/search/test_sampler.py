@@ -1,0 +1,156 @@
+from dataclasses import replace
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+import toy_search as toy
+from botorch.exceptions.errors import ModelFittingError
+from optuna.trial import TrialState
+
+from flash.arch import parse_pattern
+from flash.search import Sampler, Trial, hypervolume, propose, sampler
+from flash.search.sampler import features, greedy_batch
+
+SPACE = toy.make_space()
+
+
+def make_trials(specs, start=0):
+    return [
+        Trial(
+            number=start + i,
+            spec=spec,
+            latency_ms=float(toy.latency([spec])[0]),
+            state=TrialState.COMPLETE,
+            loss=toy.loss(spec),
+            batch=(start, len(specs)),
+        )
+        for i, spec in enumerate(specs)
+    ]
+
+
+def ask(trials, n, space=SPACE, seed=0, **changes):
+    return propose(
+        space,
+        trials,
+        n,
+        latency=toy.latency,
+        reference=toy.REFERENCE,
+        settings=toy.make_settings(**changes),
+        seed=seed,
+    )
+
+
+def hypervolume_after(num_trials, seed, space, **changes):
+    trials = make_trials(ask([], 8, space, seed, **changes))
+    while len(trials) < num_trials:
+        trials += make_trials(ask(trials, 4, space, seed, **changes), start=len(trials))
+    return hypervolume([(t.loss, t.latency_ms) for t in trials], toy.REFERENCE)
+
+
+@pytest.mark.parametrize("kind", Sampler)
+def test_proposals_are_members_never_repeat_and_depend_on_the_seed_alone(kind):
+    trials = []
+    for n in (8, 4, 4, 4):
+        specs = ask(trials, n, sampler=kind)
+        assert len(specs) == n
+        assert specs == ask(trials, n, sampler=kind)
+        assert all(spec in SPACE for spec in specs)
+        trials += make_trials(specs, start=len(trials))
+    assert len({trial.spec for trial in trials}) == len(trials)
+    assert ask(trials, 4, sampler=kind) != ask(trials, 4, sampler=kind, seed=1)
+
+
+def test_start_up_includes_the_largest_member():
+    assert toy.BACKBONE in ask([], 8)
+
+
+def test_failed_and_running_trials_are_not_proposed_again_and_teach_nothing():
+    trials = make_trials(ask([], 16))
+    for state in (TrialState.FAIL, TrialState.RUNNING):
+        trials[3] = replace(trials[3], state=state, loss=None)
+        specs = ask(trials, 4)
+        assert len(specs) == 4
+        assert not {trial.spec for trial in trials} & set(specs)
+
+
+@pytest.mark.parametrize("losses", [[None] * 8, [2.0] + [None] * 7, [2.0] * 8])
+def test_without_two_different_losses_proposals_are_random(losses):
+    trials = [
+        replace(trial, loss=loss, state=TrialState.FAIL if loss is None else TrialState.COMPLETE)
+        for trial, loss in zip(make_trials(ask([], 8)), losses, strict=True)
+    ]
+    assert ask(trials, 4) == ask(trials, 4, sampler=Sampler.random)
+
+
+def test_an_exhausted_space_gives_fewer_and_then_none():
+    space = toy.make_space(depth=4, min_dim=256)  # only patterns of 4 layers and FFN widths
+    space = toy.SearchSpace(
+        replace(space.settings, ffn_dim=toy.Choices(min=768, max=768)), toy.BACKBONE
+    )
+    trials = []
+    while specs := ask(trials, 8, space):
+        trials += make_trials(specs, start=len(trials))
+    assert len({trial.spec for trial in trials}) == space.count()
+
+
+def test_a_failed_fit_falls_back_to_random_and_says_so(monkeypatch, caplog):
+    def fail(*_):
+        raise ModelFittingError("all attempts failed")
+
+    monkeypatch.setattr(sampler, "fit_loss_model", fail)
+    assert len(ask(make_trials(ask([], 8)), 4)) == 4
+    assert "all attempts failed" in caplog.text
+
+
+def test_features_lie_in_the_unit_cube_and_tell_early_from_late():
+    rng = np.random.default_rng(0)
+    rows = np.array([features(SPACE, spec) for spec in SPACE.stratified(rng, 200)])
+    assert rows.min() >= 0
+    assert rows.max() <= 1
+    early, late = (
+        features(SPACE, SPACE.make(256, 768, parse_pattern(pattern)))
+        for pattern in ("-FFFFFFF", "FFFFFFF-")
+    )
+    assert np.linalg.norm(early - late) > 0.5
+
+
+def test_greedy_batch_takes_the_greatest_expected_hypervolume_gain():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(2.0, 0.5, size=(8, 12))
+    latencies = rng.uniform(1.0, 6.0, size=12)
+    reference = (2.5, 5.0)
+
+    def volume(members):  # the mean over draws, by BoTorch
+        return np.mean([
+            hypervolume(np.column_stack([d[members], latencies[members]]), reference) for d in draws
+        ])
+
+    members, expected = [0, 1, 2, 3], []
+    for _ in range(3):
+        left = [i for i in range(4, 12) if i not in expected]
+        expected.append(max(left, key=lambda i: volume([*members, *expected, i])))
+    assert greedy_batch(draws, latencies, 4, 3, reference) == expected
+
+
+def test_the_loss_model_predicts_unseen_specs():
+    rng = np.random.default_rng(0)
+    specs = SPACE.stratified(rng, 80)
+    rows = np.array([features(SPACE, spec) for spec in specs])
+    losses = np.array([toy.loss(spec) for spec in specs])
+    losses = (losses - losses.mean()) / losses.std()
+    model = sampler.fit_loss_model(rows[:60], losses[:60])
+    with torch.no_grad():
+        mean = model.posterior(torch.from_numpy(rows[60:])).mean.squeeze(-1).numpy()
+    assert np.corrcoef(mean, losses[60:])[0, 1] > 0.95
+
+
+@pytest.mark.slow
+def test_the_model_beats_random_in_the_median_of_five_seeds():
+    def volumes(kind):
+        settings = {"sampler": kind, "pool_size": 512}
+        return [hypervolume_after(40, seed, SPACE, **settings) for seed in range(5)]
+
+    ours, random = volumes(Sampler.flash), volumes(Sampler.random)
+    print("flash", ours, "random", random)
+    assert median(ours) > median(random)

@@ -1,0 +1,129 @@
+"""What a user may get wrong ends in one line that names it, exit code 2, before any work."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from flash.config import CONF, ExportSettings, SearchJobSettings, TrainSettings, entry, load, register
+
+ROOTS = {"train": TrainSettings, "search": SearchJobSettings, "export": ExportSettings}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run an entry script in this process with a job that must not be reached."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        reached = []
+        try:
+            entry(ROOTS[script], job or reached.append)
+        except SystemExit as stop:
+            assert not reached
+            return int(stop.code or 0), capsys.readouterr().err
+        return (0 if reached else -1), capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("script", ROOTS)
+def test_defaults_compose_and_convert(script, run):
+    assert run(script)[0] == 0
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
+    (tmp_path / "conf").mkdir()
+    register()
+    group = path.parent.name
+    reached = False
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for script, schema in ROOTS.items():
+            defaults = yaml.safe_load((CONF / f"{script}.yaml").read_text())["defaults"]
+            known = {key for entry in defaults if isinstance(entry, dict) for key in entry}
+            override = f"{group}={path.stem}"
+            if group == "arch" and script != "search":
+                override = f"+{override}"
+            elif group == "experiment" and script == "train":
+                pass
+            elif group not in known:
+                continue
+            extra = ["data.path=x"] if path.stem == "folder" else []
+            settings = load(compose(script, [override, *extra]), schema)
+            reached = True
+            if group not in {"arch", "experiment"}:
+                node = getattr(settings, group)
+                assert getattr(node, "name", path.stem) is not None
+    assert reached
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [
+        ("train", "recipe.lrr=1", "recipe.lrr: unknown key; did you mean 'lr'?"),
+        ("train", "+recipe.lrr=1", "recipe.lrr: unknown key; did you mean 'lr'?"),
+        ("train", "+recipes.lr=1", "recipes: unknown key; did you mean 'recipe'?"),
+        ("train", "recipe.lr=fast", "recipe.lr: Value 'fast'"),
+        ("train", "recipe.lr=-1", "recipe.lr=-1.0: expected a positive number"),
+        ("train", "recipe.schedule=linear", "recipe.schedule: Invalid value 'linear'"),
+        ("train", "recipe=contine", "did you mean 'continue'?"),
+        ("train", "+arch=flash_65m", "did you mean 'flash_650m'?"),
+        ("train", "trainer.max_steps=0", "trainer.max_steps=0: expected a positive integer"),
+        ("search", "search.trails=5", "search.trails: unknown key; did you mean 'trials'?"),
+        ("search", "space.model_dim.stp=1", "space.model_dim.stp: unknown key; did you mean 'step'?"),
+        ("search", "space.model_dim.step=0", "space.step=0: expected a positive integer"),
+        ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
+        ("search", "latency=bloks", "did you mean 'blocks'?"),
+        ("export", "gate.max_kl_quantised=1", "did you mean 'max_kl_quantized'?"),
+        ("export", "device=hots", "did you mean 'host'?"),
+        ("export", "device.max_context=100", "device.max_context=100: expected at least"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, script, argument, message):
+    code, err = run(script, argument)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(run):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    code, err = run("train", "seed=3", job=interrupted)
+    assert code == 130
+    assert "python train.py seed=3" in err
+
+
+def test_a_full_disk_is_one_line(run):
+    def full(settings):
+        raise OSError(28, "No space left on device", "runs/x")
+
+    code, err = run("train", job=full)
+    assert code == 1
+    assert err.strip() == (
+        "error: runs/x: No space left on device; finished work is kept, run the same command again"
+    )
+
+
+def test_found_architectures_are_taken_by_name(run, tmp_path):
+    found = tmp_path / "runs" / "conf" / "arch"
+    found.mkdir(parents=True)
+    (found / "mine_0.yaml").write_text("ffn_dim: 192\n", "utf-8")
+    seen = []
+    assert run("train", "+arch=mine_0", job=seen.append)[0] == -1
+    assert seen[0].arch == {"ffn_dim": 192}
+    assert seen[0].name == "mine_0"
+
+
+def test_conf_is_where_config_says():
+    assert Path(CONF).is_dir()

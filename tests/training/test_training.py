@@ -1,0 +1,226 @@
+"""Training: the same losses after a kill, distillation, and the job behind train.py."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from flash.data import PackedData, find_tokenizer, load_tokenizer
+from flash.errors import InputError
+from flash.model import BackboneSettings, Decoder, cross_entropy, distillation, load
+from flash.training import (
+    Precision,
+    RecipeSettings,
+    Schedule,
+    TrainerSettings,
+    fit,
+    heldout_quality,
+)
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import TrainSettings, train
+from tests.conftest import SMALL
+
+RECIPE = RecipeSettings(name="test", tokens=12 * 128, batch_size=4, lr=3e-3)
+TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=1)
+
+
+@pytest.fixture
+def data(data_settings, tmp_path) -> PackedData:
+    tokenizer = load_tokenizer(find_tokenizer(data_settings, None, tmp_path))
+    return PackedData(data_settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+
+
+def _model() -> Decoder:
+    torch.manual_seed(1)
+    return Decoder(SMALL)
+
+
+def _same(a: Decoder, b: Decoder) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_training_lowers_the_held_out_loss(data):
+    model = _model()
+    before = heldout_quality(model, data, Precision.fp32)
+    done = fit(model, data, RECIPE, TRAINER)
+    after = heldout_quality(model, data, Precision.fp32)
+    assert done.steps == 12
+    assert done.tokens == 12 * 128
+    assert before.loss == pytest.approx(math.log(320), rel=0.02)
+    assert after.loss < before.loss - 0.5
+    assert after.bits_per_byte < before.bits_per_byte
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path):
+    whole, parts = _model(), _model()
+    fit(whole, data, RECIPE, TRAINER)
+    fit(parts, data, RECIPE, dataclasses.replace(TRAINER, max_steps=5), folder=tmp_path / "c")
+    resumed = Decoder(SMALL)  # other random weights: all state comes from the checkpoint
+    done = fit(resumed, data, RECIPE, TRAINER, folder=tmp_path / "c")
+    assert done.steps == 12
+    assert _same(whole, resumed)
+
+
+def test_distillation_of_equal_models_is_zero_and_pulls_towards_the_teacher(data):
+    teacher, student = _model(), Decoder(SMALL)
+    logits = teacher(torch.randint(0, 320, (2, 16)))
+    assert float(distillation(logits, logits)) == pytest.approx(0, abs=1e-6)
+    recipe = dataclasses.replace(RECIPE, kd_weight=1.0)
+    tokens = next(iter(data.val_dataloader()))[:, :-1]
+    before = float(distillation(student(tokens), teacher(tokens)))
+    fit(student, data, recipe, TRAINER, teacher=teacher)
+    assert float(distillation(student(tokens), teacher(tokens))) < before
+
+
+def test_distillation_by_hand():
+    student, teacher = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[math.log(3.0), 0.0]]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(distillation(student, teacher)) == pytest.approx(expected)
+    assert float(cross_entropy(teacher, torch.tensor([[0]]))) == pytest.approx(-math.log(0.75))
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path):
+    fit(_model(), data, RECIPE, dataclasses.replace(TRAINER, max_steps=2), folder=tmp_path)
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.ckpt: damaged"):
+        fit(_model(), data, RECIPE, TRAINER, folder=tmp_path)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(data, tmp_path, monkeypatch):
+    fit(_model(), data, RECIPE, dataclasses.replace(TRAINER, max_steps=2), folder=tmp_path)
+    before = (tmp_path / "last.ckpt").read_bytes()
+
+    def full_disk(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        fit(_model(), data, RECIPE, TRAINER, folder=tmp_path)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".json" and p.is_file()] == [
+        "last.ckpt"
+    ]
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_the_learning_rate_rises_peaks_and_ends_at_its_share(schedule):
+    recipe = RecipeSettings(
+        name="x", tokens=1, schedule=schedule, warmup_ratio=0.1, final_lr_ratio=0.1
+    )
+    factors = [recipe.lr_factor(step, 100) for step in range(101)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[100] == pytest.approx(0.1)
+    flat = sum(f == pytest.approx(1.0) for f in factors)
+    assert flat > 60 if schedule is Schedule.wsd else flat < 15
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.0}, r"recipe\.lr=0\.0: expected a positive number"),
+        ({"lr": math.nan}, r"recipe\.lr=nan"),
+        ({"tokens": 0}, r"recipe\.tokens=0"),
+        ({"kd_weight": 1.5}, r"recipe\.kd_weight=1\.5: expected a number from 0 to 1"),
+    ],
+)
+def test_illegal_recipes_raise(values, message):
+    with pytest.raises(InputError, match=message):
+        RecipeSettings(**{"name": "x", "tokens": 1, **values})
+
+
+def _settings(backbone_settings, data_settings, tmp_path, **changes) -> TrainSettings:
+    settings = TrainSettings(
+        backbone=backbone_settings,
+        data=data_settings,
+        recipe=dataclasses.replace(RECIPE, kd_weight=0.5, calibration_tokens=256),
+        trainer=TRAINER,
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        arch={"ffn_dim": 64, "layer_types": ["full_attention", "skip_attention"]},
+        name="candidate",
+        runs=str(tmp_path / "runs"),
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+def test_the_job_prunes_trains_saves_and_is_done_the_second_time(
+    backbone_settings, data_settings, tmp_path, monkeypatch
+):
+    settings = _settings(backbone_settings, data_settings, tmp_path)
+    result = train(settings)
+    folder = tmp_path / "runs" / "models" / "candidate"
+    assert load(folder / "checkpoint").spec == result.spec
+    assert result.spec.ffn_dim == 64
+    assert result.after.loss < result.before.loss
+    monkeypatch.setattr("flash.training.run._train", pytest.fail)
+    again = train(_settings(backbone_settings, data_settings, tmp_path))
+    assert again == result
+
+
+def test_random_weights_need_no_teacher(data_settings, tmp_path, caplog):
+    random = BackboneSettings(name="random", arch=SMALL.to_dict())
+    result = train(_settings(random, data_settings, tmp_path))
+    assert "training candidate from random weights" in caplog.text
+    assert result.fit.steps == 12
+
+
+def test_an_arch_that_does_not_fit_is_refused_before_any_work(
+    backbone_settings, data_settings, tmp_path
+):
+    settings = _settings(backbone_settings, data_settings, tmp_path, arch={"ffn_dim": 1024})
+    with pytest.raises(InputError, match=r"arch\.ffn_dim=1024: expected at most the backbone's"):
+        train(settings)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wandb_runs_offline_without_a_key(backbone_settings, data_settings, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setattr("flash.training.loggers.has_wandb_key", lambda: False)
+    logger = LoggerSettings(name="wandb", kind=LoggerKind.wandb)
+    train(_settings(backbone_settings, data_settings, tmp_path, logger=logger))
+    written = list((tmp_path / "runs" / "logs").rglob("*.wandb"))
+    assert len(written) == 1
+    assert written[0].stat().st_size > 1000
+
+
+def test_kill_9_in_the_middle_changes_nothing(data_settings, backbone_folder, tmp_path):
+    """The same job, once undisturbed and once killed for real after a checkpoint."""
+    script = textwrap.dedent(f"""
+        import sys, time
+        from flash.data import DataSettings, Source
+        from flash.model import BackboneSettings
+        from flash.training import fit, RecipeSettings, TrainerSettings, Precision
+        from flash.training.loggers import LoggerKind, LoggerSettings
+        from flash.training.run import TrainSettings, train
+        data = DataSettings(name="test", source=Source.folder, path={data_settings.path!r},
+                            heldout_percent=20, seq_len=32, heldout_sequences=8)
+        train(TrainSettings(
+            backbone=BackboneSettings(name="small", weights={str(backbone_folder)!r}),
+            data=data, recipe=RecipeSettings(name="t", tokens=60 * 128, batch_size=4, lr=3e-3),
+            trainer=TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=2),
+            logger=LoggerSettings(name="none", kind=LoggerKind.none), name="c", runs=sys.argv[1]))
+    """)
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    subprocess.run([*command, str(calm)], check=True, capture_output=True, env=environment)
+    with subprocess.Popen(
+        [*command, str(killed)], stderr=subprocess.DEVNULL, env=environment
+    ) as child:
+        while not list(killed.rglob("last.ckpt")) and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+    assert not (killed / "models" / "c" / "result.json").exists()
+    subprocess.run([*command, str(killed)], check=True, capture_output=True, env=environment)
+    weights = [run / "models" / "c" / "checkpoint" / "model.safetensors" for run in (calm, killed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
