@@ -108,7 +108,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def explain(error: BaseException, schema: type) -> str:
-    """One line about an error of Hydra's or OmegaConf's: key, what is wrong, the nearest valid key."""
+    """One line about an error of Hydra's or OmegaConf's: key, what is wrong, nearest valid key."""
     if isinstance(error, MissingConfigException):
         return _explain_missing_option(error)
     cause: BaseException | None = error

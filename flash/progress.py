@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iter
 
 def progress_bar(
     what: str, total: int | None, unit: str = "it", *, shown: bool = True
-) -> "tqdm[None]":
+) -> "tqdm[Any]":
     """A bar to be updated by hand. Where no terminal is attached it prints a line now and then."""
     is_terminal = sys.stderr.isatty()
     return tqdm(

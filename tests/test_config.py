@@ -8,7 +8,15 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from flash.config import CONF, ExportSettings, SearchJobSettings, TrainSettings, entry, load, register
+from flash.config import (
+    CONF,
+    ExportSettings,
+    SearchJobSettings,
+    TrainSettings,
+    entry,
+    load,
+    register,
+)
 
 ROOTS = {"train": TrainSettings, "search": SearchJobSettings, "export": ExportSettings}
 
@@ -37,7 +45,9 @@ def test_defaults_compose_and_convert(script, run):
     assert run(script)[0] == 0
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
     (tmp_path / "conf").mkdir()
@@ -77,7 +87,11 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
         ("train", "+arch=flash_65m", "did you mean 'flash_650m'?"),
         ("train", "trainer.max_steps=0", "trainer.max_steps=0: expected a positive integer"),
         ("search", "search.trails=5", "search.trails: unknown key; did you mean 'trials'?"),
-        ("search", "space.model_dim.stp=1", "space.model_dim.stp: unknown key; did you mean 'step'?"),
+        (
+            "search",
+            "space.model_dim.stp=1",
+            "space.model_dim.stp: unknown key; did you mean 'step'?",
+        ),
         ("search", "space.model_dim.step=0", "space.step=0: expected a positive integer"),
         ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
         ("search", "latency=bloks", "did you mean 'blocks'?"),

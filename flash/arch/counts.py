@@ -38,7 +38,7 @@ class ParameterCount:
 
 
 def count_parameters(spec: ArchSpec) -> ParameterCount:
-    """Parameters of the decoder, tied weights once; a skipped layer has no attention and no norm for it."""
+    """Parameters, tied weights once; a skipped layer has no attention and no norm in front of it."""
     attention_layers = len(spec.attention_layers)
     q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     per_attention = spec.model_dim * (2 * q_dim + 2 * kv_dim)
@@ -76,7 +76,7 @@ def _linear_flops_per_token(spec: ArchSpec) -> int:
 
 
 def prefill_flops(spec: ArchSpec, prompt_tokens: int) -> int:
-    """FLOPs from an empty cache to the first token's logits; the head runs on the last token only."""
+    """FLOPs from an empty cache to the first token; the head runs on the last position only."""
     head = 2 * spec.vocab_size * spec.model_dim
     linear = prompt_tokens * _linear_flops_per_token(spec)
     return linear + head + _attention_flops(spec, 0, prompt_tokens)

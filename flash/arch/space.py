@@ -1,4 +1,4 @@
-"""The search space: which architectures are candidates, how many there are, and how to draw them."""
+"""The search space: which architectures are candidates, how many they are, how to draw them."""
 
 import math
 from collections.abc import Iterator
@@ -134,12 +134,10 @@ class SearchSpace:
         table = [[1] * (longest + 1)]
         for _ in range(self.depths[-1]):
             last = table[-1]
-            table.append(
-                [
-                    last[0] + (cheap * last[run + 1] if run < longest else 0)
-                    for run in range(longest + 1)
-                ]
-            )
+            table.append([
+                last[0] + (cheap * last[run + 1] if run < longest else 0)
+                for run in range(longest + 1)
+            ])
         return table
 
     def _without_attention(self, depth: int) -> int:

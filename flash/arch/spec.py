@@ -21,6 +21,22 @@ class Attention(Enum):
         """Whether the layer is one of the paper's cheap kinds (skip or sliding)."""
         return self is not Attention.full_attention
 
+    @classmethod
+    def parse(cls, kind: "Attention | str") -> "Attention":
+        """The kind of that name.
+
+        Raises:
+            InputError: There is none.
+        """
+        if isinstance(kind, cls):
+            return kind
+        if kind not in cls.__members__:
+            raise InputError(
+                f"arch.layer_types={kind}: expected one of {', '.join(cls.__members__)}; "
+                f"{nearest(str(kind), cls.__members__)}"
+            )
+        return cls[str(kind)]
+
 
 GROUP = 32
 """Group size of the 4-bit weights (Sec. 4.1); every matrix's input width must be a multiple."""
@@ -65,7 +81,7 @@ class ArchSpec:
 
     def __post_init__(self) -> None:
         # OmegaConf and JSON hand over lists (of names, in JSON's case).
-        object.__setattr__(self, "layer_types", tuple(_attention(k) for k in self.layer_types))
+        object.__setattr__(self, "layer_types", tuple(map(Attention.parse, self.layer_types)))
         sizes = (
             "model_dim",
             "ffn_dim",
@@ -176,17 +192,6 @@ _LETTER = {
     Attention.sliding_attention: "S",
     Attention.skip_attention: "-",
 }
-
-
-def _attention(kind: Attention | str) -> Attention:
-    if isinstance(kind, Attention):
-        return kind
-    if kind not in Attention.__members__:
-        raise InputError(
-            f"arch.layer_types={kind}: expected one of {', '.join(Attention.__members__)}; "
-            f"{nearest(str(kind), Attention.__members__)}"
-        )
-    return Attention[kind]
 
 
 def parse_pattern(pattern: str) -> tuple[Attention, ...]:

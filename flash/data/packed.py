@@ -97,7 +97,9 @@ class PackedSequences(Dataset[Tensor]):
     def __init__(self, tokens: np.ndarray, seq_len: int, key: str = "data.seq_len") -> None:
         self.tokens, self.seq_len = tokens, seq_len
         if len(self) == 0:
-            raise InputError(f"{key}={seq_len}: expected at most {len(tokens) - 1}, the split's size")
+            raise InputError(
+                f"{key}={seq_len}: expected at most {len(tokens) - 1}, the split's size"
+            )
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len
@@ -112,7 +114,7 @@ class ResumableBatches:
     """Endless batches of dataset indices; the n-th batch depends on the seed and n alone.
 
     Each epoch is a permutation of its own and its last, incomplete batch is dropped. A run that is
-    resumed after n batches passes `start=n` and goes on where it stopped, in the middle of an epoch.
+    resumed after n batches passes `start=n` and goes on where it stopped, also within an epoch.
 
     Args:
         num_sequences: Size of the dataset; at least `batch_size`.

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import MISSING
 from torch import Tensor
 
@@ -89,9 +88,7 @@ def export(settings: ExportSettings) -> ExportResult:
     return result
 
 
-def _weights(
-    settings: ExportSettings, spec: ArchSpec, backbone: Backbone, trained: Path
-) -> Path:
+def _weights(settings: ExportSettings, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
     """The checkpoint folder to export.
 
     Raises:
@@ -278,9 +275,10 @@ def _describe(result: ExportResult, folder: Path) -> None:
     measured = result.measurement
     print(f"\n{result.name}: {result.spec}, {result.parameters / 1e6:.2f}M parameters")
     print(f"  program     {folder / 'model.pte'}, {result.pte_bytes / 2**20:.2f} MiB")
-    print("  parity      passed: " + ", ".join(
-        f"{stage['stage']} kl {stage['kl']:.1e}" for stage in result.gate["stages"]
-    ))
+    print(
+        "  parity      passed: "
+        + ", ".join(f"{stage['stage']} kl {stage['kl']:.1e}" for stage in result.gate["stages"])
+    )
     predicted = ""
     if result.predicted is not None:
         ttft = result.predicted["ttft"]

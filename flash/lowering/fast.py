@@ -1,7 +1,7 @@
 """`short_passes`: ExecuTorch's own lowering without its repeated work, for the same bytes.
 
 Lowering is nearly all Python. About sixty graph passes each run every node again on fake tensors
-(2-4 ms a node when the length is symbolic) although almost none changes anything. Three things are
+(2-4 ms a node when the length is symbolic) although almost none changes anything. Four things are
 cut, each checked to leave the .pte byte-identical (tests/lowering/test_fast.py):
 
 1. A pass that meets a node with the operator and inputs it already had takes the recorded result
@@ -10,6 +10,8 @@ cut, each checked to leave the .pte byte-identical (tests/lowering/test_fast.py)
    left to decompose.
 3. XNNPACK's searches for bilinear upsampling and for a decomposed attention are left out: our
    graphs hold neither, and tracing the patterns costs seconds a process.
+4. Every pass turns the new graph into Python source and compiles it, a fifth of what is left, and
+   no one calls it: graphs are interpreted. It is put off until someone does.
 
 Everything is undone when the block ends. If ExecuTorch changes under us, the test fails and
 `lower(..., fast=False)` still works.
@@ -23,6 +25,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -52,6 +55,7 @@ def short_passes() -> Iterator[None]:
         replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
+        replace(torch.fx.GraphModule, "recompile", _recompile_later(torch.fx.GraphModule.recompile))
         yield
 
 
@@ -158,3 +162,24 @@ def _left_to_decompose(program: ExportedProgram, table: dict | None) -> bool:
     # sym_size is in the table and decomposes into itself.
     targets = {node.target for node in program.graph.nodes} - {torch.ops.aten.sym_size.int}
     return table is None or not targets.isdisjoint(table)
+
+
+def _recompile_later(recompile: Callable) -> Callable:
+    """`GraphModule.recompile` that generates the code at the first call of the module."""
+
+    def forward(self: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        recompile(self)
+        return self.forward(*args, **kwargs)
+
+    def later(self: torch.fx.GraphModule) -> None:
+        # Each GraphModule has a class of its own, so this touches no other.
+        type(self).forward = forward
+        self._code = ""  # for str(), which ExecuTorch builds debug messages from
+        codegen = self._graph._codegen
+        if isinstance(codegen, _PyTreeCodeGen):
+            self._in_spec, self._out_spec = (
+                codegen.pytree_info.in_spec,
+                codegen.pytree_info.out_spec,
+            )
+
+    return later

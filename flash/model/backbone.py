@@ -16,7 +16,7 @@ class BackboneSettings:
 
     name: str
     weights: str | None = None
-    """Hugging Face folder (config.json, model.safetensors, tokenizer.json); null: random weights."""
+    """Hugging Face folder (config.json, model.safetensors, tokenizer.json); null: random."""
     arch: dict[str, Any] | None = None
     """Architecture when there are no weights to read it from."""
 

@@ -27,7 +27,7 @@ FAMILIES = ("llama", "qwen3", OWN_TYPE)
 
 
 def to_config(spec: ArchSpec) -> dict[str, Any]:
-    """The config.json of `spec`: Llama's or Qwen3's where they can express it, else our own type."""
+    """The config.json of `spec`: Llama's or Qwen3's where those can say it, else our own type."""
     kinds = set(spec.layer_types)
     if Attention.skip_attention in kinds or (not spec.qk_norm and len(kinds) > 1):
         family = OWN_TYPE
@@ -90,7 +90,7 @@ def from_config(config: Mapping[str, Any], source: str = "config.json") -> ArchS
         return ArchSpec(
             model_dim=int(config["hidden_size"]),
             ffn_dim=int(config["intermediate_size"]),
-            layer_types=tuple(kinds),
+            layer_types=tuple(Attention.parse(kind) for kind in kinds),
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),

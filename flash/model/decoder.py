@@ -47,9 +47,7 @@ def rotate(
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def visible(
-    queries: Int[Tensor, " s"], keys: Int[Tensor, " k"], window: int | None
-) -> Tensor:
+def visible(queries: Int[Tensor, " s"], keys: Int[Tensor, " k"], window: int | None) -> Tensor:
     """Mask `(s, k)`, true where a query position may see a key position."""
     distance = queries[:, None] - keys[None, :]
     mask = distance >= 0
@@ -187,7 +185,7 @@ class Decoder(nn.Module):
     def hidden(
         self, tokens: Int[Tensor, "b s"], cache: list[LayerCache] | None = None
     ) -> Float[Tensor, "b s c"]:
-        """Final-norm output for every position; a `cache` from `empty_cache` is extended in place."""
+        """Final-norm output for every position; a `cache` of `empty_cache` is extended in place."""
         past = cache[0].keys.shape[2] if cache else 0
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         cos, sin = rotary_table(positions, self.spec.head_dim, self.spec.rope_theta)

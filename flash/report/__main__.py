@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from flash.errors import InputError
 from flash.report.data import ReportData, read
@@ -24,7 +25,8 @@ def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
     with wandb.init(
         project=project, name=f"report {data.study}", job_type="report", dir=runs.logs, mode=mode
     ) as run:
-        run.log({"result": wandb.Table(columns=list(COLUMNS), data=rows(data.models))})
+        table: list[Any] = rows(data.models)
+        run.log({"result": wandb.Table(columns=list(COLUMNS), data=table)})
         run.log({name: wandb.Plotly(figure) for name, figure in all_figures(data).items()})
 
 

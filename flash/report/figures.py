@@ -21,7 +21,9 @@ def _layout(figure: go.Figure, x: str, y: str) -> go.Figure:
 
 
 def _hover(trial: TrialPoint) -> str:
-    return f"{trial.name or f'trial {trial.number}'}<br>{trial.spec}<br>{trial.parameters / 1e6:.2f}M"
+    return (
+        f"{trial.name or f'trial {trial.number}'}<br>{trial.spec}<br>{trial.parameters / 1e6:.2f}M"
+    )
 
 
 def _objective(data: ReportData) -> str:
@@ -84,7 +86,9 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
     )
     objective = "ttft" if phase == "prefill" else "decode"
     exported = [model for model in data.models if model.exported is not None]
-    points = [(model, _measured_ms(model, objective), model.predicted[objective]) for model in exported]
+    points = [
+        (model, _measured_ms(model, objective), model.predicted[objective]) for model in exported
+    ]
     figure.add_scatter(
         x=[value for _, value, _ in points],
         y=[predicted["mean_ms"] for _, _, predicted in points],
@@ -138,7 +142,7 @@ def hypervolume(data: ReportData) -> go.Figure:
 
 
 def recovery(data: ReportData) -> go.Figure:
-    """Held-out loss of each winner: just pruned, after the search's training, after the final one."""
+    """Held-out loss of each winner: just pruned, after the search's training, after the last."""
     winners = [model for model in data.models[1:] if model.trained is not None]
     by_name = {trial.name: trial for trial in data.trials if trial.name is not None}
     figure = go.Figure()

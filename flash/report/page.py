@@ -15,8 +15,8 @@ from flash.report.table import COLUMNS, rows
 CAPTIONS = {
     "frontier": (
         "Frontier",
-        "Each point is a candidate: cut out of the backbone, trained for a short while, its latency "
-        "predicted from measured blocks. Dotted lines: the reference point.",
+        "Each point is a candidate: cut out of the backbone, trained for a short while, with the "
+        "latency that stage 1 predicts. Dotted lines: the reference point.",
     ),
     "predicted_against_measured": (
         "Predicted against measured latency",
@@ -62,7 +62,10 @@ def render(data: ReportData) -> str:
             "title": CAPTIONS[name][0],
             "caption": CAPTIONS[name][1],
             "html": plotly.io.to_html(
-                figure, include_plotlyjs=False, full_html=False, div_id=name,
+                figure,
+                include_plotlyjs=False,
+                full_html=False,
+                div_id=name,
                 config={"displaylogo": False, "responsive": True},
             ),
         }

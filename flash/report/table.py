@@ -54,7 +54,9 @@ def as_text(models: Sequence[Model]) -> str:
     lines = [list(COLUMNS), *rows(models)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
         for line in lines
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"

@@ -79,9 +79,8 @@ class Throughput(L.Callback):
             f"loss {float(loss or 0):.3f}, {self.tokens_per_s:,.0f} tok/s, {self.mfu:.0%} MFU",
             refresh=False,
         )
-        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
-            pl_module.log("speed/tokens_per_s", self.tokens_per_s)
-            pl_module.log("speed/mfu", self.mfu)
+        pl_module.log("speed/tokens_per_s", self.tokens_per_s)
+        pl_module.log("speed/mfu", self.mfu)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bar.close()

@@ -80,4 +80,4 @@ def make_logger(
 def close_logger(logger: Logger | None) -> None:
     """Flush and end a run, so that the next one in this process is a new one."""
     if isinstance(logger, WandbLogger):
-        logger.experiment.finish(quiet=True)
+        logger.experiment.finish()

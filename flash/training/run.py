@@ -134,15 +134,13 @@ class TrainResult:
             return None
         try:
             values = json.loads(path.read_text("utf-8"))
-            return cls(
-                **{
-                    **values,
-                    "spec": ArchSpec.from_dict(values["spec"]),
-                    "before": HeldOut(**values["before"]),
-                    "after": HeldOut(**values["after"]),
-                    "fit": FitResult(**values["fit"]),
-                }
-            )
+            return cls(**{
+                **values,
+                "spec": ArchSpec.from_dict(values["spec"]),
+                "before": HeldOut(**values["before"]),
+                "after": HeldOut(**values["after"]),
+                "fit": FitResult(**values["fit"]),
+            })
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}); delete it to train again") from error
 

@@ -97,7 +97,7 @@ class TrainerSettings:
     devices: int = 1
     precision: Precision = Precision.bf16
     compile: bool = False
-    """Compile the model; pays on runs of more than a few minutes and needs a C++ compiler on CPU."""
+    """torch.compile; pays on runs of more than some minutes and needs a C++ compiler on CPU."""
     max_steps: int | None = None
     """Stop after this many steps although the recipe has more."""
     eval_every_steps: int = 200

@@ -117,8 +117,6 @@ def test_a_space_larger_than_the_backbone_is_refused():
     with pytest.raises(InputError, match=r"space\.model_dim\.max=4096.*backbone's 2048"):
         SearchSpace(wide, BACKBONE)
     with pytest.raises(InputError, match=r"space\.kinds.*full_attention"):
-        SearchSpace(
-            SpaceSettings(**{**vars(SMALL), "kinds": [Attention.skip_attention]}), BACKBONE
-        )
+        SearchSpace(SpaceSettings(**{**vars(SMALL), "kinds": [Attention.skip_attention]}), BACKBONE)
     with pytest.raises(InputError, match=r"space\.max=10"):
         Choices(min=1, max=10, step=2)

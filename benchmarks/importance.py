@@ -1,0 +1,84 @@
+"""Does cutting by importance keep more quality than cutting at random, or the best parts first?
+
+Held-out loss of the tiny backbone after cuts of FFN, width and layers, chosen by the paper's
+metrics (`activation`), at random (median of 3 seeds) and in reverse; right after the cut, and after
+a short recovery (`/recovered`). The uncut backbone is `none`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from record import Recorder
+
+from flash.arch import ArchSpec
+from flash.data import DataSettings
+from flash.model import Backbone, BackboneSettings, build
+from flash.prune import Importance, prune
+from flash.runs import Runs
+from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
+from flash.training.run import Inputs, importance_of
+
+RECIPE = RecipeSettings(name="recovery", tokens=32768, lr=1e-3, warmup_ratio=0.1)
+SEEDS = (0, 1, 2)
+
+
+def _cuts(spec: ArchSpec) -> dict[str, ArchSpec]:
+    return {
+        "ffn_0.67": spec.replace(ffn_dim=384),
+        "ffn_0.5": spec.replace(ffn_dim=288),
+        "ffn_0.33": spec.replace(ffn_dim=192),
+        "width_0.75": spec.replace(model_dim=192),
+        "width_0.5": spec.replace(model_dim=128),
+        "layers_0.75": spec.replace(layer_types=spec.layer_types[:6]),
+        "layers_0.5": spec.replace(layer_types=spec.layer_types[:4]),
+    }
+
+
+def _map(importance: Importance, change: Callable[[torch.Tensor], torch.Tensor]) -> Importance:
+    return dataclasses.replace(
+        importance,
+        ffn=change(importance.ffn),
+        model=change(importance.model),
+        layers=change(importance.layers),
+    )
+
+
+def _random(importance: Importance, seed: int) -> Importance:
+    generator = torch.Generator().manual_seed(seed)
+    return _map(importance, lambda scores: torch.rand(scores.shape, generator=generator))
+
+
+def main() -> None:
+    record = Recorder("importance")
+    runs = Runs(Path("runs"))
+    backbone = Backbone.open(BackboneSettings(name="tiny", weights="backbones/tiny"))
+    data = DataSettings(name="stdlib")
+    inputs = Inputs.open(backbone, data, RECIPE, seed=0, runs=runs)
+    assert backbone.folder is not None
+    scores = importance_of(backbone, inputs.data, RECIPE, runs)
+    ways = {
+        "activation": [scores],
+        "random": [_random(scores, seed) for seed in SEEDS],
+        "reversed": [_map(scores, torch.neg)],
+    }
+    whole = heldout_quality(backbone.load(), inputs.data, Precision.bf16)
+    record.add("none", "heldout_loss", [whole.loss], "nats/token")
+    for cut, spec in _cuts(backbone.spec).items():
+        for way, choices in ways.items():
+            before, after = [], []
+            for choice in choices:
+                L.seed_everything(0, verbose=False)
+                model = build(spec, prune(backbone.folder, choice, spec))
+                before.append(heldout_quality(model, inputs.data, Precision.bf16).loss)
+                fit(model, inputs.data, RECIPE, TrainerSettings(), show_progress=False)
+                after.append(heldout_quality(model, inputs.data, Precision.bf16).loss)
+            record.add(f"{cut}/{way}", "heldout_loss", before, "nats/token")
+            record.add(f"{cut}/{way}/recovered", "heldout_loss", after, "nats/token")
+    record.close()
+
+
+if __name__ == "__main__":
+    main()

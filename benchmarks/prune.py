@@ -1,0 +1,79 @@
+"""Cut flash_650m out of a 1.8B-shaped bf16 backbone file: seconds, and peak memory.
+
+`prune_s`: from the open file to the candidate's tensors in memory, page cache warm.
+`peak_over_candidate`: growth of the peak resident memory during it, over the candidate's bytes.
+The backbone is made on the spot (3.6 GB in a temporary folder); its numbers are random.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from record import Recorder, in_fresh_process, rss_mib
+from safetensors.torch import save_file
+
+from flash.arch import ArchSpec
+from flash.config import CONF
+from flash.model import to_config
+from flash.model.checkpoint import expected_shapes
+from flash.prune import Importance, prune
+
+
+def _specs() -> tuple[ArchSpec, ArchSpec]:
+    backbone = yaml.safe_load((CONF / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))["arch"]
+    winner = yaml.safe_load((CONF / "arch" / "flash_650m.yaml").read_text("utf-8"))
+    del winner["defaults"]
+    return ArchSpec.from_dict(backbone), ArchSpec.from_dict({**backbone, **winner})
+
+
+def _make_backbone(folder: Path, spec: ArchSpec) -> None:
+    torch.manual_seed(0)
+    weights = {
+        name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+        for name, shape in expected_shapes(spec).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(to_config(spec)), "utf-8")
+
+
+def _measure(folder: Path, result: Path) -> None:
+    backbone, winner = _specs()
+    torch.manual_seed(1)
+    importance = Importance(
+        ffn=torch.rand(backbone.num_layers, backbone.ffn_dim),
+        model=torch.rand(backbone.model_dim),
+        layers=torch.rand(backbone.num_layers),
+        tokens=1,
+        backbone="random",
+    )
+    before = rss_mib()
+    start = time.perf_counter()
+    weights = prune(folder, importance, winner)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    candidate = sum(w.numel() * w.element_size() for w in weights.values()) / 2**20
+    values = {"prune_s": seconds, "ratio": (peak - before) / candidate, "candidate": candidate}
+    result.write_text(json.dumps(values), "utf-8")
+
+
+def main() -> None:
+    record = Recorder("prune")
+    with tempfile.TemporaryDirectory() as name:
+        _make_backbone(Path(name), _specs()[0])
+        runs = [in_fresh_process(__file__, "measure", name) for _ in range(5)]
+    record.add("flash_650m", "prune_s", [run["prune_s"] for run in runs], "s")
+    record.add("flash_650m", "peak_over_candidate", [run["ratio"] for run in runs], "ratio")
+    record.add("flash_650m", "candidate_mib", [run["candidate"] for run in runs], "MiB")
+    record.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        _measure(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()

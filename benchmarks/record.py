@@ -1,0 +1,97 @@
+"""How every benchmark reports: JSON lines on stdout, the last good run kept in results/."""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure: a median over n runs, with the distance between its quartiles as spread."""
+
+    benchmark: str
+    case: str
+    metric: str
+    value: float
+    unit: str
+    n: int
+    spread: float
+
+
+class Recorder:
+    """Prints each line as it comes; `close` replaces the kept results of this benchmark."""
+
+    def __init__(self, benchmark: str) -> None:
+        self.benchmark = benchmark
+        self.lines: list[str] = []
+
+    def add(self, case: str, metric: str, values: Sequence[float], unit: str) -> None:
+        """Report the median of `values`."""
+        ordered = sorted(values)
+        spread = 0.0
+        if len(ordered) > 1:
+            first, _, third = statistics.quantiles(ordered, n=4, method="inclusive")
+            spread = third - first
+        value = statistics.median(ordered)
+        line = Line(self.benchmark, case, metric, _short(value), unit, len(ordered), _short(spread))
+        self.lines.append(json.dumps(asdict(line)))
+        print(self.lines[-1], flush=True)
+
+    def close(self) -> None:
+        """Keep the lines: the run was good."""
+        RESULTS.mkdir(exist_ok=True)
+        machine = {
+            "benchmark": self.benchmark,
+            "case": "machine",
+            "metric": "cores",
+            "value": os.cpu_count(),
+            "unit": f"{platform.machine()} {platform.system()}, Python {platform.python_version()}",
+            "n": 1,
+            "spread": 0.0,
+        }
+        path = RESULTS / f"{self.benchmark}.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("\n".join([json.dumps(machine), *self.lines]) + "\n", "utf-8")
+        temporary.replace(path)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def rss_mib() -> float:
+    """Resident memory of this process now [MiB]."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def in_fresh_process(script: str, case: str, *arguments: str) -> dict[str, Any]:
+    """Run `script case arguments... RESULT` in a process of its own; returns what it wrote.
+
+    Peak memory can only be told of a process that did nothing else.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "result.json")
+        command = [sys.executable, script, case, *arguments, str(path)]
+        subprocess.run(command, check=True)
+        return json.loads(path.read_text("utf-8"))
+
+
+def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each of `runs` in turn, `rounds` times: a drift of the machine then hits all alike."""
+    values: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            values[name].append(run())
+    return values
