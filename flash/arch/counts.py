@@ -38,7 +38,7 @@ class ParameterCount:
 
 
 def count_parameters(spec: ArchSpec) -> ParameterCount:
-    """Parameters, tied weights once; a skipped layer has no attention and no norm in front of it."""
+    """Parameters, tied weights once; a skipped layer has no attention and no norm before it."""
     attention_layers = len(spec.attention_layers)
     q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     per_attention = spec.model_dim * (2 * q_dim + 2 * kv_dim)

@@ -100,7 +100,7 @@ class HostDevice:
         common = {
             "threads": self.settings.threads,
             "programs": [program.to_job()],
-            "prefill_chunk": self.settings.lowering.prefill_chunk,
+            "prefill_chunk": self.settings.lowering.chunk,
         }
         return self._run({**common, **job}, [program])
 

@@ -22,6 +22,7 @@ import os
 import resource
 import sys
 import time
+from typing import Any
 
 
 def status_kib(field):
@@ -106,7 +107,9 @@ def bindings():
     try:
         from executorch.extension.pybindings import _C as native
     except ImportError:  # its name up to 1.4
-        from executorch.extension.pybindings import _portable_lib as native
+        from executorch.extension.pybindings import (
+            _portable_lib as native,  # pyright: ignore[reportAttributeAccessIssue]
+        )
     return native
 
 
@@ -213,7 +216,7 @@ def run(job):
     started = time.time()
     clock = Clock()
     prepare(job["threads"])
-    result = {"started": started, "start_ms": clock.read()["wall_s"] * 1e3}
+    result: dict[str, Any] = {"started": started, "start_ms": clock.read()["wall_s"] * 1e3}
     result["baseline_rss_kib"] = status_kib("VmRSS")
     programs = []
     for spec in job["programs"]:

@@ -93,6 +93,6 @@ class DeviceSettings:
             prompt_tokens=self.prompt_tokens,
             decode_context=self.decode_context,
             decode_tokens=self.decode_tokens,
-            prefill_chunk=self.lowering.prefill_chunk,
+            prefill_chunk=self.lowering.chunk,
             threads=self.threads,
         )

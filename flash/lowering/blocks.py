@@ -114,7 +114,7 @@ def lower_block(block: Block, settings: LoweringSettings) -> bytes:
     """
     with quiet():
         form = quantize(block_form(block, settings), settings.quantization)
-    length = min(8, settings.prefill_chunk)
+    length = min(8, settings.chunk)
     example = None if block.takes_tokens else torch.randn(1, length, block.spec.model_dim)
     return serialise(export_form(form, settings, example), settings)
 

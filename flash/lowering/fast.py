@@ -38,10 +38,11 @@ def short_passes() -> Iterator[None]:
     import torch._export.pass_base as torch_passes
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
     from executorch.exir import pass_base as edge_passes
+    from torch._export.pass_infra.proxy_value import ProxyValue
 
     bases = (
         (edge_passes._ExportPassBase, edge_passes.ProxyValue),
-        (torch_passes._ExportPassBaseDeprecatedDoNotUse, torch_passes.ProxyValue),
+        (torch_passes._ExportPassBaseDeprecatedDoNotUse, ProxyValue),
     )
     with ExitStack() as stack:
 
@@ -72,8 +73,7 @@ def _reuse_results(run: Callable, proxy_value: type) -> Callable:
 
     def reusing(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
         node = getattr(self, "flash_node", None)
-        known = kind == "call_function" and node is not None and node.op == kind
-        if not known or "val" not in node.meta:
+        if node is None or not kind == node.op == "call_function" or "val" not in node.meta:
             return run(self, kind, target, args, kwargs, meta)
         recorded = node.meta["val"]
         data = pytree.tree_map_only(proxy_value, lambda value: value.data, (args, kwargs))

@@ -7,6 +7,9 @@ the device needs: a cache that is updated in place at `input_pos`, `llama::custo
 Shapes: s tokens of this call, l cache slots, h heads, d head size, c channels (d_model).
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from flash.arch import ArchSpec, Attention, CacheFormat
 from flash.lowering.settings import LoweringSettings
 from flash.model import Decoder
-from flash.model.decoder import FeedForward, RMSNorm, SelfAttention, rotary_table
+from flash.model.decoder import FeedForward, Layer, RMSNorm, SelfAttention, rotary_table
 
 
 def load_custom_ops() -> None:
@@ -47,6 +50,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def _head_norm(norm: RMSNorm | nn.Identity) -> nn.Module:
+    return Norm(norm) if isinstance(norm, RMSNorm) else nn.Identity()
 
 
 class FloatCache(nn.Module):
@@ -116,6 +123,10 @@ class Position(nn.Module):
     measured alike): with a mask `custom_sdpa` computes every slot of the cache.
     """
 
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+
     def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
         super().__init__()
         slots = torch.arange(settings.max_context)
@@ -129,7 +140,7 @@ class Position(nn.Module):
             self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, input_pos: Tensor, length: int) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        start = input_pos[0].item()
+        start = cast(int, input_pos[0].item())  # symbolic in an export
         torch._check(start >= 0)
         torch._check(start + length <= self.max_context)
         torch._check(start < self.max_context)
@@ -160,8 +171,8 @@ class AttentionHalf(nn.Module):
         self.k_proj = _linear(attention.k_proj.weight)
         self.v_proj = _linear(attention.v_proj.weight)
         self.o_proj = _linear(attention.o_proj.weight)
-        self.q_norm = Norm(attention.q_norm) if spec.qk_norm else nn.Identity()
-        self.k_norm = Norm(attention.k_norm) if spec.qk_norm else nn.Identity()
+        self.q_norm = _head_norm(attention.q_norm)
+        self.k_norm = _head_norm(attention.k_norm)
         self.sliding = attention.window is not None
         self.q_shape = (spec.num_heads, spec.head_dim)
         self.kv_shape = (spec.num_kv_heads, spec.head_dim)
@@ -227,7 +238,7 @@ class Form(nn.Module):
             else None
         )
         self.halves = nn.ModuleList()
-        for layer in model.model.layers:
+        for layer in cast(Iterable[Layer], model.model.layers):
             if layer.kind is not Attention.skip_attention:
                 half = AttentionHalf(layer.input_layernorm, layer.self_attn, spec, settings)
                 self.halves.append(half)
@@ -237,7 +248,7 @@ class Form(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        where = self.position(input_pos, tokens.shape[1]) if self.position is not None else None
+        where = self.position(input_pos, tokens.shape[1]) if self.position is not None else ()
         for half in self.halves:
             x = half(x, *where) if isinstance(half, AttentionHalf) else half(x)
         return self.head(x)

@@ -185,11 +185,12 @@ def _run(
     step: Step, text: Int[Tensor, " n"], gate: GateSettings, settings: LoweringSettings
 ) -> Float[Tensor, "p vocab"]:
     """Last-position logits of the prefill, then of every decode step."""
-    chunk = min(gate.prefill_tokens // 2, settings.prefill_chunk)
+    chunk = min(gate.prefill_tokens // 2, settings.chunk)
     out = None
     for start in range(0, gate.prefill_tokens, chunk):
         stop = min(start + chunk, gate.prefill_tokens)
         out = step(text[None, start:stop], torch.tensor([start]))
+    assert out is not None  # a gate prefills at least two tokens
     rows = [out.clone()]
     for position in range(gate.prefill_tokens, gate.tokens):
         row = step(text[None, position : position + 1], torch.tensor([position]))
@@ -204,6 +205,7 @@ def _runtime_step(program: bytes) -> Step:
 
     loaded = Runtime.get().load_program(program)
     method = loaded.load_method(METHOD)
+    assert method is not None
 
     def step(tokens: Tensor, position: Tensor) -> Tensor:
         # A method does not keep its program alive: without this reference the call crashes.

@@ -77,7 +77,7 @@ def runner_constants(
         "get_vocab_size": model.spec.vocab_size,
         "get_n_layers": model.spec.num_layers,
         # For a runner this is the longest single call, not the context.
-        "get_max_seq_len": settings.prefill_chunk,
+        "get_max_seq_len": settings.chunk,
         "get_max_context_len": settings.max_context,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
@@ -95,11 +95,11 @@ def export_form(
         settings: Bounds the number of tokens of one call.
         first_input: Example of the first input; token ids when None.
     """
-    length = min(8, settings.prefill_chunk)
+    length = min(8, settings.chunk)
     if first_input is None:
         first_input = torch.zeros(1, length, dtype=torch.long)
     example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
-    tokens = Dim("tokens", min=1, max=settings.prefill_chunk)
+    tokens = Dim("tokens", min=1, max=settings.chunk)
     started = time.perf_counter()
     with torch.no_grad(), quiet():
         program = export(form, example, dynamic_shapes=({1: tokens}, None), strict=False)

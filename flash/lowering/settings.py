@@ -20,7 +20,7 @@ class LoweringSettings:
     max_context: int = 2048
     """Cache slots: the longest prompt and answer together [tokens]."""
     prefill_chunk: int | None = None
-    """Most tokens of one call; None means max_context, at most 1024 [tokens]."""
+    """Most tokens of one call; None becomes max_context, at most 1024; read `chunk` [tokens]."""
 
     def __post_init__(self) -> None:
         require(
@@ -38,3 +38,9 @@ class LoweringSettings:
             self.prefill_chunk,
             f"an integer from 2 to lowering.max_context={self.max_context}",
         )
+
+    @property
+    def chunk(self) -> int:
+        """`prefill_chunk`, which is a number once this object is made [tokens]."""
+        assert self.prefill_chunk is not None
+        return self.prefill_chunk

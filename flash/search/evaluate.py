@@ -48,7 +48,6 @@ class ShortTraining:
         L.seed_everything(self.seed, verbose=False)
         model = build(spec, prune(folder, self.importance, spec), f"trial {number}")
         pruned_s = time.perf_counter() - start
-        before = heldout_quality(model, self.inputs.data, self.trainer.precision)
         try:
             done = fit(
                 model,
@@ -62,7 +61,6 @@ class ShortTraining:
             raise EvaluationError(str(error) or type(error).__name__) from error
         after = heldout_quality(model, self.inputs.data, self.trainer.precision)
         info = {
-            "loss_before": before.loss,
             "bits_per_byte": after.bits_per_byte,
             "tokens": done.tokens,
             "tokens_per_s": done.tokens_per_s,

@@ -1,0 +1,204 @@
+"""The whole method on a very small backbone: real lowering, measurement, search, export, report."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flash.arch import Attention, Choices, SpaceSettings
+from flash.device import DeviceSettings
+from flash.errors import CheckFailed, InputError
+from flash.evaluation import ExportSettings, export
+from flash.latency import LatencySettings
+from flash.lowering import GateSettings
+from flash.model import BackboneSettings
+from flash.report import as_text, read, render
+from flash.report.__main__ import log_to_wandb
+from flash.runs import Runs
+from flash.search import SearchSettings
+from flash.search.run import SearchJobSettings, run_search
+from flash.training import Precision, RecipeSettings, TrainerSettings
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import TrainSettings, train
+from tests.conftest import SMALL
+
+SPACE = SpaceSettings(
+    name="test",
+    num_layers=Choices(min=1, max=2),
+    model_dim=Choices(min=32, max=64, step=32),
+    ffn_dim=Choices(min=64, max=128, step=64),
+    kinds=[Attention.full_attention, Attention.skip_attention],
+    max_efficient_run=1,
+)
+DEVICE = DeviceSettings(
+    name="host",
+    max_context=64,
+    prompt_tokens=32,
+    decode_context=32,
+    decode_tokens=4,
+    processes=1,
+    warmups=1,
+    runs=2,
+)
+LATENCY = LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2)
+RECIPE = RecipeSettings(name="t", tokens=512, batch_size=4, lr=3e-3, calibration_tokens=256)
+TRAINER = TrainerSettings(precision=Precision.fp32)
+NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
+# Random weights under 4 bits keep little of the answer; the runtime stage stays tight.
+GATE = GateSettings(prefill_tokens=8, decode_tokens=4, min_agreement_quantized=0.0)
+
+
+@pytest.fixture(scope="module")
+def common(corpus, backbone_folder, tmp_path_factory):
+    from flash.data import DataSettings, Source
+
+    data = DataSettings(
+        name="test",
+        source=Source.folder,
+        path=str(corpus),
+        heldout_percent=20,
+        seq_len=32,
+        heldout_sequences=8,
+    )
+    return {
+        "backbone": BackboneSettings(name="small", weights=str(backbone_folder)),
+        "data": data,
+        "trainer": TRAINER,
+        "logger": NO_LOGGER,
+        "runs": str(tmp_path_factory.mktemp("work") / "runs"),
+    }
+
+
+def _search_settings(common) -> SearchJobSettings:
+    return SearchJobSettings(
+        **common,
+        space=SPACE,
+        latency=LATENCY,
+        device=DEVICE,
+        recipe=RECIPE,
+        search=SearchSettings(
+            study="t",
+            trials=5,
+            batch=2,
+            startup_trials=3,
+            winners=1,
+            max_loss_increase=6.0,
+            max_latency_ratio=3.0,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def searched(common):
+    return run_search(_search_settings(common))
+
+
+@pytest.fixture(scope="module")
+def winner(common, searched):
+    """Name of the winner, trained and exported, and the backbone exported before it."""
+    name = (Runs(Path(common["runs"])).study("t") / "winners").read_text().strip()
+    arch = yaml.safe_load((Runs(Path(common["runs"])).found_arch / f"{name}.yaml").read_text())
+    recipe = dataclasses.replace(RECIPE, kd_weight=0.5)
+    train(TrainSettings(**common, recipe=recipe, arch=arch, name=name))
+    for each, what in ((None, {}), (name, arch)):
+        export(_export_settings(common, each or "small", what))
+    return name, arch
+
+
+def _export_settings(common, name, arch, **changes) -> ExportSettings:
+    values = {**common, "device": DEVICE, "gate": GATE, "arch": arch, "name": name}
+    return ExportSettings(**{**values, "perplexity_tokens": 32, "new_tokens": 8, **changes})
+
+
+def test_the_search_writes_what_train_and_export_take_by_name(common, searched):
+    found = Runs(Path(common["runs"])).found_arch
+    assert len(searched["trials"]) == 5
+    assert searched["frontier"]
+    for number in searched["frontier"]:
+        values = yaml.safe_load((found / f"{searched['names'][str(number)]}.yaml").read_text())
+        spec = next(t["spec"] for t in searched["trials"] if t["number"] == number)
+        assert values == spec
+        predicted = searched["predicted"][str(number)]["ttft"]
+        assert predicted["low_ms"] <= predicted["mean_ms"] <= predicted["high_ms"]
+
+
+def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeypatch):
+    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    monkeypatch.setattr("flash.device.HostDevice.measure", pytest.fail)
+    monkeypatch.setattr("flash.latency.bench.lower", pytest.fail)
+    again = run_search(_search_settings(common))
+    assert again["trials"] == searched["trials"]
+    assert again["winners"] == searched["winners"]
+
+
+def test_the_export_proves_and_measures_the_program(common, winner):
+    name, arch = winner
+    folder = Runs(Path(common["runs"])).export(name)
+    result = json.loads((folder / "export.json").read_text())
+    assert (folder / "model.pte").stat().st_size == result["pte_bytes"]
+    assert result["gate"]["passed"]
+    assert [s["stage"] for s in result["gate"]["stages"]] == ["quantized", "exported", "runtime"]
+    assert result["measurement"]["ttft_ms"] > 0
+    assert result["measurement"]["samples"]
+    assert result["reference"] == "small"
+    assert result["ttft_speedup"] > 0
+    assert result["predicted"] is not None
+    assert abs(result["artefact"]["pte_loss"] - result["artefact"]["float_loss"]) < 0.5
+
+
+def test_a_finished_export_is_not_repeated(common, winner, monkeypatch):
+    monkeypatch.setattr("flash.evaluation.export._export", pytest.fail)
+    name, arch = winner
+    assert export(_export_settings(common, name, arch)).name == name
+
+
+def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tmp_path):
+    name, arch = winner
+    trained = Runs(Path(common["runs"])).model(name) / "checkpoint"
+    strict = dataclasses.replace(GATE, max_kl_quantized=1e-12)
+    settings = _export_settings(common, "strict", arch, gate=strict, model=str(trained))
+    with pytest.raises(CheckFailed, match="strict: the parity gate failed at stage quantized"):
+        export(settings)
+    folder = Runs(Path(common["runs"])).export("strict")
+    assert sorted(path.name for path in folder.iterdir()) == ["gate.json"]
+
+
+def test_an_untrained_arch_is_refused(common, searched):
+    with pytest.raises(InputError, match=r"expected trained weights in .*run train\.py"):
+        export(_export_settings(common, "never_trained", {"ffn_dim": 64}))
+
+
+def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
+    monkeypatch.setattr("flash.report.__main__.has_wandb_key", lambda: False)
+    runs = Runs(Path(common["runs"]))
+    data = read(runs)
+    text = as_text(data.models)
+    assert [line.split()[1] for line in text.splitlines()[2:]] == ["small", winner[0]]
+    assert " - " not in text.splitlines()[3]  # the winner's row is complete
+    page = render(data)
+    assert "https://" not in page.split("</head>")[1]  # nothing is fetched
+    for title in ("Frontier", "Predicted against measured", "Recovery", "Layers"):
+        assert title in page
+    log_to_wandb(data, runs, "flash")
+    assert list(runs.logs.rglob("*.wandb"))
+
+
+def test_a_report_without_a_search_says_so(tmp_path):
+    with pytest.raises(InputError, match="no finished search"):
+        read(Runs(tmp_path))
+
+
+def test_a_study_of_another_recipe_is_refused(common, searched):
+    settings = _search_settings(common)
+    settings.recipe = dataclasses.replace(RECIPE, lr=1e-4)
+    with pytest.raises(InputError, match=r"search\.study=t: .*recipe\.lr"):
+        run_search(settings)
+
+
+def test_a_search_needs_backbone_weights(common, tmp_path):
+    settings = _search_settings({**common, "runs": str(tmp_path)})
+    settings.backbone = BackboneSettings(name="random", arch=SMALL.to_dict())
+    with pytest.raises(InputError, match=r"backbone\.weights=null"):
+        run_search(settings)
