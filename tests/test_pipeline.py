@@ -149,7 +149,7 @@ def test_the_export_proves_and_measures_the_program(common, winner):
 
 
 def test_a_finished_export_is_not_repeated(common, winner, monkeypatch):
-    monkeypatch.setattr("flash.evaluation.export._export", pytest.fail)
+    monkeypatch.setattr("flash.evaluation.run._export", pytest.fail)
     name, arch = winner
     assert export(_export_settings(common, name, arch)).name == name
 
