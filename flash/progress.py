@@ -30,6 +30,7 @@ def progress_bar(
         dynamic_ncols=is_terminal,
         mininterval=0.2 if is_terminal else 5.0,
         ascii=not is_terminal,
+        delay=2.0,  # what is over sooner needs no bar
         leave=True,
         disable=not shown,
     )

@@ -13,7 +13,7 @@ from flash.model.checkpoint import (
     weights_file,
 )
 from flash.model.decoder import Decoder, LayerCache, generate
-from flash.model.losses import cross_entropy, distillation
+from flash.model.losses import cross_entropy, distillation, over_chunks
 
 __all__ = [
     "Backbone",
@@ -27,6 +27,7 @@ __all__ = [
     "generate",
     "load",
     "open_weights",
+    "over_chunks",
     "read_spec",
     "save",
     "state_to_save",

@@ -9,10 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from flash.data import PackedData
 from flash.errors import InputError
-from flash.model import Decoder, cross_entropy
+from flash.model import Decoder, cross_entropy, over_chunks
+from flash.progress import progress
 from flash.training.callbacks import AtomicCheckpointIO, Throughput
 from flash.training.module import LanguageModelling
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
@@ -41,12 +43,16 @@ def heldout_quality(model: Decoder, data: PackedData, precision: Precision) -> H
     """Held-out loss of `model`, on all of the data module's held-out sequences."""
     total, tokens, num_bytes = 0.0, 0, 0
     device = next(model.parameters()).device
-    for batch in data.val_dataloader():
+
+    def loss_sum(hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model.lm_head(hidden)[None], targets[None]) * len(targets)
+
+    for batch in progress(data.val_dataloader(), "held-out loss"):
         batch = batch.to(device)
+        targets = batch[:, 1:].flatten()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
-            logits = model(batch[:, :-1])
-        targets = batch[:, 1:]
-        total += float(cross_entropy(logits, targets)) * targets.numel()
+            hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
+            total += float(over_chunks(loss_sum, model.spec.vocab_size, hidden, targets))
         tokens += targets.numel()
         num_bytes += int(data.streams.bytes_per_token[targets.cpu().numpy()].sum())
     bits = total / math.log(2)
@@ -150,6 +156,10 @@ def fit(
                 raise InputError(
                     f"{last}: damaged or of another arch ({error}); delete it to start over"
                 ) from error
+            raise
+        except SystemExit:
+            if lightning.interrupted:  # Lightning turns Ctrl-C into exit code 1
+                raise KeyboardInterrupt from None
             raise
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise InputError(f"recipe.lr={recipe.lr}: training diverged; lower it")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from flash.errors import InputError
-from flash.model import Decoder, cross_entropy, distillation
+from flash.model import Decoder, cross_entropy, distillation, over_chunks
 from flash.training.settings import RecipeSettings
 
 
@@ -52,22 +52,36 @@ class LanguageModelling(L.LightningModule):
         # Kept out of the module tree: neither belongs in a checkpoint.
         self._outside: dict[str, Any] = {
             "teacher": teacher if recipe.kd_weight > 0 else None,
-            "forward": torch.compile(model) if compiled else model,
+            "hidden": torch.compile(model.hidden) if compiled else model.hidden,
         }
 
     def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss of a batch and its parts [nats a token]."""
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        logits = self._outside["forward"](inputs)
-        ce = cross_entropy(logits, targets)
+        inputs, targets = batch[:, :-1], batch[:, 1:].flatten()
+        hidden = self._outside["hidden"](inputs).flatten(0, 1)
+        vocab_size = self.model.spec.vocab_size
         teacher: Decoder | None = self._outside["teacher"]
         if teacher is None:
+            ce = over_chunks(self._ce_sum, vocab_size, hidden, targets) / len(targets)
             return ce, {"ce": ce.detach()}
         with torch.no_grad():
-            teacher_logits = teacher.to(inputs.device)(inputs)
-        kd = distillation(logits, teacher_logits, self.recipe.temperature)
+            taught = teacher.to(inputs.device).hidden(inputs).flatten(0, 1)
+        sums = over_chunks(self._ce_and_kd_sums, vocab_size, hidden, targets, taught)
+        ce, kd = sums / len(targets)
         loss = self.recipe.kd_weight * kd + (1 - self.recipe.kd_weight) * ce
         return loss, {"ce": ce.detach(), "kd": kd.detach()}
+
+    def _ce_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(self.model.lm_head(hidden)[None], targets[None]) * len(targets)
+
+    def _ce_and_kd_sums(self, hidden: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        """Both sums as one tensor `(2,)`, so that they share the student's logits."""
+        logits = self.model.lm_head(hidden)
+        with torch.no_grad():
+            teacher_logits = self._outside["teacher"].lm_head(taught)
+        ce = cross_entropy(logits[None], targets[None])
+        kd = distillation(logits[None], teacher_logits[None], self.recipe.temperature)
+        return torch.stack([ce, kd]) * len(targets)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss, parts = self.loss(batch)
@@ -77,8 +91,10 @@ class LanguageModelling(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        logits = self.model(batch[:, :-1])
-        loss = cross_entropy(logits, batch[:, 1:])
+        hidden = self.model.hidden(batch[:, :-1]).flatten(0, 1)
+        targets = batch[:, 1:].flatten()
+        total = over_chunks(self._ce_sum, self.model.spec.vocab_size, hidden, targets)
+        loss = total / len(targets)
         self.log("heldout/loss", loss, prog_bar=True, batch_size=len(batch))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

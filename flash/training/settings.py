@@ -102,7 +102,7 @@ class TrainerSettings:
     """Stop after this many steps although the recipe has more."""
     eval_every_steps: int = 200
     """Steps between held-out losses."""
-    checkpoint_every_steps: int = 200
+    checkpoint_every_steps: int = 50
     """Steps between checkpoints that a killed run resumes from."""
     log_every_steps: int = 10
 
