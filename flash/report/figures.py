@@ -11,9 +11,9 @@ def _layout(figure: go.Figure, x: str, y: str) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        margin={"l": 60, "r": 20, "t": 70, "b": 50},
         height=420,
-        legend={"orientation": "h", "y": 1.08, "x": 0},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         xaxis_title=x,
         yaxis_title=y,
     )

@@ -66,7 +66,7 @@ def render(data: ReportData) -> str:
                 include_plotlyjs=False,
                 full_html=False,
                 div_id=name,
-                config={"displaylogo": False, "responsive": True},
+                config={"displayModeBar": False, "responsive": True},
             ),
         }
         for name, figure in all_figures(data).items()

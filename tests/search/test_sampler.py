@@ -4,13 +4,13 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-import toy_search as toy
 from botorch.exceptions.errors import ModelFittingError
 from optuna.trial import TrialState
 
 from flash.arch import parse_pattern
 from flash.search import Sampler, Trial, hypervolume, propose, sampler
 from flash.search.sampler import features, greedy_batch
+from tests.search import toy_search as toy
 
 SPACE = toy.make_space()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import toy_search as toy
 import yaml
 from optuna.trial import TrialState
 
@@ -22,6 +21,7 @@ from flash.search import (
     write_frontier,
     write_report,
 )
+from tests.search import toy_search as toy
 
 
 def outcome(trials):
