@@ -71,6 +71,7 @@ def make_logger(
             entity=settings.entity,
             save_dir=folder,
             offline=offline,
+            mode="offline" if offline else "online",  # also where W&B was set up before
             group=job,
             job_type=job,
             config=dict(config),
