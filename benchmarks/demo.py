@@ -1,6 +1,7 @@
 """Seconds of each stage of `make demo` on an empty `runs` folder, and of a second run.
 
-Run it from the repository with an installed `.venv`; it works in a temporary `runs` folder.
+`python benchmarks/demo.py [FOLDER]`: works in FOLDER, which must not exist yet and is kept, or in a
+temporary one.
 """
 
 import subprocess
@@ -26,21 +27,31 @@ def _stages(runs: Path) -> dict[str, list[str]]:
     }
 
 
-def main() -> None:
+def measure(runs: Path) -> None:
+    """Time both runs, stage by stage."""
     record = Recorder("demo")
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder, "runs")
-        for case in ("first", "second"):
-            total = 0.0
-            for stage in _stages(runs):
-                command = _stages(runs)[stage]  # the winners are known only after the search
-                start = time.perf_counter()
-                subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-                seconds = time.perf_counter() - start
-                total += seconds
-                record.add(f"{case}/{stage}", "seconds", [seconds], "s")
-            record.add(case, "seconds", [total], "s")
+    for case in ("first", "second"):
+        total = 0.0
+        for stage in _stages(runs):
+            command = _stages(runs)[stage]  # the winners are known only after the search
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+            seconds = time.perf_counter() - start
+            total += seconds
+            record.add(f"{case}/{stage}", "seconds", [seconds], "s")
+        record.add(case, "seconds", [total], "s")
     record.close()
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        folder = Path(sys.argv[1]).resolve()
+        if folder.exists():
+            sys.exit(f"error: {folder} exists: expected a new folder, or the first run is none")
+        measure(folder)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Path(folder, "runs"))
 
 
 if __name__ == "__main__":
