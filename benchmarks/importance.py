@@ -21,7 +21,7 @@ from flash.runs import Runs
 from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
 from flash.training.run import Inputs, importance_of
 
-RECIPE = RecipeSettings(name="recovery", tokens=32768, lr=1e-3, warmup_ratio=0.1)
+RECIPE = RecipeSettings(name="recovery", tokens=32768, batch_size=2, lr=1e-3, warmup_ratio=0.1)
 SEEDS = (0, 1, 2)
 
 
@@ -31,7 +31,6 @@ def _cuts(spec: ArchSpec) -> dict[str, ArchSpec]:
         "ffn_0.5": spec.replace(ffn_dim=288),
         "ffn_0.33": spec.replace(ffn_dim=192),
         "width_0.75": spec.replace(model_dim=192),
-        "width_0.5": spec.replace(model_dim=128),
         "layers_0.75": spec.replace(layer_types=spec.layer_types[:6]),
         "layers_0.5": spec.replace(layer_types=spec.layer_types[:4]),
     }

@@ -6,7 +6,6 @@ The backbone is made on the spot (3.6 GB in a temporary folder); its numbers are
 """
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from record import Recorder, in_fresh_process, rss_mib
+from record import Recorder, in_fresh_process, peak_rss_mib, rss_mib
 from safetensors.torch import save_file
 
 from flash.arch import ArchSpec
@@ -55,7 +54,7 @@ def _measure(folder: Path, result: Path) -> None:
     start = time.perf_counter()
     weights = prune(folder, importance, winner)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = peak_rss_mib()
     candidate = sum(w.numel() * w.element_size() for w in weights.values()) / 2**20
     values = {"prune_s": seconds, "ratio": (peak - before) / candidate, "candidate": candidate}
     result.write_text(json.dumps(values), "utf-8")

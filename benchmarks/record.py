@@ -76,6 +76,16 @@ def rss_mib() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
+def peak_rss_mib() -> float:
+    """Highest resident memory of this program so far [MiB].
+
+    Not `ru_maxrss`: a child inherits that from the process that started it.
+    """
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 2**10
+
+
 def in_fresh_process(script: str, case: str, *arguments: str) -> dict[str, Any]:
     """Run `script case arguments... RESULT` in a process of its own; returns what it wrote.
 

@@ -122,14 +122,24 @@ def _chunks(path: Path, name: str) -> Iterator[tuple[int, Tensor]]:
 
 
 def _gather(path: Path, name: str, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    parts = []
+    """The chosen rows and columns of a tensor, copied into place chunk by chunk."""
+    out: Tensor | None = None
+    filled = 0
     for start, chunk in _chunks(path, name):
         if rows is not None:
             inside = rows[(rows >= start) & (rows < start + chunk.shape[0])] - start
             chunk = chunk.index_select(0, inside)
-        chunk = chunk.index_select(1, columns) if columns is not None else chunk.clone()
-        parts.append(chunk)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        if columns is not None:
+            chunk = chunk.index_select(1, columns)
+        if out is None:
+            with safe_open(path, framework="pt") as file:
+                total = file.get_slice(name).get_shape()[0] if rows is None else len(rows)
+            out = chunk.new_empty((total, *chunk.shape[1:]))
+        out[filled : filled + chunk.shape[0]] = chunk
+        filled += chunk.shape[0]
+    assert out is not None
+    assert filled == out.shape[0]
+    return out
 
 
 def prune(folder: Path, importance: Importance, spec: ArchSpec) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings, count_parameters
 from flash.data import DataSettings
 from flash.device import DeviceSettings, open_device
+from flash.files import write_text
 from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
 from flash.model import Backbone, BackboneSettings
 from flash.prune import fingerprint
@@ -266,5 +267,5 @@ def _describe(job: _Job, report: dict[str, Any]) -> None:
             f"{interval:>22s} {parameters:8.2f}M  {spec}"
         )
     winners = ",".join(report["names"][str(number)] for number in sorted(report["winners"]))
-    (job.folder / "winners").write_text(winners + "\n", "utf-8")
+    write_text(job.folder / "winners", winners + "\n")
     print(f"\nnext: python train.py -m +arch={winners}")
