@@ -113,6 +113,27 @@ def fit(
         model, recipe, steps=steps, teacher=teacher, compiled=trainer.compile
     )
     throughput = Throughput(trainer.precision, what if show_progress else None)
+    max_steps = min(steps, trainer.max_steps or steps)
+    lightning = _lightning(trainer, max_steps, throughput, folder, loggers)
+    _run(lightning, module, data, folder)
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise InputError(f"recipe.lr={recipe.lr}: training diverged; lower it")
+    return FitResult(
+        steps=lightning.global_step,
+        tokens=lightning.global_step * recipe.batch_size * seq_len,
+        tokens_per_s=throughput.tokens_per_s,
+        mfu=throughput.mfu,
+        peak_rss_mib=peak_rss_mib(),
+    )
+
+
+def _lightning(
+    trainer: TrainerSettings,
+    max_steps: int,
+    throughput: Throughput,
+    folder: Path | None,
+    loggers: Any,
+) -> L.Trainer:
     callbacks: list[L.Callback] = [throughput]
     if folder is not None:
         callbacks.append(
@@ -124,10 +145,9 @@ def fit(
                 save_top_k=1,
             )
         )
-    max_steps = min(steps, trainer.max_steps or steps)
     # Held-out losses along the way are worth their time only on runs that have several of them.
     evaluate = loggers is not False and max_steps > trainer.eval_every_steps
-    lightning = L.Trainer(
+    return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         precision=trainer.precision.value,
@@ -144,6 +164,12 @@ def fit(
         limit_val_batches=1.0 if evaluate else 0,
         num_sanity_val_steps=0,
     )
+
+
+def _run(
+    lightning: L.Trainer, module: LanguageModelling, data: PackedData, folder: Path | None
+) -> None:
+    """Train, from the checkpoint in `folder` if there is one."""
     last = folder / LAST if folder is not None and (folder / LAST).is_file() else None
     with warnings.catch_warnings():
         # One process reads a memory map: workers would cost more than they save.
@@ -161,15 +187,6 @@ def fit(
             if lightning.interrupted:  # Lightning turns Ctrl-C into exit code 1
                 raise KeyboardInterrupt from None
             raise
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise InputError(f"recipe.lr={recipe.lr}: training diverged; lower it")
-    return FitResult(
-        steps=lightning.global_step,
-        tokens=lightning.global_step * recipe.batch_size * seq_len,
-        tokens_per_s=throughput.tokens_per_s,
-        mfu=throughput.mfu,
-        peak_rss_mib=peak_rss_mib(),
-    )
 
 
 def peak_rss_mib() -> float:
