@@ -163,7 +163,7 @@ def _export(
         )
     write(folder / "model.pte", program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
-    measurement, speedups = _measure(settings, name, folder, device, reference, model)
+    measurement, speedups = _measure(settings, name, inputs.runs, device, reference, model)
     prompt = inputs.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
     ids = device.generate(folder / "model.pte", prompt, settings.new_tokens, stop=(end,))
     return ExportResult(
@@ -200,7 +200,7 @@ def _heldout(inputs: Inputs, settings: ExportSettings) -> list[Tensor]:
 def _measure(
     settings: ExportSettings,
     name: str,
-    folder: Path,
+    runs: Runs,
     device: Device,
     reference: ExportResult | None,
     model: Decoder,
@@ -209,11 +209,10 @@ def _measure(
     vocab_size = model.spec.vocab_size
     other = None
     if reference is not None:
-        path = folder.parent / reference.name / "model.pte"
+        path = runs.export(reference.name) / "model.pte"
         other = Program(name="reference", path=path, vocab_size=vocab_size)
-    subject = Program(name=name, path=folder / "model.pte", vocab_size=vocab_size)
+    subject = Program(name=name, path=runs.export(name) / "model.pte", vocab_size=vocab_size)
     measured = device.measure([subject], settings.device.workload, other)[0]
-    runs = Runs(folder.parent.parent)
     conditions = conditions_of(device, settings.device.workload, settings.device.lowering)
     spec = model.spec.replace(tie_embeddings=True)  # tied or not, the programs are the same
     MeasurementStore(runs.measurements).append(

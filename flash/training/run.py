@@ -243,7 +243,8 @@ def train(settings: TrainSettings) -> TrainResult:
     key = _key(settings, spec, inputs)
     folder = runs.model(name)
     result = TrainResult.read(folder)
-    if result is not None and result.key == key:
+    saved = (folder / "checkpoint" / "model.safetensors").is_file()
+    if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
         return result
     result = _train(settings, name, spec, inputs, key)
