@@ -24,6 +24,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flash.device import DeviceError
 from flash.errors import CheckFailed, InputError, nearest
 from flash.evaluation import ExportSettings
 from flash.runs import Runs
@@ -166,6 +167,8 @@ def one_line_errors(schema: type) -> Iterator[None]:
         yield
     except InputError as error:
         _fail(str(error))
+    except DeviceError as error:
+        _fail(f"{error}; finished measurements are kept, run the same command again", 1)
     except CheckFailed as error:
         _fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:

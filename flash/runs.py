@@ -29,6 +29,10 @@ class Runs:
         """The measurement store."""
         return self.root / "measurements.jsonl"
 
+    def latency(self, device: str) -> Path:
+        """What stage 1 found about a device."""
+        return self.root / "latency" / device
+
     @property
     def found_arch(self) -> Path:
         """Config group `arch` of what searches found; it is on Hydra's search path."""

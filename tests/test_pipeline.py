@@ -1,11 +1,13 @@
 """The whole method on a very small backbone: real lowering, measurement, search, export, report."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import MISSING
 
 from flash.arch import Attention, Choices, SpaceSettings
 from flash.device import DeviceSettings
@@ -18,7 +20,7 @@ from flash.report import as_text, read, render
 from flash.report.__main__ import log_to_wandb
 from flash.runs import Runs
 from flash.search import SearchSettings
-from flash.search.run import SearchJobSettings, run_search
+from flash.search.run import SearchJobSettings, Stage, run_search
 from flash.training import Precision, RecipeSettings, TrainerSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
@@ -35,14 +37,14 @@ SPACE = SpaceSettings(
 DEVICE = DeviceSettings(
     name="host",
     max_context=64,
-    prompt_tokens=32,
-    decode_context=32,
+    prompts=[32],
+    contexts=[32],
     decode_tokens=4,
     processes=1,
     warmups=1,
     runs=2,
 )
-LATENCY = LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2)
+LATENCY = LatencySettings(whole_models=3, group_size=3, precision_pct=1000.0)
 RECIPE = RecipeSettings(name="t", tokens=512, batch_size=4, lr=3e-3, calibration_tokens=256)
 TRAINER = TrainerSettings(precision=Precision.fp32)
 NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
@@ -120,7 +122,7 @@ def test_the_search_writes_what_train_and_export_take_by_name(common, searched):
         values = yaml.safe_load((found / f"{searched['names'][str(number)]}.yaml").read_text())
         spec = next(t["spec"] for t in searched["trials"] if t["number"] == number)
         assert values == spec
-        predicted = searched["predicted"][str(number)]["ttft"]
+        predicted = searched["predicted"][str(number)]["prefill_32"]
         assert predicted["low_ms"] <= predicted["mean_ms"] <= predicted["high_ms"]
 
 
@@ -140,10 +142,10 @@ def test_the_export_proves_and_measures_the_program(common, winner):
     assert (folder / "model.pte").stat().st_size == result["pte_bytes"]
     assert result["gate"]["passed"]
     assert [s["stage"] for s in result["gate"]["stages"]] == ["quantized", "exported", "runtime"]
-    assert result["measurement"]["ttft_ms"] > 0
+    assert result["measurement"]["latencies"]["prefill_32"]["ms"] > 0
     assert result["measurement"]["samples"]
     assert result["reference"] == "small"
-    assert result["ttft_speedup"] > 0
+    assert result["speedups"]["prefill_32"] > 0
     assert result["predicted"] is not None
     assert abs(result["artefact"]["pte_loss"] - result["artefact"]["float_loss"]) < 0.5
 
@@ -202,3 +204,20 @@ def test_a_search_needs_backbone_weights(common, tmp_path):
     settings.backbone = BackboneSettings(name="random", arch=SMALL.to_dict())
     with pytest.raises(InputError, match=r"backbone\.weights=null"):
         run_search(settings)
+
+def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, searched, capsys):
+    settings = _search_settings(common)
+    shape = {"name": "small", "arch": SMALL.to_dict()}
+    settings = dataclasses.replace(
+        settings, stage=Stage.latency, backbone=BackboneSettings(**shape), data=MISSING
+    )
+    report = run_search(settings)
+    assert report["metrics"]["latency/prefill_32/physical/n"] == 4
+    printed = capsys.readouterr().out
+    assert "prefill_32 physical" in printed
+    folder = Path(common["runs"]) / "latency" / "host"
+    assert json.loads((folder / "latency.json").read_text())["device"] == report["device"]
+    with (folder / "measurements.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert all(float(line["ms"]) > 0 and float(line["se_ms"]) >= 0 for line in table)
+    assert {line["phase"] for line in table} == {"prefill", "decode"}

@@ -1,37 +1,11 @@
-"""Where a program runs and is timed: the host now, boards and phones through the same protocol."""
+"""Where a program runs and is timed: this machine, boards and phones, by one protocol."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
-
-from flash.device.host import DeviceError, HostDevice
-from flash.device.measurement import Measurement, Program
+from flash.device.base import Device, DeviceError
+from flash.device.host import HostDevice
+from flash.device.links import AndroidSettings, SshSettings
+from flash.device.measurement import Latency, Measurement, Program
 from flash.device.settings import DeviceKind, DeviceSettings
-from flash.device.workload import Workload
-
-
-class Device(Protocol):
-    """Anything that can run a program and time it."""
-
-    settings: DeviceSettings
-
-    def identity(self) -> dict[str, str | int]: ...
-
-    def measure(
-        self,
-        programs: Sequence[Program],
-        workload: Workload,
-        reference: Program | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[Measurement]: ...
-
-    def generate(
-        self, path: Path, tokens: Sequence[int], new_tokens: int, stop: Sequence[int] = ()
-    ) -> list[int]: ...
-
-    def score(
-        self, path: Path, tokens: Sequence[int], *, prefill: int = 1, keep_logits: bool = False
-    ) -> dict[str, Any]: ...
+from flash.device.workload import Phase, Point, Workload
 
 
 def open_device(settings: DeviceSettings) -> Device:
@@ -39,16 +13,29 @@ def open_device(settings: DeviceSettings) -> Device:
     match settings.kind:
         case DeviceKind.host:
             return HostDevice(settings)
+        case DeviceKind.ssh:
+            from flash.device.ssh import SshDevice
+
+            return SshDevice(settings)
+        case DeviceKind.android:
+            from flash.device.android import AndroidDevice
+
+            return AndroidDevice(settings)
 
 
 __all__ = [
+    "AndroidSettings",
     "Device",
     "DeviceError",
     "DeviceKind",
     "DeviceSettings",
     "HostDevice",
+    "Latency",
     "Measurement",
+    "Phase",
+    "Point",
     "Program",
+    "SshSettings",
     "Workload",
     "open_device",
 ]

@@ -1,10 +1,12 @@
-"""What a measurement is: a program, the raw times of its runs, and the two numbers made of them."""
+"""What a measurement is: a program, the raw times of its runs, and the latencies made of them."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from flash.device.workload import Phase, Point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +18,16 @@ class Program:
         path: The .pte file.
         vocab_size: Token ids to draw from, for a program that takes tokens.
         model_dim: Width of the activations, for a block that takes those instead.
+        flush_mib: Memory to walk through before each timed call [MiB]. A block measured alone
+            finds its weights in the processor's caches; inside a model the other layers have
+            evicted them.
     """
 
     name: str
     path: Path
     vocab_size: int | None = None
     model_dim: int | None = None
+    flush_mib: int = 0
 
     def __post_init__(self) -> None:
         assert (self.vocab_size is None) != (self.model_dim is None), "tokens or activations"
@@ -34,41 +40,61 @@ class Program:
             "input": "tokens" if self.model_dim is None else "activations",
             "vocab_size": self.vocab_size,
             "model_dim": self.model_dim,
+            "flush_mib": self.flush_mib,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """One measured latency.
+
+    Attributes:
+        ms: The smallest time of all accepted processes: noise only ever adds time.
+        se_ms: Standard error of it, from the minima of the processes.
+    """
+
+    ms: float
+    se_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Latencies of one program on one device.
 
-    The estimate is the smallest time of all accepted processes: noise only ever adds time.
-
     Attributes:
         name: The program's.
-        ttft_ms: Time to the first token's logits.
-        ttft_se_ms: Standard error of it, from the minima of the processes.
-        decode_ms: Time of one decode step.
-        decode_se_ms: Standard error of it.
+        latencies: By name of the point (`prefill_512`), in the order of the workload.
         load_ms: Smallest time to load the program, weight packing included.
         peak_rss_mib: Largest resident set of the process that ran all programs of the call,
             Python and torch included.
         model_rss_mib: What loading this program added to the resident set.
         rejected: Processes thrown away as too slow.
-        samples: Raw times of every process, rejected ones too.
+        samples: Raw times of every process, rejected ones too, by name of the point.
         conditions: Load, steal and other circumstances of each process.
     """
 
     name: str
-    ttft_ms: float
-    ttft_se_ms: float
-    decode_ms: float
-    decode_se_ms: float
+    latencies: Mapping[str, Latency]
     load_ms: float
     peak_rss_mib: float
     model_rss_mib: float
     rejected: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
     conditions: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def prefill(self) -> Latency:
+        """Time to first token of the headline prompt."""
+        return self._first(Phase.prefill)
+
+    @property
+    def decode(self) -> Latency:
+        """Time of one decode step at the headline context."""
+        return self._first(Phase.decode)
+
+    def _first(self, phase: Phase) -> Latency:
+        names = (name for name in self.latencies if Point.parse(name).phase is phase)
+        return self.latencies[next(names)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -77,19 +103,21 @@ class Measurement:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measurement":
         """Inverse of `to_dict`."""
-        return cls(**values)
+        latencies = {name: Latency(**each) for name, each in values["latencies"].items()}
+        return cls(**{**values, "latencies": latencies})
 
 
 def standard_error(minima: Sequence[float]) -> float:
     """Standard error of the smallest of several processes' minima.
 
-    The minimum of k draws spreads less than one draw; with so few processes nothing better can be
-    said than their standard deviation over the root of their number. One process tells nothing of
+    What a process adds to the undisturbed time is roughly exponential. Of k such delays the
+    smallest has mean and standard deviation theta / k, where theta / k = (mean - min) / (k - 1) in
+    expectation (order statistics of the exponential distribution). One process tells nothing of
     the spread between processes: then 10 % of the value, the upper end of what was seen.
     """
     if len(minima) < 2:
         return 0.1 * minima[0]
-    return statistics.stdev(minima) / len(minima) ** 0.5
+    return max(0.0, statistics.fmean(minima) - min(minima)) / (len(minima) - 1)
 
 
 def accepted(times: Sequence[float], ratio: float) -> list[bool]:

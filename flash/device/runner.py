@@ -3,18 +3,18 @@
 It needs only the standard library, torch and ExecuTorch's runtime, and nothing of `flash`, so that
 one copied file measures on any board with Python. The job is one JSON object:
 
-    {"mode": "measure", "threads": 2, "programs": [PROGRAM...], "prompt_tokens": 512,
-     "prefill_chunk": 512, "decode_context": 512, "decode_tokens": 16, "warmups": 2, "runs": 3}
-    {"mode": "generate", "threads": 2, "programs": [PROGRAM], "tokens": [1, 2], "new_tokens": 8,
-     "stop": [2], "prefill_chunk": 512}
-    {"mode": "score", "threads": 2, "programs": [PROGRAM], "tokens": [1, 2, 3], "keep_logits": true,
-     "prefill": 1, "prefill_chunk": 512}
+    COMMON = "threads": 2, "cpus": [2, 3] | null, "programs": [PROGRAM...], "prefill_chunk": 512
+    {"mode": "measure", COMMON, "points": [["prefill", 512], ["decode", 512]],
+     "decode_tokens": 16, "warmups": 2, "runs": 3}
+    {"mode": "generate", COMMON, "tokens": [1, 2], "new_tokens": 8, "stop": [2]}
+    {"mode": "score", COMMON, "tokens": [1, 2, 3], "keep_logits": true, "prefill": 1}
     PROGRAM = {"name": "x", "path": "x.pte", "input": "tokens" | "activations",
-               "vocab_size": 2048, "model_dim": 256}
+               "vocab_size": 2048, "model_dim": 256, "flush_mib": 0}
 
-TTFT is the time from an empty cache to the first token's logits, the prompt fed in chunks of
-`prefill_chunk`. A decode step is one token at a cache position of `decode_context` and above; what
-the cache holds does not change the time, so it is not filled first.
+Prefill is the time from an empty cache to the first token's logits, the prompt fed in chunks of
+`prefill_chunk`. A decode step is one token at a cache position of the context and above; what the
+cache holds does not change the time, so it is not filled first. Before each timed call of a program
+with `flush_mib` that much memory is walked through, which evicts the program from the caches.
 """
 
 import json
@@ -75,6 +75,8 @@ class Runnable:
         self.method = self.program.load_method("forward")  # here XNNPACK packs the weights
         self.load_ms = (time.perf_counter() - start) * 1e3
         self.load_rss_kib = status_kib("VmRSS") - before
+        # Ones: untouched zeros would all lie on one page of memory.
+        self.ballast = bytearray(b"\1") * (spec["flush_mib"] << 20)
 
     def inputs(self, count):
         """`count` tokens, or as many rows of activations, that repeat from run to run."""
@@ -85,6 +87,10 @@ class Runnable:
             high = self.spec["vocab_size"]
             return torch.randint(0, high, (1, count), generator=generator)
         return torch.randn(1, count, self.spec["model_dim"], generator=generator)
+
+    def flush(self):
+        """Walk through the ballast, a byte of each cache line, so that the caches hold that."""
+        self.ballast[::64].count(0)
 
     def call(self, x, position):
         """Run the method on inputs that start at a cache position; its first output."""
@@ -111,6 +117,16 @@ def bindings():
             _portable_lib as native,  # pyright: ignore[reportAttributeAccessIssue]
         )
     return native
+
+
+def runtime_version():
+    """Version of the installed ExecuTorch."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"executorch {version('executorch')}"
+    except PackageNotFoundError:
+        return "executorch of unknown version"
 
 
 def prepare(threads):
@@ -141,34 +157,43 @@ def load_operators():
 
 
 def measure(job, programs):
-    """Warm-ups, then timed runs, programs taking turns so that slow moments hit all alike."""
-    samples = {p.name: {"ttft": [], "decode": []} for p in programs}
+    """Warm-ups, then timed runs, programs taking turns so that slow moments hit all alike.
+
+    A warm-up is one run at the shortest point of each phase, which touches all weights; longer
+    prompts of large models take too long to be run for nothing.
+    """
+    points = [tuple(point) for point in job["points"]]
+    shortest = {phase: min(n for p, n in points if p == phase) for phase, _ in points}
+    samples = {p.name: {f"{phase}_{n}": [] for phase, n in points} for p in programs}
     for turn in range(job["warmups"] + job["runs"]):
+        warm = turn >= job["warmups"]
         for program in programs:
-            ttft = time_prefill(job, program)
-            decode = time_decode(job, program)
-            if turn >= job["warmups"]:
-                samples[program.name]["ttft"].append(ttft)
-                samples[program.name]["decode"].append(decode)
+            for phase, tokens in points if warm else shortest.items():
+                timed = time_prefill if phase == "prefill" else time_decode
+                sample = timed(job, program, tokens)
+                if warm:
+                    samples[program.name][f"{phase}_{tokens}"].append(sample)
     return samples
 
 
-def time_prefill(job, program):
-    """One prefill of the prompt."""
-    x = program.inputs(job["prompt_tokens"])
+def time_prefill(job, program, tokens):
+    """One prefill of a prompt of `tokens`."""
+    x = program.inputs(tokens)
+    program.flush()
     clock = Clock()
     program.prefill(x, job["prefill_chunk"])
     return clock.read()
 
 
-def time_decode(job, program):
-    """Single-token calls from `decode_context` on; adds the time of each step."""
+def time_decode(job, program, context):
+    """Single-token calls from `context` on; adds the time of each step."""
     x = program.inputs(1)
     steps = []
     clock = Clock()
     for step in range(job["decode_tokens"]):
+        program.flush()
         start = time.perf_counter()
-        program.call(x, job["decode_context"] + step)
+        program.call(x, context + step)
         steps.append((time.perf_counter() - start) * 1e3)
     return {**clock.read(), "steps_ms": steps}
 
@@ -215,8 +240,11 @@ def run(job):
     """The result object of a job."""
     started = time.time()
     clock = Clock()
+    if job["cpus"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, job["cpus"])
     prepare(job["threads"])
     result: dict[str, Any] = {"started": started, "start_ms": clock.read()["wall_s"] * 1e3}
+    result["runtime"] = runtime_version()
     result["baseline_rss_kib"] = status_kib("VmRSS")
     programs = []
     for spec in job["programs"]:

@@ -1,19 +1,26 @@
 """Config group `device`: which device, what runs on it, and how it is timed."""
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import Enum
 
 from flash.arch import CacheFormat, Quantization
+from flash.device.links import AndroidSettings, SshSettings
 from flash.device.workload import Workload
 from flash.errors import require
-from flash.lowering import LoweringSettings
+from flash.lowering.settings import LoweringSettings, SlidingForm
 
 
 class DeviceKind(Enum):
     """How a device is reached."""
 
     host = "host"
+    """This machine."""
+    ssh = "ssh"
+    """A board with Python, see `device.ssh`."""
+    android = "android"
+    """A phone, see `device.android`."""
 
 
 @dataclass(kw_only=True)
@@ -25,19 +32,25 @@ class DeviceSettings:
     kind: DeviceKind = DeviceKind.host
     """How the device is reached."""
     threads: int = 1
-    """Threads of the runtime's pool; at most the cores that this process may use."""
+    """Threads of the runtime's pool; at most the device's cores."""
+    cpus: list[int] | None = None
+    """CPUs that a process is pinned to; None: on the host the last `threads` that we may use,
+    elsewhere the system's choice."""
     quantization: Quantization = Quantization.int8da4w
     """Weight format of the programs."""
     cache: CacheFormat = CacheFormat.fp32
     """KV-cache format; int8 is for phones, on x86 its attention kernel is 5 times slower."""
+    sliding: SlidingForm = SlidingForm.stock
+    """Form of sliding-window layers: the stock ring buffer, or the ring that computes no more than
+    the window."""
     max_context: int = 1024
     """Cache slots of the programs [tokens]."""
     prefill_chunk: int | None = None
     """Most tokens of one prefill call; None means max_context, at most 1024 [tokens]."""
-    prompt_tokens: int = 512
-    """Prompt length of the TTFT [tokens]."""
-    decode_context: int = 512
-    """Cache position at which decoding is timed [tokens]."""
+    prompts: list[int] = field(default_factory=lambda: [512])
+    """Prompt lengths whose TTFT is timed; the search works on the first [tokens]."""
+    contexts: list[int] = field(default_factory=lambda: [512])
+    """Cache positions at which decoding is timed; the search works on the first [tokens]."""
     decode_tokens: int = 16
     """Timed decode steps of one run."""
     processes: int = 3
@@ -46,25 +59,38 @@ class DeviceSettings:
     """Runs of each program before the timed ones of a process."""
     runs: int = 3
     """Timed runs of each program in each process."""
+    pause_s: float = 0.0
+    """Time between two processes, which spreads them over more of the device's moods [s]."""
     reject_ratio: float = 1.5
     """A process slower than this many times the best is thrown away and tried once more."""
     start_timeout_s: float = 120.0
     """Allowed for a process to start and load one program [s]."""
     run_timeout_s: float = 60.0
     """Allowed for one run of one program [s]."""
+    ssh: SshSettings = field(default_factory=SshSettings)
+    """How a board is reached; only for kind: ssh."""
+    android: AndroidSettings = field(default_factory=AndroidSettings)
+    """How a phone is reached and kept cool; only for kind: android."""
 
     def __post_init__(self) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None,
+            "device.name",
+            self.name,
+            "letters, digits, '_', '-' and '.', as it becomes a folder's name",
+        )
+        for name in ("prompts", "contexts"):
+            require(bool(getattr(self, name)), f"device.{name}", "[]", "at least one length")
         for name in ("processes", "runs"):
             value = getattr(self, name)
             require(type(value) is int and value > 0, f"device.{name}", value, "1 or more")
         require(self.warmups >= 0, "device.warmups", self.warmups, "0 or more")
-        require(
-            1 <= self.threads <= (cores or 1),
-            "device.threads",
-            self.threads,
-            f"1 to the {cores} cores of this machine",
-        )
+        require(self.threads >= 1, "device.threads", self.threads, "1 or more")
+        if self.kind is DeviceKind.host:
+            self._check_cores(_own_cpus())
+        elif self.cpus is not None:
+            self._check_cores(self.cpus)
+        require(self.pause_s >= 0, "device.pause_s", self.pause_s, "0 or more")
         require(self.reject_ratio > 1, "device.reject_ratio", self.reject_ratio, "a number above 1")
         for name in ("start_timeout_s", "run_timeout_s"):
             require(getattr(self, name) > 0, f"device.{name}", getattr(self, name), "above 0")
@@ -73,8 +99,27 @@ class DeviceSettings:
             "device.max_context",
             self.max_context,
             f"at least {self.workload.context}, so that prompt and decode steps fit; raise it or "
-            "lower device.prompt_tokens, decode_context or decode_tokens",
+            "lower device.prompts, contexts or decode_tokens",
         )
+
+    def _check_cores(self, usable: list[int]) -> None:
+        cpus = usable if self.cpus is None else self.cpus
+        require(
+            set(cpus) <= set(usable),
+            "device.cpus",
+            cpus,
+            f"some of the CPUs {usable} that this process may use",
+        )
+        require(
+            self.threads <= len(cpus), "device.threads", self.threads, f"1 to the {len(cpus)} cores"
+        )
+
+    @property
+    def pinned(self) -> list[int] | None:
+        """CPUs that a process is pinned to, or None."""
+        if self.cpus is None and self.kind is DeviceKind.host:
+            return _own_cpus()[-self.threads :]  # interrupts tend to be served by the first
+        return self.cpus
 
     @property
     def lowering(self) -> LoweringSettings:
@@ -82,6 +127,7 @@ class DeviceSettings:
         return LoweringSettings(
             quantization=self.quantization,
             cache=self.cache,
+            sliding=self.sliding,
             max_context=self.max_context,
             prefill_chunk=self.prefill_chunk,
         )
@@ -90,9 +136,16 @@ class DeviceSettings:
     def workload(self) -> Workload:
         """What is timed on this device."""
         return Workload(
-            prompt_tokens=self.prompt_tokens,
-            decode_context=self.decode_context,
+            prompts=tuple(self.prompts),
+            contexts=tuple(self.contexts),
             decode_tokens=self.decode_tokens,
             prefill_chunk=self.lowering.chunk,
             threads=self.threads,
         )
+
+
+def _own_cpus() -> list[int]:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

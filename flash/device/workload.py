@@ -1,49 +1,108 @@
-"""What is timed: one prompt and one stretch of decoding."""
+"""What is timed: prompts of some lengths, and single steps of decoding at some contexts."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 
-from flash.errors import require
+from flash.errors import InputError, require
+
+
+class Phase(Enum):
+    """The two latencies of a language model on a device."""
+
+    prefill = "prefill"
+    """Time to first token: from an empty cache to the first token's logits."""
+    decode = "decode"
+    """Time of one generated token."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One latency that is timed and predicted; its name is `prefill_512` or `decode_2048`.
+
+    Attributes:
+        phase: Prefill or decode.
+        tokens: Length of the prompt, or position in the cache of the decoded token.
+    """
+
+    phase: Phase
+    tokens: int
+
+    @classmethod
+    def parse(cls, name: str) -> "Point":
+        """The point of that name; another text is an InputError."""
+        match = re.fullmatch(r"(prefill|decode)_(\d+)", name)
+        if match is None:
+            raise InputError(f"point={name}: expected prefill_N or decode_N, N a number of tokens")
+        return cls(Phase(match[1]), int(match[2]))
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase.value}_{self.tokens}"
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The two latencies of a measurement.
+    """The latencies of a measurement. The first prompt and the first context are the headline.
 
     TTFT is the time from an empty cache to the first token's logits, the prompt fed in chunks.
-    Decode is the time of one token whose cache position is `decode_context`; what the cache holds
-    does not change it.
+    Decode is the time of one token at a cache position; what the cache holds does not change it.
+
+    Attributes:
+        prompts: Lengths of the prompts whose TTFT is timed [tokens].
+        contexts: Cache positions at which decode steps are timed [tokens].
+        decode_tokens: Timed decode steps of one run.
+        prefill_chunk: Most prompt tokens of one call; at most the program's own chunk [tokens].
+        threads: Threads of the runtime's pool.
     """
 
-    prompt_tokens: int
-    """Length of the prompt [tokens]."""
-    decode_context: int
-    """Cache position of the first timed decode step [tokens]."""
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
     decode_tokens: int
-    """Timed decode steps of one run."""
     prefill_chunk: int
-    """Most prompt tokens of one call; at most the program's own chunk [tokens]."""
     threads: int
-    """Threads of the runtime's pool."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "decode_tokens", "prefill_chunk", "threads"):
+        for name, least in (("prompts", 1), ("contexts", 0)):
+            values = getattr(self, name)
+            legal = all(type(value) is int and value >= least for value in values)
+            require(
+                legal and len(set(values)) == len(values),
+                f"workload.{name}",
+                list(values),
+                f"different integers of at least {least}",
+            )
+        require(bool(self.prompts or self.contexts), "workload.prompts", "[]", "something to time")
+        for name in ("decode_tokens", "prefill_chunk", "threads"):
             value = getattr(self, name)
             require(
                 type(value) is int and value > 0, f"workload.{name}", value, "a positive integer"
             )
-        require(
-            type(self.decode_context) is int and self.decode_context >= 0,
-            "workload.decode_context",
-            self.decode_context,
-            "an integer of at least 0",
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every latency of this workload, prompts first."""
+        return (
+            *(Point(Phase.prefill, tokens) for tokens in self.prompts),
+            *(Point(Phase.decode, tokens) for tokens in self.contexts),
         )
+
+    def first(self, phase: Phase) -> Point:
+        """The headline point of a phase."""
+        return next(point for point in self.points if point.phase is phase)
 
     @property
     def context(self) -> int:
         """Cache slots that a program needs to run this workload [tokens]."""
-        return max(self.prompt_tokens, self.decode_context + self.decode_tokens)
+        decoded = (tokens + self.decode_tokens for tokens in self.contexts)
+        return max((*self.prompts, *decoded))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+    def only(self, points: Sequence[Point]) -> "Workload":
+        """The same with some of its points."""
+        prompts = tuple(p.tokens for p in points if p.phase is Phase.prefill)
+        contexts = tuple(p.tokens for p in points if p.phase is Phase.decode)
+        return replace(self, prompts=prompts, contexts=contexts)

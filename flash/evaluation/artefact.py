@@ -27,11 +27,9 @@ class ExportResult:
         pte_bytes: Size of the program.
         gate: Report of the parity gate.
         measurement: Latencies on the device.
-        prompt_tokens: Prompt length of the TTFT.
-        decode_context: Cache position at which decoding was timed.
         reference: Name of the program that took turns with this one; None for the backbone itself.
-        ttft_speedup: TTFT of the reference over this one's, both from the same processes.
-        decode_speedup: The same for decoding.
+        speedups: Latency of the reference over this one's at each point, both from the same
+            processes; empty without a reference.
         predicted: What stage 1 predicted, with intervals; None for an arch that no search found.
         prompt: What the program was asked to continue.
         completion: What it wrote.
@@ -48,11 +46,8 @@ class ExportResult:
     pte_bytes: int
     gate: dict[str, Any]
     measurement: Measurement
-    prompt_tokens: int
-    decode_context: int
     reference: str | None
-    ttft_speedup: float | None
-    decode_speedup: float | None
+    speedups: dict[str, float]
     predicted: dict[str, Any] | None
     prompt: str
     completion: str

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
 from flash.data import DataSettings
-from flash.device import Device, DeviceSettings, Measurement, Program, open_device
+from flash.device import Device, DeviceSettings, Measurement, Phase, Point, Program, open_device
 from flash.errors import CheckFailed, InputError
 from flash.evaluation.artefact import ExportResult
 from flash.evaluation.perplexity import artefact_quality
 from flash.files import write_text
-from flash.latency import MeasurementStore, Row, SubjectKind, conditions_of
+from flash.latency import MeasurementStore, Row, SubjectKind, conditions_of, of_point
 from flash.lowering import GateSettings, check_parity, lower, write
 from flash.model import Backbone, BackboneSettings, Decoder
 from flash.model import load as load_checkpoint
@@ -29,6 +29,9 @@ from flash.training.loggers import LoggerSettings, close_logger, make_logger
 from flash.training.run import Inputs, arch_of, plain
 
 log = logging.getLogger(__name__)
+
+ENDS = ("mean", "low", "high")
+"""Of a predicted interval."""
 
 
 @dataclass(kw_only=True)
@@ -175,11 +178,8 @@ def _export(
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,
-        prompt_tokens=settings.device.prompt_tokens,
-        decode_context=settings.device.decode_context,
         reference=reference.name if reference else None,
-        ttft_speedup=speedups[0],
-        decode_speedup=speedups[1],
+        speedups=speedups,
         predicted=_predicted(inputs.runs, name, model.spec),
         prompt=settings.prompt,
         completion=inputs.tokenizer.decode(ids),
@@ -204,7 +204,7 @@ def _measure(
     device: Device,
     reference: ExportResult | None,
     model: Decoder,
-) -> tuple[Measurement, tuple[float | None, float | None]]:
+) -> tuple[Measurement, dict[str, float]]:
     """Latencies, and how many times faster than the reference program of the same processes."""
     vocab_size = model.spec.vocab_size
     other = None
@@ -213,22 +213,25 @@ def _measure(
         other = Program(name="reference", path=path, vocab_size=vocab_size)
     subject = Program(name=name, path=runs.export(name) / "model.pte", vocab_size=vocab_size)
     measured = device.measure([subject], settings.device.workload, other)[0]
-    conditions = conditions_of(device, settings.device.workload, settings.device.lowering)
+    store = MeasurementStore(runs.measurements)
+    workload, lowering = settings.device.workload, settings.device.lowering
     spec = model.spec.replace(tie_embeddings=True)  # tied or not, the programs are the same
-    MeasurementStore(runs.measurements).append(
-        Row(
+    for point in workload.points:
+        row = Row(
             kind=SubjectKind.model,
             subject=spec.to_dict(),
-            conditions=conditions,
-            result=measured.to_dict(),
+            conditions=conditions_of(device, workload, point, lowering),
+            result={**of_point(measured, point), "reference": None, "lower_s": None},
         )
-    )
+        store.append(row)
     if other is None:
-        return measured, (None, None)
+        return measured, {}
     kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
-    ttft = min(c["reference_ttft_ms"] for c in kept) / measured.ttft_ms
-    decode = min(c["reference_decode_ms"] for c in kept) / measured.decode_ms
-    return measured, (ttft, decode)
+    speedups = {
+        name: min(conditions["reference_ms"][name] for conditions in kept) / latency.ms
+        for name, latency in measured.latencies.items()
+    }
+    return measured, speedups
 
 
 def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
@@ -257,15 +260,13 @@ def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
         return
     measured = result.measurement
     metrics = {
-        "export/ttft_ms": measured.ttft_ms,
-        "export/ttft_se_ms": measured.ttft_se_ms,
-        "export/decode_tok_s": 1e3 / measured.decode_ms,
+        **{f"export/{name}_ms": latency.ms for name, latency in measured.latencies.items()},
+        **{f"export/{name}_se_ms": latency.se_ms for name, latency in measured.latencies.items()},
+        **{f"export/{name}_speedup": value for name, value in result.speedups.items()},
         "export/pte_mib": result.pte_bytes / 2**20,
         "export/heldout_loss": result.quality.loss,
         "export/perplexity_change_pct": result.artefact.change_pct,
     }
-    if result.ttft_speedup is not None:
-        metrics["export/ttft_speedup"] = result.ttft_speedup
     logger.log_metrics(metrics)
     close_logger(logger)
 
@@ -278,24 +279,20 @@ def _describe(result: ExportResult, folder: Path) -> None:
         "  parity      passed: "
         + ", ".join(f"{stage['stage']} kl {stage['kl']:.1e}" for stage in result.gate["stages"])
     )
-    predicted = ""
-    if result.predicted is not None:
-        ttft = result.predicted["ttft"]
-        predicted = (
-            f"; predicted {ttft['mean_ms']:.1f} [{ttft['low_ms']:.1f}, {ttft['high_ms']:.1f}]"
-        )
-    print(
-        f"  TTFT        {measured.ttft_ms:.1f} +- {measured.ttft_se_ms:.1f} ms for "
-        f"{result.prompt_tokens} tokens{predicted}"
-    )
-    print(
-        f"  decode      {1e3 / measured.decode_ms:.0f} tokens/s at context {result.decode_context}"
-    )
-    if result.ttft_speedup is not None:
-        print(
-            f"  speed-up    {result.ttft_speedup:.2f}x TTFT, {result.decode_speedup:.2f}x decode "
-            f"over {result.reference}"
-        )
+    for name, latency in measured.latencies.items():
+        point = Point.parse(name)
+        if point.phase is Phase.prefill:
+            text = (
+                f"TTFT        {latency.ms:.1f} +- {latency.se_ms:.1f} ms for {point.tokens} tokens"
+            )
+        else:
+            text = f"decode      {1e3 / latency.ms:.0f} tokens/s at context {point.tokens}"
+        if name in result.speedups:
+            text += f", {result.speedups[name]:.2f}x over {result.reference}"
+        if result.predicted is not None and name in result.predicted:
+            mean, low, high = (result.predicted[name][f"{end}_ms"] for end in ENDS)
+            text += f"; predicted {mean:.1f} [{low:.1f}, {high:.1f}] ms"
+        print(f"  {text}")
     print(
         f"  held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
         f"{result.artefact.change_pct:+.1f} % on {result.artefact.tokens} tokens"

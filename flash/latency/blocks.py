@@ -1,4 +1,4 @@
-"""The default predictor: the sum of measured half-blocks, calibrated on a few whole models.
+"""The sum of measured half-blocks, calibrated on a few whole models.
 
 A block alone is not a block inside a model: each program pays for a call, a small one stays in the
 caches, and what a model does once (the mask of the window) each block does again. On a 100M model
@@ -7,15 +7,14 @@ overhead, which a handful of whole models shows.
 """
 
 import math
-from collections.abc import Sequence
 from enum import Enum
 from typing import Self
 
 import numpy as np
 
-from flash.arch import ArchSpec
 from flash.latency.composition import BlockTable, Composition
-from flash.latency.prediction import Prediction, Values, from_logs, t_quantile
+from flash.latency.prediction import Prediction, from_logs, t_quantile
+from flash.latency.work import Specs, Values
 
 
 class Calibration(Enum):
@@ -49,7 +48,7 @@ class BlockPredictor:
     include the error of choosing.
 
     Args:
-        table: Measured blocks of the phase.
+        table: Measured blocks of the point.
     """
 
     def __init__(self, table: BlockTable) -> None:
@@ -60,9 +59,7 @@ class BlockPredictor:
             Calibration.part_overhead: (-table.smallest_ms, math.inf),
         }
 
-    def fit(
-        self, specs: Sequence[ArchSpec], values_ms: Values, errors_ms: Values | None = None
-    ) -> Self:
+    def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:
         """Calibrate on whole models; `errors_ms` is not used, the residuals show more."""
         sums, values = self._table.compose(specs), np.asarray(values_ms, dtype=float)
         n = len(values)
@@ -75,14 +72,14 @@ class BlockPredictor:
         self.half_width = t_quantile(freedom) * float(np.sqrt((residuals**2).mean()))
         return self
 
-    def predict(self, specs: Sequence[ArchSpec]) -> Prediction:
+    def predict(self, specs: Specs) -> Prediction:
         """Latencies with intervals."""
         mean = _apply(self.calibration, self.coefficients, self._table.compose(specs))
         return from_logs(np.log(mean), self.half_width)
 
     def __str__(self) -> str:
         scale, overhead = self.coefficients
-        text = f"{scale:.3f} x sum of blocks"
+        text = f"{self._table.point}: {scale:.3f} x sum of blocks"
         if self.calibration is not Calibration.scale:
             text += f" {overhead:+.3g} ms ({self.calibration.value})"
         return f"{text}, x/ {np.exp(self.half_width):.3f} for 90 %"

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from flash.arch import ArchSpec, Attention
+from flash.device import Point
 from flash.errors import InputError
-
-Values = Float[np.ndarray, " n"]
+from flash.latency.work import Specs, SpecTable, Values
 
 FIXED = ("num_heads", "num_kv_heads", "head_dim", "vocab_size", "qk_norm", "sliding_window")
 """What blocks depend on and the search leaves alone."""
@@ -92,15 +91,19 @@ class Composition:
 
 
 class BlockTable:
-    """Measured parts of one phase; sums them up for whole models.
+    """Parts measured at one point of the workload; sums them up for whole models.
 
     Args:
+        point: What was timed.
         base: A spec with the fixed sizes that the parts were measured with.
         grid: The measured points.
         values_ms: Latency of each part of the grid [ms].
     """
 
-    def __init__(self, base: ArchSpec, grid: Grid, values_ms: Mapping[Part, float]) -> None:
+    def __init__(
+        self, point: Point, base: ArchSpec, grid: Grid, values_ms: Mapping[Part, float]
+    ) -> None:
+        self.point = point
         self.grid = grid
         self.smallest_ms = min(values_ms[part] for part in grid.parts())
         sliding = Attention.sliding_attention.value
@@ -116,30 +119,26 @@ class BlockTable:
             column = 0 if part.ffn_dim is None else grid.ffn_dims.index(part.ffn_dim)
             self._tables[part.name][row, column] = values_ms[part]
 
-    def compose(self, specs: Sequence[ArchSpec]) -> "Composition":
+    def compose(self, specs: Specs) -> "Composition":
         """Sum up the parts of each model.
 
-        A spec with a kind that was not measured, or with heads, vocabulary or window that differ
-        from those of the measured blocks, is an `InputError`.
+        Raises:
+            InputError: A spec has a kind that was not measured, or heads, vocabulary or window
+                that differ from those of the measured blocks.
         """
-        for spec in specs:
-            self._check(spec)
-        model_dims = np.array([spec.model_dim for spec in specs], dtype=float)
-        ffn_dims = np.array([spec.ffn_dim for spec in specs], dtype=float)
-        depths = np.array([spec.num_layers for spec in specs], dtype=float)
-        total = self._interpolate(ENDS, model_dims) + depths * self._interpolate(
-            FFN, model_dims, ffn_dims
-        )
-        num_parts = 1 + depths
-        num_masks = np.zeros_like(depths)
-        for kind in Attention:
-            counts = np.array([spec.layer_types.count(kind) for spec in specs], dtype=float)
-            if kind is not Attention.skip_attention and counts.any():
-                total += counts * self._interpolate(kind.value, model_dims)
-                num_parts += counts
-                if kind is Attention.sliding_attention:
-                    num_masks = counts
-        return Composition(total, num_parts, np.maximum(num_masks - 1, 0))
+        table = SpecTable.of(specs)
+        self._check(table)
+        model_dims = table.column("model_dim").astype(float)
+        ffn_dims = table.column("ffn_dim").astype(float)
+        depths = table.column("num_layers")
+        counts = _counts(table)
+        total = self._interpolate(ENDS, model_dims)
+        total += depths * self._interpolate(FFN, model_dims, ffn_dims)
+        for kind, numbers in counts.items():
+            if kind is not Attention.skip_attention and numbers.any():
+                total += numbers * self._interpolate(kind.value, model_dims)
+        num_masks = np.maximum(counts[Attention.sliding_attention] - 1, 0)
+        return Composition(total, 1 + depths + table.num_attending, num_masks)
 
     def _interpolate(self, name: str, x: Values, y: Values | None = None) -> Values:
         table = self._tables[name]
@@ -153,24 +152,30 @@ class BlockTable:
         high = (1 - v) * table[next_i, j] + v * table[next_i, next_j]
         return (1 - u) * low + u * high
 
-    def _check(self, spec: ArchSpec) -> None:
-        fixed = tuple(getattr(spec, name) for name in FIXED)
-        if fixed != self._fixed:
-            name, value, expected = next(
-                triple
-                for triple in zip(FIXED, fixed, self._fixed, strict=True)
-                if triple[1] != triple[2]
-            )
-            raise InputError(
-                f"arch.{name}={value}: expected {expected}, as in the measured blocks; "
-                "measure blocks for this backbone"
-            )
-        for kind in set(spec.layer_types):
-            if kind not in self.grid.kinds:
+    def _check(self, table: SpecTable) -> None:
+        for name, expected in zip(FIXED, self._fixed, strict=True):
+            wrong = table.column(name)[table.column(name) != expected]
+            if len(wrong):
                 raise InputError(
-                    f"arch.layer_types={kind.value}: expected a kind whose block was measured "
-                    f"({', '.join(k.value for k in self.grid.kinds)}); add it to space.kinds"
+                    f"arch.{name}={wrong[0]}: expected {expected}, as in the measured blocks of "
+                    f"{self.point}; measure blocks for this backbone"
                 )
+        for kind, numbers in _counts(table).items():
+            if kind not in self.grid.kinds and numbers.any():
+                raise InputError(
+                    f"arch.layer_types={kind.value}: expected a kind whose block was measured at "
+                    f"{self.point} ({', '.join(k.value for k in self.grid.kinds)}); "
+                    "add it to space.kinds"
+                )
+
+
+def _counts(table: SpecTable) -> dict[Attention, np.ndarray]:
+    """Layers of each kind in each spec."""
+    return {
+        Attention.full_attention: table.column("num_full"),
+        Attention.sliding_attention: table.column("num_sliding"),
+        Attention.skip_attention: table.column("num_layers") - table.num_attending,
+    }
 
 
 def _axis(grid: Grid, name: str) -> tuple[int | None, ...]:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol, Self, cast
 
 import numpy as np
-from jaxtyping import Float
 from scipy import stats
 
 from flash.arch import ArchSpec
-
-Values = Float[np.ndarray, " n"]
+from flash.latency.work import Specs, Values
 
 LEVEL = 0.9
 """Probability that an interval of a `Prediction` is meant to hold."""
@@ -40,16 +38,14 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """Learns latencies of one phase (prefill or decode) on one device under one workload."""
+    """Learns latencies at one point of a workload on one device."""
 
-    def fit(
-        self, specs: Sequence[ArchSpec], values_ms: Values, errors_ms: Values | None = None
-    ) -> Self:
+    def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:
         """Learn from whole models; `errors_ms` are standard errors of the measured values."""
         ...
 
-    def predict(self, specs: Sequence[ArchSpec]) -> Prediction:
-        """Latencies with intervals; 10,000 specs take about a second or less."""
+    def predict(self, specs: Specs) -> Prediction:
+        """Latencies with intervals; 100,000 specs take about a second or less."""
         ...
 
 
@@ -60,7 +56,7 @@ def from_logs(center: Values, half_width: Values | float) -> Prediction:
     return Prediction(np.exp(center), low, high)
 
 
-def t_quantile(freedom: int) -> float:
+def t_quantile(freedom: float) -> float:
     """Half-width of the central 90 % interval in standard deviations; infinite for no freedom."""
     return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) if freedom > 0 else math.inf
 

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from flash.device import Phase
 from flash.errors import require
 
 
 class PredictorKind(Enum):
     """What the latency of an architecture that was never measured is predicted from."""
 
+    physical = "physical"
+    """Counted work of whole models, times what each kind of work costs on the device."""
     blocks = "blocks"
     """Measured half-blocks, added up and calibrated on a few whole models."""
     gp = "gp"
@@ -19,23 +22,14 @@ class PredictorKind(Enum):
     """A power law in the FLOPs of the phase; a baseline."""
 
 
-class Objective(Enum):
-    """Which latency the search minimises."""
-
-    prefill = "prefill"
-    """Time to first token, as in the paper."""
-    decode = "decode"
-    """Time of one generated token at the workload's context."""
-
-
 @dataclass(kw_only=True)  # not frozen: omegaconf would refuse overrides
 class LatencySettings:
     """How latencies are predicted (stage 1)."""
 
-    predictor: PredictorKind = PredictorKind.blocks
+    predictor: PredictorKind = PredictorKind.physical
     """Predictor of prefill and decode latency."""
-    objective: Objective = Objective.prefill
-    """Latency that the search minimises."""
+    objective: Phase = Phase.prefill
+    """Latency that the search minimises, at the device's first prompt length or context."""
     grid_widths: int = 3
     """`blocks`: values of model_dim that blocks are measured at, evenly spaced, ends included."""
     grid_ffn: int = 3
@@ -43,10 +37,19 @@ class LatencySettings:
     calibration_models: int = 4
     """`blocks`: whole models, beside the backbone, that calibrate the sum of blocks."""
     whole_models: int = 32
-    """`gp`, `params`, `flops`: whole models, beside the backbone, to fit to; the paper has 800."""
+    """Whole models, beside the backbone, to fit to; the paper has 800. `physical` measures no more
+    than these, `gp`, `params` and `flops` exactly these."""
+    target_error_pct: float = 5.0
+    """`physical`: goes on to measure, a group at a time and what teaches most, until the mean error
+    of models left out of their own fit is surely below this [%]."""
+    transfer_from: str | None = None
+    """`physical`: name of another device in the store, whose measurements of the same programs this
+    one's predictor starts from; then fewer of its own will do."""
     group_size: int = 8
     """Programs measured together; a kill loses at most one group of measurements."""
-
+    precision_pct: float = 2.0
+    """Standard error that a prefill latency should have, and half of a decode step's; what is less
+    precise is measured up to three times [%]."""
     keep_programs: bool = True
     """Keep the lowered programs once they are measured: another device or workload needs them
     again, but hundreds of large models fill a disk."""
@@ -67,8 +70,12 @@ class LatencySettings:
                 f"an integer of at least {least}",
             )
 
+        for name in ("target_error_pct", "precision_pct"):
+            value = getattr(self, name)
+            require(value > 0, f"latency.{name}", value, "a number above 0")
+
     @property
     def num_whole_models(self) -> int:
-        """Whole models that the chosen predictor needs, the backbone not counted."""
+        """Whole models that the chosen predictor may need, the backbone not counted."""
         blocks = self.predictor is PredictorKind.blocks
         return self.calibration_models if blocks else self.whole_models

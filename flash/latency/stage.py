@@ -2,28 +2,38 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from flash.arch import ArchSpec, SearchSpace, count_parameters, decode_flops, prefill_flops
-from flash.device import Device, Workload
+from flash.arch import ArchSpec, Attention, SearchSpace, weight_bytes
+from flash.device import Device, Point, Workload
 from flash.errors import require
-from flash.latency.bench import PROTOCOL, Bench, Subject, comparable, plain
+from flash.latency.active import ErrorEstimate, choose, extrapolates, stop
+from flash.latency.bench import Bench, Subject, comparable
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockTable, Grid, Part, grid_points
 from flash.latency.gp import GaussianProcess
-from flash.latency.prediction import Predictor, Scores, Values, cross_predict, score
+from flash.latency.physical import Physical
+from flash.latency.prediction import Predictor, Scores, cross_predict, score
 from flash.latency.proxies import PowerLaw
-from flash.latency.settings import LatencySettings, Objective, PredictorKind
-from flash.latency.store import Conditions, MeasurementStore, Row
+from flash.latency.settings import LatencySettings, PredictorKind
+from flash.latency.store import MeasurementStore, Row
+from flash.latency.transfer import Transferred
+from flash.latency.work import Values, flops, parameters
 from flash.lowering import Block, BlockKind, LoweringSettings
 
 logger = logging.getLogger(__name__)
 
+BYTES_PER_MIB = 2**20
+_MOST_FLUSH_MIB = 64
+"""Twice the largest cache that one core is likely to see."""
+_LEAST_JUDGED = 6
+"""Whole models from which the error is worth estimating."""
+_MOST_BEYOND = 0.05
+"""Share of the candidates that may lie beyond the measured models when measuring ends."""
 _POOL = 1024
 """Whole models are the first of a longer list, so asking for more keeps those already measured."""
 
@@ -33,44 +43,43 @@ class LatencyModel:
     """Predictors of one device under one workload, and what they were made from.
 
     Attributes:
-        prefill: Predicts the time to first token.
-        decode: Predicts the time of one generated token.
-        objective: Which of the two the search minimises.
-        scores: Cross-validation for each phase: of the chosen predictor, and of the baselines
+        predictors: One for each latency of the workload.
+        objective: Which of them the search minimises.
+        scores: Cross-validation at each point: of the chosen predictor, and of the baselines
             `params` and `flops` on the same whole models.
         models: The measured whole models; the backbone is the last.
-        values_ms: Their measured latencies for each phase [ms], freed from drift of the device.
+        values_ms: Their measured latencies at each point [ms], freed from drift of the device.
         left_out_ms: What the chosen predictor says of them when fitted to the others [ms].
         rows: Every measurement that was used.
     """
 
-    prefill: Predictor
-    decode: Predictor
-    objective: Objective
-    scores: dict[Objective, dict[str, Scores]]
+    predictors: Mapping[Point, Predictor]
+    objective: Point
+    scores: Mapping[Point, Mapping[str, Scores]]
     models: tuple[ArchSpec, ...]
-    values_ms: dict[Objective, Values]
-    left_out_ms: dict[Objective, Values]
+    values_ms: Mapping[Point, Values]
+    left_out_ms: Mapping[Point, Values]
     rows: tuple[Row, ...]
 
     @property
     def target(self) -> Predictor:
         """Predictor of the latency that the search minimises."""
-        return self.prefill if self.objective is Objective.prefill else self.decode
+        return self.predictors[self.objective]
 
     def describe(self) -> str:
-        """Cross-validation as text, one line for each phase and predictor."""
+        """Cross-validation as text, one line for each point and predictor."""
+        width = max(len(point.name) for point in self.scores)
         return "\n".join(
-            f"{phase.value:7s} {name:6s} {scores}"
-            for phase, by_name in self.scores.items()
+            f"{point.name:{width}s} {name:8s} {scores}"
+            for point, by_name in self.scores.items()
             for name, scores in by_name.items()
         )
 
     def metrics(self) -> dict[str, float]:
-        """Cross-validation as numbers for a logger, `latency/<phase>/<predictor>/<score>`."""
+        """Cross-validation as numbers for a logger, `latency/<point>/<predictor>/<score>`."""
         return {
-            f"latency/{phase.value}/{name}/{key}": float(value)
-            for phase, by_name in self.scores.items()
+            f"latency/{point.name}/{name}/{key}": float(value)
+            for point, by_name in self.scores.items()
             for name, scores in by_name.items()
             for key, value in dataclasses.asdict(scores).items()
         }
@@ -110,18 +119,8 @@ def collect(
         lowering.max_context,
         f"at least {workload.context}, for the prompt and for the tokens decoded",
     )
-    models = whole_models(space, backbone, settings.num_whole_models, seed)
-    grid = None
-    if settings.predictor is PredictorKind.blocks:
-        grid = make_grid(space, backbone, settings)
-    subjects = [
-        *(Subject(block=_block(part, backbone)) for part in (grid.parts() if grid else ())),
-        *(Subject(spec=spec) for spec in models),
-    ]
-    conditions = conditions_of(device, workload, lowering)
-    bench = Bench(
-        reference=subjects[-1],
-        conditions=conditions,
+    bench = make_bench(
+        backbone=backbone,
         device=device,
         workload=workload,
         lowering=lowering,
@@ -129,21 +128,110 @@ def collect(
         store=store,
         cache_dir=cache_dir,
     )
-    bench.measure_missing(subjects)
-    model = _fit(settings, workload, backbone, grid, models, bench.rows(subjects))
+    grid, blocks = None, []
+    if settings.predictor is PredictorKind.blocks:
+        grid = make_grid(space, backbone, settings)
+        blocks = grid_subjects(grid, backbone)
+    # The store may know more models than are asked for: they cost nothing, so they all count.
+    last = backbone.replace(tie_embeddings=True)  # tied or not, the programs are the same
+    known = [spec for spec in bench.known_models() if spec != last and spec in space]
+    if settings.predictor is PredictorKind.physical:
+        models = _measure_actively(bench, space, known, last, seed)
+    else:
+        planned = whole_models(space, backbone, settings.num_whole_models, seed)
+        models = [*dict.fromkeys([*planned[:-1], *known]), last]
+        bench.measure_missing([*blocks, *(Subject(spec=spec) for spec in models)])
+    model = _fit(bench, backbone, grid, models)
     for line in model.describe().splitlines():
         logger.info("latency: %s", line)
     return model
 
 
-def conditions_of(device: Device, workload: Workload, lowering: LoweringSettings) -> Conditions:
-    """What a measurement on this device depends on, as the store keys it."""
-    return Conditions(
-        workload=workload.to_dict(),
-        protocol={name: getattr(device.settings, name) for name in PROTOCOL},
-        lowering=plain(lowering),
-        runtime=f"executorch {version('executorch')}",
-        device=device.identity(),
+def _measure_actively(
+    bench: Bench, space: SearchSpace, known: Sequence[ArchSpec], last: ArchSpec, seed: int
+) -> list[ArchSpec]:
+    """Measure what teaches most until the predictor is good enough; the models, `last` last.
+
+    Ends when the error of left-out models is below the target and hardly any candidate lies beyond
+    the measured ones, or when `whole_models` are measured.
+    """
+    settings, objective = bench.settings, bench.workload.first(bench.settings.objective)
+    make = _maker(settings.predictor, objective, bench, None)
+    pool = space.stratified(np.random.default_rng(seed), _POOL)
+    models = [*known, last]
+    chooser = _source(bench, objective) or Physical(
+        objective, bench.lowering, bench.workload.prefill_chunk
+    )
+
+    def grown() -> list[ArchSpec]:
+        num = min(settings.group_size, settings.whole_models - len(models) + 1)
+        return [*models[:-1], *choose(chooser, models, pool, num), last]
+
+    if len(models) < _LEAST_JUDGED:
+        models = grown()
+    while True:
+        bench.measure_missing([Subject(spec=spec) for spec in models])
+        estimate, beyond = None, 1.0
+        if len(models) >= _LEAST_JUDGED:
+            values, errors = _whole_ms(bench, models, objective)
+            estimate = ErrorEstimate.of(
+                cross_predict(make, models, values, errors, folds=len(models)), values
+            )
+            if settings.transfer_from is None:
+                chooser.fit(models, values, errors)
+            beyond = float(extrapolates(chooser, models, pool).mean())
+            logger.info(
+                "latency: %d whole models, %s: error %.1f %% (surely below %.1f %%), %.0f %% of "
+                "the candidates beyond them",
+                len(models),
+                objective,
+                estimate.mape_pct,
+                estimate.upper_pct,
+                100 * beyond,
+            )
+        covered = estimate if beyond <= _MOST_BEYOND else None
+        budget = settings.whole_models
+        if stop(covered, settings.target_error_pct, len(models) - 1, budget) is not None:
+            return models
+        models = grown()
+
+
+def _source(bench: Bench, point: Point) -> Physical | None:
+    """What `transfer_from` measured, as a predictor of that device; None without."""
+    device = bench.settings.transfer_from
+    if device is None:
+        return None
+    attempts = bench.attempts_of(device, point)
+    values, errors = comparable(attempts, point.phase)
+    specs = [ArchSpec.from_dict(rows[0].subject) for rows in attempts]
+    return Physical(point, bench.lowering, bench.workload.prefill_chunk).fit(specs, values, errors)
+
+
+def make_bench(
+    *,
+    backbone: ArchSpec,
+    device: Device,
+    workload: Workload,
+    lowering: LoweringSettings,
+    settings: LatencySettings,
+    store: MeasurementStore,
+    cache_dir: Path,
+) -> Bench:
+    """A bench whose reference program is one layer of the backbone.
+
+    That has every operator of a model and takes a small part of its time.
+    """
+    one_layer = backbone.replace(layer_types=(Attention.full_attention,), tie_embeddings=True)
+    weights = weight_bytes(backbone, lowering.quantization)
+    return Bench(
+        reference=Subject(spec=one_layer),
+        flush_mib=min(weights // BYTES_PER_MIB, _MOST_FLUSH_MIB),
+        device=device,
+        workload=workload,
+        lowering=lowering,
+        settings=settings,
+        store=store,
+        cache_dir=cache_dir,
     )
 
 
@@ -164,67 +252,81 @@ def make_grid(space: SearchSpace, backbone: ArchSpec, settings: LatencySettings)
     )
 
 
+def _whole_ms(bench: Bench, models: Sequence[ArchSpec], point: Point) -> tuple[Values, Values]:
+    """Latencies of measured models at one point and their standard errors [ms]."""
+    attempts = [bench.attempts(Subject(spec=spec), point) for spec in models]
+    return comparable(attempts, point.phase)
+
+
 def _fit(
-    settings: LatencySettings,
-    workload: Workload,
-    backbone: ArchSpec,
-    grid: Grid | None,
-    models: Sequence[ArchSpec],
-    rows: Sequence[Row],
+    bench: Bench, backbone: ArchSpec, grid: Grid | None, models: Sequence[ArchSpec]
 ) -> LatencyModel:
-    """Fit and cross-validate both phases. The rows are those of the grid, then of the models."""
-    predictors: dict[Objective, Predictor] = {}
-    values_ms: dict[Objective, Values] = {}
-    left_out_ms: dict[Objective, Values] = {}
-    scores: dict[Objective, dict[str, Scores]] = {}
-    for phase in Objective:
-        all_ms, all_errors_ms = comparable(rows, phase)
+    """Fit and cross-validate every point."""
+    chosen = bench.settings.predictor
+    subjects = [
+        *(grid_subjects(grid, backbone) if grid else ()),
+        *(Subject(spec=spec) for spec in models),
+    ]
+    predictors: dict[Point, Predictor] = {}
+    values_ms: dict[Point, Values] = {}
+    left_out_ms: dict[Point, Values] = {}
+    scores: dict[Point, dict[str, Scores]] = {}
+    all_rows: list[Row] = []
+    for point in bench.workload.points:
+        attempts = [bench.attempts(subject, point) for subject in subjects]
+        all_rows += [row for rows in attempts for row in rows]
+        all_ms, all_errors_ms = comparable(attempts, point.phase)
         values, errors = all_ms[-len(models) :], all_errors_ms[-len(models) :]
         table = None
         if grid is not None:
             parts_ms = dict(zip(grid.parts(), all_ms.tolist(), strict=False))
-            table = BlockTable(backbone, grid, parts_ms)
-        scores[phase] = {}
-        for kind in dict.fromkeys((settings.predictor, PredictorKind.params, PredictorKind.flops)):
-            make = _maker(kind, phase, workload, table)
+            table = BlockTable(point, backbone, grid, parts_ms)
+        scores[point] = {}
+        for kind in dict.fromkeys((chosen, PredictorKind.params, PredictorKind.flops)):
+            make = _maker(kind, point, bench, table)
             left_out = cross_predict(make, models, values, errors)
-            scores[phase][kind.value] = score(left_out, values)
-            if kind is settings.predictor:
-                left_out_ms[phase] = left_out.mean
-        make = _maker(settings.predictor, phase, workload, table)
-        predictors[phase] = make().fit(models, values, errors)
-        values_ms[phase] = values
+            scores[point][kind.value] = score(left_out, values)
+            if kind is chosen:
+                left_out_ms[point] = left_out.mean
+        predictors[point] = _maker(chosen, point, bench, table)().fit(models, values, errors)
+        values_ms[point] = values
     return LatencyModel(
-        prefill=predictors[Objective.prefill],
-        decode=predictors[Objective.decode],
-        objective=settings.objective,
+        predictors=predictors,
+        objective=bench.workload.first(bench.settings.objective),
         scores=scores,
         models=tuple(models),
         values_ms=values_ms,
         left_out_ms=left_out_ms,
-        rows=tuple(rows),
+        rows=tuple(all_rows),
     )
 
 
 def _maker(
-    kind: PredictorKind, phase: Objective, workload: Workload, table: BlockTable | None
+    kind: PredictorKind, point: Point, bench: Bench, table: BlockTable | None
 ) -> Callable[[], Predictor]:
     """What gives an unfitted predictor of this kind."""
     match kind:
+        case PredictorKind.physical if (source := _source(bench, point)) is not None:
+            return lambda: Transferred(source)
+        case PredictorKind.physical:
+            return lambda: Physical(point, bench.lowering, bench.workload.prefill_chunk)
         case PredictorKind.blocks:
             assert table is not None
             return lambda: BlockPredictor(table)
         case PredictorKind.gp:
             return GaussianProcess
         case PredictorKind.params:
-            return lambda: PowerLaw(lambda spec: count_parameters(spec).total)
-        case PredictorKind.flops if phase is Objective.prefill:
-            return lambda: PowerLaw(lambda spec: prefill_flops(spec, workload.prompt_tokens))
+            return lambda: PowerLaw(parameters)
         case PredictorKind.flops:
-            return lambda: PowerLaw(lambda spec: decode_flops(spec, workload.decode_context))
+            return lambda: PowerLaw(lambda counts: flops(counts, point))
 
 
-def _block(part: Part, backbone: ArchSpec) -> Block:
-    ffn_dim = backbone.ffn_dim if part.ffn_dim is None else part.ffn_dim
-    spec = backbone.replace(model_dim=part.model_dim, ffn_dim=ffn_dim)
-    return Block.of(BlockKind[part.name], spec)
+def grid_subjects(grid: Grid, backbone: ArchSpec) -> list[Subject]:
+    """The blocks of a grid, in its order."""
+
+    def block(part: Part) -> Block:
+        ffn_dim = backbone.ffn_dim if part.ffn_dim is None else part.ffn_dim
+        spec = backbone.replace(model_dim=part.model_dim, ffn_dim=ffn_dim)
+        return Block.of(BlockKind[part.name], spec)
+
+    return [Subject(block=block(part)) for part in grid.parts()]

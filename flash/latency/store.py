@@ -1,12 +1,18 @@
-"""Measurements are data: an append-only file with one line for each, never taken twice."""
+"""Measurements are data: an append-only file with one line for each, never taken twice.
 
+`python -m flash.latency` writes a store as CSV and merges two stores.
+"""
+
+import csv
+import dataclasses
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -14,9 +20,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from flash.arch import ArchSpec
 from flash.errors import InputError
+from flash.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a field of `Row` changes its meaning; stores of other versions are refused."""
 
 logger = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ class Conditions:
     """What a latency depends on beside the subject; plain JSON values only.
 
     Attributes:
-        workload: What is timed: prompt and context lengths, threads.
+        point: Which latency: phase, tokens, and what else it depends on.
         protocol: How it is timed: processes, warm-ups, runs. In the key, so that a quick look does
             not pass for a careful measurement.
         lowering: Weight and cache formats, chunk and context lengths.
@@ -44,7 +52,7 @@ class Conditions:
         device: Identity of the device, with everything that changes its speed (threads, affinity).
     """
 
-    workload: dict[str, Any]
+    point: dict[str, Any]
     protocol: dict[str, Any]
     lowering: dict[str, Any]
     runtime: str
@@ -63,16 +71,17 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement.
+    """One latency of one subject.
 
     Attributes:
         kind: Whole model or block.
         subject: Spec of the model or of the block.
         conditions: What the subject was measured under.
-        result: What the device reported, `flash.device.Measurement.to_dict()`: latencies and their
-            standard errors [ms], raw samples, rejected processes, conditions. Stage 1 adds
-            `reference`, the key of the program that took turns with the subject.
-        attempt: 1, or more for a repetition after the device was seen to be disturbed.
+        result: `ms` and its standard error `se_ms`; `samples`, the raw times of each process;
+            `conditions` of each process, with `reference_ms` of the program that took turns with
+            the subject; `reference`, the key of that program; `rejected` processes; `load_ms`,
+            `peak_rss_mib`, `model_rss_mib`; `lower_s`, which the program took to lower.
+        attempt: 1, or more for a repetition.
         time_utc: When it was stored, ISO 8601.
     """
 
@@ -137,10 +146,6 @@ class MeasurementStore:
         """All measurements with this key, nearly always none or one, first to last."""
         return tuple(self._rows.get(key, ()))
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Keys without a measurement, each once, in the order given."""
-        return [key for key in dict.fromkeys(keys) if key not in self._rows]
-
     def append(self, row: Row) -> bool:
         """Write one measurement to disk.
 
@@ -183,6 +188,29 @@ class MeasurementStore:
             )
         self._end += len(text) - len(torn)
 
+    def merge(self, other: "MeasurementStore") -> int:
+        """Take over the measurements of another store; returns how many were new.
+
+        What both measured under one key stays as attempts of it, in the order of arrival.
+        """
+        added = 0
+        for row in other:
+            known = self.attempts(row.key)
+            if not any(mine.result == row.result for mine in known):
+                added += self.append(dataclasses.replace(row, attempt=len(known) + 1))
+        return added
+
+    def write_csv(self, path: Path) -> int:
+        """All measurements as a table, a row each with its standard error; returns their number."""
+        records = [_record(row) for row in self]
+        columns = list(dict.fromkeys(name for record in records for name in record))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        write_text(path, text.getvalue())
+        return len(records)
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Be the only process that measures for this store; waits for another one to finish."""
@@ -217,3 +245,25 @@ class MeasurementStore:
             return Row.from_dict(values)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{where}: not a measurement; remove or repair the line") from error
+
+
+def _record(row: Row) -> dict[str, Any]:
+    """One measurement as columns; a block has the spec of its one layer."""
+    subject = row.subject if row.kind is SubjectKind.model else row.subject["spec"]
+    spec = ArchSpec.from_dict(subject)
+    conditions = row.conditions
+    return {
+        "key": row.key,
+        "attempt": row.attempt,
+        "time_utc": row.time_utc,
+        "kind": row.kind.value if row.kind is SubjectKind.model else row.subject["kind"],
+        "num_layers": spec.num_layers,
+        "pattern": spec.pattern,
+        **{name: value for name, value in subject.items() if name != "layer_types"},
+        **conditions.point,
+        **{name: row.result[name] for name in ("ms", "se_ms", "rejected", "peak_rss_mib")},
+        **{f"protocol_{name}": value for name, value in conditions.protocol.items()},
+        **{f"lowering_{name}": value for name, value in conditions.lowering.items()},
+        "runtime": conditions.runtime,
+        **{f"device_{name}": value for name, value in conditions.device.items()},
+    }

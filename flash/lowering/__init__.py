@@ -3,7 +3,7 @@
 from flash.lowering.blocks import Block, BlockKind, blocks_of, lower_block
 from flash.lowering.gate import GateReport, GateSettings, Stage, check_parity
 from flash.lowering.lower import lower, write
-from flash.lowering.settings import LoweringSettings
+from flash.lowering.settings import LoweringSettings, SlidingForm
 
 __all__ = [
     "Block",
@@ -11,6 +11,7 @@ __all__ = [
     "GateReport",
     "GateSettings",
     "LoweringSettings",
+    "SlidingForm",
     "Stage",
     "blocks_of",
     "check_parity",

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
-from flash.lowering.form import AttentionHalf, FfnHalf, Head, Position, load_custom_ops
+from flash.lowering.form import AttentionHalf, FfnHalf, Head, load_custom_ops
 from flash.lowering.lower import export_form, serialise
 from flash.lowering.noise import quiet
+from flash.lowering.position import Position
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
@@ -145,7 +146,7 @@ class _Attention(nn.Module):
         self.part = AttentionHalf(norm, SelfAttention(spec, kind), spec, settings)
 
     def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
-        return self.part(x, *self.position(input_pos, x.shape[1]))
+        return self.part(x, self.position(input_pos, x.shape[1]))
 
 
 class _Ffn(nn.Module):

@@ -13,7 +13,9 @@ cut, each checked to leave the .pte byte-identical (tests/lowering/test_fast.py)
 4. Every pass turns the new graph into Python source and compiles it, a fifth of what is left, and
    no one calls it: graphs are interpreted. It is put off until someone does.
 
-Everything is undone when the block ends. If ExecuTorch changes under us, the test fails and
+The libraries are as before when the block ends; graphs made inside keep the late compilation of
+point 4, each in a class of its own. The patches hold for the whole process, so that one thread at a
+time may be inside (`lower.ONE_AT_A_TIME`). If ExecuTorch changes under us, the test fails and
 `lower(..., fast=False)` still works.
 """
 

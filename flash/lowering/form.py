@@ -14,16 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flash.arch import ArchSpec, Attention, CacheFormat
+from flash.arch import ArchSpec, Attention
+from flash.lowering.cache import attention_of
+from flash.lowering.noise import quiet
+from flash.lowering.position import Place, Position
 from flash.lowering.settings import LoweringSettings
 from flash.model import Decoder
-from flash.model.decoder import FeedForward, Layer, RMSNorm, SelfAttention, rotary_table
+from flash.model.decoder import FeedForward, Layer, RMSNorm, SelfAttention
 
 
 def load_custom_ops() -> None:
     """Register `llama::*` and the quantised embedding kernels, once."""
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
-    import executorch.kernels.quantized  # noqa: F401
+    with quiet():
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
+        import executorch.kernels.quantized  # noqa: F401
 
 
 def _share(weight: Tensor) -> nn.Parameter:
@@ -56,104 +60,6 @@ def _head_norm(norm: RMSNorm | nn.Identity) -> nn.Module:
     return Norm(norm) if isinstance(norm, RMSNorm) else nn.Identity()
 
 
-class FloatCache(nn.Module):
-    """Keys and values of one layer in float32, updated in place."""
-
-    def __init__(self, spec: ArchSpec, max_context: int) -> None:
-        super().__init__()
-        shape = (1, max_context, spec.num_kv_heads, spec.head_dim)
-        self.register_buffer("keys", torch.zeros(shape), persistent=False)
-        self.register_buffer("values", torch.zeros(shape), persistent=False)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
-        torch.ops.llama.update_cache(k, self.keys, start)
-        torch.ops.llama.update_cache(v, self.values, start)
-        if mask is None:
-            return torch.ops.llama.custom_sdpa(q, self.keys, self.values, start, None, 0.0, True)
-        return torch.ops.llama.custom_sdpa(q, self.keys, self.values, 0, mask, 0.0, False)
-
-
-class Int8Cache(nn.Module):
-    """Keys and values in int8 with a scale and zero point for each token and head."""
-
-    def __init__(self, spec: ArchSpec, max_context: int) -> None:
-        super().__init__()
-        shape = (1, max_context, spec.num_kv_heads, spec.head_dim)
-        for name in ("keys", "values"):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8), persistent=False)
-            scales = torch.ones((*shape[:3], 1))
-            self.register_buffer(f"{name}_scale", scales, persistent=False)
-            self.register_buffer(f"{name}_zero", scales.to(torch.int8), persistent=False)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
-        for name, new in (("keys", k), ("values", v)):
-            value, scale, zero = _quantize(new)
-            torch.ops.llama.update_cache(value, getattr(self, name), start)
-            torch.ops.llama.update_cache(scale, getattr(self, f"{name}_scale"), start)
-            torch.ops.llama.update_cache(zero, getattr(self, f"{name}_zero"), start)
-        q_value, q_scale, q_zero = _quantize(q)
-        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
-        return torch.ops.llama.custom_quantized_sdpa(
-            q_value,
-            self.keys,
-            self.values,
-            *position,
-            None,
-            q_zero,
-            q_scale,
-            self.keys_zero,
-            self.keys_scale,
-            self.values_zero,
-            self.values_scale,
-        )
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 values, float scales and int8 zero points of each token and head (stock operators)."""
-    ops = torch.ops.quantized_decomposed
-    scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
-    value = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
-    return value, scale.to(torch.float32), zero.to(torch.int8)
-
-
-class Position(nn.Module):
-    """What every attention layer needs to know of the position: rotary rows and window mask.
-
-    The mask is made once a call for all layers. How does not show in the time (three formulations
-    measured alike): with a mask `custom_sdpa` computes every slot of the cache.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    slots: Tensor
-
-    def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
-        super().__init__()
-        slots = torch.arange(settings.max_context)
-        cos, sin = rotary_table(slots, spec.head_dim, spec.rope_theta)
-        half = spec.head_dim // 2
-        self.register_buffer("cos", cos[:, None, :half].clone(), persistent=False)
-        self.register_buffer("sin", sin[:, None, :half].clone(), persistent=False)
-        self.max_context = settings.max_context
-        self.window = spec.sliding_window if windows else None
-        if windows:
-            self.register_buffer("slots", slots, persistent=False)
-
-    def forward(self, input_pos: Tensor, length: int) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        start = cast(int, input_pos[0].item())  # symbolic in an export
-        torch._check(start >= 0)
-        torch._check(start + length <= self.max_context)
-        torch._check(start < self.max_context)
-        cos = self.cos.narrow(0, start, length)
-        sin = self.sin.narrow(0, start, length)
-        if self.window is None:
-            return start, cos, sin, None
-        queries = self.slots.narrow(0, start, length)[:, None]
-        distance = queries - self.slots[None, :]
-        unseen = (distance < 0) | (distance >= self.window)
-        return start, cos, sin, torch.zeros(()).masked_fill(unseen, float("-inf"))
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -173,22 +79,18 @@ class AttentionHalf(nn.Module):
         self.o_proj = _linear(attention.o_proj.weight)
         self.q_norm = _head_norm(attention.q_norm)
         self.k_norm = _head_norm(attention.k_norm)
-        self.sliding = attention.window is not None
         self.q_shape = (spec.num_heads, spec.head_dim)
         self.kv_shape = (spec.num_kv_heads, spec.head_dim)
-        cache = FloatCache if settings.cache is CacheFormat.fp32 else Int8Cache
-        self.cache = cache(spec, settings.max_context)
+        self.cache, self.attend = attention_of(spec, settings, attention.window is not None)
 
-    def forward(
-        self, x: Tensor, start: int, cos: Tensor, sin: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         length = x.shape[1]
         y = self.norm(x)
         q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
         k = self.k_norm(self.k_proj(y).view(1, length, *self.kv_shape))
         v = self.v_proj(y).view(1, length, *self.kv_shape)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        out = self.cache(q, k, v, start, mask if self.sliding else None)
+        q, k = _rotate(q, place.cos, place.sin), _rotate(k, place.cos, place.sin)
+        out = self.attend(self.cache, q, k, v, place)
         return x + self.o_proj(out.reshape(1, length, -1))
 
 
@@ -248,7 +150,7 @@ class Form(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        where = self.position(input_pos, tokens.shape[1]) if self.position is not None else ()
+        place = self.position(input_pos, tokens.shape[1]) if self.position is not None else None
         for half in self.halves:
-            x = half(x, *where) if isinstance(half, AttentionHalf) else half(x)
+            x = half(x, place) if isinstance(half, AttentionHalf) else half(x)
         return self.head(x)

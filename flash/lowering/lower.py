@@ -1,8 +1,7 @@
 """`lower`: a decoder as the bytes of one ExecuTorch program."""
 
 import logging
-import os
-import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from flash.arch import Quantization
 from flash.errors import require
+from flash.files import atomic_write
 from flash.lowering.fast import short_passes
 from flash.lowering.form import Form
 from flash.lowering.noise import quiet
@@ -25,6 +25,9 @@ from flash.model import Decoder
 log = logging.getLogger(__name__)
 
 METHOD = "forward"
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while tracing and in the passes: both change state of the process."""
 
 
 def lower(
@@ -40,7 +43,8 @@ def lower(
     A context longer than the architecture allows is an InputError.
 
     Args:
-        model: Weights in float32; not changed.
+        model: Weights in float32; not changed. They are freed before the passes, where memory
+            peaks, if the caller keeps no reference: `lower(load(), settings)`.
         settings: Formats and lengths.
         bos_id: Beginning-of-text token that stock runners are told of.
         eos_ids: Tokens at which stock runners stop.
@@ -53,12 +57,9 @@ def lower(
         f"at most arch.max_context={model.spec.max_context}",
     )
     form = quantized_form(model, settings)
-    return serialise(
-        export_form(form, settings),
-        settings,
-        constants=runner_constants(model, settings, bos_id, eos_ids),
-        fast=fast,
-    )
+    constants = runner_constants(model, settings, bos_id, eos_ids)
+    del model  # a caller that keeps no reference has the float weights freed here
+    return serialise(export_form(form, settings), settings, constants=constants, fast=fast)
 
 
 def quantized_form(model: Decoder, settings: LoweringSettings) -> Form:
@@ -101,7 +102,7 @@ def export_form(
     example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
     tokens = Dim("tokens", min=1, max=settings.chunk)
     started = time.perf_counter()
-    with torch.no_grad(), quiet():
+    with ONE_AT_A_TIME, torch.no_grad(), quiet():
         program = export(form, example, dynamic_shapes=({1: tokens}, None), strict=False)
     log.debug("exported in %.1f s", time.perf_counter() - started)
     return program
@@ -130,7 +131,7 @@ def serialise(
     quantized = settings.quantization is not Quantization.fp32
     partitioner = XnnpackDynamicallyQuantizedPartitioner if quantized else XnnpackPartitioner
     started = time.perf_counter()
-    with torch.no_grad(), quiet(), short_passes() if fast else nullcontext():
+    with ONE_AT_A_TIME, torch.no_grad(), quiet(), short_passes() if fast else nullcontext():
         edge = to_edge_transform_and_lower(
             programs,
             partitioner=[partitioner()],
@@ -151,15 +152,5 @@ def serialise(
 
 def write(path: Path, data: bytes) -> None:
     """Write a program; a kill or a full disk leaves the old file or none, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 NOISE = re.compile(
     r"Failed to load .*torchao"  # optional GPU kernels
@@ -21,8 +21,10 @@ NOISE = re.compile(
 # Filters act on the very logger that a record is made with, not on its children.
 _NOISY_LOGGERS = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree")
 
-_lock = threading.RLock()
-_depth = 0
+_lock = threading.Lock()
+_users = 0
+_filters = ExitStack()
+"""Shared by all threads inside of `quiet`: the first brings them, the last takes them away."""
 
 
 def is_noise(line: str) -> bool:
@@ -33,21 +35,23 @@ def is_noise(line: str) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Drop `NOISE` lines from stderr, those of native code included, inside the block."""
-    global _depth
+    global _users, _filters
     with _lock:
-        _depth += 1
-        if _depth > 1:  # already filtered by a caller
-            try:
-                yield
-            finally:
-                _depth -= 1
-            return
-        try:
-            with _filtered_descriptor(), warnings.catch_warnings(), _filtered_loggers():
+        if _users == 0:
+            with ExitStack() as stack:
+                stack.enter_context(_filtered_descriptor())
+                stack.enter_context(warnings.catch_warnings())
+                stack.enter_context(_filtered_loggers())
                 _ignore_known_warnings()
-                yield
-        finally:
-            _depth -= 1
+                _filters = stack.pop_all()
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _filters.close()
 
 
 def _ignore_known_warnings() -> None:

@@ -1,13 +1,16 @@
 """The weight formats: which torchao recipe turns a form into one that lowers to XNNPACK kernels."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flash.arch import GROUP, Quantization
 
 Module = TypeVar("Module", bound=nn.Module)
+
+PART = 2**18
+"""Numbers that are quantised at a time: 1 MB stays in a core's cache."""
 
 
 def quantize(form: Module, quantization: Quantization) -> Module:
@@ -18,17 +21,45 @@ def quantize(form: Module, quantization: Quantization) -> Module:
     """
     if quantization is Quantization.fp32:
         return form
-    from torchao.quantization import (
-        Int8DynamicActivationIntxWeightConfig,
-        IntxWeightOnlyConfig,
-        quantize_,
-    )
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
     group = PerGroup(GROUP)
     int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]  missing in torch's stubs
     linear = Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=group)
     embedding = IntxWeightOnlyConfig(weight_dtype=int4, granularity=group)
-    quantize_(form, linear)
-    quantize_(form, embedding, filter_fn=lambda module, name: isinstance(module, nn.Embedding))
+    for module in form.modules():
+        if isinstance(module, nn.Linear):
+            _quantize_rows(module, linear)
+        elif isinstance(module, nn.Embedding):
+            _quantize_rows(module, embedding)
     return form
+
+
+def _quantize_rows(module: nn.Linear | nn.Embedding, config: Any) -> None:
+    """`quantize_` on the weight `[rows, columns]` of one module, a few rows at a time.
+
+    Groups lie within rows, so the result is the same. At once, torchao would hold several float
+    copies of a matrix: 3 GB for the embedding of flash_650m.
+    """
+    from torchao.quantization import quantize_
+
+    weight: Tensor = module.weight.detach()
+    data: dict[str, Tensor] = {}
+    quantized: Any = None
+    step = max(1, PART // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        like = {"device": "meta", "dtype": rows.dtype}
+        linear = isinstance(module, nn.Linear)
+        part = nn.Linear(1, 1, bias=False, **like) if linear else nn.Embedding(1, 1, **like)
+        part.weight = nn.Parameter(rows, requires_grad=False)
+        quantize_(part, config, filter_fn=lambda module, name: True)
+        quantized = part.weight.data  # torchao's, with tensors and attributes of its own
+        for name in quantized.tensor_data_names:
+            values = getattr(quantized, name)
+            if start == 0:
+                data[name] = values.new_empty((len(weight), *values.shape[1:]))
+            data[name][start : start + step] = values
+    kept = {name: getattr(quantized, name) for name in quantized.tensor_attribute_names}
+    module.weight = nn.Parameter(type(quantized)(**data, **kept), requires_grad=False)

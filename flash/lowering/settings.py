@@ -1,12 +1,24 @@
 """What the lowering writes: weight format, cache format, lengths."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from flash.arch import CacheFormat, Quantization
 from flash.errors import require
 
 LARGEST_CHUNK = 1024
 """Longest default prefill chunk [tokens]; 1024 beat 512 on the host, as in the paper."""
+
+
+class SlidingForm(Enum):
+    """How a sliding-window layer keeps its keys and attends to them."""
+
+    stock = "stock"
+    """ExecuTorch's ring buffer: twice the longest of window and chunk, every slot computed and
+    masked. Where the context is no longer than that, a full cache with a mask."""
+    ring = "ring"
+    """As many slots as the window has, and work on little else: no mask for a prompt's first window
+    and in decoding, overlapping blocks of queries for the rest of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +29,8 @@ class LoweringSettings:
     """Weight format; int8da4w also packs the embedding in 4 bits."""
     cache: CacheFormat = CacheFormat.fp32
     """Key and value format; the int8 attention kernel is several times slower on x86."""
+    sliding: SlidingForm = SlidingForm.stock
+    """Form of sliding-window layers."""
     max_context: int = 2048
     """Cache slots: the longest prompt and answer together [tokens]."""
     prefill_chunk: int | None = None
@@ -44,3 +58,10 @@ class LoweringSettings:
         """`prefill_chunk`, which is a number once this object is made [tokens]."""
         assert self.prefill_chunk is not None
         return self.prefill_chunk
+
+    def slots(self, window: int | None) -> int:
+        """Tokens that one layer's cache holds; `window` None is full attention [tokens]."""
+        if window is None:
+            return self.max_context
+        ring = self.sliding is SlidingForm.ring
+        return min(self.max_context, window if ring else 2 * max(window, self.chunk))

@@ -169,7 +169,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = Transformer(spec)
-        self.lm_head = nn.Linear(spec.model_dim, spec.vocab_size, bias=False)
+        # A tied head gets no memory of its own: with 202k tokens that is a gigabyte.
+        device = "meta" if spec.tie_embeddings else None
+        self.lm_head = nn.Linear(spec.model_dim, spec.vocab_size, bias=False, device=device)
         if spec.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._initialise()

@@ -44,7 +44,7 @@ class Model:
     Attributes:
         name: The arch's name.
         spec: Architecture.
-        predicted: Intervals of stage 1 by phase, `ttft` and `decode`.
+        predicted: Intervals of stage 1 by point, such as `prefill_512`.
         trained: Result of `train.py`; None for the backbone, or when it did not run yet.
         exported: Result of `export.py`, or None when it did not run yet.
         backbone_quality: Held-out quality of the backbone; None for winners.

@@ -2,7 +2,8 @@
 
 import plotly.graph_objects as go
 
-from flash.report.data import Model, ReportData, TrialPoint
+from flash.device import Phase, Point
+from flash.report.data import ReportData, TrialPoint
 
 INK, GREY, BLUE, ORANGE, GREEN = "#1f2933", "#9aa5b1", "#2f6fde", "#e8743b", "#2e9e6b"
 
@@ -27,7 +28,9 @@ def _hover(trial: TrialPoint) -> str:
 
 
 def _objective(data: ReportData) -> str:
-    return "TTFT" if data.search["objective"] == "prefill" else "decode step"
+    point = Point.parse(data.search["objective"])
+    name = "TTFT" if point.phase is Phase.prefill else "decode step"
+    return f"{name} at {point.tokens} tokens"
 
 
 def frontier(data: ReportData) -> go.Figure:
@@ -52,7 +55,7 @@ def frontier(data: ReportData) -> go.Figure:
             marker=marker,
             line={"shape": "hv", "color": BLUE},
         )
-    objective = "ttft" if data.search["objective"] == "prefill" else "decode"
+    objective = data.search["objective"]
     assert data.backbone.backbone_quality is not None
     figure.add_scatter(
         x=[data.backbone.predicted[objective]["mean_ms"]],
@@ -74,9 +77,9 @@ def frontier(data: ReportData) -> go.Figure:
 def predicted_against_measured(data: ReportData) -> go.Figure:
     """Stage 1's calibration models, and winners with the interval that was promised for them."""
     figure = go.Figure()
-    phase = data.search["objective"]
-    measured = data.search["latency_points"][phase]
-    fitted = data.search["latency_fitted"][phase]
+    objective = data.search["objective"]
+    measured = data.search["latency_points"][objective]
+    fitted = data.search["latency_fitted"][objective]
     figure.add_scatter(
         x=measured,
         y=fitted,
@@ -84,10 +87,10 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
         mode="markers",
         marker={"color": GREY, "size": 9},
     )
-    objective = "ttft" if phase == "prefill" else "decode"
-    exported = [model for model in data.models if model.exported is not None]
     points = [
-        (model, _measured_ms(model, objective), model.predicted[objective]) for model in exported
+        (model, model.exported.measurement.latencies[objective].ms, model.predicted[objective])
+        for model in data.models
+        if model.exported is not None and objective in model.exported.measurement.latencies
     ]
     figure.add_scatter(
         x=[value for _, value, _ in points],
@@ -113,12 +116,6 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
     )
     name = _objective(data)
     return _layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
-
-
-def _measured_ms(model: Model, objective: str) -> float:
-    assert model.exported is not None
-    result = model.exported.measurement
-    return result.ttft_ms if objective == "ttft" else result.decode_ms
 
 
 def hypervolume(data: ReportData) -> go.Figure:

@@ -89,11 +89,11 @@ def render(data: ReportData) -> str:
 
 
 def _scores(data: ReportData) -> list[dict[str, object]]:
-    """Cross-validation of the predictors, a row for each phase and predictor."""
+    """Cross-validation of the predictors, a row for each point and predictor."""
     table: dict[tuple[str, str], dict[str, object]] = {}
     for key, value in data.search["latency_scores"].items():
-        _, phase, predictor, score = key.split("/")
-        row = table.setdefault((phase, predictor), {"phase": phase, "predictor": predictor})
+        _, point, predictor, score = key.split("/")
+        row = table.setdefault((point, predictor), {"point": point, "predictor": predictor})
         row[score] = value
     return list(table.values())
 

@@ -34,14 +34,15 @@ def _row(model: Model) -> list[str]:
         quality = (model.trained.before, model.trained.after)
         loss = [f"{each.loss:.3f}" for each in quality]
         bits = [f"{each.bits_per_byte:.3f}" for each in quality]
-    ttft = model.predicted["ttft"]
+    headline = next(name for name in model.predicted if name.startswith("prefill"))
+    ttft = model.predicted[headline]
     measured = [NONE] * 4
     if model.exported is not None:
         result = model.exported.measurement
-        speedup = model.exported.ttft_speedup
+        speedup = model.exported.speedups.get(headline)
         measured = [
-            f"{result.ttft_ms:.1f} +- {result.ttft_se_ms:.1f}",
-            f"{1e3 / result.decode_ms:.0f}",
+            f"{result.prefill.ms:.1f} +- {result.prefill.se_ms:.1f}",
+            f"{1e3 / result.decode.ms:.0f}",
             f"{model.exported.pte_bytes / 2**20:.2f}",
             f"{speedup:.2f}x" if speedup is not None else "1.00x",
         ]

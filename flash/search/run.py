@@ -1,7 +1,9 @@
 """`search.py`: both stages of the method, from a backbone and a device to a frontier."""
 
+import json
 import logging
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,21 @@ from flash.training.run import Inputs, importance_of, plain
 log = logging.getLogger(__name__)
 
 
+class Stage(Enum):
+    """How far `search.py` goes."""
+
+    latency = "latency"
+    """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
+    search = "search"
+    """Both stages."""
+
+
 @dataclass(kw_only=True)
 class SearchJobSettings:
     """Root of `search.py`."""
+
+    stage: Stage = Stage.search
+    """Where to stop."""
 
     backbone: BackboneSettings = MISSING
     space: SpaceSettings = MISSING
@@ -77,7 +91,7 @@ def _open(settings: SearchJobSettings) -> _Job:
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,
         "device": open_device(settings.device).identity(),
-        "workload": settings.device.workload.to_dict(),
+        "workload": plain(settings.device.workload),
         "seed": settings.seed,
     }
     name = settings.search.study
@@ -91,16 +105,30 @@ def run_search(settings: SearchJobSettings) -> dict[str, Any]:
     Raises:
         InputError: Settings, backbone, data or study that cannot be used.
     """
+    if settings.stage is Stage.latency:
+        return _stage_one(settings)
     job = _open(settings)
-    runs, backbone = job.inputs.runs, job.inputs.backbone
     log.info(
         "space %s: %s architectures (%s with every slot free)",
         settings.space.name,
         f"{job.space.count():,}",
         f"{job.space.count_slots():,}",
     )
-    latency = collect(
-        space=job.space,
+    latency = _latency(settings, job.space, job.inputs.backbone)
+    finished = [trial for trial in job.study.trials() if trial.finished]
+    if len(finished) < settings.search.trials or not (job.folder / "frontier.json").is_file():
+        report = _stage_two(job, latency)
+    else:
+        log.info("study %s is finished: %d trials", settings.search.study, len(finished))
+        report = _write(job, latency, job.study.trials(), _reference(job, latency))
+    _describe(job, report)
+    return report
+
+
+def _latency(settings: SearchJobSettings, space: SearchSpace, backbone: Backbone) -> LatencyModel:
+    runs = Runs(Path(settings.runs))
+    return collect(
+        space=space,
         backbone=backbone.spec,
         device=open_device(settings.device),
         workload=settings.device.workload,
@@ -110,13 +138,38 @@ def run_search(settings: SearchJobSettings) -> dict[str, Any]:
         cache_dir=runs.lowered,
         seed=settings.seed,
     )
-    finished = [trial for trial in job.study.trials() if trial.finished]
-    if len(finished) < settings.search.trials or not (job.folder / "frontier.json").is_file():
-        report = _stage_two(job, latency)
-    else:
-        log.info("study %s is finished: %d trials", settings.search.study, len(finished))
-        report = _write(job, latency, job.study.trials(), _reference(job, latency))
-    _describe(job, report)
+
+
+def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
+    """Measure and fit for a device; prints and stores how good the predictor is."""
+    backbone = Backbone.open(settings.backbone)
+    space = SearchSpace(settings.space, backbone.spec)
+    latency = _latency(settings, space, backbone)
+    folder = Runs(Path(settings.runs)).latency(settings.device.name)
+    report = {
+        "device": open_device(settings.device).identity(),
+        "space": settings.space.name,
+        "backbone": backbone.name,
+        "predictor": settings.latency.predictor.value,
+        "metrics": latency.metrics(),
+        "models": [
+            {
+                "spec": spec.to_dict(),
+                **{p.name: float(latency.values_ms[p][i]) for p in latency.predictors},
+                **{
+                    f"{p.name}_left_out": float(latency.left_out_ms[p][i])
+                    for p in latency.predictors
+                },
+            }
+            for i, spec in enumerate(latency.models)
+        ],
+        "settings": plain(settings),
+    }
+    write_text(folder / "latency.json", json.dumps(report, indent=1) + "\n")
+    MeasurementStore(Runs(Path(settings.runs)).measurements).write_csv(folder / "measurements.csv")
+    print(f"\n{settings.device.name}: leave-one-out over {len(latency.models)} whole models")
+    print(latency.describe())
+    print(f"\nkept: {folder / 'latency.json'}, {folder / 'measurements.csv'}")
     return report
 
 
@@ -149,7 +202,7 @@ def _stage_two(job: _Job, latency: LatencyModel) -> dict[str, Any]:
     log.info(
         "reference point: loss %.3f, %s %.1f ms",
         reference[0],
-        latency.objective.value,
+        latency.objective.name,
         reference[1],
     )
     logger = make_logger(
@@ -206,12 +259,12 @@ def _write(
     backbone = job.inputs.backbone
     specs[-1] = backbone.spec.replace(tie_embeddings=True)
     predicted = {}
-    for phase, predictor in (("ttft", latency.prefill), ("decode", latency.decode)):
+    for point, predictor in latency.predictors.items():
         interval = predictor.predict(list(specs.values()))
         rows = zip(specs, interval.mean, interval.low, interval.high, strict=True)
         for number, mean, low, high in rows:
             values = {"mean_ms": float(mean), "low_ms": float(low), "high_ms": float(high)}
-            predicted.setdefault(number, {})[phase] = values
+            predicted.setdefault(number, {})[point.name] = values
     names = dict(zip((t.number for t in frontier(trials)), (p.stem for p in paths), strict=True))
     return write_report(
         job.folder / "frontier.json",
@@ -228,15 +281,15 @@ def _write(
             },
             "names": {str(number): stem for number, stem in names.items()},
             "predicted": {str(number): values for number, values in predicted.items()},
-            "objective": latency.objective.value,
+            "objective": latency.objective.name,
             "latency_scores": latency.metrics(),
             "latency_points": {
-                phase.value: [float(value) for value in values]
-                for phase, values in latency.values_ms.items()
+                point.name: [float(value) for value in values]
+                for point, values in latency.values_ms.items()
             },
             "latency_fitted": {
-                phase.value: [float(value) for value in values]
-                for phase, values in latency.left_out_ms.items()
+                point.name: [float(value) for value in values]
+                for point, values in latency.left_out_ms.items()
             },
             "space": {
                 "name": settings.space.name,
@@ -244,7 +297,7 @@ def _write(
                 "count_slots": job.space.count_slots(),
             },
             "device": open_device(settings.device).identity(),
-            "workload": settings.device.workload.to_dict(),
+            "workload": plain(settings.device.workload),
             "settings": plain(settings),
         },
     )
@@ -255,16 +308,18 @@ def _describe(job: _Job, report: dict[str, Any]) -> None:
     by_number = {trial["number"]: trial for trial in report["trials"]}
     failed = sum(trial["state"] == "fail" for trial in report["trials"])
     print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner")
-    print(f"{'arch':12s} {'loss':>6s} {'TTFT ms [90 %]':>22s} {'params':>9s}  pattern")
+    objective = report["objective"]
+    header = f"{objective} ms [90 %]"
+    print(f"{'arch':12s} {'loss':>6s} {header:>24s} {'params':>9s}  pattern")
     for number in report["frontier"]:
         spec = ArchSpec.from_dict(by_number[number]["spec"])
-        ttft = report["predicted"][str(number)]["ttft"]
-        interval = f"{ttft['mean_ms']:.1f} [{ttft['low_ms']:.1f}, {ttft['high_ms']:.1f}]"
+        target = report["predicted"][str(number)][objective]
+        interval = f"{target['mean_ms']:.1f} [{target['low_ms']:.1f}, {target['high_ms']:.1f}]"
         mark = "*" if number in report["winners"] else " "
         parameters = count_parameters(spec).total / 1e6
         print(
             f"{report['names'][str(number)]:11s}{mark} {by_number[number]['loss']:6.3f} "
-            f"{interval:>22s} {parameters:8.2f}M  {spec}"
+            f"{interval:>24s} {parameters:8.2f}M  {spec}"
         )
     winners = ",".join(report["names"][str(number)] for number in sorted(report["winners"]))
     write_text(job.folder / "winners", winners + "\n")

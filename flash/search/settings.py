@@ -1,10 +1,13 @@
 """Settings of the search (config group `search`)."""
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
-from flash.errors import require
+from flash.errors import InputError, require
+from flash.search.objectives import Objective
 
 
 class Sampler(Enum):
@@ -14,14 +17,49 @@ class Sampler(Enum):
     """Model-based: stage 2 of the paper (Sec. 3.5)."""
     random = "random"
     """Stratified random draws, the baseline that a model must beat."""
+    nsga2 = "nsga2"
+    """Optuna's NSGA-II; the start-up design is its first generation."""
+    tpe = "tpe"
+    """Optuna's multivariate TPE."""
+    additive = "additive"
+    """A score for each slot's kind, each depth and width, added up; the best sums are found
+    exactly by dynamic programming (as in Puzzletron, arXiv:2411.19146)."""
+
+
+@dataclass(kw_only=True)
+class Limits:
+    """The most that known figures of a candidate may be; null sets no limit."""
+
+    prefill_ms: float | None = None
+    """Predicted time to first token at the device's first prompt length [ms]."""
+    decode_ms: float | None = None
+    """Predicted time of a generated token at the device's first context [ms]."""
+    size_mib: float | None = None
+    """Packed weights [MiB]."""
+    memory_mib: float | None = None
+    """Packed weights, and keys and values of a full context [MiB]."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            require(
+                math.isfinite(value) and value > 0,
+                f"search.limits.{name}",
+                value,
+                "a positive number or null",
+            )
+
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by key of `Objective`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(kw_only=True)
 class SearchSettings:
-    """Config group `search`: stage 2, multi-objective search of (held-out loss, latency)."""
+    """Config group `search`: stage 2, multi-objective search of held-out loss against costs."""
 
     study: str
-    """Name of the study; the same name again resumes it."""
+    """Name of the study; the same name again resumes it, or joins it as a further worker."""
     sampler: Sampler = Sampler.flash
     trials: int = 200
     """Candidates to evaluate, failed ones included."""
@@ -31,36 +69,91 @@ class SearchSettings:
     """Stratified random candidates before the model takes over."""
     pool_size: int = 2048
     """Architectures that compete for the places in a batch."""
+    objectives: list[Objective] | None = None
+    """What to minimise: quality and any of prefill, decode, memory, size. null is quality and the
+    latency that `latency.objective` names."""
+    limits: Limits = field(default_factory=Limits)
+    """Only candidates that obey these are proposed. Latencies count by their predicted means."""
     max_loss_increase: float = 0.6
     """Reference point: the worst acceptable loss, above the backbone's [nats a token]."""
-    max_latency_ratio: float = 1.0
-    """Reference point: the worst acceptable latency, as a multiple of the backbone's."""
+    max_cost_ratio: float = 1.0
+    """Reference point: the worst acceptable other objective, as a multiple of the backbone's; a
+    limit below that takes its place."""
     winners: int = 3
     """Candidates of the frontier that go on to final training, at most."""
+    storage: str | None = None
+    """URL of the database that many machines share, postgresql://...; null is a SQLite file in the
+    study's folder, for any number of workers on one machine (SQLite needs a local disk)."""
+    heartbeat_s: int = 20
+    """Seconds between signs of life of a worker; after six without one, or at once when its
+    process is gone from the same machine, its trial goes back to the queue."""
+    retries: int = 1
+    """How often a trial starts again whose process died, before it counts as failed."""
+    from_study: str | None = None
+    """Name of a study whose trials are judged anew by the present objectives, limits and device.
+    Nothing is trained; backbone, data, recipe and seed must be those of that study."""
+    promote: int = 4
+    """`stage=promote`: how many trials of the frontier are trained longer."""
+    promote_tokens: int = 262144
+    """`stage=promote`: training tokens of each."""
 
     def __post_init__(self) -> None:
+        for key in ("study", "from_study"):
+            value = getattr(self, key)
+            require(
+                value is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value) is not None,
+                f"search.{key}",
+                value,
+                "letters, digits, '_' and '-', as it becomes part of file names",
+            )
         require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.study) is not None,
-            "search.study",
-            self.study,
-            "letters, digits, '_' and '-', as it becomes part of file names",
+            self.from_study is None or self.from_study != self.study,
+            "search.from_study",
+            self.from_study,
+            "another name than search.study, which the new frontier gets",
         )
-        for name in ("trials", "batch", "startup_trials", "pool_size", "winners"):
+        for name in (
+            "trials",
+            "batch",
+            "startup_trials",
+            "pool_size",
+            "winners",
+            "heartbeat_s",
+            "promote",
+            "promote_tokens",
+        ):
             value = getattr(self, name)
             require(value > 0, f"search.{name}", value, "a positive integer")
+        require(self.retries >= 0, "search.retries", self.retries, "0 or more")
         require(
             self.pool_size >= self.batch,
             "search.pool_size",
             self.pool_size,
             f"at least search.batch={self.batch}",
         )
-        for name in ("max_loss_increase", "max_latency_ratio"):
+        for name in ("max_loss_increase", "max_cost_ratio"):
             value = getattr(self, name)
             require(value > 0, f"search.{name}", value, "a positive number")
+        if self.objectives is not None:
+            names = [objective.name for objective in self.objectives]
+            if "quality" not in names or len(set(names)) < len(names):
+                raise InputError(
+                    f"search.objectives={names}: expected quality and any others, each once; what "
+                    "depends on no training needs no search"
+                )
 
-    def reference(self, backbone_loss: float, backbone_latency_ms: float) -> tuple[float, float]:
-        """The worst acceptable (loss, latency in ms); hypervolume is counted from here."""
-        return (
-            backbone_loss + self.max_loss_increase,
-            backbone_latency_ms * self.max_latency_ratio,
-        )
+    def order(self, latency: Objective) -> tuple[Objective, ...]:
+        """The objectives, quality first; `latency` is the one that stage 1 was asked for."""
+        chosen = self.objectives or [Objective.quality, latency]
+        return (Objective.quality, *(o for o in chosen if o is not Objective.quality))
+
+    def reference(
+        self, objectives: tuple[Objective, ...], loss: float, costs: Mapping[str, float]
+    ) -> tuple[float, ...]:
+        """The worst acceptable value of every objective, from the backbone's loss and costs."""
+        limits = self.limits.given()
+        worst = [
+            min(costs[o.value] * self.max_cost_ratio, limits.get(o.value, math.inf))
+            for o in objectives[1:]
+        ]
+        return (loss + self.max_loss_increase, *worst)

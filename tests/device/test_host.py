@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -21,15 +22,15 @@ def test_programs_take_turns_in_fresh_processes(program, settings, tmp_path):
         programs, settings.workload, reference, on_progress=lambda *done: steps.append(done)
     )
     assert steps == [(1, 2), (2, 2)]
-    assert [len(process["ttft"]) for process in result.samples] == [2, 2]
-    assert all(len(run["steps_ms"]) == 4 for p in result.samples for run in p["decode"])
-    assert result.ttft_ms == pytest.approx(
-        1e3 * min(run["wall_s"] for process in result.samples for run in process["ttft"])
+    assert [len(process["prefill_20"]) for process in result.samples] == [2, 2]
+    assert all(len(run["steps_ms"]) == 4 for p in result.samples for run in p["decode_30"])
+    assert result.prefill.ms == pytest.approx(
+        1e3 * min(run["wall_s"] for process in result.samples for run in process["prefill_20"])
     )
-    assert 0 < result.decode_ms < result.ttft_ms
+    assert 0 < result.decode.ms < result.prefill.ms
     assert result.peak_rss_mib > result.conditions[0]["baseline_rss_kib"] / 1024 > 0
     assert result.load_ms > 0
-    assert result.conditions[0]["reference_ttft_ms"] > 0
+    assert set(result.conditions[0]["reference_ms"]) == {"prefill_20", "decode_30"}
     assert result.conditions[0]["started"] < result.conditions[1]["started"]
     assert Measurement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
@@ -78,7 +79,7 @@ def test_dead_and_slow_processes_are_errors_with_a_name():
 
 def test_disturbed_process_is_replaced_once_and_counted(settings, monkeypatch, tmp_path):
     def result(ttft_s):
-        times = {"ttft": [{"wall_s": ttft_s}], "decode": [{"steps_ms": [1.0]}]}
+        times = {"prefill_20": [{"wall_s": ttft_s}], "decode_30": [{"steps_ms": [1.0]}]}
         return {
             "samples": {"a": times},
             "load_ms": {"a": 1.0},
@@ -93,13 +94,13 @@ def test_disturbed_process_is_replaced_once_and_counted(settings, monkeypatch, t
 
     answers = iter([result(0.010), result(5.0), result(0.012), result(0.011)])
     device = HostDevice(replace(settings, processes=3, reject_ratio=1.5))
-    monkeypatch.setattr(device, "_run", lambda job, programs: next(answers))
+    monkeypatch.setattr(device, "run", lambda job, programs: next(answers))
     programs = [Program(name="a", path=tmp_path, vocab_size=64)]
     [measured] = device.measure(programs, settings.workload)
     assert (measured.rejected, len(measured.samples)) == (1, 4)
     assert [process["accepted"] for process in measured.samples] == [True, False, True, True]
-    assert measured.ttft_ms == pytest.approx(10)
-    assert measured.ttft_se_ms == pytest.approx(1 / 3**0.5)
+    assert measured.prefill.ms == pytest.approx(10)
+    assert measured.prefill.se_ms == pytest.approx(0.5)  # (11 - 10) / (3 - 1)
 
 
 def test_identity_holds_what_changes_times(settings):
@@ -107,3 +108,16 @@ def test_identity_holds_what_changes_times(settings):
     assert identity["threads"] == 1
     assert identity["runtime"].startswith("executorch 1.")
     assert identity["cpu"]
+
+
+def test_process_is_pinned_and_several_lengths_are_timed(program, settings):
+    cpu = max(os.sched_getaffinity(0))
+    settings = replace(settings, cpus=[cpu], prompts=[20, 5], contexts=[30, 3, 9])
+    [measured] = HostDevice(settings).measure(
+        [Program(name="a", path=program, vocab_size=64, flush_mib=1)], settings.workload
+    )
+    names = ["prefill_20", "prefill_5", "decode_30", "decode_3", "decode_9"]
+    assert list(measured.latencies) == names
+    assert measured.prefill == measured.latencies["prefill_20"]
+    assert measured.decode == measured.latencies["decode_30"]
+    assert HostDevice(settings).identity()["cpus"] == str(cpu)

@@ -19,7 +19,7 @@ def test_host_file_fits_the_schema():
 @pytest.mark.parametrize(
     ("key", "value"),
     [("threads", 10_000), ("threads", 0), ("processes", 0), ("reject_ratio", 1.0),
-     ("run_timeout_s", 0.0), ("max_context", 100), ("warmups", -1)],
+     ("run_timeout_s", 0.0), ("max_context", 100), ("warmups", -1), ("pause_s", -1.0)],
 )  # fmt: skip
 def test_bad_values_are_named(key, value):
     with pytest.raises(InputError, match=rf"device\.{key}={value}: expected"):
@@ -28,8 +28,8 @@ def test_bad_values_are_named(key, value):
 
 def test_workload_says_what_context_it_needs():
     workload = Workload(
-        prompt_tokens=100, decode_context=90, decode_tokens=16, prefill_chunk=50, threads=1
+        prompts=(100,), contexts=(90,), decode_tokens=16, prefill_chunk=50, threads=1
     )
     assert workload.context == 106
     with pytest.raises(InputError, match="workload.decode_tokens=0: expected"):
-        Workload(prompt_tokens=1, decode_context=0, decode_tokens=0, prefill_chunk=1, threads=1)
+        Workload(prompts=(1,), contexts=(0,), decode_tokens=0, prefill_chunk=1, threads=1)

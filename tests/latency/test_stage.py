@@ -10,12 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
-from flash.device import DeviceSettings, HostDevice, Measurement, Workload
+from flash.device import DeviceSettings, HostDevice, Latency, Measurement, Workload
 from flash.errors import InputError
 from flash.latency import (
     LatencySettings,
     MeasurementStore,
-    Objective,
     PredictorKind,
     SubjectKind,
     collect,
@@ -48,11 +47,12 @@ SPACE = SearchSpace(
     ),
     BACKBONE,
 )
-WORKLOAD = Workload(
-    prompt_tokens=64, decode_context=64, decode_tokens=4, prefill_chunk=64, threads=1
-)
+WORKLOAD = Workload(prompts=(64,), contexts=(64,), decode_tokens=4, prefill_chunk=64, threads=1)
+PREFILL, DECODE = WORKLOAD.points
 LOWERING = LoweringSettings(max_context=128)
-SETTINGS = LatencySettings(group_size=5)
+BLOCKS = LatencySettings(predictor=PredictorKind.blocks)
+SETTINGS = replace(BLOCKS, group_size=5)
+ACTIVE = LatencySettings(group_size=5, whole_models=25)
 CALL_MS = 0.05
 
 
@@ -97,7 +97,7 @@ class FakeDevice:
         return {"device": self.name, "threads": 1}
 
     def measure(self, programs, workload, reference=None, on_progress=None):
-        assert workload is WORKLOAD
+        assert set(workload.points) <= set(WORKLOAD.points)
         if self.groups == self.die_at_group:
             raise Killed
         reference_ms = self.reference_ms(self.groups)
@@ -112,15 +112,22 @@ class FakeDevice:
         ms = latency_ms(subject) * (reference_ms / 10.0 if self.slowdown else 1.0)
         return Measurement(
             name=program.name,
-            ttft_ms=ms,
-            ttft_se_ms=0.01 * ms,
-            decode_ms=ms / 4,
-            decode_se_ms=0.01 * ms,
+            latencies={
+                "prefill_64": Latency(ms=ms, se_ms=0.01 * ms),
+                "decode_64": Latency(ms=ms / 4, se_ms=0.01 * ms),
+            },
             load_ms=1.0,
             peak_rss_mib=1.0,
             model_rss_mib=1.0,
-            samples=[{"accepted": True, "ttft": [{"wall_s": ms / 1e3}]}],
-            conditions=[{"reference_ttft_ms": reference_ms, "reference_decode_ms": 1.0}],
+            samples=[
+                {
+                    "accepted": True,
+                    "prefill_64": [{"wall_s": ms / 1e3}] * 2,
+                    "decode_64": [{"wall_s": ms / 1e3, "steps_ms": [ms / 4] * 4}] * 2,
+                }
+            ]
+            * 3,
+            conditions=[{"reference_ms": {"prefill_64": reference_ms, "decode_64": 1.0}}] * 3,
         )
 
 
@@ -135,6 +142,14 @@ def lowered(monkeypatch):
 
     monkeypatch.setattr(Subject, "lower", lower)
     return names
+
+
+def num_measured(model):
+    return len({row.key for row in model.rows}) // len(WORKLOAD.points)
+
+
+def of_point(model, point):
+    return [row for row in model.rows if row.conditions.point["phase"] == point.phase.value]
 
 
 def run(tmp_path, device, settings=SETTINGS, **changes):
@@ -156,17 +171,17 @@ def test_blocks_predict_models_that_were_never_measured(tmp_path, lowered):
     model = run(tmp_path, FakeDevice())
     unseen = [SPACE.sample(np.random.default_rng(7)) for _ in range(50)]
     truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
-    np.testing.assert_allclose(model.prefill.predict(unseen).mean, truth, rtol=0.03)
-    np.testing.assert_allclose(model.decode.predict(unseen).mean, truth / 4, rtol=0.03)
-    assert model.target is model.prefill
-    assert len(lowered) == len(model.rows) == 18 + 4 + 1
+    np.testing.assert_allclose(model.predictors[PREFILL].predict(unseen).mean, truth, rtol=0.03)
+    np.testing.assert_allclose(model.predictors[DECODE].predict(unseen).mean, truth / 4, rtol=0.03)
+    assert model.target is model.predictors[PREFILL]
+    assert len(lowered) - 1 == num_measured(model) == 18 + 4 + 1  # and the reference
     assert model.models[-1].layer_types == BACKBONE.layer_types
-    scores = model.scores[Objective.prefill]
+    scores = model.scores[PREFILL]
     assert set(scores) == {"blocks", "params", "flops"}
     assert scores["blocks"].mape_pct < scores["params"].mape_pct
     assert scores["blocks"].n == 5
-    assert "prefill blocks R2" in model.describe()
-    assert model.metrics()["latency/decode/blocks/n"] == 5
+    assert "prefill_64 blocks   R2" in model.describe()
+    assert model.metrics()["latency/decode_64/blocks/n"] == 5
 
 
 def test_second_call_lowers_and_measures_nothing(tmp_path, lowered):
@@ -179,7 +194,7 @@ def test_second_call_lowers_and_measures_nothing(tmp_path, lowered):
     assert (len(lowered), device.measured) == (count, [])
     specs = [SPACE.sample(np.random.default_rng(1)) for _ in range(9)]
     np.testing.assert_array_equal(
-        first.prefill.predict(specs).high, again.prefill.predict(specs).high
+        first.predictors[PREFILL].predict(specs).high, again.predictors[PREFILL].predict(specs).high
     )
 
 
@@ -191,18 +206,18 @@ def test_kill_between_groups_loses_only_the_group_that_ran(tmp_path, lowered):
     resumed = FakeDevice()
     model = run(tmp_path, resumed)
     assert not set(killed.measured) & set(resumed.measured)
-    assert len(killed.measured) + len(resumed.measured) == len(model.rows)
-    assert len(lowered) == len(set(lowered)) == len(model.rows)
+    assert len(killed.measured) + len(resumed.measured) == num_measured(model)
+    assert len(lowered) == len(set(lowered)) == num_measured(model) + 1
 
 
 def test_no_subject_is_measured_twice(tmp_path, lowered):
     device = FakeDevice()
     model = run(tmp_path, device)
-    assert len(device.measured) == len(set(device.measured)) == len(model.rows)
+    assert len(device.measured) == len(set(device.measured)) == num_measured(model)
     # More models: those measured before are among them.
-    more = run(tmp_path, device, LatencySettings(calibration_models=7))
+    more = run(tmp_path, device, replace(BLOCKS, calibration_models=7))
     assert set(model.models) < set(more.models)
-    assert len(device.measured) == len(set(device.measured)) == len(model.rows) + 3
+    assert len(device.measured) == len(set(device.measured)) == num_measured(more)
 
 
 def test_other_device_workload_or_protocol_is_measured_anew(tmp_path, lowered):
@@ -213,33 +228,34 @@ def test_other_device_workload_or_protocol_is_measured_anew(tmp_path, lowered):
     careful.settings.processes = 7
     run(tmp_path, careful)
     assert len(other.measured) == len(careful.measured) == 23
-    assert len(lowered) == 23  # the programs were in the cache
+    assert len(lowered) == 24  # the programs were in the cache
 
 
 def test_programs_are_deleted_on_demand(tmp_path, lowered):
-    model = run(tmp_path, FakeDevice(), LatencySettings(keep_programs=False))
-    left = list((tmp_path / "programs").iterdir())
-    assert [json.loads(path.read_text()) for path in left] == [model.models[-1].to_dict()]
+    model = run(tmp_path, FakeDevice(), replace(BLOCKS, keep_programs=False))
+    left = list((tmp_path / "programs").glob("*.pte"))
+    assert [json.loads(path.read_text())["layer_types"] for path in left] == [["full_attention"]]
+    assert model.models
 
 
 @pytest.mark.parametrize("kind", [PredictorKind.gp, PredictorKind.params, PredictorKind.flops])
 def test_other_predictors_measure_whole_models_only(tmp_path, lowered, kind):
     model = run(tmp_path, FakeDevice(), LatencySettings(predictor=kind, whole_models=5))
     assert {row.kind for row in model.rows} == {SubjectKind.model}
-    assert len(model.rows) == 6
-    assert len(model.decode.predict(model.models)) == 6
-    assert model.scores[Objective.decode][kind.value].n == 6
+    assert num_measured(model) == 6
+    assert len(model.predictors[DECODE].predict(model.models)) == 6
+    assert model.scores[DECODE][kind.value].n == 6
 
 
 @pytest.mark.parametrize("busy", [0, 2])
 def test_group_on_a_busy_device_is_measured_again(tmp_path, lowered, caplog, busy):
     device = FakeDevice(reference_ms=lambda group: 13.0 if group == busy else 10.0, slowdown=True)
     model = run(tmp_path, device)
-    assert len(device.measured) == len(model.rows) + SETTINGS.group_size
-    for row in model.rows:
-        assert row.result["ttft_ms"] == pytest.approx(latency_ms(row.subject))
+    assert len(device.measured) == num_measured(model) + SETTINGS.group_size
+    truth = [latency_ms(spec.to_dict()) for spec in model.models]
+    np.testing.assert_allclose(model.values_ms[PREFILL], truth, rtol=1e-6)
     assert "busy during" not in caplog.text
-    repeated = [row for row in model.rows if row.attempt == 2]
+    repeated = [row for row in of_point(model, PREFILL) if row.attempt == 2]
     assert len(repeated) == SETTINGS.group_size
 
 
@@ -247,21 +263,20 @@ def test_measurement_without_the_reference_does_not_count(tmp_path, lowered):
     first = run(tmp_path, FakeDevice())
     path = tmp_path / "measurements.jsonl"
     path.unlink()
-    exported = dict(first.rows[-1].result)
-    del exported["reference"]
-    exported["conditions"] = [{}]
-    MeasurementStore(path).append(replace(first.rows[-1], result=exported))
+    for row in first.rows[-1], of_point(first, PREFILL)[-1]:
+        exported = {**row.result, "reference": None, "conditions": [{}]}
+        MeasurementStore(path).append(replace(row, result=exported))
     device = FakeDevice()
     again = run(tmp_path, device)
-    assert len(device.measured) == len(again.rows) == len(first.rows)
+    assert len(device.measured) == num_measured(again) == num_measured(first)
     assert again.rows[-1].attempt == 2
 
 
 def test_left_out_predictions_are_those_that_the_scores_are_of(tmp_path, lowered):
     model = run(tmp_path, FakeDevice())
-    left_out, values = model.left_out_ms[Objective.decode], model.values_ms[Objective.decode]
+    left_out, values = model.left_out_ms[DECODE], model.values_ms[DECODE]
     mape_pct = 100 * np.mean(abs(left_out / values - 1))
-    assert mape_pct == pytest.approx(model.scores[Objective.decode]["blocks"].mape_pct)
+    assert mape_pct == pytest.approx(model.scores[DECODE]["blocks"].mape_pct)
 
 
 def test_drift_between_groups_is_taken_out(tmp_path, lowered):
@@ -269,19 +284,65 @@ def test_drift_between_groups_is_taken_out(tmp_path, lowered):
     device = FakeDevice(reference_ms=lambda group: 10.0 * drifting[group], slowdown=True)
     model = run(tmp_path, device)
     truth = np.array([latency_ms(spec.to_dict()) for spec in model.models])
-    raw = np.array([row.result["ttft_ms"] for row in model.rows[-5:]])
+    raw = np.array([row.result["ms"] for row in of_point(model, PREFILL)[-5:]])
     assert abs(raw / truth - 1).max() > 0.1
-    assert abs(model.values_ms[Objective.prefill] / truth - 1).max() < 0.04
+    assert abs(model.values_ms[PREFILL] / truth - 1).max() < 0.04
 
 
 def test_device_that_stays_busy_is_reported_and_not_measured_for_ever(tmp_path, lowered, caplog):
     calm_once = FakeDevice(reference_ms=lambda group: 10.0 if group == 0 else 13.0)
     run(tmp_path, calm_once)
-    assert "busy during 18 of 23 measurements, 3 attempts each" in caplog.text
+    assert "busy during 18 of 46 measurements, 3 attempts each" in caplog.text
     assert len(calm_once.measured) == 5 + 3 * 18
     again = FakeDevice()
     run(tmp_path, again)
     assert again.measured == []
+
+
+def test_physical_measures_until_it_is_good_enough(tmp_path, lowered):
+    model = run(tmp_path, FakeDevice(), ACTIVE)
+    assert num_measured(model) < 25
+    assert {row.kind for row in model.rows} == {SubjectKind.model}
+    assert model.scores[PREFILL]["physical"].mape_pct < 5
+    unseen = [SPACE.sample(np.random.default_rng(seed)) for seed in range(50)]
+    truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
+    assert np.abs(model.target.predict(unseen).mean / truth - 1).mean() < 0.04
+    device = FakeDevice()
+    again = run(tmp_path, device, ACTIVE)
+    assert (device.measured, again.models) == ([], model.models)
+    strict = run(tmp_path, device, replace(ACTIVE, target_error_pct=1e-6))
+    assert num_measured(strict) == 25 + 1
+    assert set(model.models) < set(strict.models)
+
+
+def test_killed_active_measurement_goes_on_where_it_was(tmp_path, lowered):
+    killed = FakeDevice(die_at_group=2)
+    with pytest.raises(Killed):
+        run(tmp_path, killed, ACTIVE)
+    resumed = FakeDevice()
+    model = run(tmp_path, resumed, ACTIVE)
+    assert not set(killed.measured) & set(resumed.measured)
+    assert len(killed.measured) + len(resumed.measured) == num_measured(model)
+
+
+def test_models_that_the_store_knows_count_for_every_predictor(tmp_path, lowered):
+    active = run(tmp_path, FakeDevice(), ACTIVE)
+    model = run(tmp_path, FakeDevice(), SETTINGS)
+    assert set(active.models) <= set(model.models)
+
+
+def test_second_device_starts_from_the_first(tmp_path, lowered):
+    first = run(tmp_path, FakeDevice(), replace(ACTIVE, target_error_pct=1e-6))
+    second = FakeDevice(name="second")
+    settings = replace(ACTIVE, transfer_from="fake")
+    model = run(tmp_path, second, settings)
+    assert type(model.target).__name__ == "Transferred"
+    assert num_measured(model) <= 16 < num_measured(first)
+    unseen = [SPACE.sample(np.random.default_rng(seed)) for seed in range(50)]
+    truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
+    assert np.abs(model.target.predict(unseen).mean / truth - 1).mean() < 0.03
+    with pytest.raises(InputError, match=r"transfer_from=nobody: .* holds fake, second$"):
+        run(tmp_path, FakeDevice(name="third"), replace(ACTIVE, transfer_from="nobody"))
 
 
 def test_workload_must_fit_the_context(tmp_path):
@@ -302,7 +363,7 @@ def test_whole_models_start_alike_and_end_with_the_backbone():
     assert all(spec in SPACE for spec in few)
 
 
-@pytest.mark.parametrize("name", ["blocks", "gp", "params", "flops"])
+@pytest.mark.parametrize("name", ["physical", "blocks", "gp", "params", "flops"])
 def test_values_of_each_group_file_fit_the_schema(name, request):
     path = request.config.rootpath / "conf" / "latency" / f"{name}.yaml"
     schema = OmegaConf.structured(LatencySettings)
@@ -336,8 +397,8 @@ def test_stage_one_on_this_machine(tmp_path):
     device_settings = DeviceSettings(
         name="test",
         max_context=64,
-        prompt_tokens=48,
-        decode_context=32,
+        prompts=[48],
+        contexts=[32],
         decode_tokens=4,
         processes=2,
         warmups=1,
@@ -349,17 +410,17 @@ def test_stage_one_on_this_machine(tmp_path):
         "device": HostDevice(device_settings),
         "workload": device_settings.workload,
         "lowering": device_settings.lowering,
-        "settings": LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2),
+        "settings": replace(BLOCKS, grid_widths=2, grid_ffn=2, calibration_models=2),
         "store": MeasurementStore(tmp_path / "measurements.jsonl"),
         "cache_dir": tmp_path / "programs",
     }
     model = collect(**arguments)
-    assert len(model.rows) == 1 + 1 + 2 + 3
+    assert num_measured(model) == 1 + 1 + 2 + 3
     shallow, deep = (
         backbone.replace(layer_types=parse_pattern(pattern), tie_embeddings=True)
         for pattern in ("F-", "FF")
     )
-    for predictor in (model.prefill, model.decode):
+    for predictor in model.predictors.values():
         prediction = predictor.predict([shallow, deep])
         assert 0 < prediction.mean[0] < prediction.mean[1]
         assert (prediction.low <= prediction.high).all()

@@ -10,7 +10,7 @@ from flash.errors import InputError
 from flash.latency.store import Conditions, MeasurementStore, Row, SubjectKind
 
 CONDITIONS = Conditions(
-    workload={"prompt_tokens": 128},
+    point={"phase": "prefill", "tokens": 128},
     protocol={"processes": 3},
     lowering={"quantization": "8da4w"},
     runtime="executorch 1.5.1",
@@ -23,7 +23,7 @@ def row(number, value=1.0, conditions=CONDITIONS):
         kind=SubjectKind.block,
         subject={"number": number},
         conditions=conditions,
-        result={"prefill": {"ms": value, "samples_ms": [value, value + 0.1]}},
+        result={"ms": value, "samples": [value, value + 0.1]},
     )
 
 
@@ -44,14 +44,14 @@ def test_same_key_is_never_stored_twice(path):
     assert store.append(row(1, 1.0))
     assert not store.append(row(1, 2.0))
     assert len(path.read_text().splitlines()) == 1
-    assert store.get(row(1).key).result["prefill"]["ms"] == 1.0
+    assert store.get(row(1).key).result["ms"] == 1.0
 
 
 def test_same_key_from_two_open_stores_is_stored_once(path):
     first, second = MeasurementStore(path), MeasurementStore(path)
     assert first.append(row(1, 1.0))
     assert not second.append(row(1, 2.0))
-    assert second.get(row(1).key).result["prefill"]["ms"] == 1.0
+    assert second.get(row(1).key).result["ms"] == 1.0
 
 
 def test_later_attempt_is_kept_beside_the_first(path):
@@ -62,7 +62,7 @@ def test_later_attempt_is_kept_beside_the_first(path):
     assert not store.append(again)
     assert not store.append(row(1, 1.0))
     for each in (store, MeasurementStore(path)):
-        assert each.get(again.key).result["prefill"]["ms"] == 5.0
+        assert each.get(again.key).result["ms"] == 5.0
         assert [each.attempt for each in each.attempts(again.key)] == [1, 2]
         assert len(each) == 2
     assert len(path.read_text().splitlines()) == 2
@@ -71,7 +71,7 @@ def test_later_attempt_is_kept_beside_the_first(path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"workload": {"prompt_tokens": 256}},
+        {"point": {"phase": "prefill", "tokens": 256}},
         {"protocol": {"processes": 1}},
         {"lowering": {"quantization": "fp32"}},
         {"runtime": "executorch 1.4.1"},
@@ -92,13 +92,6 @@ def test_key_depends_on_subject_and_kind_but_not_on_result_or_order():
     assert CONDITIONS.key(SubjectKind.model, {"a": 2, "b": 1}) in kinds
 
 
-def test_missing_lists_each_absent_key_once_in_order(path):
-    store = MeasurementStore(path)
-    store.append(row(2))
-    keys = [row(i).key for i in (3, 2, 1, 3)]
-    assert store.missing(keys) == [row(3).key, row(1).key]
-
-
 def test_torn_last_line_is_dropped_and_overwritten(path, caplog):
     store = MeasurementStore(path)
     store.append(row(1))
@@ -111,7 +104,7 @@ def test_torn_last_line_is_dropped_and_overwritten(path, caplog):
             store = MeasurementStore(path)
         assert "torn last line" in caplog.text
         assert len(store) == 1
-        assert store.missing([row(1).key, row(2).key]) == [row(2).key]
+        assert [store.get(row(n).key) is None for n in (1, 2)] == [False, True]
         assert store.append(row(2))
         assert len(MeasurementStore(path)) == 2
         assert all(json.loads(line) for line in path.read_text().splitlines())
@@ -119,13 +112,13 @@ def test_torn_last_line_is_dropped_and_overwritten(path, caplog):
 
 def test_other_schema_is_refused_in_one_line(path):
     MeasurementStore(path).append(row(1))
-    path.write_text(path.read_text().replace('"schema":1', '"schema":99'))
-    with pytest.raises(InputError, match=r"line 1: schema version 99: expected 1") as caught:
+    path.write_text(path.read_text().replace('"schema":2', '"schema":99'))
+    with pytest.raises(InputError, match=r"line 1: schema version 99: expected 2") as caught:
         MeasurementStore(path)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", "nonsense", '{"schema":1,"key":"x"}'])
+@pytest.mark.parametrize("line", ["{}", "[1]", "nonsense", '{"schema":2,"key":"x"}'])
 def test_damaged_line_is_named(path, line):
     MeasurementStore(path).append(row(1))
     with path.open("a") as file:

@@ -1,3 +1,6 @@
+import importlib
+import weakref
+
 import pytest
 import torch
 
@@ -60,6 +63,26 @@ def test_form_shares_the_decoders_memory(toy, settings):
     form = Form(model, settings("fp32"))
     owned = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in form.parameters()} <= owned
+
+
+def test_float_weights_that_no_one_keeps_are_freed_before_the_passes(toy, settings, monkeypatch):
+    models = [toy("F-")]
+    weight = weakref.ref(models[0].lm_head.weight)
+    left = []
+    module = importlib.import_module("flash.lowering.lower")
+    monkeypatch.setattr(module, "serialise", lambda *a, **k: left.append(weight()) or b"")
+    lower(models.pop(), settings())
+    assert left == [None]
+
+
+def test_quantising_by_rows_equals_quantising_at_once(toy, settings, monkeypatch):
+    at_once = quantized_form(toy("F-"), settings())
+    module = importlib.import_module("flash.lowering.quantize")
+    monkeypatch.setattr(module, "PART", 7 * 64)  # 7 rows of most matrices
+    by_rows = dict(quantized_form(toy("F-"), settings()).named_parameters())
+    for name, parameter in at_once.named_parameters():
+        for part in getattr(parameter, "tensor_data_names", ()):
+            assert torch.equal(getattr(parameter, part), getattr(by_rows[name], part))
 
 
 def test_context_beyond_the_architecture_is_an_error(toy):

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 from flash.lowering.noise import is_noise, quiet
 
@@ -17,6 +18,26 @@ def test_only_known_lines_are_dropped():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert done.stderr.splitlines() == ["real trouble", "after"]
+
+
+def test_two_threads_are_quiet_at_once():
+    inside, done = threading.Event(), threading.Event()
+
+    def wait():
+        with quiet():
+            inside.set()
+            done.wait(10)
+
+    before = os.fstat(2)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert inside.wait(10)
+    with quiet():
+        pass  # would wait for the other thread if it held a lock
+    assert not os.path.samestat(os.fstat(2), before)
+    done.set()
+    thread.join()
+    assert os.path.samestat(os.fstat(2), before)
 
 
 def test_descriptor_is_restored_after_an_error():

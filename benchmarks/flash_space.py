@@ -1,0 +1,95 @@
+"""Collect the truths that the latency benchmarks compare with: whole models of the paper's space.
+
+`python benchmarks/flash_space.py [device.key=value ...]` measures, in `space=flash`, 24 stratified
+architectures and the backbone, then the grid of blocks, and adds them to
+`benchmarks/data/flash_space.jsonl`. It takes hours, can be stopped and started again at any time,
+and never measures twice; `--again N` measures the first N architectures once more, for
+benchmarks/repeatability.py. Prefill at 512 and 2048 tokens, decode at 512 and 1536, 8da4w g32.
+"""
+
+import argparse
+import dataclasses
+import logging
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings
+from flash.device import DeviceSettings, open_device
+from flash.latency import (
+    Bench,
+    LatencySettings,
+    MeasurementStore,
+    Subject,
+    grid_subjects,
+    make_bench,
+    make_grid,
+    whole_models,
+)
+
+ROOT = Path(__file__).parent.parent
+STORE = ROOT / "benchmarks" / "data" / "flash_space.jsonl"
+MODELS = 24
+DEVICE = DeviceSettings(
+    name="host",
+    max_context=2048,
+    prompts=[512, 2048],
+    contexts=[512, 1536],
+    processes=3,
+    warmups=1,
+    runs=1,
+    run_timeout_s=300.0,
+)
+SETTINGS = LatencySettings(group_size=4)
+
+
+def space() -> tuple[SearchSpace, ArchSpec]:
+    """The paper's space and backbone, from the files that users get."""
+    conf = ROOT / "conf"
+    values = yaml.safe_load((conf / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))
+    backbone = ArchSpec.from_dict(values["arch"])
+    schema = OmegaConf.structured(SpaceSettings)
+    settings = OmegaConf.merge(schema, OmegaConf.load(conf / "space" / "flash.yaml"))
+    return SearchSpace(OmegaConf.to_object(settings), backbone), backbone
+
+
+def models() -> list[ArchSpec]:
+    """The architectures of the dataset; the backbone is the last."""
+    return whole_models(*space(), MODELS, seed=0)
+
+
+def open_bench(device: DeviceSettings, cache_dir: Path) -> Bench:
+    """A bench over the dataset."""
+    return make_bench(
+        backbone=space()[1],
+        device=open_device(device),
+        workload=device.workload,
+        lowering=device.lowering,
+        settings=SETTINGS,
+        store=MeasurementStore(STORE),
+        cache_dir=cache_dir,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--again", type=int, default=0, metavar="N")
+    parser.add_argument("--models-only", action="store_true", help="leave out the blocks")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "lowered")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    device = dataclasses.replace(DEVICE, threads=arguments.threads)
+    bench = open_bench(device, arguments.cache)
+    subjects = [Subject(spec=spec) for spec in models()]
+    bench.measure_missing(subjects)
+    if arguments.again:
+        bench.measure_again(subjects[: arguments.again])
+    if not arguments.models_only:
+        grid = make_grid(*space(), SETTINGS)
+        bench.measure_missing(grid_subjects(grid, space()[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Latency predictors against whole models of the paper's space (benchmarks/data/flash_space.jsonl).
+
+Cases are `<predictor>/<latency>`. Every model is predicted by a fit to the others; `physical_8` and
+`physical_12` are fitted to so many models that active measurement picks, and tested on the rest.
+`cost_s` is what building the predictor took: lowering and device time of all that it was fitted to.
+`cost_share_of_800` is that over the cost of 800 such whole models, the paper's stage 1.
+"""
+
+from collections.abc import Callable, Iterable
+
+import flash_space
+import numpy as np
+from record import Recorder
+
+from flash.arch import ArchSpec
+from flash.device import Point
+from flash.latency import (
+    Bench,
+    BlockPredictor,
+    BlockTable,
+    GaussianProcess,
+    Physical,
+    PowerLaw,
+    Predictor,
+    Row,
+    Subject,
+    choose,
+    comparable,
+    cross_predict,
+    device_s,
+    grid_subjects,
+    make_grid,
+    score,
+)
+from flash.latency.prediction import Prediction
+from flash.latency.work import flops, parameters
+
+PAPER_MODELS = 800
+
+
+def cost_s(bench: Bench, subjects: Iterable[Subject]) -> float:
+    """Seconds of lowering and device time that all latencies of the subjects took."""
+    rows: list[Row] = []
+    lowering_s = 0.0
+    for subject in subjects:
+        mine = [row for point in bench.workload.points for row in bench.attempts(subject, point)]
+        lowering_s += mine[0].result["lower_s"]
+        rows += mine
+    return lowering_s + device_s(rows)
+
+
+def main() -> None:
+    record = Recorder("predictors")
+    bench = flash_space.open_bench(flash_space.DEVICE, flash_space.ROOT / "runs" / "lowered")
+    models = flash_space.models()
+    whole = [Subject(spec=spec) for spec in models]
+    space, backbone = flash_space.space()
+    grid = make_grid(space, backbone, flash_space.SETTINGS)
+    parts = grid_subjects(grid, backbone)
+    whole_s, parts_s = cost_s(bench, whole), cost_s(bench, parts)
+    paper_s = whole_s / len(models) * PAPER_MODELS
+
+    for point in bench.workload.points:
+        all_ms, errors = comparable(
+            [bench.attempts(subject, point) for subject in (*parts, *whole)], point.phase
+        )
+        parts_ms = dict(zip(grid.parts(), all_ms[: len(parts)].tolist(), strict=True))
+        values, errors = all_ms[len(parts) :], errors[len(parts) :]
+        table = BlockTable(point, backbone, grid, parts_ms)
+
+        def physical(point: Point = point) -> Physical:
+            return Physical(point, bench.lowering, bench.workload.prefill_chunk)
+
+        makers: dict[str, tuple[Callable[[], Predictor], float]] = {
+            "physical": (physical, whole_s),
+            "gp": (GaussianProcess, whole_s),
+            "blocks": (lambda table=table: BlockPredictor(table), parts_s + whole_s),
+            "params": (lambda: PowerLaw(parameters), whole_s),
+            "flops": (lambda point=point: PowerLaw(lambda t: flops(t, point)), whole_s),
+        }
+        for name, (make, spent_s) in makers.items():
+            left_out = cross_predict(make, models, values, errors, folds=len(models))
+            _report(record, f"{name}/{point}", left_out, values, spent_s, paper_s)
+        for num in (8, 12):
+            picked, rest = _pick(physical(), models, num)
+            fitted = physical().fit([models[i] for i in picked], values[picked], errors[picked])
+            spent_s = cost_s(bench, [whole[i] for i in picked])
+            case = f"physical_{num}/{point}"
+            prediction = fitted.predict([models[i] for i in rest])
+            _report(record, case, prediction, values[rest], spent_s, paper_s)
+    record.close()
+
+
+def _pick(unfitted: Physical, models: list[ArchSpec], num: int) -> tuple[list[int], list[int]]:
+    """Indices of what is chosen before anything is measured, the backbone included; the rest."""
+    chosen = {models[-1], *choose(unfitted, [models[-1]], models, num - 1)}
+    picked = [i for i, spec in enumerate(models) if spec in chosen]
+    return picked, [i for i in range(len(models)) if i not in picked]
+
+
+def _report(
+    record: Recorder,
+    case: str,
+    prediction: Prediction,
+    values: np.ndarray,
+    spent_s: float,
+    paper_s: float,
+) -> None:
+    scores = score(prediction, values)
+    record.add(case, "r2", [scores.r2], "ratio")
+    record.add(case, "mape_pct", [scores.mape_pct], "%")
+    record.add(case, "kendall_tau", [scores.kendall_tau], "ratio")
+    record.add(case, "coverage_90", [scores.coverage_90], "ratio")
+    record.add(case, "tested_on", [scores.n], "models")
+    record.add(case, "cost_s", [spent_s], "s")
+    record.add(case, "cost_share_of_800", [spent_s / paper_s], "ratio")
+
+
+if __name__ == "__main__":
+    main()

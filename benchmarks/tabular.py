@@ -1,0 +1,156 @@
+"""A truth to compare samplers with: every member of a small space, pruned and trained.
+
+`python benchmarks/tabular.py [--share I/N] [--limit N]` goes through all members of `space()` in a
+fixed random order, evaluates each as a trial of a search is evaluated, and appends one line of JSON
+a candidate to `benchmarks/data/tiny_tabular.jsonl`. It can be stopped or killed at any time; what
+is there is never done again; several processes share the work by `--share 0/2` and `--share 1/2`.
+The first `NOISE_SPECS` candidates are trained with a second seed too (another order of the text),
+which tells how much of a loss is chance.
+
+A line holds `spec`, `seed`, `loss` (nats a token, or null with a `reason`), `prefill_ms`,
+`decode_ms`, `tokens`, `seconds`. The latencies are the work that the lowered program would do,
+counted by flash.latency.work at a prompt and a context of 2048 tokens with ring caches, summed at
+the rates of a nominal core: a fixed function of the spec, so that the truth depends on no device.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
+from flash.data import DataSettings
+from flash.device import Point
+from flash.latency.work import SpecTable, counted
+from flash.lowering import LoweringSettings, SlidingForm
+from flash.model import Backbone, BackboneSettings
+from flash.progress import progress_bar
+from flash.runs import Runs
+from flash.search.evaluate import ShortTraining
+from flash.search.loop import EvaluationError
+from flash.training import RecipeSettings, TrainerSettings
+from flash.training.run import Inputs, importance_of
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "data" / "tiny_tabular.jsonl"
+BACKBONE = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))
+SPACE = SpaceSettings(
+    name="tabular",
+    num_layers=Choices(min=5, max=6),
+    model_dim=Choices(min=192, max=256, step=64),
+    ffn_dim=Choices(min=320, max=576, step=256),
+    max_efficient_run=1,  # so that all kinds stay and the space can still be exhausted
+)
+"""512 members: 128 patterns, two widths, two FFN widths."""
+DATA = DataSettings(name="stdlib", heldout_sequences=16)
+RECIPE = RecipeSettings(name="tabular", tokens=12288, batch_size=1, lr=1e-3, warmup_ratio=0.1)
+NOISE_SPECS = 6
+
+
+def space() -> SearchSpace:
+    """The space whose every member is in the table."""
+    return SearchSpace(SPACE, Backbone.open(BACKBONE).spec)
+
+
+def members(space: SearchSpace) -> list[ArchSpec]:
+    """All members of a small space, in an order that only depends on the space."""
+    smallest = space.make(
+        space.model_dims[0], space.ffn_dims[0], (space.kinds[0],) * space.depths[0]
+    )
+    found = {smallest: None}
+    queue = [smallest]
+    while queue:
+        for spec in space.neighbours(queue.pop()):
+            if spec not in found:
+                found[spec] = None
+                queue.append(spec)
+    assert len(found) == space.count()
+    ordered = sorted(found, key=ArchSpec.to_json)
+    return [ordered[i] for i in np.random.default_rng(0).permutation(len(ordered))]
+
+
+def tasks(space: SearchSpace) -> list[tuple[ArchSpec, int]]:
+    """(candidate, seed) in the order in which they are trained."""
+    specs = members(space)
+    repeated = [(spec, seed) for spec in specs[:NOISE_SPECS] for seed in (0, 1)]
+    return repeated + [(spec, 0) for spec in specs[NOISE_SPECS:]]
+
+
+def read() -> list[dict[str, Any]]:
+    """The lines so far, `spec` as an `ArchSpec`; one that a kill cut short is left out."""
+    if not TABLE.is_file():
+        return []
+    rows = []
+    for line in TABLE.read_text("utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.append({**row, "spec": ArchSpec.from_dict(row["spec"])})
+    return rows
+
+
+def append(row: dict[str, Any]) -> None:
+    """Add a line and see it to the disk; other processes may do the same."""
+    TABLE.parent.mkdir(exist_ok=True)
+    with TABLE.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def nominal_ms(spec: ArchSpec) -> dict[str, float]:
+    """Latencies of one core at nominal rates."""
+    lowering = LoweringSettings(sliding=SlidingForm.ring)
+    return {
+        f"{point.phase.value}_ms": float(
+            counted(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()
+        )
+        for point in (Point.parse("prefill_2048"), Point.parse("decode_2048"))
+    }
+
+
+def evaluators() -> dict[int, ShortTraining]:
+    """How candidates are evaluated, by seed."""
+    backbone, runs, made = Backbone.open(BACKBONE), Runs(ROOT / "runs"), {}
+    for seed in (0, 1):
+        inputs = Inputs.open(backbone, DATA, RECIPE, seed=seed, runs=runs)
+        importance = importance_of(backbone, inputs.data, RECIPE, runs)
+        made[seed] = ShortTraining(inputs, importance, RECIPE, TrainerSettings(), seed)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--share", default="0/1", metavar="I/N")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="stop after N")
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.share.split("/"))
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    done = {(row["spec"], row["seed"]) for row in read()}
+    mine = [task for task in tasks(space())[part::parts] if task not in done][: arguments.limit]
+    evaluate = evaluators() if mine else {}
+    with progress_bar("tabular", len(mine), unit="candidate") as bar:
+        for number, (spec, seed) in enumerate(mine):
+            start = time.perf_counter()
+            row: dict[str, Any] = {"spec": spec.to_dict(), "seed": seed, "tokens": RECIPE.tokens}
+            try:
+                row["loss"] = evaluate[seed](spec, number).loss
+            except EvaluationError as error:
+                row |= {"loss": None, "reason": str(error)}
+            append({**row, **nominal_ms(spec), "seconds": time.perf_counter() - start})
+            bar.update()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Predictions a second for random specs of the paper's space, one thread.
+
+Each predictor is fitted to 33 models of made-up latencies; speed does not depend on the values.
+`specs` starts from a list of `ArchSpec`, `table` from the arrays that were made of it once, and
+`table/of_specs` is the making of these.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from record import Recorder
+
+from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, prefill_flops
+from flash.device import Phase, Point
+from flash.latency.blocks import BlockPredictor
+from flash.latency.composition import BlockTable, Grid, grid_points
+from flash.latency.gp import GaussianProcess
+from flash.latency.physical import Physical
+from flash.latency.prediction import Predictor
+from flash.latency.proxies import PowerLaw
+from flash.latency.work import SpecTable, flops, parameters
+from flash.lowering import LoweringSettings
+
+ROUNDS = 5
+NUM_SPECS = 100_000
+NUM_DISTINCT = 5_000  # drawing one takes a tenth of a millisecond
+POINT = Point(Phase.prefill, 512)
+BACKBONE = ArchSpec(
+    model_dim=2048,
+    ffn_dim=8192,
+    layer_types=(Attention.full_attention,) * 16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    vocab_size=202048,
+)
+SPACE = SearchSpace(
+    SpaceSettings(
+        name="flash",
+        num_layers=Choices(min=10, max=16),
+        model_dim=Choices(min=1024, max=2048, step=128),
+        ffn_dim=Choices(min=2048, max=8192, step=256),
+    ),
+    BACKBONE,
+)
+
+
+def _blocks() -> BlockPredictor:
+    grid = Grid(
+        model_dims=grid_points(SPACE.model_dims, 3),
+        ffn_dims=grid_points(SPACE.ffn_dims, 3),
+        kinds=SPACE.kinds,
+    )
+    parts_ms = {part: 1e-3 * part.model_dim * (part.ffn_dim or 64) ** 0.5 for part in grid.parts()}
+    return BlockPredictor(BlockTable(POINT, BACKBONE, grid, parts_ms))
+
+
+def _rate(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return NUM_SPECS / (time.perf_counter() - start)
+
+
+def main() -> None:
+    record = Recorder("throughput_predictors")
+    rng = np.random.default_rng(0)
+    distinct = [SPACE.sample(rng) for _ in range(NUM_DISTINCT)]
+    specs = [distinct[i] for i in rng.integers(NUM_DISTINCT, size=NUM_SPECS)]
+    table = SpecTable.of(specs)
+    fitted = [BACKBONE, *SPACE.stratified(rng, 32)]
+    values_ms = np.array([1e-8 * prefill_flops(spec, 512) for spec in fitted])
+    values_ms *= np.exp(0.02 * rng.standard_normal(len(fitted)))
+    predictors: dict[str, Predictor] = {
+        "blocks": _blocks(),
+        "gp": GaussianProcess(),
+        "physical": Physical(POINT, LoweringSettings()),
+        "params": PowerLaw(parameters),
+        "flops": PowerLaw(lambda counted: flops(counted, POINT)),
+    }
+    rates = [_rate(lambda: SpecTable.of(specs)) for _ in range(ROUNDS)]
+    record.add("table/of_specs", "specs_per_s", rates, "1/s")
+    for name, predictor in predictors.items():
+        predictor.fit(fitted, values_ms)
+        for kind, given in (("specs", specs), ("table", table)):
+
+            def run(predictor=predictor, given=given) -> object:
+                return predictor.predict(given)
+
+            rates = [_rate(run) for _ in range(ROUNDS)]
+            record.add(f"{name}/{kind}", "predictions_per_s", rates, "1/s")
+    record.close()
+
+
+if __name__ == "__main__":
+    main()

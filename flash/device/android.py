@@ -1,0 +1,372 @@
+"""`AndroidDevice`: a phone behind adb, on which ExecuTorch's own llama_main runs the programs.
+
+Phones have no Python, so what can be timed is what llama_main does: whole models, a prompt and the
+decode steps after it. A phone that gets warm clocks itself down: each process waits until it is
+cool, and one during which it throttled is thrown away and counted.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from flash.device import llama_main, thermal
+from flash.device.base import DeviceError, check_files, check_loaded
+from flash.device.host import exit_reason
+from flash.device.measurement import Program
+from flash.device.remote import (
+    ConnectionLost,
+    Output,
+    RemoteDevice,
+    content_name,
+    run_client,
+    sha256_of,
+)
+from flash.device.settings import DeviceSettings
+from flash.errors import InputError
+
+PROPERTIES = ("ro.product.model", "ro.soc.model", "ro.board.platform", "ro.build.fingerprint")
+POLL_S = 3.0
+"""Time between two looks at a phone that cools down [s]."""
+_UNLOADABLE = re.compile(r"load|schema|version|operator|kernel|verif", re.IGNORECASE)
+
+
+class AndroidDevice(RemoteDevice):
+    """A phone, by its serial."""
+
+    def __init__(self, settings: DeviceSettings) -> None:
+        super().__init__(settings, settings.android)
+        self._android = settings.android
+        self._runner = _file("runner", self._android.runner)
+        self._tokenizer = _file("tokenizer", self._android.tokenizer)
+        self._prompts = llama_main.Prompts(self._tokenizer)
+        self._prompt_files = tempfile.mkdtemp(prefix="flash-prompts-")
+        weakref.finalize(self, shutil.rmtree, self._prompt_files, ignore_errors=True)
+        self._serial: str | None = None
+        self._identity: dict[str, str | int] | None = None
+        self._throttled = 0
+
+    @property
+    def where(self) -> str:
+        return f"phone {self._serial or self._android.serial or ''}".rstrip()
+
+    def identity(self) -> dict[str, str | int]:
+        """Model, chip, cores, threads, CPUs, build and runner of the phone; asked once."""
+        if self._identity is None:
+            asked = "; ".join(shlex.join(["getprop", name]) for name in PROPERTIES)
+            script = f"{asked}; cat /sys/devices/system/cpu/possible"
+            answer = self._retrying(lambda: self._ask(script)).split("\n")
+            model, chip, platform, fingerprint, possible = (*answer, *[""] * 5)[:5]
+            cores = int(possible.rpartition("-")[2] or 0) + 1
+            self._check_cores(cores)
+            self._identity = {
+                "device": self.settings.name,
+                "cpu": chip or platform,
+                "model": model,
+                "cores": cores,
+                "threads": self.settings.threads,
+                "cpus": ",".join(map(str, self.settings.pinned or ())),
+                "system": f"Android {_build(fingerprint)}",
+                "runtime": f"llama_main {sha256_of(self._runner)[:12]}",
+            }
+        return self._identity
+
+    def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
+        """The result of a measuring job; each sample is a fresh process of llama_main.
+
+        Raises:
+            InputError: The job is no measurement of whole models, or a program is refused.
+            DeviceError: llama_main died, or the phone is gone or stays hot.
+        """
+        self._check_possible(job, programs)
+        check_files(programs)
+        self.identity()
+        started, self._throttled = time.time(), 0
+        before = self._read()
+        points = [(phase, tokens, f"{phase}_{tokens}") for phase, tokens in job["points"]]
+        samples = {p.name: {name: [] for _, _, name in points} for p in programs}
+        loads: dict[str, list[float]] = {program.name: [] for program in programs}
+        loaded_kib, peak_kib = dict.fromkeys(loads, 0), 0
+        for _ in range(job["runs"]):
+            for program in programs:
+                for tokens in dict.fromkeys(tokens for _, tokens in job["points"]):
+                    run = self._time(program, tokens, job["decode_tokens"], job["warmups"] > 0)
+                    for phase, length, name in points:
+                        if length == tokens:
+                            samples[program.name][name].append(_sample(phase, run))
+                    loads[program.name].append(run.load_ms)
+                    loaded_kib[program.name] = run.rss_kib[0]
+                    peak_kib = max(peak_kib, run.rss_kib[1])
+        return {
+            "started": started,
+            "start_ms": 0.0,
+            "runtime": self.identity()["runtime"],
+            "baseline_rss_kib": 0,
+            "load_ms": {name: min(times) for name, times in loads.items()},
+            "load_rss_kib": loaded_kib,
+            "peak_rss_kib": peak_kib,
+            "samples": samples,
+            "load_average": 0.0,
+            "process": {"wall_s": time.time() - started},
+            "device": {
+                "throttled": self._throttled,
+                "before": vars(before),
+                "after": vars(self._read()),
+            },
+        }
+
+    def generate_text(self, path: Path, prompt: str, new_tokens: int) -> str:
+        """What llama_main prints for a prompt: on most versions the prompt, then its own text."""
+        program = Program(name=path.name, path=path, vocab_size=1)
+        check_files([program])
+        self.identity()
+        return self._retrying_run(program, prompt, new_tokens, warmup=False).text
+
+    def _check_possible(self, job: dict[str, Any], programs: Sequence[Program]) -> None:
+        name = f"device={self.settings.name}"
+        if job["mode"] != "measure":
+            raise InputError(
+                f"{name}: llama_main neither scores text nor continues tokens; do that on "
+                "device=host, the file is the same"
+            )
+        for program in programs:
+            if program.model_dim is not None:
+                raise InputError(
+                    f"{name}: llama_main times whole models only, not blocks as {program.name}; "
+                    "choose a predictor fitted on whole models, as latency=gp"
+                )
+        if any(tokens < 1 for _, tokens in job["points"]):
+            raise InputError(f"{name}: device.contexts=[0]: expected 1 or more; llama_main needs "
+                             "a prompt")  # fmt: skip
+
+    def _time(self, program: Program, tokens: int, steps: int, warmup: bool) -> llama_main.Run:
+        """One process that did not throttle, on a prompt of exactly `tokens`."""
+        prompt = self._prompts.of(tokens)
+        for _ in range(self._android.throttled_retries + 1):
+            self._wait_until_cool()
+            # The first new token comes from the prompt's own logits: it is no decode step.
+            run = self._retrying_run(program, prompt, steps + 1, warmup)
+            if run.prompt_tokens != tokens:
+                raise InputError(
+                    f"device.android.tokenizer={self._tokenizer}: makes {tokens} tokens of a "
+                    f"prompt of which llama_main makes {run.prompt_tokens}; name the programs' own"
+                )
+            if not self._throttles(self._read()):
+                return run
+            self._throttled += 1
+        raise DeviceError(
+            f"{self.where}: throttled in {self._android.throttled_retries + 1} processes in a row "
+            f"({self._state(self._read())}); lower device.android.cool_below_c, or cool the phone"
+        )
+
+    def _throttles(self, now: thermal.Thermal) -> bool:
+        limit = self._android.hot_above_c
+        too_hot = limit is not None and now.celsius is not None and now.celsius > limit
+        return too_hot or bool(self._capped(now))
+
+    def _capped(self, now: thermal.Thermal) -> list[int]:
+        return [] if self._android.allow_capped else now.capped(self.settings.cpus)
+
+    def _state(self, now: thermal.Thermal) -> str:
+        return f"{now.sensor or 'no sensor'} {now.celsius} C, clocks held down: {self._capped(now)}"
+
+    def _retrying_run(
+        self, program: Program, prompt: str, new_tokens: int, warmup: bool
+    ) -> llama_main.Run:
+        file = Path(self._prompt_files, f"{abs(hash(prompt))}.txt")
+        if not file.exists():
+            file.write_text(prompt, encoding="utf-8")
+        placed = self._place([self._runner, self._tokenizer, file, program.path])
+        words = llama_main.arguments(
+            placed[program.path],
+            placed[self._tokenizer],
+            placed[file],
+            new_tokens=new_tokens,
+            threads=self.settings.threads,
+            warmup=warmup,
+        )
+        command = [placed[self._runner], *words]
+        if self.settings.cpus is not None:
+            mask = sum(1 << cpu for cpu in self.settings.cpus)
+            command = ["taskset", f"{mask:x}", *command]
+        runs = 2 if warmup else 1
+        timeout_s = self.settings.start_timeout_s + 2 * runs * self.settings.run_timeout_s
+        return self._retrying(lambda: self._run_once(command, timeout_s, program.name))
+
+    def _run_once(self, command: list[str], timeout_s: float, what: str) -> llama_main.Run:
+        pid = shlex.quote(self._path(f"{self._token}.pid"))
+        # adbd does not always end what it started when the connection is cut.
+        marked = f'echo $$ > {pid}; exec "$@"'
+        kill = (
+            f"p=$(cat {pid} 2>/dev/null) && rm -f {pid} && "
+            f"grep -q {content_name(self._runner)} /proc/$p/cmdline && kill -9 $p"
+        )
+        self._shell_quietly(kill)
+        try:
+            output = self._shell(shlex.join(["sh", "-c", marked, "sh", *command]),
+                                 timeout_s=timeout_s)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            self._forget(kill)
+            raise DeviceError(
+                f"{what}: no result after {timeout_s:.0f} s; if the phone is just slow, raise "
+                "device.run_timeout_s"
+            ) from None
+        except ConnectionLost:
+            raise
+        except BaseException:  # Ctrl-C: leave no process behind
+            self._forget(kill)
+            raise
+        run = llama_main.parse(output.out, output.err) if output.code == 0 else None
+        if run is None:
+            self._explain(output, what)
+        assert run is not None
+        return run
+
+    def _shell_quietly(self, script: str) -> None:
+        """Run a line whose exit code does not matter; the connection's failure does."""
+        try:
+            self._shell(script)
+        except subprocess.TimeoutExpired:
+            raise ConnectionLost("no answer") from None
+
+    def _explain(self, output: Output, what: str) -> None:
+        """Raise the error for a llama_main that printed no statistics."""
+        if 0 <= output.code < 126 and _UNLOADABLE.search(output.out + output.err):
+            error = f"{what}: cannot be loaded ({output.last_line})"
+            check_loaded({"error": error, "runtime": self.identity()["runtime"]})
+        reason = exit_reason(output.code, f"{output.out}\n{output.err}")
+        raise DeviceError(f"{what}: {reason}; `adb logcat` on {self.where} may say more")
+
+    def _read(self) -> thermal.Thermal:
+        return thermal.parse(self._retrying(lambda: self._ask(thermal.SCRIPT)))
+
+    def _wait_until_cool(self) -> None:
+        limit = self._android.cool_below_c
+        if limit is None:
+            return
+        deadline = time.monotonic() + self._android.cool_timeout_s
+        while True:
+            now = self._read()
+            if (now.celsius is None or now.celsius <= limit) and not self._capped(now):
+                return
+            if time.monotonic() > deadline:
+                raise DeviceError(
+                    f"{self.where}: still warm after {self._android.cool_timeout_s:.0f} s "
+                    f"({self._state(now)}); cool it, switch power saving off, or raise "
+                    "device.android.cool_below_c"
+                )
+            time.sleep(POLL_S)
+
+    def _adb(self, *words: str) -> list[str]:
+        port = self._android.server_port
+        return [self._android.adb, *(() if port is None else ("-P", str(port))), *words]
+
+    def _chosen(self) -> str:
+        """The serial, of the only phone if none is named.
+
+        Raises:
+            InputError: None or several are attached, or the named one is not.
+        """
+        if self._serial is None:
+            listed = self._listed()
+            states = ", ".join(f"{serial} ({state})" for serial, state in listed.items()) or "none"
+            wanted = self._android.serial
+            if wanted is None and len(listed) != 1:
+                raise InputError(
+                    f"device.android.serial=null: expected one phone, found {states}; "
+                    + ("name one" if listed else "attach one and allow USB debugging on it")
+                )
+            if wanted is not None and wanted not in listed:
+                raise InputError(
+                    f"device.android.serial={wanted}: not attached; adb lists {states}"
+                )
+            self._serial = wanted or next(iter(listed))
+        return self._serial
+
+    def _listed(self) -> dict[str, str]:
+        """States of the attached phones by serial."""
+        try:
+            output = run_client(self._adb("devices"), 60.0)
+        except subprocess.TimeoutExpired:
+            raise ConnectionLost("the adb server does not answer") from None
+        if output.code != 0:
+            raise ConnectionLost(f"adb: {output.last_line}")
+        pairs = (line.split("\t", 1) for line in output.out.splitlines() if "\t" in line)
+        return {serial: state.strip() for serial, state in pairs}
+
+    def _execute(self, script: str, timeout_s: float, stdin: IO[bytes] | int) -> Output:
+        return run_client(self._adb("-s", self._chosen(), "shell", script), timeout_s, stdin)
+
+    def _failure(self, output: Output) -> Exception:
+        if "unauthorized" in output.err:
+            return InputError(
+                f"{self.where}: unauthorized; unlock it and accept this computer's key on its "
+                "screen"
+            )
+        if "permissions" in output.err:
+            return InputError(
+                f"{self.where}: this user may not open the USB device; add a udev rule for it "
+                "(Debian's android-sdk-platform-tools-common has them)"
+            )
+        return ConnectionLost(f"connection failed: {Output(0, '', output.err).last_line}")
+
+    def _copy(self, path: Path, part: str) -> None:
+        limit_s = self._android.push_timeout_s
+        command = self._adb("-s", self._chosen(), "push", str(path), part)
+        try:
+            output = run_client(command, limit_s)
+        except subprocess.TimeoutExpired:
+            raise ConnectionLost(f"{path.name} was not copied within {limit_s:.0f} s") from None
+        text = output.out + output.err
+        if output.code == 0:
+            return
+        # adb says "remote" before the phone's own words; all else is the connection.
+        if "No space left" in text or re.search(r"': remote (?!couldn't read)", text):
+            raise self.refused(output)
+        raise self._failure(output)
+
+    def _reconnect(self) -> None:
+        serial, limit_s = self._chosen(), self._android.reconnect_timeout_s
+        deadline = time.monotonic() + limit_s
+        while True:
+            if ":" in serial:  # over TCP the server does not look for it by itself
+                self._call("disconnect", serial)
+                self._call("connect", serial)
+            state = self._listed().get(serial, "missing")
+            if state != "missing" and state != "offline":
+                return
+            if time.monotonic() > deadline:
+                raise ConnectionLost(f"did not come back within {limit_s:.0f} s (state: {state})")
+            time.sleep(0.5)
+
+    def _call(self, *words: str) -> None:
+        try:
+            run_client(self._adb(*words), 30.0)
+        except subprocess.TimeoutExpired:
+            raise ConnectionLost("the adb server does not answer") from None
+
+
+def _sample(phase: str, run: llama_main.Run) -> dict[str, Any]:
+    """A run at one point, as runner.py reports it."""
+    if phase == "prefill":
+        return {"wall_s": run.prefill_ms / 1e3}
+    return {"wall_s": run.decode_ms * run.steps / 1e3, "steps_ms": [run.decode_ms]}
+
+
+def _build(fingerprint: str) -> str:
+    """Version, build and increment of `brand/product/device:version/id/increment:type/tags`."""
+    parts = fingerprint.split(":")
+    return parts[1] if len(parts) == 3 else fingerprint
+
+
+def _file(key: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise InputError(f"device.android.{key}={value}: no such file")
+    return path

@@ -1,0 +1,132 @@
+"""How a device is reached over ssh or adb: the settings `device.ssh` and `device.android`."""
+
+import re
+from dataclasses import dataclass
+
+from flash.errors import require
+
+# No leading dash: ssh and adb would take the word for an option.
+_NAME = re.compile(r"[A-Za-z0-9_\[:][A-Za-z0-9_.:%\[\]-]*")
+
+
+@dataclass(kw_only=True)
+class SshSettings:
+    """A board with Python and ExecuTorch's wheel, behind OpenSSH's client.
+
+    What is null here is left to ssh and its own configuration, so an alias of `~/.ssh/config` is
+    enough. Host keys are always checked and passwords never asked for.
+    """
+
+    host: str = ""
+    """Name, address, or alias of ssh's configuration."""
+    user: str | None = None
+    """Who to log in as."""
+    port: int | None = None
+    """TCP port."""
+    identity: str | None = None
+    """File of the private key."""
+    known_hosts: str | None = None
+    """File with the host's public key; nothing else is then believed."""
+    python: str = "python3"
+    """Python on the board, of an environment with executorch; a name or a path there."""
+    folder: str = ".cache/flash"
+    """Where files are kept on the board; relative to the home folder."""
+    connect_timeout_s: int = 10
+    """Allowed for one connection to be made [s]."""
+    push_timeout_s: float = 600.0
+    """Allowed for one file to be copied [s]."""
+    retries: int = 4
+    """Further tries after the connection failed."""
+    backoff_s: float = 1.0
+    """Wait before the first of them; doubles each time, at most 30 s [s]."""
+    keep_mib: int = 4096
+    """Programs kept on the board; beyond it the ones unused for longest are removed [MiB]."""
+
+    def check(self) -> None:
+        """Raise an InputError that names the first value that cannot be meant."""
+        _check_name("device.ssh.host", self.host)
+        if self.user is not None:
+            _check_name("device.ssh.user", self.user)
+        if self.port is not None:
+            require(0 < self.port < 65536, "device.ssh.port", self.port, "1 to 65535")
+        _check_word("device.ssh.python", self.python)
+        require(self.connect_timeout_s >= 1, "device.ssh.connect_timeout_s",
+                self.connect_timeout_s, "1 or more")  # fmt: skip
+        _check_common("device.ssh", self)
+
+
+@dataclass(kw_only=True)
+class AndroidSettings:
+    """A phone behind adb, on which ExecuTorch's `llama_main` runs programs."""
+
+    serial: str | None = None
+    """Which phone, as `adb devices` lists it; null means the only one."""
+    adb: str = "adb"
+    """The adb client."""
+    server_port: int | None = None
+    """Port of the adb server; null means adb's own default."""
+    runner: str = ""
+    """llama_main built for the phone, see scripts/build_llama_main.sh."""
+    tokenizer: str = ""
+    """tokenizer.json with the programs' vocabulary; prompts of exact lengths are made with it."""
+    folder: str = "/data/local/tmp/flash"
+    """Where files are kept on the phone."""
+    cool_below_c: float | None = 38.0
+    """A process starts only below this temperature; null does not wait [degrees C]."""
+    cool_timeout_s: float = 600.0
+    """Allowed for the phone to cool down [s]."""
+    hot_above_c: float | None = 45.0
+    """A process that leaves the phone hotter is thrown away; null keeps all [degrees C]."""
+    allow_capped: bool = False
+    """Accept clocks that the system holds below the hardware's, for a phone that always does."""
+    throttled_retries: int = 5
+    """Throttled processes in a row before the phone is given up."""
+    push_timeout_s: float = 600.0
+    """Allowed for one file to be copied [s]."""
+    reconnect_timeout_s: float = 60.0
+    """Allowed for a phone that vanished to come back, before each further try [s]."""
+    retries: int = 4
+    """Further tries after the connection failed."""
+    backoff_s: float = 1.0
+    """Wait before the first of them; doubles each time, at most 30 s [s]."""
+    keep_mib: int = 4096
+    """Programs kept on the phone; beyond it the ones unused for longest are removed [MiB]."""
+
+    def check(self) -> None:
+        """Raise an InputError that names the first value that cannot be meant."""
+        if self.serial is not None:
+            _check_name("device.android.serial", self.serial)
+        if self.server_port is not None:
+            port = self.server_port
+            require(0 < port < 65536, "device.android.server_port", port, "1 to 65535")
+        for name, meant in (
+            ("runner", "the path of a llama_main; scripts/build_llama_main.sh builds one"),
+            ("tokenizer", "the path of the tokenizer.json of the programs' vocabulary"),
+        ):
+            require(bool(getattr(self, name)), f"device.android.{name}", "", meant)
+        require(self.folder.startswith("/"), "device.android.folder", self.folder,
+                "an absolute path")  # fmt: skip
+        for name in ("cool_timeout_s", "throttled_retries"):
+            require(getattr(self, name) >= 0, f"device.android.{name}", getattr(self, name),
+                    "0 or more")  # fmt: skip
+        require(self.reconnect_timeout_s > 0, "device.android.reconnect_timeout_s",
+                self.reconnect_timeout_s, "above 0")  # fmt: skip
+        _check_common("device.android", self)
+
+
+def _check_common(key: str, settings: SshSettings | AndroidSettings) -> None:
+    _check_word(f"{key}.folder", settings.folder)
+    for name in ("retries", "backoff_s", "keep_mib"):
+        value = getattr(settings, name)
+        require(value >= 0, f"{key}.{name}", value, "0 or more")
+    timeout = settings.push_timeout_s
+    require(timeout > 0, f"{key}.push_timeout_s", timeout, "above 0")
+
+
+def _check_name(key: str, value: str) -> None:
+    require(_NAME.fullmatch(value) is not None, key, repr(value), "a name or an address")
+
+
+def _check_word(key: str, value: str) -> None:
+    legal = value != "" and value.isprintable() and not value.startswith("-")
+    require(legal, key, repr(value), "a path without a leading dash or control characters")

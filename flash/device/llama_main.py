@@ -1,0 +1,113 @@
+"""ExecuTorch's `llama_main`: its arguments, what it prints, and prompts of an exact length.
+
+One process loads one program, warms up if asked, feeds one prompt and decodes. It prints the text
+and then a line of statistics with time stamps in whole milliseconds. Its TTFT includes splitting
+the prompt into tokens; its decode step includes the choice of the token.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from flash.errors import InputError
+
+STATISTICS = "PyTorchObserver "
+# Most vocabularies hold one of these as a piece that neither merges with nor vanishes beside its
+# own kind.
+_PIECES = (" the", " a", "\n", "a ", " x", "a", "x", "0", ".", "the ")
+_RSS = re.compile(r"RSS after (?:loading model|finishing text generation): ([0-9.]+) MiB")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of llama_main.
+
+    Attributes:
+        prompt_tokens: Tokens that its own tokenizer made of the prompt.
+        steps: Decode steps after the first token.
+        load_ms: Time to load the program; 0 where a warm-up hides it.
+        prefill_ms: Time to first token.
+        decode_ms: Mean time of a decode step.
+        rss_kib: Resident set after loading and at the end; zeros where it prints none.
+        text: What it printed before the statistics.
+    """
+
+    prompt_tokens: int
+    steps: int
+    load_ms: float
+    prefill_ms: float
+    decode_ms: float
+    rss_kib: tuple[int, int]
+    text: str
+
+
+def arguments(
+    program: str, tokenizer: str, prompt: str, *, new_tokens: int, threads: int, warmup: bool
+) -> list[str]:
+    """Command-line arguments for a greedy run; the paths are those on the device."""
+    return [
+        f"--model_path={program}",
+        f"--tokenizer_path={tokenizer}",
+        f"--prompt_file={prompt}",
+        f"--max_new_tokens={new_tokens}",
+        f"--cpu_threads={threads}",
+        "--temperature=0",
+        "--ignore_eos=true",
+        f"--warmup={'true' if warmup else 'false'}",
+    ]
+
+
+def parse(out: str, err: str) -> Run | None:
+    """The run that llama_main reports, or None if it printed no statistics."""
+    text, found, rest = out.rpartition(STATISTICS)
+    if not found:
+        return None
+    values: dict[str, Any] = json.loads(rest.splitlines()[0])
+    per_ms = values.get("SCALING_FACTOR_UNITS_PER_SECOND", 1000) / 1e3
+    steps = values["generated_tokens"]
+    decoding = (values["inference_end_ms"] - values["prompt_eval_end_ms"]) / per_ms
+    rss = [round(float(mib) * 1024) for mib in _RSS.findall(out + err)] or [0]
+    return Run(
+        prompt_tokens=values["prompt_tokens"],
+        steps=steps,
+        load_ms=(values["model_load_end_ms"] - values["model_load_start_ms"]) / per_ms,
+        prefill_ms=(values["prompt_eval_end_ms"] - values["inference_start_ms"]) / per_ms,
+        decode_ms=decoding / max(steps, 1),
+        rss_kib=(rss[0], max(rss)),
+        text=text.rstrip("\n"),
+    )
+
+
+class Prompts:
+    """Texts of exactly so many tokens: one piece again and again."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a tokenizer.json.
+
+        Raises:
+            InputError: There is none, or it cannot be read.
+        """
+        self._path = path
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise InputError(
+                f"device.android.tokenizer={path}: not a readable tokenizer.json ({error})"
+            ) from None
+
+    def of(self, tokens: int) -> str:
+        """A text that the tokenizer, without special tokens, splits into that many."""
+        for piece in _PIECES:
+            text = piece * tokens
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            # Some tokenizers drop what they do not know, others do not: the text must come back.
+            if len(ids) == tokens and self._tokenizer.decode(ids).strip() == text.strip():
+                return text
+        raise InputError(
+            f"device.android.tokenizer={self._path}: no piece of text repeats as {tokens} tokens; "
+            f"tried {', '.join(map(repr, _PIECES))}"
+        )

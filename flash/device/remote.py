@@ -1,0 +1,293 @@
+"""What devices behind ssh and adb share: a shell and a copy over a connection that may fail.
+
+Files lie on the device under their content's hash, so each is sent once. One that is being sent has
+another name; it takes its own only after the device has hashed what arrived. Whatever fails because
+of the connection is tried again after a pause; a command that fails is not.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import secrets
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+from flash.device.base import Device, DeviceError
+from flash.device.links import AndroidSettings, SshSettings
+from flash.device.settings import DeviceSettings
+from flash.errors import InputError
+
+SHELL_TIMEOUT_S = 60.0
+LONGEST_WAIT_S = 30.0
+IN_USE_S = 3600
+"""A file touched by a job within this time may be another client's: it is not removed."""
+# Without it nothing tells a command that exits with 255 or 1 from a client that lost the device.
+_MARK = "\nflash-exit:"
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class ConnectionLost(Exception):
+    """The connection failed, not what was run over it: worth another try."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command ended.
+
+    Attributes:
+        code: Exit code.
+        out: What it wrote to stdout.
+        err: What it, or the client, wrote to stderr.
+    """
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """The last line that says something."""
+        lines = [line for line in (self.out + "\n" + self.err).splitlines() if line.strip()]
+        return lines[-1].strip() if lines else "no message"
+
+
+def run_client(
+    command: list[str], timeout_s: float, stdin: IO[bytes] | int = subprocess.DEVNULL
+) -> Output:
+    """Run ssh or adb to its end.
+
+    Args:
+        command: Program and arguments.
+        timeout_s: It is killed after this time [s].
+        stdin: What it reads; `subprocess.PIPE` is a pipe that stays open and empty, so that the
+            other end sees end-of-file only when this process or the connection dies.
+
+    Raises:
+        InputError: There is no such program.
+        subprocess.TimeoutExpired: It took longer than `timeout_s`.
+    """
+    # Files instead of pipes: both clients leave helpers behind that would keep a pipe open.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err)
+        except FileNotFoundError:
+            raise InputError(
+                f"{command[0]}: no such program on this machine; install it (Debian's "
+                "openssh-client for ssh, adb for phones)"
+            ) from None
+        late = threading.Event()
+        # `wait` with a time-out looks only every 50 ms, longer than most commands take.
+        timer = threading.Timer(timeout_s, lambda: (late.set(), child.kill()))
+        timer.daemon = True
+        timer.start()
+        try:
+            code = child.wait()
+        except BaseException:  # Ctrl-C included: leave no process behind
+            child.kill()
+            child.wait()
+            raise
+        finally:
+            timer.cancel()
+            if child.stdin is not None:
+                child.stdin.close()
+        if late.is_set():
+            raise subprocess.TimeoutExpired(command, timeout_s)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "replace"))
+    return Output(code, *texts)
+
+
+class RemoteDevice(Device):
+    """A device that is reached through a client program."""
+
+    def __init__(self, settings: DeviceSettings, link: SshSettings | AndroidSettings) -> None:
+        super().__init__(settings)
+        link.check()
+        self._link = link
+        self._token = secrets.token_hex(4)  # several of us may use one device at a time
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The device's name in messages."""
+
+    @abstractmethod
+    def _execute(self, script: str, timeout_s: float, stdin: IO[bytes] | int) -> Output:
+        """Run a line of shell on the device; `subprocess.TimeoutExpired` if it takes too long."""
+
+    @abstractmethod
+    def _failure(self, output: Output) -> Exception:
+        """What went wrong when the client ended before the command did."""
+
+    @abstractmethod
+    def _copy(self, path: Path, part: str) -> None:
+        """Send a file; ConnectionLost if it may not have arrived whole."""
+
+    @abstractmethod
+    def _reconnect(self) -> None:
+        """Before another try: wait until the device can be reached, or raise ConnectionLost."""
+
+    def _shell(
+        self,
+        script: str,
+        *,
+        timeout_s: float = SHELL_TIMEOUT_S,
+        stdin: IO[bytes] | int = subprocess.DEVNULL,
+    ) -> Output:
+        """How a line of shell ended on the device.
+
+        Raises:
+            ConnectionLost: The connection failed.
+            InputError: The client refuses: a wrong name, a wrong key.
+            subprocess.TimeoutExpired: It took longer than `timeout_s`.
+        """
+        mark = shlex.quote(_MARK.replace("\n", "\\n") + "%d\\n")
+        output = self._execute(f'({script}\n); printf {mark} "$?"', timeout_s, stdin)
+        out, found, code = output.out.rpartition(_MARK)
+        if not found:
+            raise self._failure(output)
+        return Output(int(code), out, output.err)
+
+    def _ask(self, script: str, stdin: IO[bytes] | int = subprocess.DEVNULL) -> str:
+        """Stdout of a short line of shell, which must succeed."""
+        try:
+            output = self._shell(script, stdin=stdin)
+        except subprocess.TimeoutExpired:
+            raise ConnectionLost(f"no answer within {SHELL_TIMEOUT_S:.0f} s") from None
+        if output.code != 0:
+            raise self.refused(output)
+        return output.out
+
+    def refused(self, output: Output) -> DeviceError:
+        """The error for a command of ours that failed on the device."""
+        if "No space left" in output.out + output.err:
+            return DeviceError(
+                f"{self.where}: its storage is full; free some there (our files are in "
+                f"{self._link.folder}), or lower device's keep_mib"
+            )
+        return DeviceError(f"{self.where}: exit code {output.code}: {output.last_line}")
+
+    def _retrying(self, action: Callable[[], T]) -> T:
+        """The action's value, tried again after each loss of the connection."""
+        wait_s = self._link.backoff_s
+        for attempt in range(self._link.retries + 1):
+            try:
+                if attempt:
+                    self._reconnect()
+                return action()
+            except ConnectionLost as error:
+                if attempt == self._link.retries:
+                    raise DeviceError(
+                        f"{self.where}: {error}; gave up after {attempt + 1} tries; check that it "
+                        "is on and connected, then run the same command again"
+                    ) from None
+                log.warning("%s: %s; trying again in %.1f s", self.where, error, wait_s)
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+        raise AssertionError("the last try returns or raises")
+
+    def _path(self, *parts: str) -> str:
+        return "/".join((self._link.folder, *parts))
+
+    def _place(self, paths: Iterable[Path]) -> dict[Path, str]:
+        """Where each file lies on the device; those that it lacks are sent."""
+        names = {path: content_name(path) for path in paths}
+        missing = self._retrying(lambda: self._missing(set(names.values())))
+        for path, name in names.items():
+            if name in missing:
+                missing.discard(name)
+                self._retrying(functools.partial(self._send, path, name))
+                self._retrying(lambda: self._trim(set(names.values())))
+        return {path: self._path("files", name) for path, name in names.items()}
+
+    def _missing(self, names: set[str]) -> set[str]:
+        """Those that are not on the device; the others count as just used."""
+        folder = shlex.quote(self._path("files"))
+        script = (
+            f"mkdir -p {folder} && cd {folder} && for f in {shlex.join(sorted(names))}; do "
+            'if [ -f "$f" ]; then touch "$f"; else echo "$f"; fi; done'
+        )
+        return set(self._ask(script).split())
+
+    def _send(self, path: Path, name: str) -> None:
+        target = self._path("files", name)
+        part = f"{target}.{self._token}.part"
+        try:
+            self._copy(path, part)
+        except DeviceError:  # a full disk: give back what we took
+            self._forget(shlex.join(["rm", "-f", part]))
+            raise
+        quoted, digest = shlex.quote(part), sha256_of(path)
+        script = (
+            f'sum=$(sha256sum < {quoted} | cut -c1-64); if [ "$sum" = {digest} ]; then '
+            f"chmod 755 {quoted} && mv {quoted} {shlex.quote(target)}; "
+            f"else rm -f {quoted}; echo damaged; fi"
+        )
+        if self._ask(script).strip():
+            raise ConnectionLost(f"{path.name} arrived damaged")
+
+    def _trim(self, needed: set[str]) -> None:
+        """Remove the files unused for longest until the others fit `keep_mib`."""
+        folder = shlex.quote(self._path("files"))
+        answer = self._ask(
+            f"cd {folder} && date +%s && for f in *; do stat -c '%Y %s %n' \"$f\"; done"
+        )
+        first, *lines = answer.split("\n")
+        files = sorted(line.split(" ", 2) for line in lines if line.count(" ") >= 2)
+        total = sum(int(size) for _, size, _ in files)
+        doomed = []
+        for used, size, name in files:
+            idle = int(first) - int(used) > IN_USE_S
+            over = total > self._link.keep_mib << 20 or name.endswith(".part")
+            if idle and over and name not in needed:
+                doomed.append(name)
+                total -= int(size)
+        if doomed:
+            self._ask(f"cd {folder} && {shlex.join(['rm', '-f', '--', *doomed])}")
+
+    def _forget(self, script: str) -> None:
+        """Tidy up on the device if it can be reached; a failure here matters to nobody."""
+        try:
+            self._shell(script, timeout_s=10.0)
+        except (ConnectionLost, InputError, DeviceError, subprocess.TimeoutExpired) as error:
+            log.debug("%s: could not tidy up: %s", self.where, error)
+
+    def _check_cores(self, cores: int) -> None:
+        """An InputError if threads or CPUs exceed what the device has."""
+        threads, cpus = self.settings.threads, self.settings.cpus
+        if cpus is not None and max(cpus, default=-1) >= cores:
+            raise InputError(f"device.cpus={cpus}: expected 0 to {cores - 1} on {self.where}")
+        if threads > cores:
+            raise InputError(
+                f"device.threads={threads}: expected 1 to the {cores} cores of {self.where}"
+            )
+
+
+def content_name(path: Path) -> str:
+    """The name of a file on devices: the start of its SHA-256 and its suffix."""
+    return sha256_of(path)[:32] + path.suffix
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, computed once as long as the file does not change."""
+    state = os.stat(path)
+    return _digest(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,243 @@
+"""`SshDevice`: a Linux board with Python and ExecuTorch's wheel, reached with OpenSSH's client."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from flash.device.base import DeviceError, check_files, check_loaded
+from flash.device.host import RUNNER, exit_reason
+from flash.device.measurement import Program
+from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client
+from flash.device.settings import DeviceSettings
+from flash.errors import InputError
+
+PROBE = """
+import json, os, platform
+from importlib.metadata import PackageNotFoundError, version
+cpu = ""
+try:
+    for line in open("/proc/cpuinfo"):
+        if line.startswith(("model name", "Model", "Hardware")):
+            cpu = line.partition(":")[2].strip()
+            break
+except OSError:
+    pass
+try:
+    runtime = "executorch " + version("executorch")
+except PackageNotFoundError:
+    runtime = ""
+print(json.dumps({
+    "cpu": cpu or platform.processor() or platform.machine(),
+    "cores": os.cpu_count() or 1,
+    "system": platform.system() + " " + platform.machine(),
+    "runtime": runtime,
+}))
+"""
+"""Asked of the board's Python once; old versions must understand it."""
+
+# Its stdin ends when our ssh does: by Ctrl-C, kill or a cut cable. No orphan then heats the board.
+WATCHED = """
+import os, runpy, sys, threading
+def watch():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class SshDevice(RemoteDevice):
+    """A board on which runner.py runs as on the host."""
+
+    def __init__(self, settings: DeviceSettings) -> None:
+        super().__init__(settings, settings.ssh)
+        self._ssh = settings.ssh
+        for name in ("identity", "known_hosts"):
+            path = getattr(self._ssh, name)
+            if path is not None and not Path(path).expanduser().is_file():
+                raise InputError(f"device.ssh.{name}={path}: no such file")
+        self._identity: dict[str, str | int] | None = None
+        self._jobs = 0
+        # Short: a socket's path has at most 107 characters.
+        self._control = tempfile.mkdtemp(prefix="flash-ssh-")
+        self._command = self._client()
+        weakref.finalize(self, _hang_up, self._command, self._control)
+
+    @property
+    def where(self) -> str:
+        port = "" if self._ssh.port is None else f":{self._ssh.port}"
+        return f"{self._ssh.host}{port}"
+
+    def identity(self) -> dict[str, str | int]:
+        """Processor, cores, threads, CPUs, system and runtime of the board; asked once."""
+        if self._identity is None:
+            probed = self._retrying(self._probe)
+            self._check_cores(probed["cores"])
+            self._identity = {
+                "device": self.settings.name,
+                "cpu": probed["cpu"],
+                "cores": probed["cores"],
+                "threads": self.settings.threads,
+                "cpus": ",".join(map(str, self.settings.pinned or ())),
+                "system": probed["system"],
+                "runtime": probed["runtime"],
+            }
+        return self._identity
+
+    def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
+        """The result of one runner process on the board; see `Device.run`."""
+        check_files(programs)
+        self.identity()
+        placed = self._place([RUNNER, *(program.path for program in programs)])
+        specs = [{**spec, "path": placed[Path(spec["path"])]} for spec in job["programs"]]
+        remote_job = {**job, "programs": specs}
+        what = ", ".join(program.name for program in programs)
+        return check_loaded(
+            self._retrying(lambda: self._run_once(remote_job, placed[RUNNER], what))
+        )
+
+    def _run_once(self, job: dict[str, Any], runner: str, what: str) -> dict[str, Any]:
+        self._jobs += 1
+        folder = self._path("jobs", f"{self._token}-{self._jobs}")
+        job_path, result_path = f"{folder}/job.json", f"{folder}/result.json"
+        threads = job["threads"]
+        environment = ["env", f"OMP_NUM_THREADS={threads}", f"MKL_NUM_THREADS={threads}"]
+        command = [*environment, self._ssh.python, "-c", WATCHED, runner, job_path, result_path]
+        forget = shlex.join(["rm", "-rf", folder])
+        timeout_s = self.timeout_s(job)
+        try:
+            with tempfile.TemporaryFile(buffering=0) as file:
+                file.write(json.dumps(job).encode())
+                file.seek(0)
+                script = f"mkdir -p {shlex.quote(folder)} && cat > {shlex.quote(job_path)}"
+                self._ask(script, stdin=file)
+            output = self._shell(shlex.join(command), timeout_s=timeout_s, stdin=subprocess.PIPE)
+            if output.code != 0:
+                raise DeviceError(f"{what}: {exit_reason(output.code, output.err)}")
+            fetch = f"cat {shlex.quote(result_path)} && {forget}"
+            return json.loads(self._ask(fetch))
+        except BaseException as error:
+            self._forget(forget)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise DeviceError(
+                    f"{what}: no result after {timeout_s:.0f} s; if the board is just slow, raise "
+                    "device.run_timeout_s"
+                ) from None
+            raise
+
+    def _probe(self) -> dict[str, Any]:
+        python = self._ssh.python
+        try:
+            output = self._shell(shlex.join([python, "-c", PROBE]))
+        except subprocess.TimeoutExpired:
+            raise ConnectionLost("no answer") from None
+        if output.code in (126, 127):
+            raise InputError(
+                f"device.ssh.python={python}: no such program on {self.where}; name one of an "
+                "environment there that has executorch"
+            )
+        if output.code != 0:
+            raise self.refused(output)
+        probed = json.loads(output.out)
+        if not probed["runtime"]:
+            raise InputError(
+                f"device.ssh.python={python}: has no executorch on {self.where}; there run "
+                f"`{python} -m pip install executorch==1.5.1`, or name another Python"
+            )
+        return probed
+
+    def _client(self) -> list[str]:
+        ssh = self._ssh
+        options = {
+            "BatchMode": "yes",
+            "StrictHostKeyChecking": "yes",
+            "ConnectTimeout": str(ssh.connect_timeout_s),
+            "ServerAliveInterval": "5",
+            "ServerAliveCountMax": "3",
+            "LogLevel": "ERROR",
+            "ControlMaster": "auto",
+            "ControlPath": f"{self._control}/c",
+            "ControlPersist": "60",  # should we be killed, it goes by itself
+        }
+        if ssh.known_hosts is not None:
+            options["UserKnownHostsFile"] = _option_path(ssh.known_hosts)
+            options["GlobalKnownHostsFile"] = "/dev/null"
+        if ssh.identity is not None:
+            options["IdentityFile"] = _option_path(ssh.identity)
+            options["IdentitiesOnly"] = "yes"
+        command = ["ssh", "-T"]
+        for name, value in options.items():
+            command += ["-o", f"{name}={value}"]
+        if ssh.port is not None:
+            command += ["-p", str(ssh.port)]
+        if ssh.user is not None:
+            command += ["-l", ssh.user]
+        return [*command, "--", ssh.host]
+
+    def _execute(self, script: str, timeout_s: float, stdin: IO[bytes] | int) -> Output:
+        return run_client([*self._command, script], timeout_s, stdin)
+
+    def _failure(self, output: Output) -> Exception:
+        text = output.err
+        if "HOST IDENTIFICATION HAS CHANGED" in text:
+            return InputError(
+                f"device.ssh.known_hosts: {self.where} shows another key than the one kept; if it "
+                "was set up anew, remove the old one with `ssh-keygen -R`, else somebody may be "
+                "in between"
+            )
+        if "Host key verification failed" in text or "host key is known" in text:
+            return InputError(
+                f"device.ssh.known_hosts: the key of {self.where} is not in it; log in once by "
+                "hand, or append the line of `ssh-keyscan` after comparing the fingerprint"
+            )
+        if "Permission denied" in text:
+            return InputError(
+                f"device.ssh.identity: {self.where} refuses the key; put the public one into "
+                "~/.ssh/authorized_keys there (`ssh-copy-id`), or name another key or user"
+            )
+        return ConnectionLost(f"connection failed: {Output(0, '', text).last_line}")
+
+    def _copy(self, path: Path, part: str) -> None:
+        """Append what is not there yet, so that an interrupted copy goes on."""
+        quoted = shlex.quote(part)
+        there = int(self._ask(f"if [ -f {quoted} ]; then stat -c %s {quoted}; else echo 0; fi"))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(there)
+            try:
+                output = self._shell(
+                    f"LC_ALL=C cat >> {quoted}", timeout_s=self._link.push_timeout_s, stdin=file
+                )
+            except subprocess.TimeoutExpired:
+                raise ConnectionLost(
+                    f"{path.name} was not copied within {self._link.push_timeout_s:.0f} s"
+                ) from None
+        if output.code != 0:
+            raise self.refused(output)
+
+    def _reconnect(self) -> None:
+        """Drop the shared connection, which may be dead without knowing it."""
+        _exit_master(self._command)
+
+
+def _option_path(path: str) -> str:
+    """A path as the value of an option of ssh, which splits at spaces and expands percent signs."""
+    return '"' + str(Path(path).expanduser()).replace("%", "%%") + '"'
+
+
+def _exit_master(command: list[str]) -> None:
+    arguments = [command[0], "-O", "exit", *command[1:]]
+    subprocess.run(arguments, capture_output=True, check=False, timeout=30)
+
+
+def _hang_up(command: list[str], folder: str) -> None:
+    """Close the shared connection."""
+    if any(Path(folder).iterdir()):
+        _exit_master(command)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,233 @@
+"""Architectures as arrays, and what they cost on paper at one point of the workload.
+
+Predictors take specs; the first thing they do is to gather the sizes that matter in a `SpecTable`,
+a few microseconds a spec. Everything after that is array arithmetic. Who predicts for the same
+specs again and again makes the table once and hands over that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from flash.arch import ArchSpec, Attention
+from flash.device import Phase, Point
+from flash.lowering import LoweringSettings, SlidingForm
+
+Values = Float[np.ndarray, " n"]
+
+SIZES = (
+    "model_dim",
+    "ffn_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "sliding_window",
+    "tie_embeddings",
+    "qk_norm",
+)
+"""Attributes of a spec that a table holds as they are."""
+_sizes = attrgetter(*SIZES)
+_COLUMN = {name: i for i, name in enumerate((*SIZES, "num_layers", "num_full", "num_sliding"))}
+
+
+@dataclass(frozen=True)
+class SpecTable:
+    """The sizes of n architectures that latency depends on; where a layer stands is left out.
+
+    Attributes:
+        values: `SIZES`, then the number of layers, of full and of sliding ones.
+    """
+
+    values: Int[np.ndarray, "n 12"]
+
+    @classmethod
+    def of(cls, specs: "Specs") -> "SpecTable":
+        """The table of these specs; a table is returned as it is."""
+        if isinstance(specs, SpecTable):
+            return specs
+        full, sliding = Attention.full_attention, Attention.sliding_attention
+        rows: list[tuple[int, ...]] = []
+        for spec in specs:
+            kinds = spec.layer_types
+            rows.append((*_sizes(spec), len(kinds), kinds.count(full), kinds.count(sliding)))
+        return cls(np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> "SpecTable":
+        """The table of some of the specs: a slice, a mask or an array of indices."""
+        return SpecTable(self.values[index])
+
+    def column(self, name: str) -> Int[np.ndarray, " n"]:
+        """One size of every spec: a name in `SIZES`, `num_layers`, `num_full`, `num_sliding`."""
+        return self.values[:, _COLUMN[name]]
+
+    @property
+    def num_attending(self) -> Int[np.ndarray, " n"]:
+        """Layers that have attention at all."""
+        return self.column("num_full") + self.column("num_sliding")
+
+    @property
+    def q_dim(self) -> Int[np.ndarray, " n"]:
+        """Width of all query heads."""
+        return self.column("num_heads") * self.column("head_dim")
+
+    @property
+    def kv_dim(self) -> Int[np.ndarray, " n"]:
+        """Width of all key heads, which is that of the value heads."""
+        return self.column("num_kv_heads") * self.column("head_dim")
+
+    @property
+    def attention_weights(self) -> Int[np.ndarray, " n"]:
+        """Weights of all attention projections."""
+        per_layer = self.column("model_dim") * 2 * (self.q_dim + self.kv_dim)
+        return self.num_attending * per_layer
+
+    @property
+    def ffn_weights(self) -> Int[np.ndarray, " n"]:
+        """Weights of all FFN projections."""
+        return self.column("num_layers") * 3 * self.column("model_dim") * self.column("ffn_dim")
+
+    @property
+    def head_weights(self) -> Int[np.ndarray, " n"]:
+        """Weights of the output head."""
+        return self.column("vocab_size") * self.column("model_dim")
+
+
+Specs = Sequence[ArchSpec] | SpecTable
+"""What predictors predict for."""
+
+
+def parameters(table: SpecTable) -> Int[np.ndarray, " n"]:
+    """`flash.arch.count_parameters(spec).total` of every spec."""
+    tables = table.head_weights * (2 - table.column("tie_embeddings"))
+    head_norms = 2 * table.column("head_dim") * table.column("qk_norm")
+    norms = (table.column("num_layers") + 1) * table.column("model_dim")
+    norms += table.num_attending * (table.column("model_dim") + head_norms)
+    return tables + table.attention_weights + table.ffn_weights + norms
+
+
+def flops(table: SpecTable, point: Point) -> Int[np.ndarray, " n"]:
+    """`flash.arch.prefill_flops` or `decode_flops` of every spec at this point."""
+    first = point.tokens if point.phase is Phase.decode else 0
+    tokens = 1 if point.phase is Phase.decode else point.tokens
+    pairs = table.column("num_full") * _pairs(np.array(first + tokens), first, tokens)
+    pairs += table.column("num_sliding") * _pairs(table.column("sliding_window"), first, tokens)
+    linear = 2 * tokens * (table.attention_weights + table.ffn_weights)
+    return linear + 2 * table.head_weights + 4 * pairs * table.q_dim
+
+
+def _pairs(window: np.ndarray, first: int, tokens: int) -> np.ndarray:
+    """Query-key pairs of `tokens` queries, the first at position `first`, within a window."""
+
+    def until(positions: int) -> np.ndarray:
+        growing = np.minimum(positions, window)
+        return growing * (growing + 1) // 2 + (positions - growing) * window
+
+    return until(first + tokens) - until(first)
+
+
+WORK = (
+    "ffn_gemm",
+    "attention_gemm",
+    "head",
+    "ffn_elements",
+    "model_elements",
+    "full",
+    "sliding",
+    "mask",
+    "operators",
+    "call",
+)
+"""What `counted` counts. Up, gate and down projections are one column, since their work is in a
+fixed proportion whatever the spec; so are multiply-adds and bytes of a kind of matrix product,
+and, with the heads fixed, all that an attention layer does beside its projections."""
+
+# Order-of-magnitude rates of one core: coefficients are then near each other, and near one where
+# the device is such a core. Only their proportions matter (`NonNegativeRegression`).
+_GEMM = 7e7
+"""Multiply-adds of quantised matrix products a ms."""
+_STREAM = 2e7
+"""Packed weights read from memory a ms."""
+_ATTENTION = 1.5e7
+"""Multiply-adds of scores and weighted sums a ms."""
+_CACHE = 8e5
+"""Keys and values, as numbers, read from the cache a ms."""
+_ELEMENTS = 2e5
+"""Elements a ms through a half's chain of elementwise operators (about five, ~1 ns each)."""
+_OPERATORS = 1e3
+"""Calls of an operator a ms."""
+_FFN_OPERATORS, _ATTENTION_OPERATORS = 12, 25
+_CALL = 0.02
+"""Entering and leaving a program, and its ends [ms]."""
+
+
+def counted(
+    table: SpecTable, point: Point, lowering: LoweringSettings, chunk: int
+) -> Float[np.ndarray, "n 10"]:
+    """Work by kind (`WORK`), each in ms on a nominal device, of every spec at this point.
+
+    Source: the operators of flash/lowering/form.py. `custom_sdpa` computes the causal triangle
+    for full attention, in chunks too; given a mask it computes every slot of the cache.
+
+    Args:
+        table: Architectures.
+        point: What is timed.
+        lowering: Form and slots of sliding layers.
+        chunk: Most prompt tokens of one call.
+    """
+    decode = point.phase is Phase.decode
+    tokens = 1 if decode else point.tokens
+    first = point.tokens if decode else 0
+    calls = 1 if decode else -(-point.tokens // chunk)
+    last = first + tokens
+    layers, model_dim = table.column("num_layers"), table.column("model_dim")
+    attending, sliding = table.num_attending, table.column("num_sliding")
+    window = table.column("sliding_window")
+
+    def gemm(weights: np.ndarray, rows: int) -> np.ndarray:
+        return weights * (rows / _GEMM + calls / _STREAM)
+
+    def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """One layer: pairs of query and key, keys read in each call, work on each token."""
+        elements = tokens * (table.q_dim + 2 * table.kv_dim) / _ELEMENTS
+        read = 2 * calls * keys * table.kv_dim / _CACHE
+        return 2 * pairs * table.q_dim / _ATTENTION + read + elements
+
+    full = attend(_pairs(np.array(last), first, tokens), np.array(last))
+    if lowering.sliding is SlidingForm.ring:
+        seen = np.minimum(window, lowering.max_context)
+        slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last))
+        mask = np.zeros(len(table))
+    else:
+        slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
+        slide = attend(tokens * slots, slots)
+        mask = (sliding > 0) * tokens * slots / _ELEMENTS
+    operators = _FFN_OPERATORS * layers + _ATTENTION_OPERATORS * attending
+    columns = {
+        "ffn_gemm": gemm(table.ffn_weights, tokens),
+        "attention_gemm": gemm(table.attention_weights, tokens),
+        "head": gemm(table.head_weights, calls),
+        "ffn_elements": tokens * layers * table.column("ffn_dim") / _ELEMENTS,
+        "model_elements": tokens * (1 + layers + attending) * model_dim / _ELEMENTS,
+        "full": table.column("num_full") * full,
+        "sliding": sliding * slide,
+        "mask": mask,
+        "operators": calls * operators / _OPERATORS,
+        "call": np.full(len(table), calls * _CALL),
+    }
+    return np.stack([columns[name] for name in WORK], axis=1)
+
+
+def shape_features(table: SpecTable) -> Float[np.ndarray, "n 5"]:
+    """Logs of depth, model_dim and ffn_dim; shares of full and of sliding layers."""
+    depth = table.column("num_layers")
+    sizes = [np.log(table.column(name)) for name in ("num_layers", "model_dim", "ffn_dim")]
+    shares = [table.column(name) / depth for name in ("num_full", "num_sliding")]
+    return np.stack([*sizes, *shares], axis=1)

@@ -1,0 +1,175 @@
+"""The caches of attention layers: which keys a query meets, and in which operator.
+
+A store holds keys and values in float32 or int8. What happens around it is a function of its own:
+`causal`, `masked`, `masked_ring` or `ring`.
+
+Shapes: s tokens of this call, l cache slots, h heads, d head size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flash.arch import ArchSpec, CacheFormat
+from flash.lowering.position import Place, sees_all
+from flash.lowering.settings import LoweringSettings, SlidingForm
+
+Coded = tuple[Tensor, ...]
+"""Keys, values or queries `[b, s, h, d]` as stored: the numbers, then how to read them."""
+
+
+class FloatStore(nn.Module):
+    """Keys and values of one layer in float32, updated in place."""
+
+    def __init__(self, spec: ArchSpec, slots: int) -> None:
+        super().__init__()
+        shape = (1, slots, spec.num_kv_heads, spec.head_dim)
+        self.register_buffer("keys", torch.zeros(shape), persistent=False)
+        self.register_buffer("values", torch.zeros(shape), persistent=False)
+
+    def encode(self, x: Tensor) -> Coded:
+        """Keys, values or queries as they are stored."""
+        return (x,)
+
+    def stored(self, name: str) -> Coded:
+        """All slots of "keys" or "values"."""
+        return (getattr(self, name),)
+
+    def attend(
+        self, q: Coded, keys: Coded, values: Coded, start: int, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of q: causal from key `start` on, or to what the mask `[s, keys]` shows."""
+        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
+        return torch.ops.llama.custom_sdpa(q[0], keys[0], values[0], *position)
+
+
+class Int8Store(nn.Module):
+    """Keys and values in int8 with a scale and zero point for each token and head."""
+
+    def __init__(self, spec: ArchSpec, slots: int) -> None:
+        super().__init__()
+        shape = (1, slots, spec.num_kv_heads, spec.head_dim)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8), persistent=False)
+            scales = torch.ones((*shape[:3], 1))
+            self.register_buffer(f"{name}_scale", scales, persistent=False)
+            self.register_buffer(f"{name}_zero", scales.to(torch.int8), persistent=False)
+
+    def encode(self, x: Tensor) -> Coded:
+        """int8 values, float scales and int8 zero points of each token and head."""
+        ops = torch.ops.quantized_decomposed
+        scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+        value = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+        return value, scale.to(torch.float32), zero.to(torch.int8)
+
+    def stored(self, name: str) -> Coded:
+        """All slots of "keys" or "values"."""
+        return getattr(self, name), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
+
+    def attend(
+        self, q: Coded, keys: Coded, values: Coded, start: int, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of q: causal from key `start` on, or to what the mask `[s, keys]` shows."""
+        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
+        scales = (q[2], q[1], keys[2], keys[1], values[2], values[1])
+        return torch.ops.llama.custom_quantized_sdpa(
+            q[0], keys[0], values[0], *position, None, *scales
+        )
+
+
+Store = FloatStore | Int8Store
+Attend = Callable[[Store, Tensor, Tensor, Tensor, Place], Tensor]
+"""Stores k and v `[1, s, kv heads, d]` and returns the attention of q `[1, s, heads, d]`."""
+
+
+def attention_of(spec: ArchSpec, settings: LoweringSettings, sliding: bool) -> tuple[Store, Attend]:
+    """An empty cache for one layer and what to do with it."""
+    slots = settings.slots(spec.sliding_window if sliding else None)
+    store = FloatStore if settings.cache is CacheFormat.fp32 else Int8Store
+    if not sliding or sees_all(spec, settings):
+        return store(spec, slots), causal
+    if settings.sliding is SlidingForm.ring:
+        return store(spec, slots), ring
+    return store(spec, slots), masked if slots == settings.max_context else masked_ring
+
+
+def causal(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+    """Everything up to the query; slot = position."""
+    return _attend_linear(store, q, k, v, place.start, None)
+
+
+def masked(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+    """What the mask shows; slot = position."""
+    return _attend_linear(store, q, k, v, place.start, place.mask)
+
+
+def _attend_linear(
+    store: Store, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None
+) -> Tensor:
+    for name, new in (("keys", k), ("values", v)):
+        for value, slots in zip(store.encode(new), store.stored(name), strict=True):
+            torch.ops.llama.update_cache(value, slots, start)
+    return store.attend(store.encode(q), store.stored("keys"), store.stored("values"), start, mask)
+
+
+def masked_ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+    """What the mask shows; slot = position modulo slots: ExecuTorch's ring buffer."""
+    assert place.slots is not None
+    _write(store, "keys", store.encode(k), place.start, place.slots)
+    _write(store, "values", store.encode(v), place.start, place.slots)
+    keys, values = store.stored("keys"), store.stored("values")
+    return store.attend(store.encode(q), keys, values, 0, place.mask)
+
+
+def ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+    """The window before each query, in three parts; slot = position modulo window."""
+    assert place.slots is not None
+    assert place.plan is not None
+    plan, start, slots = place.plan, place.start, place.slots
+    queries, keys, values = store.encode(q), store.encode(k), store.encode(v)
+    all_keys, all_values = store.stored("keys"), store.stored("values")
+
+    # Looked up first: from here on new tokens replace old ones.
+    later = store.attend(
+        _blocks(queries, plan.queries),
+        _blocks(_pool(all_keys, keys, plan.old), plan.keys),
+        _blocks(_pool(all_values, values, plan.old), plan.keys),
+        0,
+        plan.mask,
+    )
+    later = later.view(1, -1, *later.shape[2:])
+
+    first = slots.narrow(1, 0, plan.early)
+    _write(store, "keys", _part(keys, 0, plan.early), start, first)
+    _write(store, "values", _part(values, 0, plan.early), start, first)
+    early_queries = _part(queries, 0, plan.early)
+    early = store.attend(early_queries, all_keys, all_values, plan.early_start, None)
+
+    _write(store, "keys", keys, start, slots)
+    _write(store, "values", values, start, slots)
+    last_query = _part(queries, q.shape[1] - 1, 1)
+    last = store.attend(last_query, all_keys, all_values, plan.last_start, None)
+    return torch.cat([early, later, last], dim=1).index_select(1, plan.order)
+
+
+def _write(store: Store, name: str, new: Coded, start: int, slots: Tensor) -> None:
+    # Tokens are written in their order: of two for one slot the later stays.
+    for value, stored in zip(new, store.stored(name), strict=True):
+        torch.ops.llama.update_cache_with_indices(value, stored, start, slots)
+
+
+def _part(coded: Coded, start: int, length: int) -> Coded:
+    return tuple(x.narrow(1, start, length) for x in coded)
+
+
+def _pool(ring: Coded, new: Coded, old: int) -> Coded:
+    pairs = zip(_part(ring, 0, old), new, strict=True)
+    return tuple(torch.cat(pair, dim=1) for pair in pairs)
+
+
+def _blocks(coded: Coded, chosen: Tensor) -> Coded:
+    """Rows of the sequence as a batch of blocks `[blocks, length, h, d]`."""
+    return tuple(
+        x.index_select(1, chosen.flatten()).view(*chosen.shape, *x.shape[2:]) for x in coded
+    )

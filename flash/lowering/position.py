@@ -1,0 +1,189 @@
+"""What the attention layers of one call share: rotary rows, window mask, places in the rings.
+
+Made once a call for all layers. Shapes: s tokens of this call, l cache slots, w window.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from flash.arch import ArchSpec
+from flash.lowering.settings import LoweringSettings, SlidingForm
+from flash.model.decoder import rotary_table
+
+BLOCK = 64
+"""Most queries of one block of `RingPlan` [tokens]."""
+
+
+class RingPlan(NamedTuple):
+    """How the s queries of a call are shared out over a ring of w slots.
+
+    1. Positions below w see everything before them: causal attention over the ring as it fills.
+    2. Positions from w on see exactly the w - 1 before them and themselves: blocks of b queries,
+       each over the w + b keys that it can see, under the same mask for all blocks.
+    3. The last query finds its window, and nothing else, in the ring that holds all new tokens.
+       In decoding it is the only one.
+
+    The attention operators crash on no queries, and ExecuTorch cannot order the dimensions of a
+    tensor that may be empty. So a kind without queries computes one over one key, which no one
+    looks at.
+    """
+
+    early: int
+    """Number of queries of the first kind, at least 1; the first of the call."""
+    early_start: int
+    """Position of the first of them."""
+    old: int
+    """Slots of the ring, from the first on, that the blocks look up; at least 1."""
+    queries: Tensor
+    """Which of the s queries go into each block `[blocks, b]`; the last block is filled up."""
+    keys: Tensor
+    """Which of (old slots, s new keys) go into each block `[blocks, w + b]`."""
+    mask: Tensor
+    """`[b, w + b]`, 0 or -inf."""
+    last_start: int
+    """Newest slot that the last query sees: all up to it."""
+    order: Tensor
+    """Which of (early queries, block queries, last query) is each of the s queries `[s]`."""
+
+
+class Place(NamedTuple):
+    """Where a call stands in the sequence."""
+
+    start: int
+    """Position of its first token, symbolic in an export."""
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    """Sliding layers of the stock form: `[s, l]`, 0 or -inf."""
+    slots: Tensor | None = None
+    """Rings: the slot of each new token `[1, s]`."""
+    plan: RingPlan | None = None
+    """Sliding layers of the ring form."""
+
+
+class Position(nn.Module):
+    """`Place` from `input_pos`.
+
+    How the mask of the stock form is made does not show in the time (three formulations measured
+    alike): with a mask `custom_sdpa` computes every slot of the cache.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    slot_of: Tensor
+
+    def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
+        super().__init__()
+        slots = torch.arange(settings.max_context)
+        cos, sin = rotary_table(slots, spec.head_dim, spec.rope_theta)
+        half = spec.head_dim // 2
+        self.register_buffer("cos", cos[:, None, :half].clone(), persistent=False)
+        self.register_buffer("sin", sin[:, None, :half].clone(), persistent=False)
+        self.max_context = settings.max_context
+        self.window = spec.sliding_window if windows and not sees_all(spec, settings) else None
+        self.ring = None
+        self.num_slots = settings.slots(spec.sliding_window)
+        if self.window is None:
+            return
+        if settings.sliding is SlidingForm.ring:
+            self.ring = _Ring(self.window, settings.chunk)
+        else:
+            self.register_buffer("slots", slots, persistent=False)
+        if self.num_slots < self.max_context:
+            self.register_buffer("slot_of", slots % self.num_slots, persistent=False)
+
+    def forward(self, input_pos: Tensor, length: int) -> Place:
+        start = cast(int, input_pos[0].item())  # symbolic in an export
+        torch._check(start >= 0)
+        torch._check(start + length <= self.max_context)
+        cos = self.cos.narrow(0, start, length)
+        sin = self.sin.narrow(0, start, length)
+        if self.window is None:
+            return Place(start, cos, sin)
+        ring_slots = None
+        if self.num_slots < self.max_context:
+            ring_slots = self.slot_of.narrow(0, start, length)[None]
+        if self.ring is not None:
+            return Place(start, cos, sin, slots=ring_slots, plan=self.ring(start, length))
+        queries = self.slots.narrow(0, start, length)[:, None]
+        if ring_slots is None:
+            distance = queries - self.slots[None, :]
+            unseen = (distance < 0) | (distance >= self.window)
+        else:
+            # The newest position in each slot, once this call's tokens are in; negative if none.
+            newest = start + length - 1
+            slots = self.slots.narrow(0, 0, self.num_slots)
+            held = newest - (newest - slots) % self.num_slots
+            distance = queries - held[None, :]
+            unseen = (distance < 0) | (distance >= self.window) | (held < 0)[None, :]
+        mask = torch.zeros(()).masked_fill(unseen, float("-inf"))
+        return Place(start, cos, sin, mask=mask, slots=ring_slots)
+
+
+def sees_all(spec: ArchSpec, settings: LoweringSettings) -> bool:
+    """Whether the window hides nothing from sliding layers of the ring form."""
+    ring = settings.sliding is SlidingForm.ring
+    return ring and spec.sliding_window >= settings.max_context
+
+
+def _smaller(a: int, b: int) -> int:
+    """`min` for numbers of which some are symbolic in an export."""
+    return cast(int, torch.sym_min(a, b))
+
+
+def _larger(a: int, b: int) -> int:
+    return cast(int, torch.sym_max(a, b))
+
+
+class _Ring(nn.Module):
+    """`RingPlan` of a call."""
+
+    count: Tensor
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
+
+    def __init__(self, window: int, chunk: int) -> None:
+        super().__init__()
+        self.window, self.block = window, min(BLOCK, window, chunk)
+        most = -(-chunk // self.block)
+        block = torch.arange(most)[:, None] * self.block
+        query = torch.arange(self.block)
+        key = torch.arange(window + self.block)
+        unseen = (key <= query[:, None]) | (key > query[:, None] + window)
+        mask = torch.zeros(()).masked_fill(unseen, float("-inf"))
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("count", torch.arange(chunk), persistent=False)
+        self.register_buffer("queries", block + query, persistent=False)
+        self.register_buffer("keys", block + key, persistent=False)
+
+    def forward(self, start: int, length: int) -> RingPlan:
+        window = self.window
+        early = _larger(0, _smaller(window - start, length - 1))
+        computed = _larger(early, 1)
+        later = length - 1 - early
+        some = _larger(0, _smaller(later, 1))
+        blocks = _larger((later + self.block - 1) // self.block, 1)
+        block = _larger(_smaller(later, self.block), 1)  # shorter only if it is alone
+        span = some * (window + block - 1) + 1
+        old = some * (window - 1) + 1
+        queries = self.queries.narrow(0, 0, blocks).narrow(1, 0, block) + early
+        # Relative to the first new key; a span starts one window before its first query.
+        keys = self.keys.narrow(0, 0, blocks).narrow(1, 0, span) + (early - window)
+        nth = self.count.narrow(0, 0, length)
+        order = torch.where(nth < early, nth, nth + (computed - early))
+        return RingPlan(
+            early=computed,
+            early_start=_smaller(start, window - 1) * _smaller(early, 1),
+            old=old,
+            queries=queries.clamp(max=length - 1),
+            keys=torch.where(
+                keys < 0, (keys + start) % window * some, keys.clamp(max=length - 1) + old
+            ),
+            mask=self.mask.narrow(0, 0, block).narrow(1, 0, span),
+            last_start=_smaller(start + length - 1, window - 1),
+            order=torch.where(nth == length - 1, computed + blocks * block, order),
+        )

@@ -1,0 +1,357 @@
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flash.device import (
+    DeviceError,
+    DeviceKind,
+    HostDevice,
+    Program,
+    SshSettings,
+    open_device,
+)
+from flash.device.remote import content_name
+from flash.device.ssh import WATCHED, SshDevice
+from flash.errors import InputError
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin")
+FOLDER = 'it\'s a "board" $HOME; rm -rf *'
+
+pytestmark = pytest.mark.skipif(
+    SSHD is None or shutil.which("ssh") is None,
+    reason="needs Debian's openssh-server and openssh-client",
+)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def make_key(path):
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+class Board:
+    """An sshd of our own on loopback, with keys of its own; logging in needs no password."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.port = free_port()
+        self.key = make_key(folder / "user key")
+        self.host_key = make_key(folder / "host_key")
+        self.known_hosts = folder / "known hosts"
+        self.know(self.host_key)
+        (folder / "authorized_keys").write_text((folder / "user key.pub").read_text())
+        (folder / "bin").mkdir()
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.config = folder / "sshd_config"
+        self.config.write_text(
+            f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {self.host_key}\n"
+            f"AuthorizedKeysFile {folder}/authorized_keys\nPidFile none\nStrictModes no\n"
+            "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            f"SetEnv PATH={folder}/bin:{os.environ['PATH']} HOME={self.home}\n"
+        )
+        self.process = None
+
+    def know(self, key):
+        public = key.with_name(key.name + ".pub").read_text()
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public}")
+
+    def start(self):
+        assert SSHD is not None
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(parents=True, exist_ok=True)  # sshd insists on it
+        with (self.folder / "log").open("ab") as log:
+            command = [SSHD, "-D", "-e", "-f", str(self.config)]
+            self.process = subprocess.Popen(command, stderr=log)
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        pytest.fail((self.folder / "log").read_text())
+
+    def cut(self):
+        """End all connections, as when the cable is pulled."""
+        assert self.process is not None
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name().startswith("sshd"):
+                    child.kill()
+
+    def stop(self):
+        if self.process is not None:
+            self.cut()
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def tool(self, name, text):
+        """Put a program before the system's own on the board's PATH."""
+        path = self.folder / "bin" / name
+        path.write_text("#!/bin/sh\n" + text)
+        path.chmod(0o755)
+
+    @property
+    def files(self):
+        return sorted(path.name for path in (self.home / FOLDER / "files").iterdir())
+
+    def settings(self, **changes):
+        values = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "identity": str(self.key),
+            "known_hosts": str(self.known_hosts),
+            "python": sys.executable,
+            "folder": str(self.home / FOLDER),
+            "backoff_s": 0.05,
+            "connect_timeout_s": 5,
+        }
+        return SshSettings(**(values | changes))
+
+
+@pytest.fixture
+def board(tmp_path):
+    folder = tmp_path / "sshd"
+    folder.mkdir()
+    board = Board(folder)
+    board.start()
+    yield board
+    board.stop()
+
+
+@pytest.fixture
+def connect(settings):
+    """A function that opens a device on a board, with changed settings."""
+
+    def connect(board, link=None, **changes):
+        changed = replace(settings, kind=DeviceKind.ssh, ssh=link or board.settings(), **changes)
+        device = open_device(changed)
+        assert isinstance(device, SshDevice)
+        return device
+
+    return connect
+
+
+@pytest.fixture
+def quick(board):
+    """A stand-in for the runner's Python: it answers the probe and writes a result at once."""
+    board.tool(
+        "quick",
+        'case "$2" in *importlib*) '
+        'echo \'{"cpu": "c", "cores": 4, "system": "s", "runtime": "r"}\';;'
+        '*) shift 3; echo run >> "$0.log"; . "$0.before"; echo \'{"tokens": [7]}\' > "$2";; esac\n',
+    )
+    (board.folder / "bin" / "quick.before").write_text("")
+    return board
+
+
+def runs(board):
+    log = board.folder / "bin" / "quick.log"
+    return len(log.read_text().split()) if log.exists() else 0
+
+
+def test_board_measures_and_scores_as_the_host_does(board, connect, program, settings):
+    device = connect(board, processes=1)
+    named = [Program(name='it\'s a "b" $x', path=program, vocab_size=64)]
+    [there] = device.measure(named, settings.workload)
+    assert list(there.latencies) == ["prefill_20", "decode_30"]
+    assert [len(process["prefill_20"]) for process in there.samples] == [2]
+    assert there.prefill.ms > there.decode.ms > 0
+    assert there.peak_rss_mib > there.model_rss_mib > 0
+    text = [5, 9, 33, 2, 17, 40]
+    scores = device.score(program, text, keep_logits=True)
+    assert scores["logits"] == HostDevice(settings).score(program, text, keep_logits=True)["logits"]
+    assert device.identity() == {**HostDevice(settings).identity(), "cpus": ""}
+    assert len(board.files) == 2  # the runner and the program, once each
+    assert list((board.home / FOLDER / "jobs").iterdir()) == []
+
+
+def test_damaged_program_is_refused_by_the_boards_runtime(board, connect, program, tmp_path):
+    broken = tmp_path / "broken.pte"
+    broken.write_bytes(program.read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"broken\.pte: cannot be loaded .* device's executorch 1"):
+        connect(board).generate(broken, [1], 1)
+
+
+def test_unknown_and_changed_host_keys_are_told_apart(board, connect, tmp_path):
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    with pytest.raises(InputError, match="known_hosts: the key of .* is not in it"):
+        connect(board, board.settings(known_hosts=str(empty))).identity()
+    board.know(make_key(tmp_path / "other"))
+    with pytest.raises(InputError, match="known_hosts: .* shows another key"):
+        connect(board).identity()
+
+
+def test_wrong_user_key_is_one_clear_error(board, connect, tmp_path):
+    key = make_key(tmp_path / "stranger")
+    with pytest.raises(InputError, match=r"device\.ssh\.identity: .* refuses the key"):
+        connect(board, board.settings(identity=str(key))).identity()
+    with pytest.raises(InputError, match=r"device\.ssh\.identity=.*none: no such file"):
+        connect(board, board.settings(identity=str(tmp_path / "none")))
+
+
+def test_port_that_nobody_serves_is_an_error_after_retries(board, connect):
+    link = board.settings(port=free_port(), retries=2)
+    with pytest.raises(DeviceError, match=r"refused; gave up after 3 tries"):
+        connect(board, link).identity()
+
+
+def test_python_without_executorch_or_none_at_all(board, connect):
+    with pytest.raises(InputError, match=r"device\.ssh\.python=no such: no such program"):
+        connect(board, board.settings(python="no such")).identity()
+    board.tool("bare", f'exec {sys.executable} -I -S "$@"\n')
+    with pytest.raises(InputError, match=r"bare: has no executorch .* -m pip install"):
+        connect(board, board.settings(python="bare")).identity()
+
+
+def test_more_threads_or_cpus_than_the_board_has(quick, connect):
+    link = quick.settings(python="quick")
+    with pytest.raises(InputError, match=r"device\.threads=5: expected 1 to the 4 cores of 127"):
+        connect(quick, link, threads=5).identity()
+    with pytest.raises(InputError, match=r"device\.cpus=\[4\]: expected 0 to 3 on 127"):
+        connect(quick, link, cpus=[4]).identity()
+
+
+def test_cut_push_goes_on_and_leaves_nothing_half(quick, connect, tmp_path, monkeypatch):
+    data = tmp_path / "large.pte"
+    data.write_bytes(os.urandom(3 << 20))
+    monkeypatch.setattr("flash.device.ssh.RUNNER", data)  # so that it is the first to be sent
+    # The first `cat` of a push stops after 1 MiB, then the connection is cut.
+    quick.tool(
+        "cat",
+        'case "$(readlink /proc/$$/fd/1)" in *.part) if [ ! -e "$0.cut" ]; then touch "$0.cut"; '
+        'head -c 1048576; sleep 60; fi;; esac; exec /bin/cat "$@"\n',
+    )
+    device = connect(quick, quick.settings(python="quick"))
+    parts = quick.home / FOLDER / "files"
+
+    def cutter():
+        while not any(p.stat().st_size >= 1 << 20 for p in parts.glob("*.part")):
+            time.sleep(0.01)
+        quick.cut()
+
+    thread = threading.Thread(target=cutter)
+    thread.start()
+    assert device.generate(data, [1], 1) == [7]
+    thread.join()
+    assert (quick.folder / "bin" / "cat.cut").exists()
+    assert (parts / content_name(data)).read_bytes() == data.read_bytes()
+    assert not list(parts.glob("*.part"))
+
+
+def test_damage_on_the_way_is_found_and_sent_again(quick, connect, tmp_path):
+    data = tmp_path / "program.pte"
+    data.write_bytes(b"right")
+    device = connect(quick, quick.settings(python="quick"))
+    part = quick.home / FOLDER / "files" / f"{content_name(data)}.{device._token}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"wro")  # what an interrupted push of other bytes would leave
+    assert device.generate(data, [1], 1) == [7]
+    assert (part.parent / content_name(data)).read_bytes() == b"right"
+    assert not part.exists()
+
+
+def test_cut_run_is_repeated_and_its_process_dies(board, connect, program):
+    hangs = board.folder / "hangs.py"
+    hangs.write_text("import time; time.sleep(60)")
+    watch = board.folder / "watch.py"
+    watch.write_text(WATCHED)
+    board.tool(
+        "watched",  # the real Python, except that the first runner hangs
+        f'case "$2" in *runpy*) if [ ! -e "$0.first" ]; then echo $$ > "$0.first"; '
+        f"exec {sys.executable} {watch} {hangs}; fi;; esac\n"
+        f'exec {sys.executable} "$@"\n',
+    )
+    mark = board.folder / "bin" / "watched.first"
+
+    def cutter():
+        while not (mark.exists() and mark.read_text().strip()):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        board.cut()
+
+    thread = threading.Thread(target=cutter)
+    thread.start()
+    tokens = connect(board, board.settings(python="watched")).generate(program, [5, 9], 3)
+    thread.join()
+    assert len(tokens) == 3
+    with pytest.raises(psutil.NoSuchProcess):
+        psutil.Process(int(mark.read_text())).wait(5)
+
+
+def test_runner_that_fails_is_not_repeated(quick, connect, program):
+    device = connect(quick, quick.settings(python="quick"))
+    before = quick.folder / "bin" / "quick.before"
+    before.write_text("echo boom >&2; exit 255\n")
+    with pytest.raises(DeviceError, match=r"model\.pte: the runner exited with code 255: boom"):
+        device.generate(program, [1], 1)
+    before.write_text("kill -9 $$\n")
+    with pytest.raises(DeviceError, match="memory was full"):
+        device.generate(program, [1], 1)
+    assert runs(quick) == 2
+    before.write_text("sleep 60\n")
+    device.settings.start_timeout_s = device.settings.run_timeout_s = 0.2
+    with pytest.raises(DeviceError, match="no result after"):
+        device.generate(program, [1], 1)
+    assert runs(quick) == 3
+
+
+def test_full_disk_is_one_clear_error(quick, connect, program):
+    quick.tool("cat", 'echo "cat: write error: No space left on device" >&2; exit 1\n')
+    with pytest.raises(DeviceError, match=r"storage is full; .*keep_mib"):
+        connect(quick, quick.settings(python="quick")).generate(program, [1], 1)
+
+
+def test_programs_unused_for_longest_make_room(quick, connect, tmp_path):
+    device = connect(quick, quick.settings(python="quick", keep_mib=2))
+    paths = []
+    for i in range(4):
+        path = tmp_path / f"{i}.pte"
+        path.write_bytes(bytes([i]) * (1 << 20))
+        paths.append(path)
+    files = quick.home / FOLDER / "files"
+    for age, path in zip((9000, 8000, 0), paths, strict=False):
+        device.generate(path, [1], 1)
+        used = time.time() - age
+        os.utime(files / content_name(path), (used, used))
+    device.generate(paths[3], [1], 1)
+    kept = [path for path in paths if (files / content_name(path)).exists()]
+    assert kept == [paths[2], paths[3]]
+
+
+def test_shared_connection_ends_with_the_device(quick, connect):
+    device = connect(quick, quick.settings(python="quick"))
+    device.identity()
+    control = Path(device._control)
+    assert (control / "c").is_socket()
+    del device
+    assert not control.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("host", "-oProxyCommand=touch x"), ("host", ""), ("user", "a b"), ("port", 0),
+     ("folder", "a\nb"), ("python", "-c"), ("retries", -1)],
+)  # fmt: skip
+def test_bad_values_are_named(key, value, settings):
+    link = SshSettings(**{"host": "board", key: value})
+    with pytest.raises(InputError, match=rf"device\.ssh\.{key}="):
+        SshDevice(replace(settings, kind=DeviceKind.ssh, ssh=link))

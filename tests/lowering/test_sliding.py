@@ -1,0 +1,100 @@
+"""Both forms of sliding-window layers against the decoder, across every wrap of their rings."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash.arch import CacheFormat, Quantization
+from flash.lowering import GateSettings, LoweringSettings, SlidingForm, check_parity, lower
+from flash.lowering.form import Form
+from flash.lowering.gate import _runtime_step
+
+WINDOW = 10  # of the toy model
+CHUNKS = [
+    [4, *[1] * 40],  # a prompt shorter than the window, then decoding past several wraps
+    [16, 16, *[1] * 30],  # longer than the window, several calls
+    [16, 3, 16, 15, 1, 2, *[1] * 8],  # starts anywhere in the ring, lengths of no multiple
+    [3, 16, 1, 1, 16, 1],
+    [10, 11, 9],
+]
+
+
+def settings(sliding, chunk=16, quantization="fp32", cache="fp32"):
+    return LoweringSettings(
+        quantization=Quantization[quantization],
+        cache=CacheFormat[cache],
+        sliding=SlidingForm[sliding],
+        max_context=64,
+        prefill_chunk=chunk,
+    )
+
+
+def largest_error(step, text, expected, chunks):
+    """Largest relative error over the last logits of each call."""
+    start, errors = 0, []
+    for length in chunks:
+        out = step(text[None, start : start + length], torch.tensor([start]))[0]
+        start += length
+        errors.append((out - expected[start - 1]).abs().max() / expected[start - 1].abs().max())
+    return float(max(errors))
+
+
+def test_slots_of_each_form():
+    stock = settings("stock")
+    assert stock.slots(WINDOW) == 32
+    assert stock.slots(20) == 40
+    assert stock.slots(40) == stock.slots(None) == 64
+    ring = settings("ring")
+    assert [ring.slots(window) for window in (WINDOW, 100, None)] == [10, 64, 64]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sliding", ["stock", "ring"])
+@pytest.mark.parametrize("cache", ["fp32", "int8"])
+def test_sliding_form_equals_decoder(toy, text, sliding, cache):
+    model = toy("FS")
+    expected = model(text[None])[0]
+    limit = 2e-6 if cache == "fp32" else 0.02
+    for chunks in CHUNKS:
+        form = Form(model, settings(sliding, cache=cache))
+        assert largest_error(form, text, expected, chunks) < limit
+    short = Form(model, settings(sliding, chunk=4, cache=cache))
+    assert largest_error(short, text, expected, [4, 4, 3, 4, *[1] * 20, 2, 4]) < limit
+
+
+@torch.no_grad()
+def test_window_beyond_the_context_needs_no_ring(toy, text):
+    model = toy("S")
+    wide = type(model)(model.spec.replace(sliding_window=100)).eval()
+    wide.load_state_dict(model.state_dict())
+    form = Form(wide, settings("ring"))
+    assert largest_error(form, text, wide(text[None])[0], [16, 16, 16, 15, 1]) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sliding", ["stock", "ring"])
+def test_sliding_program_equals_decoder(toy, text, sliding):
+    model = toy("S")
+    step = _runtime_step(lower(model, settings(sliding)))
+    expected = model(text[None])[0]
+    for chunks in CHUNKS:
+        assert largest_error(step, text, expected, chunks) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sliding", ["stock", "ring"])
+@pytest.mark.parametrize(
+    ("quantization", "cache"), [("int8da4w", "fp32"), ("fp32", "int8"), ("int8da4w", "int8")]
+)
+def test_sliding_program_passes_the_gate(toy, text, sliding, quantization, cache):
+    formats = settings(sliding, quantization=quantization, cache=cache)
+    report = check_parity(toy("FS"), formats, text, GateSettings(prefill_tokens=32))
+    assert report.passed, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sliding", ["stock", "ring"])
+def test_fast_lowering_writes_the_stock_bytes_of_sliding_layers(toy, sliding):
+    formats = replace(settings(sliding), quantization=Quantization.int8da4w)
+    assert lower(toy("S"), formats) == lower(toy("S"), formats, fast=False)
