@@ -1,9 +1,10 @@
 """A truth to compare samplers with: every member of a small space, pruned and trained.
 
-`python benchmarks/tabular.py [--share I/N] [--limit N]` goes through all members of `space()` in a
+`python benchmarks/tabular.py [--reverse] [--limit N]` goes through all members of `space()` in a
 fixed random order, evaluates each as a trial of a search is evaluated, and appends one line of JSON
 a candidate to `benchmarks/data/tiny_tabular.jsonl`. It can be stopped or killed at any time; what
-is there is never done again; several processes share the work by `--share 0/2` and `--share 1/2`.
+is there is never done again. A second process that starts from the other end, with `--reverse`,
+shares the work.
 The first `NOISE_SPECS` candidates are trained with a second seed too (another order of the text),
 which tells how much of a loss is chance.
 
@@ -97,6 +98,11 @@ def read() -> list[dict[str, Any]]:
     return rows
 
 
+def done() -> set[tuple[ArchSpec, int]]:
+    """What need not be trained again."""
+    return {(row["spec"], row["seed"]) for row in read()}
+
+
 def append(row: dict[str, Any]) -> None:
     """Add a line and see it to the disk; other processes may do the same."""
     TABLE.parent.mkdir(exist_ok=True)
@@ -131,17 +137,19 @@ def evaluators() -> dict[int, ShortTraining]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--share", default="0/1", metavar="I/N")
+    parser.add_argument("--reverse", action="store_true", help="begin with the last")
     parser.add_argument("--limit", type=int, default=None, metavar="N", help="stop after N")
     arguments = parser.parse_args()
-    part, parts = map(int, arguments.share.split("/"))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    done = {(row["spec"], row["seed"]) for row in read()}
-    mine = [task for task in tasks(space())[part::parts] if task not in done][: arguments.limit]
-    evaluate = evaluators() if mine else {}
-    with progress_bar("tabular", len(mine), unit="candidate") as bar:
-        for number, (spec, seed) in enumerate(mine):
+    wanted = tasks(space())[:: -1 if arguments.reverse else 1]
+    finished = done()
+    left = [task for task in wanted if task not in finished][: arguments.limit]
+    evaluate = evaluators() if left else {}
+    with progress_bar("tabular", len(left), unit="candidate") as bar:
+        for number, (spec, seed) in enumerate(left):
+            if (spec, seed) in done():  # by the other process
+                continue
             start = time.perf_counter()
             row: dict[str, Any] = {"spec": spec.to_dict(), "seed": seed, "tokens": RECIPE.tokens}
             try:

@@ -44,6 +44,11 @@ class Device(ABC):
             DeviceError: It does not answer.
         """
 
+    @property
+    def resource(self) -> str:
+        """What two measurements cannot use at once: devices with different ones run in parallel."""
+        return self.settings.name
+
     @abstractmethod
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
         """The result of a job of runner.py, in one fresh process on the device.

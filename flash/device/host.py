@@ -36,6 +36,11 @@ class HostDevice(Device):
             "runtime": RUNTIME,
         }
 
+    @property
+    def resource(self) -> str:
+        """This machine, whatever its working points are called."""
+        return "host"
+
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
         """The result of one runner process; see `Device.run`."""
         check_files(programs)

@@ -173,7 +173,7 @@ class Bench:
         """Lower and measure, in groups, what the store lacks; repeat what is not precise yet."""
         if not self._due(subjects):
             return
-        with self.store.exclusive():
+        with self.store.exclusive(self.device.resource):
             repeated = False
             while due := self._due(subjects):  # ends: attempts at each are limited
                 self._announce(due, len(subjects), repeated=repeated)
@@ -191,7 +191,7 @@ class Bench:
 
     def measure_again(self, subjects: Sequence[Subject]) -> None:
         """Measure every subject once more, whatever the store holds."""
-        with self.store.exclusive():
+        with self.store.exclusive(self.device.resource):
             self._measure(dict.fromkeys(subjects, self.workload.points))
 
     def _conditions(self, subject: Subject, point: Point) -> Conditions:

@@ -212,14 +212,19 @@ class MeasurementStore:
         return len(records)
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Be the only process that measures for this store; waits for another one to finish."""
+    def exclusive(self, resource: str) -> Iterator[None]:
+        """Be the only process of this store that measures on `resource`; waits for another one.
+
+        Different devices measure for one store at the same time.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(self.path.name + ".lock").open("w") as lock:
+        with self.path.with_name(f"{self.path.name}.{resource}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.warning("%s: waiting for another process that is measuring", self.path)
+                logger.warning(
+                    "%s: waiting for another process that is measuring on %s", self.path, resource
+                )
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.refresh()
             yield

@@ -86,7 +86,7 @@ class FakeDevice:
         self, die_at_group=None, name="fake", reference_ms=lambda group: 10.0, slowdown=False
     ):
         self.settings = SimpleNamespace(processes=3, warmups=1, runs=2)
-        self.name = name
+        self.name = self.resource = name
         self.measured = []
         self.groups = 0
         self.die_at_group = die_at_group

@@ -1,12 +1,17 @@
 """Facts about the measurement store."""
 
+import csv
 import json
 import logging
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
 
+from flash.arch import ArchSpec, parse_pattern
 from flash.errors import InputError
+from flash.latency.__main__ import main
 from flash.latency.store import Conditions, MeasurementStore, Row, SubjectKind
 
 CONDITIONS = Conditions(
@@ -125,3 +130,73 @@ def test_damaged_line_is_named(path, line):
         file.write(line + "\n")
     with pytest.raises(InputError, match="line 2: not a measurement"):
         MeasurementStore(path)
+
+
+def test_devices_measure_at_once_but_each_only_for_one_process(path, caplog):
+    first, second = MeasurementStore(path), MeasurementStore(path)
+    with first.exclusive("phone_a"), second.exclusive("phone_b"):
+        assert first.append(row(1))
+        assert second.append(row(2))
+    assert len(MeasurementStore(path)) == 2
+    done = threading.Event()
+
+    def wait():
+        with second.exclusive("phone_a"):
+            done.set()
+
+    with first.exclusive("phone_a"):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join(10)
+    assert done.is_set()
+    assert "waiting for another process that is measuring on phone_a" in caplog.text
+
+
+def test_stores_of_two_people_merge(path, tmp_path):
+    mine, theirs = MeasurementStore(path), MeasurementStore(tmp_path / "theirs.jsonl")
+    mine.append(row(1, 1.0))
+    theirs.append(row(1, 2.0))
+    theirs.append(row(2, 3.0))
+    assert mine.merge(theirs) == 2
+    assert mine.merge(theirs) == 0  # nothing twice
+    again = MeasurementStore(path)
+    assert [each.result["ms"] for each in again.attempts(row(1).key)] == [1.0, 2.0]
+    assert again.get(row(2).key).result["ms"] == 3.0
+
+
+def test_store_is_a_table_with_standard_errors(path, monkeypatch, capsys, tmp_path):
+    spec = ArchSpec(
+        model_dim=64,
+        ffn_dim=96,
+        layer_types=parse_pattern("F-S"),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        vocab_size=96,
+    )
+    result = {"ms": 2.5, "se_ms": 0.1, "rejected": 1, "peak_rss_mib": 9.0}
+    runs = tmp_path / "runs"
+    store = MeasurementStore(runs / "measurements.jsonl")
+    store.append(replace(row(1), kind=SubjectKind.model, subject=spec.to_dict(), result=result))
+    block = {"kind": "ffn", "spec": spec.to_dict()}
+    store.append(replace(row(1), subject=block, result=result))
+    table = tmp_path / "table.csv"
+    assert call(monkeypatch, "--runs", str(runs), "export", str(table)) == 0
+    assert "2 measurements" in capsys.readouterr().out
+    with table.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["kind"] for line in lines] == ["model", "ffn"]
+    assert lines[0]["pattern"] == "F-S"
+    assert (lines[0]["phase"], lines[0]["tokens"], lines[0]["ms"]) == ("prefill", "128", "2.5")
+    assert lines[0]["se_ms"] == "0.1"
+    other = tmp_path / "other"
+    assert call(monkeypatch, "--runs", str(other), "merge", str(store.path)) == 0
+    assert "2 measurements added, 2 in all" in capsys.readouterr().out
+    assert call(monkeypatch, "--runs", str(other), "merge", str(tmp_path / "none")) == 2
+    assert "none: no such file" in capsys.readouterr().err
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["flash.latency", *arguments])
+    return main()

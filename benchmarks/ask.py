@@ -1,0 +1,130 @@
+"""How long does it take to ask for candidates? In the paper's space, with synthetic losses.
+
+`ask_8_s` is for one batch of 8 with 200 finished trials, a median over 3 seeds; the sampler is the
+case. `study_10k_s` is what reading a study of 10,000 finished trials and making its report takes.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+from omegaconf import OmegaConf
+from optuna.trial import TrialState
+from record import Recorder
+
+from flash.arch import ArchSpec, Quantization, SearchSpace, SpaceSettings, weight_bytes
+from flash.device import Point
+from flash.latency.work import SpecTable, counted
+from flash.lowering import LoweringSettings
+from flash.search import (
+    Objective,
+    Problem,
+    Sampler,
+    SearchSettings,
+    Trial,
+    open_study,
+    propose,
+    space_fingerprint,
+    write_report,
+)
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+MANY = 10_000
+
+
+def space() -> SearchSpace:
+    """The paper's, from the files that users get."""
+    values = yaml.safe_load((CONF / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))
+    schema = OmegaConf.structured(SpaceSettings)
+    settings = OmegaConf.merge(schema, OmegaConf.load(CONF / "space" / "flash.yaml"))
+    return SearchSpace(OmegaConf.to_object(settings), ArchSpec.from_dict(values["arch"]))
+
+
+def costs(specs: list[ArchSpec]) -> dict[str, np.ndarray]:
+    """Counted work at nominal rates, and bytes."""
+    lowering, point = LoweringSettings(max_context=2048), Point.parse("prefill_2048")
+    work = counted(SpecTable.of(specs), point, lowering, lowering.chunk)
+    size = [weight_bytes(spec, Quantization.int8da4w) / 2**20 for spec in specs]
+    return {"prefill_ms": work.sum(axis=1), "size_mib": np.array(size)}
+
+
+def loss(spec: ArchSpec) -> float:
+    """A smooth law of the sizes; attention helps most early, and runs without it hurt."""
+    early = np.exp(-np.linspace(0.0, 2.0, spec.num_layers))
+    harm = {"F": 0.0, "S": 0.3, "-": 1.0}
+    missing = early @ [harm[letter] for letter in spec.pattern] / early.sum()
+    sizes = 12 * spec.model_dim**-0.5 + 10 * spec.ffn_dim**-0.5 + 4 / spec.num_layers
+    return float(1.5 + sizes + 0.5 * missing + 0.05 * spec.longest_efficient_run)
+
+
+def trials(space: SearchSpace, n: int, seed: int) -> list[Trial]:
+    specs = space.stratified(np.random.default_rng(seed), n)
+    known = costs(specs)
+    return [
+        Trial(
+            number=i,
+            spec=spec,
+            costs={key: float(values[i]) for key, values in known.items()},
+            state=TrialState.COMPLETE,
+            loss=loss(spec),
+            batch=(0, len(specs)),
+        )
+        for i, spec in enumerate(specs)
+    ]
+
+
+def problem(*objectives: Objective) -> Problem:
+    space_ = space()
+    top = space_.make(2048, 8192, tuple(space_.kinds[:1]) * 16)
+    worst = {key: float(values[0]) for key, values in costs([top]).items()}
+    return Problem(
+        costs=costs,
+        objectives=objectives,
+        reference=(loss(top) + 0.6, *(worst[o.value] for o in objectives[1:])),
+        limits={},
+    )
+
+
+def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
+    """Seconds for 8 candidates with 200 finished trials."""
+    settings = SearchSettings(study="ask", sampler=sampler)
+    asked, given, known = problem(*objectives), space(), trials(space(), 200, seed)
+    start = time.perf_counter()
+    found = propose(given, known, 8, problem=asked, settings=settings, seed=seed)
+    assert len(found) == 8
+    return time.perf_counter() - start
+
+
+def study_10k_s(asked: Problem) -> float:
+    """Seconds to read a study of many trials and to write its report."""
+    given = space()
+    with tempfile.TemporaryDirectory() as name:
+        settings = {"objectives": asked.objectives, "heartbeat_s": 20, "retries": 1}
+        path = Path(name, "study.db")
+        study = open_study(path, "many", space_fingerprint(given), **settings)
+        many = trials(given, MANY, 0)
+        study.import_finished(given, many)
+        start = time.perf_counter()
+        study = open_study(path, "many", space_fingerprint(given), **settings)
+        found = study.trials()
+        assert len(found) == len(many)
+        write_report(Path(name, "frontier.json"), "many", found, asked, 3, {})
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    record = Recorder("ask")
+    two = (Objective.quality, Objective.prefill)
+    for sampler in Sampler:
+        record.add(sampler.name, "ask_8_s", [ask_s(sampler, seed, *two) for seed in range(3)], "s")
+    three = (*two, Objective.size)
+    values = [ask_s(Sampler.flash, seed, *three) for seed in range(3)]
+    record.add("flash_3_objectives", "ask_8_s", values, "s")
+    record.add("study", "study_10k_s", [study_10k_s(problem(*two))], "s")
+    record.close()
+
+
+if __name__ == "__main__":
+    main()

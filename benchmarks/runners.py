@@ -1,0 +1,69 @@
+"""Is ExecuTorch's native LLM runner (C++) steadier on the host than our Python runner?
+
+The tiny backbone as a program; fresh processes of both take turns, each with one prompt of 512
+tokens and 64 decode steps, nothing warmed up, one thread. `ms` is the median over processes,
+`cv_pct` how much they scatter around their mean.
+"""
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from record import Recorder
+
+from flash.device import DeviceSettings, HostDevice, Program
+from flash.device.llama_main import STATISTICS, Prompts, parse
+from flash.device.stock_runner import generate_text
+from flash.files import atomic_write
+from flash.lowering import lower
+from flash.model import Backbone, BackboneSettings
+
+BACKBONE = Path(__file__).parent.parent / "backbones" / "tiny"
+PROMPT, STEPS, PROCESSES = 512, 64, 9
+DEVICE = DeviceSettings(
+    name="host",
+    prompts=[PROMPT],
+    contexts=[PROMPT],
+    decode_tokens=STEPS,
+    processes=1,
+    warmups=0,
+    runs=1,
+)
+
+
+def main() -> None:
+    record = Recorder("runners")
+    backbone = Backbone.open(BackboneSettings(name="tiny", weights=str(BACKBONE)))
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.pte")
+        with atomic_write(path) as file:
+            file.write(lower(backbone.load(), DEVICE.lowering, eos_ids=[]))
+        program = Program(name="tiny", path=path, vocab_size=backbone.spec.vocab_size)
+        device = HostDevice(DEVICE)
+        tokenizer = BACKBONE / "tokenizer.json"
+        prompt = Prompts(tokenizer).of(PROMPT)
+        for _ in range(PROCESSES):
+            measured = device.measure([program], DEVICE.workload)[0]
+            steps = measured.samples[0][f"decode_{PROMPT}"][0]["steps_ms"]
+            text, numbers = generate_text(path, tokenizer, prompt, STEPS + 1)
+            run = parse(f"{text}\n{STATISTICS}{json.dumps(numbers)}", "")
+            assert run is not None
+            assert run.prompt_tokens == PROMPT
+            for case, value in (
+                ("python/prefill", measured.prefill.ms),
+                ("python/decode", statistics.fmean(steps)),
+                ("native/prefill", run.prefill_ms),
+                ("native/decode", run.decode_ms),
+            ):
+                times.setdefault(case, []).append(value)
+    for case, values in times.items():
+        record.add(case, "ms", values, "ms")
+        scatter = 100 * statistics.stdev(values) / statistics.fmean(values)
+        record.add(case, "cv_pct", [scatter], "%")
+    record.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""How many trials does each sampler need? On the tabular truth of benchmarks/tabular.py.
+
+Every member of the space is in the table, so that samplers search exactly as they would otherwise:
+whatever they may propose has been trained, and nothing is mapped or interpolated. Cases are the
+samplers, each with the same start-up design of 16 trials, batches of 4 and 20 seeds; metrics are
+`hypervolume_25`, `_50`, `_100` and `_200`: the hypervolume after so many trials as a share of the
+true frontier's (medians; the spread is the distance between the quartiles). The reference point is
+that of a search: 0.6 nats above the largest member, at its latency. `share_of_table` says how much
+of the space so many trials are.
+
+`python benchmarks/samplers.py [CASE ...]` prints; without cases it also keeps the results.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import tabular
+from optuna.trial import TrialState
+from record import Recorder
+
+from flash.arch import ArchSpec
+from flash.progress import progress
+from flash.search import (
+    Objective,
+    Problem,
+    Sampler,
+    SearchSettings,
+    Trial,
+    hypervolume,
+    propose,
+)
+from flash.search.sampler import largest
+
+SEEDS = 20
+BUDGETS = (25, 50, 100, 200)
+SETTINGS = SearchSettings(study="table", batch=4, startup_trials=16, pool_size=512)
+
+
+class Table:
+    """The truth: loss and latency of every member."""
+
+    def __init__(self) -> None:
+        self.space = tabular.space()
+        rows = [row for row in tabular.read() if row["seed"] == 0 and row["loss"] is not None]
+        self.loss = {row["spec"]: row["loss"] for row in reversed(rows)}
+        self.prefill_ms = {row["spec"]: row["prefill_ms"] for row in rows}
+        missing = [spec for spec in tabular.members(self.space) if spec not in self.loss]
+        if missing:
+            raise SystemExit(
+                f"{tabular.TABLE}: {len(missing)} of {self.space.count()} members are missing; "
+                "run benchmarks/tabular.py"
+            )
+        top = largest(self.space)
+        objectives = (Objective.quality, Objective.prefill)
+        costs = {"prefill_ms": self.prefill_ms[top]}
+        self.problem = Problem(
+            costs=self.costs,
+            objectives=objectives,
+            reference=SETTINGS.reference(objectives, self.loss[top], costs),
+            limits={},
+        )
+
+    def costs(self, specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
+        return {"prefill_ms": np.array([self.prefill_ms[spec] for spec in specs])}
+
+    def volume(self, specs: Sequence[ArchSpec]) -> float:
+        """Hypervolume of these members."""
+        points = [(self.loss[spec], self.prefill_ms[spec]) for spec in specs]
+        return hypervolume(points, self.problem.reference)
+
+    def run(self, sampler: Sampler, trials: int, seed: int) -> list[ArchSpec]:
+        """The members that a search evaluates, in order."""
+        settings = dataclasses.replace(SETTINGS, sampler=sampler)
+        done: list[Trial] = []
+        while len(done) < trials:
+            wanted = min(settings.batch if done else settings.startup_trials, trials - len(done))
+            specs = propose(
+                self.space, done, wanted, problem=self.problem, settings=settings, seed=seed
+            )
+            done += [
+                Trial(
+                    number=len(done) + i,
+                    spec=spec,
+                    costs={"prefill_ms": self.prefill_ms[spec]},
+                    state=TrialState.COMPLETE,
+                    loss=self.loss[spec],
+                    batch=(len(done), len(specs)),
+                )
+                for i, spec in enumerate(specs)
+            ]
+        return [trial.spec for trial in done]
+
+
+def main() -> None:
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    cases = [Sampler[name] for name in sys.argv[1:]] or list(Sampler)
+    record, table = Recorder("samplers"), Table()
+    total = table.volume(list(table.loss))
+    for sampler in cases:
+        runs = [
+            table.run(sampler, BUDGETS[-1], seed) for seed in progress(range(SEEDS), sampler.name)
+        ]
+        for budget in BUDGETS:
+            shares = [table.volume(specs[:budget]) / total for specs in runs]
+            record.add(sampler.name, f"hypervolume_{budget}", shares, "share")
+    for budget in BUDGETS:
+        record.add("table", f"share_of_table_{budget}", [budget / table.space.count()], "share")
+    record.add("table", "seed_noise", _noise(), "nats")
+    if len(cases) == len(Sampler):
+        record.close()
+
+
+def _noise() -> list[float]:
+    """Absolute differences between the losses of one member with two seeds."""
+    rows = [row for row in tabular.read() if row["loss"] is not None]
+    second = {row["spec"]: row["loss"] for row in rows if row["seed"] == 1}
+    return [abs(row["loss"] - second[row["spec"]]) for row in rows
+            if row["seed"] == 0 and row["spec"] in second]
+
+
+if __name__ == "__main__":
+    main()
