@@ -1,10 +1,11 @@
 """Collect the truths that the latency benchmarks compare with: whole models of the paper's space.
 
-`python benchmarks/flash_space.py [device.key=value ...]` measures, in `space=flash`, 24 stratified
-architectures and the backbone, then the grid of blocks, and adds them to
-`benchmarks/data/flash_space.jsonl`. It takes hours, can be stopped and started again at any time,
-and never measures twice; `--again N` measures the first N architectures once more, for
-benchmarks/repeatability.py. Prefill at 512 and 2048 tokens, decode at 512 and 1536, 8da4w g32.
+`python benchmarks/flash_space.py` measures, in `space=flash`, 24 stratified architectures and the
+backbone, then the grid of blocks, and adds them to `benchmarks/data/flash_space.jsonl`: prefill at
+512 and 2048 tokens, decode at 512 and 1536, 8da4w g32, one thread. It takes hours, can be stopped
+and started again at any time, and repeats what is not precise. `--again N` measures the first N
+architectures once more, for benchmarks/repeatability.py; `--second` measures the models with two
+threads at 512 tokens, the second device of benchmarks/transfer.py.
 """
 
 import argparse
@@ -41,7 +42,8 @@ DEVICE = DeviceSettings(
     runs=1,
     run_timeout_s=300.0,
 )
-SETTINGS = LatencySettings(group_size=4)
+SECOND = dataclasses.replace(DEVICE, name="two_threads", threads=2, prompts=[512], contexts=[512])
+SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
 
 
 def space() -> tuple[SearchSpace, ArchSpec]:
@@ -74,19 +76,19 @@ def open_bench(device: DeviceSettings, cache_dir: Path) -> Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--second", action="store_true")
     parser.add_argument("--again", type=int, default=0, metavar="N")
     parser.add_argument("--models-only", action="store_true", help="leave out the blocks")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "lowered")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    device = dataclasses.replace(DEVICE, threads=arguments.threads)
-    bench = open_bench(device, arguments.cache)
+    bench = open_bench(SECOND if arguments.second else DEVICE, arguments.cache)
     subjects = [Subject(spec=spec) for spec in models()]
-    bench.measure_missing(subjects)
     if arguments.again:
         bench.measure_again(subjects[: arguments.again])
-    if not arguments.models_only:
+        return
+    bench.measure_missing(subjects)
+    if not (arguments.models_only or arguments.second):
         grid = make_grid(*space(), SETTINGS)
         bench.measure_missing(grid_subjects(grid, space()[1]))
 

@@ -117,8 +117,11 @@ def _noise() -> list[float]:
     """Absolute differences between the losses of one member with two seeds."""
     rows = [row for row in tabular.read() if row["loss"] is not None]
     second = {row["spec"]: row["loss"] for row in rows if row["seed"] == 1}
-    return [abs(row["loss"] - second[row["spec"]]) for row in rows
-            if row["seed"] == 0 and row["spec"] in second]
+    return [
+        abs(row["loss"] - second[row["spec"]])
+        for row in rows
+        if row["seed"] == 0 and row["spec"] in second
+    ]
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def one_line_errors(schema: type) -> Iterator[None]:
     except InputError as error:
         _fail(str(error))
     except DeviceError as error:
-        _fail(f"{error}; finished measurements are kept, run the same command again", 1)
+        _fail(f"{error}; finished measurements are kept", 1)
     except CheckFailed as error:
         _fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:

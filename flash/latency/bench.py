@@ -46,8 +46,6 @@ _REFERENCE_NOISE = {Phase.prefill: 1.03, Phase.decode: 1.06}
 """Ratios of two calm measurements of one program that are nothing but noise (three processes)."""
 _LEAST_TRANSFERRED = 8
 """Whole models from which a predictor can be fitted that another device may start from."""
-_ATTEMPTS = 3
-"""Most measurements of one subject."""
 _LOOSER = {Phase.prefill: 1.0, Phase.decode: 2.0}
 """A decode step spreads about twice as much between processes as a prefill does."""
 
@@ -186,7 +184,7 @@ class Bench:
                 "their latencies are likely too high",
                 poor,
                 len(subjects) * len(self.workload.points),
-                _ATTEMPTS,
+                self.settings.attempts,
             )
 
     def measure_again(self, subjects: Sequence[Subject]) -> None:
@@ -220,7 +218,7 @@ class Bench:
             poor = self._poor(subjects, point)
             for subject in subjects:
                 num = len(self.attempts(subject, point))
-                if num == 0 or (subject in poor and num < _ATTEMPTS):
+                if num == 0 or (subject in poor and num < self.settings.attempts):
                     due[subject] = (*due.get(subject, ()), point)
         return {subject: due[subject] for subject in subjects if subject in due}
 

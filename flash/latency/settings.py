@@ -49,7 +49,9 @@ class LatencySettings:
     """Programs measured together; a kill loses at most one group of measurements."""
     precision_pct: float = 2.0
     """Standard error that a prefill latency should have, and half of a decode step's; what is less
-    precise is measured up to three times [%]."""
+    precise is measured again [%]."""
+    attempts: int = 3
+    """Most measurements of one program; all of them count together."""
     keep_programs: bool = True
     """Keep the lowered programs once they are measured: another device or workload needs them
     again, but hundreds of large models fill a disk."""
@@ -61,6 +63,7 @@ class LatencySettings:
             ("calibration_models", 2),
             ("whole_models", 4),
             ("group_size", 1),
+            ("attempts", 1),
         ):
             value = getattr(self, name)
             require(

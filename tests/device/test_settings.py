@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flash.device import DeviceSettings, Workload
+from flash.device import DeviceSettings, Phase, Point, Workload
 from flash.errors import InputError
 
 HOST = Path(__file__).parents[2] / "conf" / "device" / "host.yaml"
@@ -33,3 +33,29 @@ def test_workload_says_what_context_it_needs():
     assert workload.context == 106
     with pytest.raises(InputError, match="workload.decode_tokens=0: expected"):
         Workload(prompts=(1,), contexts=(0,), decode_tokens=0, prefill_chunk=1, threads=1)
+
+
+def test_points_have_names_and_a_workload_can_be_cut_down():
+    workload = Workload(
+        prompts=(512, 2048), contexts=(64,), decode_tokens=4, prefill_chunk=512, threads=1
+    )
+    assert [point.name for point in workload.points] == ["prefill_512", "prefill_2048", "decode_64"]
+    assert [Point.parse(point.name) for point in workload.points] == list(workload.points)
+    assert workload.first(Phase.prefill) == Point(Phase.prefill, 512)
+    only = workload.only(workload.points[1:])
+    assert (only.prompts, only.contexts, only.prefill_chunk) == ((2048,), (64,), 512)
+    with pytest.raises(InputError, match="point=prefill: expected prefill_N or decode_N"):
+        Point.parse("prefill")
+
+
+@pytest.mark.parametrize("lengths", [[0], [5, 5], ["x"]])
+def test_bad_lengths_are_named(lengths):
+    with pytest.raises(InputError, match=r"workload\.prompts=.*: expected different integers"):
+        DeviceSettings(name="host", prompts=lengths)
+
+
+def test_name_of_a_device_is_a_folder_and_cpus_must_be_ours():
+    with pytest.raises(InputError, match=r"device\.name=a/b: expected letters"):
+        DeviceSettings(name="a/b")
+    with pytest.raises(InputError, match=r"device\.cpus=\[9999\]: expected some of the CPUs"):
+        DeviceSettings(name="host", cpus=[9999])
