@@ -1,7 +1,8 @@
 """Latency predictors against whole models of the paper's space (benchmarks/data/flash_space.jsonl).
 
-Cases are `<predictor>/<latency>`. Every model is predicted by a fit to the others; `physical_8` and
-`physical_12` are fitted to so many models that active measurement picks, and tested on the rest.
+Cases are `<predictor>/<latency>`. `blocks` is calibrated on 4 models and the backbone, the default,
+and tested on the others; `physical_8` and `physical_12` are fitted to so many models, picked by
+active measurement, and tested on the others; the rest predict every model by a fit to all others.
 `cost_s` is what building the predictor took: lowering and device time of all that it was fitted to.
 `cost_share_of_800` is that over the cost of 800 such whole models, the paper's stage 1.
 """
@@ -19,6 +20,7 @@ from flash.latency import (
     BlockPredictor,
     BlockTable,
     GaussianProcess,
+    LatencySettings,
     Physical,
     PowerLaw,
     Predictor,
@@ -36,6 +38,7 @@ from flash.latency.prediction import Prediction
 from flash.latency.work import flops, parameters
 
 PAPER_MODELS = 800
+CALIBRATION_MODELS = LatencySettings().calibration_models
 
 
 def cost_s(bench: Bench, subjects: Iterable[Subject]) -> float:
@@ -74,28 +77,30 @@ def main() -> None:
         makers: dict[str, tuple[Callable[[], Predictor], float]] = {
             "physical": (physical, whole_s),
             "gp": (GaussianProcess, whole_s),
-            "blocks": (lambda table=table: BlockPredictor(table), parts_s + whole_s),
             "params": (lambda: PowerLaw(parameters), whole_s),
             "flops": (lambda point=point: PowerLaw(lambda t: flops(t, point)), whole_s),
         }
         for name, (make, spent_s) in makers.items():
             left_out = cross_predict(make, models, values, errors, folds=len(models))
             _report(record, f"{name}/{point}", left_out, values, spent_s, paper_s)
-        for num in (8, 12):
-            picked, rest = _pick(physical(), models, num)
-            fitted = physical().fit([models[i] for i in picked], values[picked], errors[picked])
-            spent_s = cost_s(bench, [whole[i] for i in picked])
-            case = f"physical_{num}/{point}"
+        few = [*range(CALIBRATION_MODELS), len(models) - 1]
+        for name, unfitted, picked, more_s in (
+            ("blocks", BlockPredictor(table), few, parts_s),
+            ("physical_8", physical(), _pick(physical(), models, 8), 0.0),
+            ("physical_12", physical(), _pick(physical(), models, 12), 0.0),
+        ):
+            rest = [i for i in range(len(models)) if i not in picked]
+            fitted = unfitted.fit([models[i] for i in picked], values[picked], errors[picked])
             prediction = fitted.predict([models[i] for i in rest])
-            _report(record, case, prediction, values[rest], spent_s, paper_s)
+            spent_s = more_s + cost_s(bench, [whole[i] for i in picked])
+            _report(record, f"{name}/{point}", prediction, values[rest], spent_s, paper_s)
     record.close()
 
 
-def _pick(unfitted: Physical, models: list[ArchSpec], num: int) -> tuple[list[int], list[int]]:
-    """Indices of what is chosen before anything is measured, the backbone included; the rest."""
+def _pick(unfitted: Physical, models: list[ArchSpec], num: int) -> list[int]:
+    """Indices of the backbone and of what is chosen before anything is measured."""
     chosen = {models[-1], *choose(unfitted, [models[-1]], models, num - 1)}
-    picked = [i for i, spec in enumerate(models) if spec in chosen]
-    return picked, [i for i in range(len(models)) if i not in picked]
+    return [i for i, spec in enumerate(models) if spec in chosen]
 
 
 def _report(

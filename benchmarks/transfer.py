@@ -20,7 +20,7 @@ def main() -> None:
     record = Recorder("transfer")
     cache = flash_space.ROOT / "runs" / "lowered"
     first = flash_space.open_bench(flash_space.DEVICE, cache)
-    second = flash_space.open_bench(flash_space.SECOND, cache)
+    second = flash_space.open_bench(flash_space.second_device(), cache)
     models = flash_space.models()
     for point in second.workload.points:
 

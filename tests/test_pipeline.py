@@ -44,7 +44,7 @@ DEVICE = DeviceSettings(
     warmups=1,
     runs=2,
 )
-LATENCY = LatencySettings(whole_models=3, group_size=3, precision_pct=1000.0)
+LATENCY = LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2, precision_pct=1000.0)
 RECIPE = RecipeSettings(name="t", tokens=512, batch_size=4, lr=3e-3, calibration_tokens=256)
 TRAINER = TrainerSettings(precision=Precision.fp32)
 NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
@@ -205,6 +205,7 @@ def test_a_search_needs_backbone_weights(common, tmp_path):
     with pytest.raises(InputError, match=r"backbone\.weights=null"):
         run_search(settings)
 
+
 def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, searched, capsys):
     settings = _search_settings(common)
     shape = {"name": "small", "arch": SMALL.to_dict()}
@@ -212,9 +213,9 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
         settings, stage=Stage.latency, backbone=BackboneSettings(**shape), data=MISSING
     )
     report = run_search(settings)
-    assert report["metrics"]["latency/prefill_32/physical/n"] == 4
+    assert report["metrics"]["latency/prefill_32/blocks/n"] == 3
     printed = capsys.readouterr().out
-    assert "prefill_32 physical" in printed
+    assert "prefill_32 blocks" in printed
     folder = Path(common["runs"]) / "latency" / "host"
     assert json.loads((folder / "latency.json").read_text())["device"] == report["device"]
     with (folder / "measurements.csv").open() as file:

@@ -26,7 +26,7 @@ class PredictorKind(Enum):
 class LatencySettings:
     """How latencies are predicted (stage 1)."""
 
-    predictor: PredictorKind = PredictorKind.physical
+    predictor: PredictorKind = PredictorKind.blocks
     """Predictor of prefill and decode latency."""
     objective: Phase = Phase.prefill
     """Latency that the search minimises, at the device's first prompt length or context."""

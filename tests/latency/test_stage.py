@@ -50,9 +50,9 @@ SPACE = SearchSpace(
 WORKLOAD = Workload(prompts=(64,), contexts=(64,), decode_tokens=4, prefill_chunk=64, threads=1)
 PREFILL, DECODE = WORKLOAD.points
 LOWERING = LoweringSettings(max_context=128)
-BLOCKS = LatencySettings(predictor=PredictorKind.blocks)
+BLOCKS = LatencySettings()
 SETTINGS = replace(BLOCKS, group_size=5)
-ACTIVE = LatencySettings(group_size=5, whole_models=25)
+ACTIVE = LatencySettings(predictor=PredictorKind.physical, group_size=5, whole_models=25)
 CALL_MS = 0.05
 
 
