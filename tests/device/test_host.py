@@ -73,6 +73,11 @@ def test_dead_and_slow_processes_are_errors_with_a_name():
     dies = "import sys; print('boom', file=sys.stderr); sys.exit(3)"
     with pytest.raises(DeviceError, match="model a: the runner exited with code 3: boom"):
         run_process([sys.executable, "-c", dies], 1, 60.0, "model a")
+    killed = "import os; os.kill(os.getpid(), 9)"
+    with pytest.raises(
+        DeviceError, match=r"model c: .* device's memory was full; lower latency\.g"
+    ):
+        run_process([sys.executable, "-c", killed], 1, 60.0, "model c")
     with pytest.raises(DeviceError, match="model b: no result after 0 s"):
         run_process([sys.executable, "-c", "import time; time.sleep(60)"], 1, 0.3, "model b")
 
