@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optuna
 import yaml
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
@@ -18,15 +19,18 @@ from flash.arch import ArchSpec, Quantization, SearchSpace, SpaceSettings, weigh
 from flash.device import Point
 from flash.latency.work import SpecTable, counted
 from flash.lowering import LoweringSettings
+from flash.progress import progress
 from flash.search import (
     Objective,
     Problem,
     Sampler,
     SearchSettings,
+    Study,
     Trial,
     open_study,
     propose,
     space_fingerprint,
+    study,
     write_report,
 )
 
@@ -89,6 +93,7 @@ def problem(*objectives: Objective) -> Problem:
 
 def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
     """Seconds for 8 candidates with 200 finished trials."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = SearchSettings(study="ask", sampler=sampler)
     asked, given, known = problem(*objectives), space(), trials(space(), 200, seed)
     start = time.perf_counter()
@@ -101,17 +106,47 @@ def study_10k_s(asked: Problem) -> float:
     """Seconds to read a study of many trials and to write its report."""
     given = space()
     with tempfile.TemporaryDirectory() as name:
-        settings = {"objectives": asked.objectives, "heartbeat_s": 20, "retries": 1}
         path = Path(name, "study.db")
-        study = open_study(path, "many", space_fingerprint(given), **settings)
-        many = trials(given, MANY, 0)
-        study.import_finished(given, many)
+
+        def opened() -> Study:
+            return open_study(
+                path,
+                "many",
+                space_fingerprint(given),
+                objectives=asked.objectives,
+                heartbeat_s=20,
+                retries=1,
+            )
+
+        opened()
+        fill(path, given, trials(given, MANY, 0), asked)
         start = time.perf_counter()
-        study = open_study(path, "many", space_fingerprint(given), **settings)
-        found = study.trials()
-        assert len(found) == len(many)
+        found = opened().trials()
+        assert len(found) == MANY
         write_report(Path(name, "frontier.json"), "many", found, asked, 3, {})
         return time.perf_counter() - start
+
+
+def fill(path: Path, space: SearchSpace, many: list[Trial], asked: Problem) -> None:
+    """Add finished trials as a search would leave them, without its care for each."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    with storage.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA synchronous=OFF")
+    stored = optuna.load_study(study_name="many", storage=storage)
+    for trial in progress(many, "filling a study"):
+        distributions = study._distributions(space, trial.spec)
+        stored.add_trial(
+            optuna.create_trial(
+                values=trial.point(asked.objectives),
+                params=study._params(trial.spec, distributions),
+                distributions=distributions,
+                user_attrs={
+                    "spec": trial.spec.to_dict(),
+                    "costs": dict(trial.costs),
+                    "batch": list(trial.batch),
+                },
+            )
+        )
 
 
 def main() -> None:

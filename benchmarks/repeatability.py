@@ -1,11 +1,12 @@
 """How far two measurements of the same architecture differ, half an hour or more apart.
 
 Reads benchmarks/data/flash_space.jsonl, to which `python benchmarks/flash_space.py --again 10` adds
-an attempt at each time. A measurement is two attempts of three fresh processes each; the first two
-are compared with the last two, raw, other work of the machine as it came. Cases `prefill` and
-`decode` are the longest prompt and context of the workload; the others follow by name.
+an attempt at each time. Compared are consecutive attempts, three fresh processes each, raw, other
+work of the machine as it came. Cases `prefill` and `decode` are the longest prompt and context of
+the workload; the others follow by name.
 """
 
+import itertools
 from datetime import datetime
 
 import flash_space
@@ -15,22 +16,18 @@ from flash.device import Phase, Point
 from flash.latency import Bench, Row, Subject
 
 APART_S = 1800
-ARCHITECTURES, ATTEMPTS = 10, 2
+ARCHITECTURES = 10
 
 
 def pairs(bench: Bench, point: Point) -> list[tuple[float, float]]:
-    """Both measurements of each architecture that has two far enough apart [ms]."""
+    """Consecutive measurements of the same architecture, far enough apart [ms]."""
     found = []
-    for spec in flash_space.models():
+    for spec in flash_space.models()[:ARCHITECTURES]:
         attempts = bench.attempts(Subject(spec=spec), point)
-        first, last = attempts[:ATTEMPTS], attempts[-ATTEMPTS:]
-        if len(attempts) >= 2 * ATTEMPTS and _time_s(last[0]) - _time_s(first[-1]) >= APART_S:
-            found.append((_ms(first), _ms(last)))
+        for first, last in itertools.pairwise(attempts):
+            if _time_s(last) - _time_s(first) >= APART_S:
+                found.append((first.result["ms"], last.result["ms"]))
     return found
-
-
-def _ms(rows: list[Row]) -> float:
-    return min(row.result["ms"] for row in rows)
 
 
 def _time_s(row: Row) -> float:
@@ -44,7 +41,7 @@ def main() -> None:
         points = [point for point in bench.workload.points if point.phase is phase]
         for point in sorted(points, key=lambda point: -point.tokens):
             twice = pairs(bench, point)
-            assert len(twice) >= ARCHITECTURES, "run flash_space.py --again 10, later once more"
+            assert len(twice) >= ARCHITECTURES, "run flash_space.py --again 10"
             differences = [200 * abs(a - b) / (a + b) for a, b in twice]
             case = phase.value if point is max(points, key=lambda p: p.tokens) else point.name
             record.add(case, "disagreement_pct", differences, "%")

@@ -12,11 +12,11 @@ of the space so many trials are.
 """
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Sequence
 
 import numpy as np
+import optuna
 import tabular
 from optuna.trial import TrialState
 from record import Recorder
@@ -95,7 +95,7 @@ class Table:
 
 
 def main() -> None:
-    logging.getLogger("optuna").setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     cases = [Sampler[name] for name in sys.argv[1:]] or list(Sampler)
     record, table = Recorder("samplers"), Table()
     total = table.volume(list(table.loss))

@@ -19,7 +19,7 @@ from flash.model import BackboneSettings
 from flash.report import as_text, read, render
 from flash.report.__main__ import log_to_wandb
 from flash.runs import Runs
-from flash.search import SearchSettings
+from flash.search import Limits, Objective, SearchSettings
 from flash.search.run import SearchJobSettings, Stage, run_search
 from flash.training import Precision, RecipeSettings, TrainerSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
@@ -87,7 +87,7 @@ def _search_settings(common) -> SearchJobSettings:
             startup_trials=3,
             winners=1,
             max_loss_increase=6.0,
-            max_latency_ratio=3.0,
+            max_cost_ratio=3.0,
         ),
     )
 
@@ -222,3 +222,37 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
         table = list(csv.DictReader(file))
     assert all(float(line["ms"]) > 0 and float(line["se_ms"]) >= 0 for line in table)
     assert {line["phase"] for line in table} == {"prefill", "decode"}
+
+
+def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatch):
+    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    monkeypatch.setattr("flash.device.HostDevice.measure", pytest.fail)
+    sizes = sorted(trial["costs"]["size_mib"] for trial in searched["trials"])
+    settings = _search_settings(common)
+    settings.search = dataclasses.replace(
+        settings.search,
+        study="small",
+        from_study="t",
+        objectives=[Objective.size, Objective.quality],
+        limits=Limits(size_mib=sizes[2]),
+    )
+    report = run_search(settings)
+    assert report["objectives"] == ["loss", "size_mib"]
+    trials = {trial["number"]: trial for trial in report["trials"]}
+    assert report["frontier"]
+    assert all(trials[n]["costs"]["size_mib"] <= sizes[2] for n in report["frontier"])
+    assert [t["loss"] for t in report["trials"]] == [t["loss"] for t in searched["trials"]]
+    settings.seed += 1
+    with pytest.raises(InputError, match="search.study=t: .*seed"):
+        run_search(settings)
+
+
+def test_the_best_trials_are_trained_longer_once(common, searched, monkeypatch):
+    settings = _search_settings(common)
+    settings.stage = Stage.promote
+    settings.search = dataclasses.replace(settings.search, promote=2, promote_tokens=256)
+    report = run_search(settings)
+    assert {row["number"] for row in report["trials"]} <= set(searched["frontier"])
+    assert all(row["long_loss"] is not None for row in report["trials"])
+    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    assert run_search(settings) == report

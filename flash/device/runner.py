@@ -24,6 +24,8 @@ import sys
 import time
 from typing import Any
 
+TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
 
 def status_kib(field):
     """A field of /proc/self/status in KiB, 0 where there is none."""
@@ -37,28 +39,33 @@ def status_kib(field):
     return 0
 
 
-def steal_ticks():
-    """Ticks that a hypervisor kept from this machine, 0 where unknown."""
+def machine_ticks():
+    """Ticks that all processors worked, and that a hypervisor kept from them; zeros if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
-            return int(file.readline().split()[8])
-    except (OSError, IndexError, ValueError):
-        return 0
+            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+        return user + nice + system + irq + softirq, steal
+    except (OSError, ValueError):
+        return 0, 0
 
 
 class Clock:
-    """Wall, user and system time and steal from its creation on."""
+    """Time from its creation on: wall, our own on a processor, everybody else's, and steal."""
 
     def __init__(self):
+        self.start = self.now()
+
+    def now(self):
+        """Readings since some fixed moment."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        self.start = (time.perf_counter(), usage.ru_utime, usage.ru_stime, steal_ticks())
+        worked, steal = machine_ticks()
+        others_s = worked / TICKS_PER_S - usage.ru_utime - usage.ru_stime
+        return time.perf_counter(), usage.ru_utime, usage.ru_stime, others_s, steal
 
     def read(self):
-        """The four times since the start; seconds, steal in ticks."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        now = (time.perf_counter(), usage.ru_utime, usage.ru_stime, steal_ticks())
-        names = ("wall_s", "user_s", "system_s", "steal_ticks")
-        return {n: b - a for n, a, b in zip(names, self.start, now, strict=True)}
+        """The readings since the start; seconds, steal in ticks."""
+        names = ("wall_s", "user_s", "system_s", "others_s", "steal_ticks")
+        return {n: b - a for n, a, b in zip(names, self.start, self.now(), strict=True)}
 
 
 class Runnable:

@@ -46,6 +46,9 @@ _REFERENCE_NOISE = {Phase.prefill: 1.03, Phase.decode: 1.06}
 """Ratios of two calm measurements of one program that are nothing but noise (three processes)."""
 _LEAST_TRANSFERRED = 8
 """Whole models from which a predictor can be fitted that another device may start from."""
+_SHARED = 0.25
+"""Processor time of others, as a share of the wall time, that a measurement should not stand: with
+the second of two cores busy, prefill of large models took a tenth longer."""
 _LOOSER = {Phase.prefill: 1.0, Phase.decode: 2.0}
 """A decode step spreads about twice as much between processes as a prefill does."""
 
@@ -273,6 +276,7 @@ class Bench:
             dataclasses.replace(self.reference.program(reference_path, 0), name="reference"),
             lambda done, total: bar.set_postfix_str(f"measuring, process {done} of {total}"),
         )
+        _warn_if_shared(measured[0])
         for subject, path, measurement in zip(group, paths, measured, strict=True):
             for point in points:
                 self._store(subject, point, measurement, lower_s(path))
@@ -307,6 +311,20 @@ class Bench:
             with atomic_write(path) as file:
                 file.write(data)
         return path
+
+
+def _warn_if_shared(measured: Measurement) -> None:
+    """Say so if other work ran meanwhile, which neither precision nor the reference would show."""
+    shares = [
+        each["process"].get("others_s", 0.0) / each["process"]["wall_s"]
+        for each in measured.conditions
+    ]
+    if min(shares) > _SHARED:
+        logger.warning(
+            "latency: other work kept %.0f %% of a processor busy throughout; latencies are likely "
+            "too high, for large models by a tenth: measure on a quiet device",
+            100 * min(shares),
+        )
 
 
 def program_digest(subject: Subject, lowering: LoweringSettings) -> str:

@@ -65,7 +65,8 @@ def frontier(data: ReportData) -> go.Figure:
         marker={"color": GREEN, "size": 13, "symbol": "diamond"},
     )
     reference = data.search["reference"]
-    figure.add_vline(x=reference["latency_ms"], line={"dash": "dot", "color": GREY})
+    if reference["latency_ms"] is not None:
+        figure.add_vline(x=reference["latency_ms"], line={"dash": "dot", "color": GREY})
     figure.add_hline(y=reference["loss"], line={"dash": "dot", "color": GREY})
     return _layout(
         figure,
@@ -135,7 +136,8 @@ def hypervolume(data: ReportData) -> go.Figure:
         line={"dash": "dot", "color": GREY},
         annotation_text="model-based from here",
     )
-    return _layout(figure, "finished trials", "hypervolume [nats x ms]")
+    names = " x ".join(data.search["objectives"])
+    return _layout(figure, "finished trials", f"hypervolume [{names}]")
 
 
 def recovery(data: ReportData) -> go.Figure:

@@ -8,19 +8,24 @@ from flash.search.loop import (
     hypervolume_history,
     search,
 )
+from flash.search.objectives import Costs, Objective, Problem
 from flash.search.pareto import choose_winners, hypervolume, non_dominated
-from flash.search.sampler import Latency, propose
-from flash.search.settings import Sampler, SearchSettings
+from flash.search.sampler import check_limits, propose
+from flash.search.settings import Limits, Sampler, SearchSettings
 from flash.search.study import Study, Trial, open_study, space_fingerprint
 
 __all__ = [
+    "Costs",
     "EvaluationError",
-    "Latency",
+    "Limits",
+    "Objective",
+    "Problem",
     "Quality",
     "Sampler",
     "SearchSettings",
     "Study",
     "Trial",
+    "check_limits",
     "choose_winners",
     "frontier",
     "hypervolume",

@@ -11,11 +11,14 @@ import yaml
 from flash.errors import InputError
 from flash.files import write_text
 from flash.search.loop import frontier, hypervolume_history
+from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
 from flash.search.study import Trial
 
 
-def write_frontier(folder: Path, study: str, trials: Sequence[Trial]) -> list[Path]:
+def write_frontier(
+    folder: Path, study: str, trials: Sequence[Trial], problem: Problem
+) -> list[Path]:
     """Write `<study>_<rank>.yaml` for every trial on the frontier, rank 0 the fastest.
 
     With `folder` = `conf/arch`, `+arch=<study>_0` selects the fastest. Files of an earlier, longer
@@ -34,7 +37,7 @@ def write_frontier(folder: Path, study: str, trials: Sequence[Trial]) -> list[Pa
         if re.fullmatch(rf"{re.escape(study)}_\d+", path.stem)
         and path.read_text().partition(":")[0] == mark
     }
-    front = frontier(trials)
+    front = frontier(trials, problem)
     paths = [folder / f"{study}_{rank}.yaml" for rank in range(len(front))]
     for path in paths:
         if path.exists() and path not in stale:
@@ -43,9 +46,10 @@ def write_frontier(folder: Path, study: str, trials: Sequence[Trial]) -> list[Pa
                 "move it or choose another study"
             )
     for path, trial in zip(paths, front, strict=True):
+        costs = ", ".join(f"{key} {value:.4g}" for key, value in trial.costs.items())
         header = (
             f"{mark}: trial {trial.number}, loss {trial.loss:.4f} nats a token,\n"
-            f"# predicted latency {trial.latency_ms:.1f} ms. Overwritten by the next search.\n"
+            f"# predicted {costs}. Overwritten by the next search.\n"
         )
         write_text(path, header + yaml.safe_dump(trial.spec.to_dict(), sort_keys=False))
     for path in stale.difference(paths):
@@ -57,30 +61,40 @@ def write_report(
     path: Path,
     study: str,
     trials: Sequence[Trial],
-    reference: tuple[float, float],
+    problem: Problem,
     num_winners: int,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write `frontier.json`: all trials, the frontier, the winners, the hypervolume over time.
 
+    `latency_ms` is the headline latency, whatever the objectives are.
+
     `frontier` and `winners` are trial numbers: the frontier fastest first, the winners by what
     each adds to the hypervolume. `about` holds further keys. Returns what was written.
     """
-    front = frontier(trials)
-    points = [trial.point for trial in front]
+    front = frontier(trials, problem)
+    points = [trial.point(problem.objectives) for trial in front]
+    keys = [objective.value for objective in problem.objectives]
+    headline = problem.headline
+    reference = dict(zip(keys, problem.reference, strict=True))
     report = {
         **about,
         "study": study,
-        "reference": {"loss": reference[0], "latency_ms": reference[1]},
+        "objectives": keys,
+        "limits": dict(problem.limits),
+        "reference": {**reference, "latency_ms": reference.get(headline)},
         "frontier": [trial.number for trial in front],
-        "winners": [front[i].number for i in choose_winners(points, reference, num_winners)],
-        "hypervolume": hypervolume_history(trials, reference),
+        "winners": [
+            front[i].number for i in choose_winners(points, problem.reference, num_winners)
+        ],
+        "hypervolume": hypervolume_history(trials, problem),
         "trials": [
             {
                 "number": trial.number,
                 "state": trial.state.name.lower(),
                 "loss": trial.loss,
-                "latency_ms": trial.latency_ms,
+                "latency_ms": trial.costs[headline],
+                "costs": dict(trial.costs),
                 "spec": trial.spec.to_dict(),
                 "extra": trial.extra,
             }

@@ -2,18 +2,23 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flash.arch import ArchSpec, SearchSpace
 from flash.progress import progress_bar
+from flash.search.objectives import Problem
 from flash.search.pareto import hypervolume, non_dominated
-from flash.search.sampler import Latency, propose
+from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
 from flash.search.study import Study, Trial
 
 _log = logging.getLogger(__name__)
+
+_WAIT_S = 1.0
+"""Between looks at what other workers do [s]."""
 
 
 class EvaluationError(Exception):
@@ -38,101 +43,120 @@ def search(
     study: Study,
     space: SearchSpace,
     evaluate: Evaluate,
-    latency: Latency,
+    problem: Problem,
     settings: SearchSettings,
     *,
-    reference: tuple[float, float],
     seed: int,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Run the study until `settings.trials` candidates are complete or failed.
+    """Work on the study until `settings.trials` candidates are complete or failed.
 
     May be interrupted at any point, by an exception or by a kill, and called again: the trials
-    that remain of a batch come next, then the same proposals as if nothing had happened.
+    that remain of a batch come next, then the same proposals as if nothing had happened. Any number
+    of processes may do so at once. One that finds nothing to do waits for the others' trials, in
+    case that one of them dies, so all of them return with all trials finished.
 
     Args:
         study: Holds all state.
         space: Where candidates come from.
-        evaluate: May raise `EvaluationError`; any other exception stops the search.
-        latency: Predicted latency [ms].
+        evaluate: May raise `EvaluationError`; any other exception stops this worker.
+        problem: Objectives, limits and reference point.
         settings: Sampler and sizes.
-        reference: Worst acceptable (loss, latency in ms), `settings.reference(...)`.
         seed: Fixes all proposals.
-        on_trial: Called with every trial that finishes.
+        on_trial: Called with every trial that this worker finishes.
 
     Returns:
         All trials of the study in order of their numbers.
+
+    Raises:
+        InputError: No member of the space obeys the limits.
     """
-    study.recover()
+    check_limits(space, problem, seed)
 
-    def plan(trials: Sequence[Trial], n: int) -> list[ArchSpec]:
-        return propose(
-            space, trials, n, latency=latency, reference=reference, settings=settings, seed=seed
-        )
-
-    with progress_bar("search", settings.trials, unit="trial") as bar:
-        bar.initial = bar.n = sum(trial.finished for trial in study.trials())
-        while _fill_queue(study, space, plan, latency, settings):
+    def take() -> Trial | None:
+        """The next trial, proposing a batch if none waits."""
+        with study.lock():
+            study.recover()
+            study.enqueue(space)  # a kill may have come in between
             trial = study.start()
+            if trial is None and _plan(study, space, problem, settings, seed):
+                study.enqueue(space)
+                trial = study.start()
+            return trial
+
+    with study.working(), progress_bar("search", settings.trials, unit="trial") as bar:
+        while True:
+            trial = take()
+            if trial is not None:
+                finished = _evaluate(study, trial, evaluate)
+                if on_trial is not None:
+                    on_trial(finished)
+            trials = study.trials()
+            bar.n = sum(trial.finished for trial in trials)
+            bar.refresh()
             if trial is None:
-                break
-            finished = _evaluate(study, trial, evaluate)
-            bar.update()
-            if on_trial is not None:
-                on_trial(finished)
-    return study.trials()
+                if all(trial.finished for trial in trials):
+                    return trials
+                time.sleep(_WAIT_S)
 
 
-def frontier(trials: Sequence[Trial]) -> list[Trial]:
-    """The complete trials that no other beats in both loss and latency, fastest first."""
+def frontier(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
+    """The complete trials within all limits that no other beats, fastest first."""
     complete = [trial for trial in trials if trial.complete]
-    mask = non_dominated([trial.point for trial in complete])
+    complete = [
+        trial
+        for trial in complete
+        if all(trial.costs[key] <= limit for key, limit in problem.limits.items())
+    ]
+    mask = non_dominated([trial.point(problem.objectives) for trial in complete])
     return sorted(
         (trial for trial, keep in zip(complete, mask, strict=True) if keep),
-        key=lambda trial: trial.latency_ms,
+        key=lambda trial: trial.costs[problem.headline],
     )
 
 
-def hypervolume_history(trials: Sequence[Trial], reference: tuple[float, float]) -> list[float]:
-    """Hypervolume [nats x ms] after each finished trial, in order of the trials' numbers."""
+def rescore(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
+    """The same trials with the costs that `problem` says their architectures have."""
+    specs = [trial.spec for trial in trials]
+    costs = problem.costs(specs) if specs else {}
+    return [
+        replace(trial, costs={key: float(values[i]) for key, values in costs.items()})
+        for i, trial in enumerate(trials)
+    ]
+
+
+def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float]:
+    """Hypervolume after each finished trial, in order of the trials' numbers."""
     history: list[float] = []
-    points: list[tuple[float, float]] = []
+    points: list[tuple[float, ...]] = []
     for trial in trials:
         if trial.complete:
-            points.append(trial.point)
+            point = trial.point(problem.objectives)
+            if all(value < worst for value, worst in zip(point, problem.reference, strict=True)):
+                points.append(point)
+                points = [p for p, keep in zip(points, non_dominated(points), strict=True) if keep]
         if trial.finished:
-            history.append(hypervolume(points, reference))
+            same = bool(history) and trial.loss is None
+            history.append(history[-1] if same else hypervolume(points, problem.reference))
     return history
 
 
-def _fill_queue(
-    study: Study,
-    space: SearchSpace,
-    plan: Callable[[Sequence[Trial], int], list[ArchSpec]],
-    latency: Latency,
-    settings: SearchSettings,
+def _plan(
+    study: Study, space: SearchSpace, problem: Problem, settings: SearchSettings, seed: int
 ) -> bool:
-    """Make sure that the queue holds a trial; False when the search is over."""
+    """Plan a batch; False when the budget is used up or the space is empty."""
     trials = study.trials()
-    if trials:
-        first, size = trials[-1].batch
-        if first + size > len(trials):
-            # Killed while it was queueing a batch: the same proposal again holds the missing rest.
-            specs = plan(trials[:first], size)[len(trials) - first :]
-            study.enqueue(space, specs, latency(specs), (first, size))
-            return True
-    if not all(trial.finished for trial in trials):
-        return True
     wanted = min(
         settings.batch if trials else settings.startup_trials, settings.trials - len(trials)
     )
     if wanted <= 0:
         return False
-    specs = plan(trials, wanted)
+    specs = propose(space, trials, wanted, problem=problem, settings=settings, seed=seed)
     if not specs:
         _log.warning("the space holds no more architectures; %d trials are all", len(trials))
         return False
-    study.enqueue(space, specs, latency(specs), (len(trials), len(specs)))
+    costs = {key: [float(v) for v in values] for key, values in problem.costs(specs).items()}
+    study.plan(specs, costs, (len(trials), len(specs)))
     return True
 
 
@@ -143,7 +167,8 @@ def _evaluate(study: Study, trial: Trial, evaluate: Evaluate) -> Trial:
         KeyboardInterrupt: As it came; the trial is back in the queue.
     """
     try:
-        quality = evaluate(trial.spec, trial.number)
+        with study.heartbeat(trial):
+            quality = evaluate(trial.spec, trial.number)
     except EvaluationError as error:
         _log.warning("trial %d (%s) failed: %s", trial.number, trial.spec, error)
         return study.fail(trial, str(error))

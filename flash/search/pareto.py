@@ -29,6 +29,8 @@ def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
         reference: The worst acceptable value of every objective.
     """
     values = np.asarray(points, dtype=float).reshape(-1, len(reference))
+    if len(reference) == 1:
+        return max(0.0, reference[0] - float(values.min(initial=reference[0])))
     front = values[non_dominated(values)]
     # BoTorch maximises, hence the signs.
     volume = Hypervolume(ref_point=-torch.tensor(reference, dtype=torch.double))

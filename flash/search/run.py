@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,17 @@ import numpy as np
 from lightning.pytorch.loggers import Logger
 from omegaconf import MISSING
 
-from flash.arch import ArchSpec, SearchSpace, SpaceSettings, count_parameters
+from flash.arch import (
+    ArchSpec,
+    SearchSpace,
+    SpaceSettings,
+    count_parameters,
+    kv_cache_bytes,
+    weight_bytes,
+)
 from flash.data import DataSettings
 from flash.device import DeviceSettings, open_device
+from flash.errors import InputError
 from flash.files import write_text
 from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
 from flash.model import Backbone, BackboneSettings
@@ -21,14 +30,26 @@ from flash.prune import fingerprint
 from flash.runs import Runs
 from flash.search.evaluate import ShortTraining
 from flash.search.frontier import write_frontier, write_report
-from flash.search.loop import frontier, search
+from flash.search.loop import frontier, rescore, search
+from flash.search.objectives import Costs, Objective, Problem
+from flash.search.promote import promote
+from flash.search.sampler import check_limits
 from flash.search.settings import SearchSettings
-from flash.search.study import Study, Trial, open_study, space_fingerprint
+from flash.search.study import (
+    Study,
+    Trial,
+    check_fingerprint,
+    open_study,
+    reopen_study,
+    space_fingerprint,
+)
 from flash.training import RecipeSettings, TrainerSettings, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
 from flash.training.run import Inputs, importance_of, plain
 
 log = logging.getLogger(__name__)
+
+_MIB = 2**20
 
 
 class Stage(Enum):
@@ -38,6 +59,8 @@ class Stage(Enum):
     """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
     search = "search"
     """Both stages."""
+    promote = "promote"
+    """After a search: train the best trials longer, and see whether their order holds."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +79,9 @@ class SearchJobSettings:
     trainer: TrainerSettings = MISSING
     logger: LoggerSettings = MISSING
     search: SearchSettings = MISSING
+    worker: int = 0
+    """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
+    Workers are equal; only the run's name in the logs differs."""
     seed: int = 0
     runs: str = "runs"
     """Folder for everything that runs produce."""
@@ -68,11 +94,17 @@ class _Job:
     settings: SearchJobSettings
     space: SearchSpace
     inputs: Inputs
-    study: Study
+    identity: dict[str, Any]
+    """All that makes results of trials comparable."""
+    objectives: tuple[Objective, ...]
 
     @property
     def folder(self) -> Path:
         return self.inputs.runs.study(self.settings.search.study)
+
+    def storage(self, name: str) -> Path | str:
+        """Where the study of that name is kept."""
+        return self.settings.search.storage or self.inputs.runs.study(name) / "study.db"
 
 
 def _open(settings: SearchJobSettings) -> _Job:
@@ -94,13 +126,12 @@ def _open(settings: SearchJobSettings) -> _Job:
         "workload": plain(settings.device.workload),
         "seed": settings.seed,
     }
-    name = settings.search.study
-    study = open_study(runs.study(name) / "study.db", name, identity)
-    return _Job(settings, space, inputs, study)
+    objectives = settings.search.order(Objective[settings.latency.objective.value])
+    return _Job(settings, space, inputs, identity, objectives)
 
 
 def run_search(settings: SearchJobSettings) -> dict[str, Any]:
-    """Run or resume a search; returns what `frontier.json` holds.
+    """Run, resume or join a search; returns what `frontier.json` holds.
 
     Raises:
         InputError: Settings, backbone, data or study that cannot be used.
@@ -114,13 +145,23 @@ def run_search(settings: SearchJobSettings) -> dict[str, Any]:
         f"{job.space.count():,}",
         f"{job.space.count_slots():,}",
     )
-    latency = _latency(settings, job.space, job.inputs.backbone)
-    finished = [trial for trial in job.study.trials() if trial.finished]
-    if len(finished) < settings.search.trials or not (job.folder / "frontier.json").is_file():
-        report = _stage_two(job, latency)
+    if settings.search.from_study is not None:
+        report = _rescore(job, settings.search.from_study)
     else:
-        log.info("study %s is finished: %d trials", settings.search.study, len(finished))
-        report = _write(job, latency, job.study.trials(), _reference(job, latency))
+        study = open_study(
+            job.storage(settings.search.study),
+            settings.search.study,
+            job.identity,
+            objectives=job.objectives,
+            heartbeat_s=settings.search.heartbeat_s,
+            retries=settings.search.retries,
+        )
+        with study.lock():  # one worker measures; the others then find it done
+            latency = _latency(settings, job.space, job.inputs.backbone)
+            problem = _problem(job, study, latency)
+        if settings.stage is Stage.promote:
+            return _promote(job, study, problem)
+        report = _stage_two(job, study, latency, problem)
     _describe(job, report)
     return report
 
@@ -173,42 +214,64 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     return report
 
 
-def _reference(job: _Job, latency: LatencyModel) -> tuple[float, float]:
-    """The reference point; the backbone's quality is computed once and kept with the study."""
-    quality = job.study.remember(
+def _problem(job: _Job, study: Study, latency: LatencyModel) -> Problem:
+    """Objectives, limits and reference; the backbone's quality is computed once and kept."""
+    settings = job.settings
+    quality = study.remember(
         "backbone_quality",
         lambda: plain(
-            heldout_quality(
-                job.inputs.backbone.load(), job.inputs.data, job.settings.trainer.precision
-            )
+            heldout_quality(job.inputs.backbone.load(), job.inputs.data, settings.trainer.precision)
         ),
     )
-    backbone_ms = float(_predict(latency, [job.inputs.backbone.spec])[0])
-    return job.settings.search.reference(quality["loss"], backbone_ms)
+    costs = _costs(latency, settings.device)
+    backbone = {key: float(v[0]) for key, v in costs([job.inputs.backbone.spec]).items()}
+    return Problem(
+        costs=costs,
+        objectives=job.objectives,
+        reference=settings.search.reference(job.objectives, quality["loss"], backbone),
+        limits=settings.search.limits.given(),
+        headline=Objective[latency.objective.phase.value].value,
+    )
 
 
-def _predict(latency: LatencyModel, specs: list[ArchSpec]) -> np.ndarray:
-    tied = [spec.replace(tie_embeddings=True) for spec in specs]  # the programs are the same
-    return latency.target.predict(tied).mean
+def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
+    """All that is known of a candidate before it is trained."""
+    lowering = device.lowering
+    points = {}
+    for point in latency.predictors:  # the first of each phase is the headline
+        points.setdefault(Objective[point.phase.value].value, point)
+
+    def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
+        tied = [spec.replace(tie_embeddings=True) for spec in specs]  # the programs are the same
+        size = np.array([weight_bytes(spec, lowering.quantization) for spec in tied]) / _MIB
+        cache = np.array([
+            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in tied
+        ])
+        predicted = {
+            key: latency.predictors[point].predict(tied).mean for key, point in points.items()
+        }
+        return {**predicted, "size_mib": size, "memory_mib": size + cache / _MIB}
+
+    return costs
 
 
-def _stage_two(job: _Job, latency: LatencyModel) -> dict[str, Any]:
-    settings, runs = job.settings, job.inputs.runs
-    importance = importance_of(job.inputs.backbone, job.inputs.data, settings.recipe, runs)
+def _stage_two(job: _Job, study: Study, latency: LatencyModel, problem: Problem) -> dict[str, Any]:
+    settings, runs, name = job.settings, job.inputs.runs, job.settings.search.study
+    trials = study.trials()
+    if sum(trial.finished for trial in trials) >= settings.search.trials:
+        log.info("study %s is finished: %d trials", name, len(trials))
+        return _write(job, study, latency, problem, trials)
+    with study.lock():
+        importance = importance_of(job.inputs.backbone, job.inputs.data, settings.recipe, runs)
     evaluate = ShortTraining(
         job.inputs, importance, settings.recipe, settings.trainer, settings.seed
     )
-    reference = _reference(job, latency)
-    log.info(
-        "reference point: loss %.3f, %s %.1f ms",
-        reference[0],
-        latency.objective.name,
-        reference[1],
-    )
+    pairs = zip(problem.objectives, problem.reference, strict=True)
+    log.info("reference point: %s", ", ".join(f"{o.value} {worst:.4g}" for o, worst in pairs))
     logger = make_logger(
         settings.logger,
         folder=runs.logs,
-        run=settings.search.study,
+        run=name if settings.worker == 0 else f"{name}_worker{settings.worker}",
         job="search",
         config=plain(settings),
     )
@@ -216,16 +279,15 @@ def _stage_two(job: _Job, latency: LatencyModel) -> dict[str, Any]:
         if logger is not None:
             logger.log_metrics(latency.metrics(), step=0)
         trials = search(
-            job.study,
+            study,
             job.space,
             evaluate,
-            lambda specs: _predict(latency, list(specs)),
+            problem,
             settings.search,
-            reference=reference,
             seed=settings.seed,
-            on_trial=lambda trial: _log_trial(logger, trial),
+            on_trial=lambda trial: _log_trial(logger, trial, problem),
         )
-        report = _write(job, latency, trials, reference)
+        report = _write(job, study, latency, problem, trials)
         if logger is not None:
             metrics = {"search/hypervolume": report["hypervolume"][-1]}
             logger.log_metrics(metrics, step=len(trials))
@@ -234,12 +296,59 @@ def _stage_two(job: _Job, latency: LatencyModel) -> dict[str, Any]:
     return report
 
 
-def _log_trial(logger: Logger | None, trial: Trial) -> None:
+def _promote(job: _Job, study: Study, problem: Problem) -> dict[str, Any]:
+    """Train the best trials longer; prints and stores whether their order holds."""
+    settings = job.settings
+    recipe = replace(settings.recipe, tokens=settings.search.promote_tokens)
+    importance = importance_of(job.inputs.backbone, job.inputs.data, recipe, job.inputs.runs)
+    evaluate = ShortTraining(job.inputs, importance, recipe, settings.trainer, settings.seed)
+    report = promote(study, problem, settings.search.promote, evaluate, recipe.tokens)
+    write_text(job.folder / "promoted.json", json.dumps(report, indent=1) + "\n")
+    print(f"\n{'trial':>5s} {'loss':>7s} {'longer':>7s}  after {recipe.tokens:,} tokens")
+    for row in report["trials"]:
+        longer = "failed" if row["long_loss"] is None else f"{row['long_loss']:.3f}"
+        print(f"{row['number']:5d} {row['loss']:7.3f} {longer:>7s}")
+    tau = report["kendall_tau"]
+    held = "too few to rank" if tau is None else f"Kendall tau {tau:.2f}"
+    print(f"{held}; {report['swapped']} of {report['pairs']} pairs swapped")
+    return report
+
+
+_OF_THE_DEVICE = ("device", "workload", "space", "objectives")
+"""Parts of a fingerprint that no loss depends on."""
+
+
+def _rescore(job: _Job, source: str) -> dict[str, Any]:
+    """The frontier that finished trials make under other limits, objectives or device.
+
+    Raises:
+        InputError: There is no such study, or its losses are not comparable.
+    """
+    settings = job.settings
+    study = reopen_study(job.storage(source), source)
+    old = {k: v for k, v in study.fingerprint.items() if k not in _OF_THE_DEVICE}
+    new = {k: v for k, v in job.identity.items() if k not in _OF_THE_DEVICE}
+    check_fingerprint(source, f"the study {source}", old, new)
+    latency = _latency(settings, job.space, job.inputs.backbone)
+    problem = _problem(job, study, latency)
+    trials = rescore(study.trials(), problem)
+    log.info("%d finished trials of %s judged anew", sum(t.complete for t in trials), source)
+    if not frontier(trials, problem):
+        check_limits(job.space, problem, settings.seed)
+        raise InputError(
+            f"search.limits={problem.limits}: expected limits that a trial of {source} obeys; "
+            "search anew with them, since the space has members that do"
+        )
+    return _write(job, study, latency, problem, trials)
+
+
+def _log_trial(logger: Logger | None, trial: Trial, problem: Problem) -> None:
     if logger is None or trial.loss is None:
         return
     metrics = {
         "search/loss": trial.loss,
-        "search/latency_ms": trial.latency_ms,
+        "search/latency_ms": trial.costs[problem.headline],
+        **{f"search/{key}": value for key, value in trial.costs.items()},
         "search/parameters": count_parameters(trial.spec).total,
         "search/model_dim": trial.spec.model_dim,
         "search/ffn_dim": trial.spec.ffn_dim,
@@ -249,13 +358,15 @@ def _log_trial(logger: Logger | None, trial: Trial) -> None:
 
 
 def _write(
-    job: _Job, latency: LatencyModel, trials: list[Trial], reference: tuple[float, float]
+    job: _Job, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
 ) -> dict[str, Any]:
     """`frontier.json`, the arch YAML of every frontier member, and the names of the winners."""
     settings, runs = job.settings, job.inputs.runs
     name = settings.search.study
-    paths = write_frontier(runs.found_arch, name, trials)
-    specs = {trial.number: trial.spec for trial in frontier(trials)}
+    front = frontier(trials, problem)
+    with study.lock():  # all workers write the same
+        paths = write_frontier(runs.found_arch, name, trials, problem)
+    specs = {trial.number: trial.spec for trial in front}
     backbone = job.inputs.backbone
     specs[-1] = backbone.spec.replace(tie_embeddings=True)
     predicted = {}
@@ -265,18 +376,18 @@ def _write(
         for number, mean, low, high in rows:
             values = {"mean_ms": float(mean), "low_ms": float(low), "high_ms": float(high)}
             predicted.setdefault(number, {})[point.name] = values
-    names = dict(zip((t.number for t in frontier(trials)), (p.stem for p in paths), strict=True))
+    names = dict(zip((t.number for t in front), (p.stem for p in paths), strict=True))
     return write_report(
         job.folder / "frontier.json",
         name,
         trials,
-        reference,
+        problem,
         settings.search.winners,
         about={
             "backbone": {
                 "name": backbone.name,
                 "spec": backbone.spec.to_dict(),
-                "quality": job.study.remember("backbone_quality", dict),
+                "quality": study.remember("backbone_quality", dict),
                 "predicted": predicted.pop(-1),
             },
             "names": {str(number): stem for number, stem in names.items()},

@@ -7,26 +7,38 @@ as an undisturbed one. (Optuna's own retry makes a new trial, which would be nei
 
 import json
 import logging
+import sqlite3
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import RandomSampler
+from optuna.storages import RDBStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from flash.arch import ArchSpec, Choices, SearchSpace
 from flash.errors import InputError
+from flash.search.objectives import Objective
+from flash.search.workers import FileLock, Lock, Owner, PostgresLock
 
 _log = logging.getLogger(__name__)
 
-MAX_CRASHES = 3
-"""Processes that may die on one trial before it counts as failed; a spec may exhaust the memory."""
+MISSED_BEATS = 6
+"""Signs of life that a worker on another machine may miss before it counts as dead."""
+_BUSY_S = 60.0
+"""How long SQLite waits for another process's write [s]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +47,8 @@ class Trial:
 
     number: int
     spec: ArchSpec
-    latency_ms: float
-    """Predicted by stage 1."""
+    costs: Mapping[str, float]
+    """All known figures, by key of `Objective`, as they were when the trial was proposed."""
     state: TrialState
     loss: float | None = None
     """Held-out loss [nats a token]; None unless the trial is complete."""
@@ -49,11 +61,10 @@ class Trial:
     def complete(self) -> bool:
         return self.state is TrialState.COMPLETE
 
-    @property
-    def point(self) -> tuple[float, float]:
-        """(loss, latency in ms) of a complete trial."""
+    def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
+        """The objectives' values of a complete trial."""
         assert self.loss is not None
-        return self.loss, self.latency_ms
+        return (self.loss, *(self.costs[objective.value] for objective in objectives[1:]))
 
     @property
     def finished(self) -> bool:
@@ -62,30 +73,91 @@ class Trial:
 
 
 class Study:
-    """A search's trials in an Optuna study (so optuna-dashboard shows it); see `open_study`."""
+    """A search's trials in an Optuna study (so optuna-dashboard shows it); see `open_study`.
 
-    def __init__(self, study: optuna.Study, storage: optuna.storages.BaseStorage) -> None:
-        self._study = study
-        self._storage = storage
-        self._id = storage.get_study_id_from_name(study.study_name)
+    Args:
+        study: Optuna's.
+        lock: Shared by all workers of the study.
+        objectives: What the trials' values are.
+        heartbeat_s: Seconds between a worker's signs of life.
+        retries: How often a trial starts again whose process died.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        lock: Lock,
+        objectives: Sequence[Objective],
+        heartbeat_s: int,
+        retries: int,
+    ) -> None:
+        self.objectives = tuple(objectives)
+        self.heartbeat_s = heartbeat_s
+        self._study, self._storage = study, study._storage
+        self._id = self._storage.get_study_id_from_name(study.study_name)
+        self._lock, self._depth, self._retries = lock, 0, retries
+        self._owner = Owner.make()
+        self._finished: dict[int, Trial] = {}
 
     @property
     def name(self) -> str:
         return self._study.study_name
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the study was made with."""
+        return self._study.user_attrs["fingerprint"]
+
     def trials(self) -> list[Trial]:
         """All trials in order of their numbers."""
-        return [_typed(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        found: list[Trial] = []
+        for frozen in self._study.get_trials(deepcopy=False):
+            trial = self._finished.get(frozen.number) or _typed(frozen)
+            if trial.finished:  # these change no more, and there may be thousands
+                self._finished[trial.number] = trial
+            found.append(trial)
+        return found
 
-    def enqueue(
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep all other workers from planning and from taking trials; may be nested."""
+        if self._depth == 0:
+            with self._lock.hold():
+                self._depth = 1
+                try:
+                    yield
+                finally:
+                    self._depth = 0
+        else:
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While this lasts, the trials that this object started count as being worked on."""
+        with self._owner.working():
+            yield
+
+    def plan(
         self,
-        space: SearchSpace,
         specs: Sequence[ArchSpec],
-        latencies_ms: Iterable[float],
+        costs: Mapping[str, Sequence[float]],
         batch: tuple[int, int],
     ) -> None:
-        """Append candidates to the queue, one database commit each."""
-        for spec, latency_ms in zip(specs, latencies_ms, strict=True):
+        """Note what is to be queued, in one commit, so that a kill cannot leave half a batch."""
+        rows = [
+            {"spec": spec.to_dict(), "costs": {key: float(v[i]) for key, v in costs.items()}}
+            for i, spec in enumerate(specs)
+        ]
+        self._study.set_user_attr("planned", {"batch": list(batch), "rows": rows})
+
+    def enqueue(self, space: SearchSpace) -> None:
+        """Append what is planned but not there yet to the queue, one commit a candidate."""
+        planned = self._study.user_attrs.get("planned")
+        if planned is None:
+            return
+        first, _ = planned["batch"]
+        for row in planned["rows"][len(self.trials()) - first :]:
+            spec = ArchSpec.from_dict(row["spec"])
             distributions = _distributions(space, spec)
             self._study.add_trial(
                 optuna.create_trial(
@@ -93,58 +165,129 @@ class Study:
                     params=_params(spec, distributions),
                     distributions=distributions,
                     user_attrs={
-                        "spec": spec.to_dict(),
+                        "spec": row["spec"],
                         "pattern": spec.pattern,
-                        "latency_ms": float(latency_ms),
-                        "batch": list(batch),
+                        "costs": row["costs"],
+                        "batch": planned["batch"],
                     },
                 )
             )
 
     def start(self) -> Trial | None:
-        """Mark the first waiting trial as running and return it; None when the queue is empty."""
-        if not any(trial.state is TrialState.WAITING for trial in self.trials()):
-            return None  # `ask` would invent a trial
-        return self._get(self._study.ask().number)
+        """Take the first waiting trial and return it; None when the queue is empty."""
+        with self.lock():
+            waiting = (trial for trial in self.trials() if trial.state is TrialState.WAITING)
+            trial = next(waiting, None)
+            if trial is None:
+                return None
+            # Whose it is comes first: a running trial without an owner would run for ever.
+            self._set(trial, "owner", self._owner.to_dict())
+            self._beat(trial)
+            self._storage.set_trial_state_values(self._trial_id(trial), TrialState.RUNNING)
+            return self._get(trial.number)
+
+    @contextmanager
+    def heartbeat(self, trial: Trial) -> Iterator[None]:
+        """Show other machines that the trial is being worked on, from a thread of its own."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self.heartbeat_s):
+                try:
+                    self._beat(trial)
+                except (SQLAlchemyError, StorageInternalError) as error:
+                    _log.warning(
+                        "trial %d: no sign of life could be given: %s", trial.number, error
+                    )
+
+        thread = threading.Thread(target=beat, name=f"heartbeat {trial.number}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def complete(self, trial: Trial, loss: float, info: Mapping[str, Any]) -> Trial:
         """Record a trial's result; `info` must be plain JSON values."""
-        self._set(trial, "info", dict(info))
-        self._study.tell(trial.number, (loss, trial.latency_ms))
-        return self._get(trial.number)
+        with self.lock():
+            if self._is_mine(trial):
+                self._set(trial, "info", dict(info))
+                costs = [trial.costs[objective.value] for objective in self.objectives[1:]]
+                self._study.tell(trial.number, (loss, *costs))
+            return self._get(trial.number)
 
     def fail(self, trial: Trial, reason: str) -> Trial:
         """Record that a trial has no result, and why."""
-        self._set(trial, "reason", reason)
-        self._study.tell(trial.number, state=TrialState.FAIL)
-        return self._get(trial.number)
+        with self.lock():
+            if self._is_mine(trial):
+                self._fail(trial, reason)
+            return self._get(trial.number)
 
     def requeue(self, trial: Trial) -> None:
-        """Send a running trial back to the queue, under its number."""
-        self._storage.set_trial_state_values(self._trial_id(trial), TrialState.WAITING)
+        """Send a trial of this worker back to the queue, under its number."""
+        with self.lock():
+            if self._is_mine(trial):
+                self._requeue(trial)
 
     def recover(self) -> None:
-        """Requeue what a dead process left running; a trial that keeps killing its process fails.
+        """Requeue what dead workers left running; a trial that keeps killing its process fails.
 
-        Only one process may work on the study.
+        A worker is dead when its process is gone from this machine, or when it is on another one
+        and has missed `MISSED_BEATS` signs of life. Trials of living workers are left alone.
         """
-        for trial in self.trials():
-            if trial.state is not TrialState.RUNNING:
-                continue
-            crashes = trial.extra.get("crashes", 0) + 1
-            self._set(trial, "crashes", crashes)
-            if crashes < MAX_CRASHES:
-                _log.warning("trial %d was interrupted; it starts again", trial.number)
-                self.requeue(trial)
-            else:
-                _log.warning("trial %d was interrupted %d times: failed", trial.number, crashes)
-                self.fail(trial, f"its process died {crashes} times")
+        with self.lock():
+            running = [t for t in self.trials() if t.state is TrialState.RUNNING]
+            if not running:
+                return
+            assert isinstance(self._storage, BaseHeartbeat)
+            silent = set(self._storage._get_stale_trial_ids(self._id))
+            for trial in running:
+                gone = Owner(**self._owner_of(trial)).gone()
+                if not (self._trial_id(trial) in silent if gone is None else gone):
+                    continue
+                crashes = trial.extra.get("crashes", 0) + 1
+                self._set(trial, "crashes", crashes)
+                if crashes <= self._retries:
+                    _log.warning("trial %d was interrupted; it starts again", trial.number)
+                    self._requeue(trial)
+                else:
+                    _log.warning("trial %d was interrupted %d times: failed", trial.number, crashes)
+                    self._fail(trial, f"its process died {crashes} times")
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """A plain JSON value that is computed once and kept with the study."""
-        if key not in self._study.user_attrs:
-            self._study.set_user_attr(key, compute())
-        return self._study.user_attrs[key]
+        """A plain JSON value that is computed once, by one worker, and kept with the study."""
+        with self.lock():
+            if key not in self._study.user_attrs:
+                self._study.set_user_attr(key, compute())
+            return self._study.user_attrs[key]
+
+    def recall(self, key: str) -> Any:
+        """What `remember` kept under this key, or None."""
+        return self._study.user_attrs.get(key)
+
+    def _is_mine(self, trial: Trial) -> bool:
+        """Whether this worker still has the trial; it may have been thought dead meanwhile."""
+        now = self._get(trial.number)
+        owner = self._owner_of(trial)
+        if now.state is TrialState.RUNNING and owner["token"] == self._owner.token:
+            return True
+        _log.warning("trial %d went to another worker; this result is dropped", trial.number)
+        return False
+
+    def _owner_of(self, trial: Trial) -> dict[str, Any]:
+        return self._storage.get_trial(self._trial_id(trial)).user_attrs["owner"]
+
+    def _fail(self, trial: Trial, reason: str) -> None:
+        self._set(trial, "reason", reason)
+        self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _requeue(self, trial: Trial) -> None:
+        self._storage.set_trial_state_values(self._trial_id(trial), TrialState.WAITING)
+
+    def _beat(self, trial: Trial) -> None:
+        assert isinstance(self._storage, BaseHeartbeat)
+        self._storage.record_heartbeat(self._trial_id(trial))
 
     def _get(self, number: int) -> Trial:
         return self.trials()[number]
@@ -156,38 +299,138 @@ class Study:
         self._storage.set_trial_user_attr(self._trial_id(trial), key, value)
 
 
-def open_study(storage: Path | str, name: str, fingerprint: Mapping[str, Any]) -> Study:
+def open_study(
+    storage: Path | str,
+    name: str,
+    fingerprint: Mapping[str, Any],
+    *,
+    objectives: Sequence[Objective],
+    heartbeat_s: int,
+    retries: int,
+) -> Study:
     """Create the study or open it again.
 
     Args:
-        storage: A SQLite file, or the URL of another database that Optuna knows.
+        storage: A SQLite file on a local disk, or the URL of a PostgreSQL database.
         name: Name of the study.
         fingerprint: All that makes results comparable, as plain JSON values: space, backbone,
             device, recipe. Compared key by key with the one that the study was made with.
+        objectives: What is minimised; part of the fingerprint.
+        heartbeat_s: Seconds between a worker's signs of life.
+        retries: How often a trial starts again whose process died.
+
+    Raises:
+        InputError: The storage cannot be used.
+    """
+    wanted = {**fingerprint, "objectives": [objective.name for objective in objectives]}
+
+    def create(database: RDBStorage) -> optuna.Study:
+        study = optuna.create_study(
+            storage=database,
+            study_name=name,
+            directions=[StudyDirection.MINIMIZE] * len(objectives),
+            sampler=RandomSampler(),  # never asked: every trial is enqueued with its values
+            load_if_exists=True,
+        )
+        if "fingerprint" not in study.user_attrs:
+            study.set_metric_names([o.value for o in objectives])  # for the dashboard only
+            study.set_user_attr("fingerprint", wanted)
+        return study
+
+    study, shown, lock = _connect(storage, name, heartbeat_s, create)
+    check_fingerprint(name, shown, study.user_attrs["fingerprint"], wanted)
+    return Study(study, lock, objectives, heartbeat_s, retries)
+
+
+def reopen_study(storage: Path | str, name: str) -> Study:
+    """A study as it is, whatever it was made with.
+
+    Raises:
+        InputError: The storage cannot be used, or holds no such study.
+    """
+
+    def load(database: RDBStorage) -> optuna.Study:
+        return optuna.load_study(storage=database, study_name=name, sampler=RandomSampler())
+
+    try:
+        if isinstance(storage, Path) and not storage.is_file():
+            raise KeyError
+        study, _, lock = _connect(storage, name, 1, load)
+    except KeyError as error:  # Optuna's word for an unknown name
+        raise InputError(
+            f"search.from_study={name}: expected a study that exists; run its search first"
+        ) from error
+    objectives = [Objective[key] for key in study.user_attrs["fingerprint"]["objectives"]]
+    return Study(study, lock, objectives, heartbeat_s=1, retries=0)
+
+
+def _connect(
+    storage: Path | str,
+    name: str,
+    heartbeat_s: int,
+    opened: Callable[[RDBStorage], optuna.Study],
+) -> tuple[optuna.Study, str, Lock]:
+    """The study that `opened` gives, its storage for people, and its lock.
+
+    Raises:
+        InputError: The storage cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url, shown, lock = _place(storage, name)
+    sqlite = isinstance(storage, Path)
+    # Sixteen workers that sleep for hours should not hold sixteen connections of a server.
+    engine = {"connect_args": {"timeout": _BUSY_S}} if sqlite else {"poolclass": NullPool}
+    try:
+        with lock.hold(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            if isinstance(storage, Path):
+                _let_readers_pass(storage)
+            database = RDBStorage(
+                url,
+                engine_kwargs=engine,
+                heartbeat_interval=heartbeat_s,
+                grace_period=MISSED_BEATS * heartbeat_s,
+            )
+            return opened(database), shown, lock
+    except ImportError as error:
+        raise InputError(
+            f"search.storage={shown}: its driver is missing ({error.__cause__ or error}); "
+            "pip install 'psycopg[binary]'"
+        ) from error
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"search.storage={shown}: expected a database that can be reached ({reason}); start "
+            "it, or correct the URL"
+        ) from error
+
+
+def _let_readers_pass(path: Path) -> None:
+    """Set a SQLite file to write-ahead logging, which it keeps: readers do not wait for writers."""
+    with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _place(storage: Path | str, name: str) -> tuple[str, str, Lock]:
+    """URL, the same for people, and the lock that the study's workers share.
+
+    Raises:
+        InputError: A URL of another kind.
+    """
     if isinstance(storage, Path):
         storage.parent.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{storage.resolve()}"
-    else:
-        url = storage
-    database = optuna.storages.get_storage(url)
-    study = optuna.create_study(
-        storage=database,
-        study_name=name,
-        directions=[StudyDirection.MINIMIZE, StudyDirection.MINIMIZE],
-        sampler=RandomSampler(),  # never asked: every trial is enqueued with its values
-        load_if_exists=True,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names(["loss", "latency_ms"])  # for the dashboard only
-    stored = study.user_attrs.get("fingerprint")
-    if stored is None:
-        study.set_user_attr("fingerprint", dict(fingerprint))
-    else:
-        _check_fingerprint(name, storage, stored, fingerprint)
-    return Study(study, database)
+        path = storage.resolve()
+        return f"sqlite:///{path}", str(storage), FileLock(path.with_name(path.name + ".lock"))
+    try:
+        url = sqlalchemy.make_url(storage)
+    except ArgumentError:
+        url = None
+    if url is None or not url.drivername.startswith("postgresql"):
+        raise InputError(
+            f"search.storage={storage if url is None else url.render_as_string()}: expected "
+            "postgresql://USER@HOST/DATABASE, or null for a SQLite file"
+        )
+    return storage, url.render_as_string(hide_password=True), PostgresLock(storage, name)
 
 
 def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
@@ -198,8 +441,8 @@ def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
     return {"space": settings, "backbone_arch": space.base.to_dict()}
 
 
-def _check_fingerprint(
-    name: str, storage: Path | str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+def check_fingerprint(
+    name: str, storage: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     """Compare key by key.
 
@@ -239,7 +482,7 @@ def _typed(frozen: FrozenTrial) -> Trial:
     return Trial(
         number=frozen.number,
         spec=ArchSpec.from_dict(attrs["spec"]),
-        latency_ms=attrs["latency_ms"],
+        costs=attrs["costs"],
         state=frozen.state,
         loss=frozen.values[0] if frozen.state is TrialState.COMPLETE else None,
         extra=extra,

@@ -32,6 +32,10 @@ def test_programs_take_turns_in_fresh_processes(program, settings, tmp_path):
     assert result.load_ms > 0
     assert set(result.conditions[0]["reference_ms"]) == {"prefill_20", "decode_30"}
     assert result.conditions[0]["started"] < result.conditions[1]["started"]
+    process = result.conditions[0]["process"]
+    assert process["wall_s"] > 0
+    assert process["user_s"] > 0
+    assert "others_s" in process
     assert Measurement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 

@@ -83,7 +83,12 @@ class FakeDevice:
     """Reads in each "program" what it is of, and knows how long that takes."""
 
     def __init__(
-        self, die_at_group=None, name="fake", reference_ms=lambda group: 10.0, slowdown=False
+        self,
+        die_at_group=None,
+        name="fake",
+        reference_ms=lambda group: 10.0,
+        slowdown=False,
+        others_s=0.0,
     ):
         self.settings = SimpleNamespace(processes=3, warmups=1, runs=2)
         self.name = self.resource = name
@@ -92,6 +97,7 @@ class FakeDevice:
         self.die_at_group = die_at_group
         self.reference_ms = reference_ms
         self.slowdown = slowdown
+        self.others_s = others_s
 
     def identity(self):
         return {"device": self.name, "threads": 1}
@@ -127,7 +133,13 @@ class FakeDevice:
                 }
             ]
             * 3,
-            conditions=[{"reference_ms": {"prefill_64": reference_ms, "decode_64": 1.0}}] * 3,
+            conditions=[
+                {
+                    "reference_ms": {"prefill_64": reference_ms, "decode_64": 1.0},
+                    "process": {"wall_s": 10.0, "others_s": self.others_s},
+                }
+            ]
+            * 3,
         )
 
 
@@ -343,6 +355,13 @@ def test_second_device_starts_from_the_first(tmp_path, lowered):
     assert np.abs(model.target.predict(unseen).mean / truth - 1).mean() < 0.03
     with pytest.raises(InputError, match=r"transfer_from=nobody: .* holds fake, second$"):
         run(tmp_path, FakeDevice(name="third"), replace(ACTIVE, transfer_from="nobody"))
+
+
+def test_other_work_on_the_device_is_said(tmp_path, lowered, caplog):
+    run(tmp_path / "calm", FakeDevice(others_s=1.0))
+    assert "other work" not in caplog.text
+    run(tmp_path / "shared", FakeDevice(others_s=9.0))
+    assert "other work kept 90 % of a processor busy throughout" in caplog.text
 
 
 def test_workload_must_fit_the_context(tmp_path):

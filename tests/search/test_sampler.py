@@ -8,8 +8,9 @@ from botorch.exceptions.errors import ModelFittingError
 from optuna.trial import TrialState
 
 from flash.arch import parse_pattern
-from flash.search import Sampler, Trial, hypervolume, propose, sampler
-from flash.search.sampler import features, greedy_batch
+from flash.search import Sampler, Trial, hypervolume, propose, quality
+from flash.search.acquisition import greedy_batch
+from flash.search.quality import features
 from tests.search import toy_search as toy
 
 SPACE = toy.make_space()
@@ -20,7 +21,7 @@ def make_trials(specs, start=0):
         Trial(
             number=start + i,
             spec=spec,
-            latency_ms=float(toy.latency([spec])[0]),
+            costs={key: float(v[0]) for key, v in toy.costs([spec]).items()},
             state=TrialState.COMPLETE,
             loss=toy.loss(spec),
             batch=(start, len(specs)),
@@ -30,22 +31,16 @@ def make_trials(specs, start=0):
 
 
 def ask(trials, n, space=SPACE, seed=0, **changes):
-    return propose(
-        space,
-        trials,
-        n,
-        latency=toy.latency,
-        reference=toy.REFERENCE,
-        settings=toy.make_settings(**changes),
-        seed=seed,
-    )
+    settings = toy.make_settings(**changes)
+    problem = toy.make_problem(settings)
+    return propose(space, trials, n, problem=problem, settings=settings, seed=seed)
 
 
 def hypervolume_after(num_trials, seed, space, **changes):
     trials = make_trials(ask([], 8, space, seed, **changes))
     while len(trials) < num_trials:
         trials += make_trials(ask(trials, 4, space, seed, **changes), start=len(trials))
-    return hypervolume([(t.loss, t.latency_ms) for t in trials], toy.REFERENCE)
+    return hypervolume([t.point(toy.PROBLEM.objectives) for t in trials], toy.PROBLEM.reference)
 
 
 @pytest.mark.parametrize("kind", Sampler)
@@ -98,7 +93,7 @@ def test_a_failed_fit_falls_back_to_random_and_says_so(monkeypatch, caplog):
     def fail(*_):
         raise ModelFittingError("all attempts failed")
 
-    monkeypatch.setattr(sampler, "fit_loss_model", fail)
+    monkeypatch.setattr(quality, "fit_loss_model", fail)
     assert len(ask(make_trials(ask([], 8)), 4)) == 4
     assert "all attempts failed" in caplog.text
 
@@ -130,7 +125,7 @@ def test_greedy_batch_takes_the_greatest_expected_hypervolume_gain():
     for _ in range(3):
         left = [i for i in range(4, 12) if i not in expected]
         expected.append(max(left, key=lambda i: volume([*members, *expected, i])))
-    assert greedy_batch(draws, latencies, 4, 3, reference) == expected
+    assert greedy_batch(draws, latencies[:, None], 4, 3, reference) == expected
 
 
 def test_the_loss_model_predicts_unseen_specs():
@@ -139,7 +134,7 @@ def test_the_loss_model_predicts_unseen_specs():
     rows = np.array([features(SPACE, spec) for spec in specs])
     losses = np.array([toy.loss(spec) for spec in specs])
     losses = (losses - losses.mean()) / losses.std()
-    model = sampler.fit_loss_model(rows[:60], losses[:60])
+    model = quality.fit_loss_model(rows[:60], losses[:60])
     with torch.no_grad():
         mean = model.posterior(torch.from_numpy(rows[60:])).mean.squeeze(-1).numpy()
     assert np.corrcoef(mean, losses[60:])[0, 1] > 0.95

@@ -25,7 +25,7 @@ from tests.search import toy_search as toy
 
 
 def outcome(trials):
-    return [(t.number, t.spec, t.loss, t.latency_ms, t.state, t.batch) for t in trials]
+    return [(t.number, t.spec, t.loss, t.costs, t.state, t.batch) for t in trials]
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,14 @@ def test_killed_search_resumes_identically(tmp_path, undisturbed):
 @pytest.mark.parametrize("queued", [3, 11])
 def test_kill_while_a_batch_is_queued_changes_nothing(tmp_path, undisturbed, queued, monkeypatch):
     numbers = itertools.count()
-    add_trial = toy.Study.enqueue
+    add_trial = optuna.Study.add_trial
 
-    def enqueue(self, space, specs, latencies_ms, batch):
-        for spec, latency_ms in zip(specs, latencies_ms, strict=True):
-            if next(numbers) == queued:
-                raise KeyboardInterrupt
-            add_trial(self, space, [spec], [latency_ms], batch)
+    def interrupted(self, trial):
+        if next(numbers) == queued:
+            raise KeyboardInterrupt
+        add_trial(self, trial)
 
-    monkeypatch.setattr(toy.Study, "enqueue", enqueue)
+    monkeypatch.setattr(optuna.Study, "add_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
         toy.run(tmp_path / "study.db", trials=12)
     assert outcome(toy.run(tmp_path / "study.db", trials=12)) == outcome(undisturbed[:12])
@@ -113,7 +112,7 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(tmp_path):
     assert trials[3].extra["steps"] == 10
     assert trials[3].extra["seconds"] >= 0
     assert len(trials) == len({t.spec for t in trials}) == 12
-    assert not {2, 9} & {t.number for t in frontier(trials)}
+    assert not {2, 9} & {t.number for t in frontier(trials, toy.PROBLEM)}
 
 
 def test_a_bug_in_the_evaluation_stops_the_search(tmp_path):
@@ -132,8 +131,8 @@ def test_a_trial_that_keeps_killing_its_process_fails(tmp_path):
 
     for _ in range(3):
         with pytest.raises(MemoryError):
-            toy.run(tmp_path / "study.db", evaluate=evaluate, trials=4)
-    trials = toy.run(tmp_path / "study.db", evaluate=evaluate, trials=4)
+            toy.run(tmp_path / "study.db", evaluate=evaluate, trials=4, retries=2)
+    trials = toy.run(tmp_path / "study.db", evaluate=evaluate, trials=4, retries=2)
     assert trials[1].extra["reason"] == "its process died 3 times"
     assert all(t.complete for t in trials if t.number != 1)
 
@@ -158,7 +157,7 @@ def test_bad_settings_name_their_key(key, value):
 def test_trials_show_their_sizes_and_kinds_as_parameters(tmp_path):
     trials = toy.run(tmp_path / "study.db", trials=4)
     stored = optuna.load_study(study_name="toy", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert stored.metric_names == ["loss", "latency_ms"]
+    assert stored.metric_names == ["loss", "prefill_ms"]
     for trial, frozen in zip(trials, stored.trials, strict=True):
         assert frozen.params["ffn_dim"] == trial.spec.ffn_dim
         assert frozen.params["layer_00"] == trial.spec.layer_types[0].value
@@ -168,29 +167,29 @@ def test_trials_show_their_sizes_and_kinds_as_parameters(tmp_path):
 
 def test_frontier_files_hold_the_specs_and_replace_stale_ones(tmp_path, undisturbed):
     trials = undisturbed
-    front = frontier(trials)
-    paths = write_frontier(tmp_path / "arch", "toy", trials)
+    front = frontier(trials, toy.PROBLEM)
+    paths = write_frontier(tmp_path / "arch", "toy", trials, toy.PROBLEM)
     assert [path.name for path in paths] == [f"toy_{i}.yaml" for i in range(len(front))]
     assert [ArchSpec.from_dict(yaml.safe_load(p.read_text())) for p in paths] == [
         t.spec for t in front
     ]
-    assert [t.latency_ms for t in front] == sorted(t.latency_ms for t in front)
+    assert [t.costs["prefill_ms"] for t in front] == sorted(t.costs["prefill_ms"] for t in front)
     (tmp_path / "arch/toy_99.yaml").write_text("mine: 1\n")
-    shorter = write_frontier(tmp_path / "arch", "toy", trials[:1])
+    shorter = write_frontier(tmp_path / "arch", "toy", trials[:1], toy.PROBLEM)
     assert sorted((tmp_path / "arch").iterdir()) == [*shorter, tmp_path / "arch/toy_99.yaml"]
     shorter[0].write_text("mine: 1\n")
     with pytest.raises(InputError, match="something else wrote it"):
-        write_frontier(tmp_path / "arch", "toy", trials)
+        write_frontier(tmp_path / "arch", "toy", trials, toy.PROBLEM)
 
 
 def test_report_holds_everything(tmp_path, undisturbed):
     trials = undisturbed
-    write_report(tmp_path / "frontier.json", "toy", trials, toy.REFERENCE, 3, {"unit": "nats"})
+    write_report(tmp_path / "frontier.json", "toy", trials, toy.PROBLEM, 3, {"unit": "nats"})
     report = json.loads((tmp_path / "frontier.json").read_text())
     assert report["unit"] == "nats"
-    assert report["frontier"] == [t.number for t in frontier(trials)]
+    assert report["frontier"] == [t.number for t in frontier(trials, toy.PROBLEM)]
     assert set(report["winners"]) <= set(report["frontier"])
     assert len(report["winners"]) == 3
-    assert report["hypervolume"] == hypervolume_history(trials, toy.REFERENCE)
+    assert report["hypervolume"] == hypervolume_history(trials, toy.PROBLEM)
     assert report["hypervolume"] == sorted(report["hypervolume"])
     assert ArchSpec.from_dict(report["trials"][4]["spec"]) == trials[4].spec

@@ -1,13 +1,34 @@
 """A small space with a known quality and latency, and a search on it that can be killed."""
 
+import itertools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings
-from flash.search import Quality, Sampler, SearchSettings, Study, open_study, search
+from flash.arch import (
+    ArchSpec,
+    Attention,
+    CacheFormat,
+    Choices,
+    Quantization,
+    SearchSpace,
+    SpaceSettings,
+    kv_cache_bytes,
+    weight_bytes,
+)
+from flash.search import (
+    Objective,
+    Problem,
+    Quality,
+    Sampler,
+    SearchSettings,
+    Study,
+    open_study,
+    search,
+)
 from flash.search.study import space_fingerprint
 
 BACKBONE = ArchSpec(
@@ -40,7 +61,7 @@ def loss(spec: ArchSpec) -> float:
     return float(2.0 + sizes + 0.8 * missing + 0.05 * spec.longest_efficient_run)
 
 
-def latency(specs: list[ArchSpec]) -> np.ndarray:
+def latency(specs: Sequence[ArchSpec]) -> np.ndarray:
     cost = {"F": 4.0, "S": 3.6, "-": 0.0}
     rows = [
         sum(cost[letter] for letter in spec.pattern) * spec.model_dim / 256
@@ -52,28 +73,82 @@ def latency(specs: list[ArchSpec]) -> np.ndarray:
 
 def make_settings(**changes: object) -> SearchSettings:
     values = {"study": "toy", "trials": 20, "batch": 4, "startup_trials": 8, "pool_size": 128}
+    values |= {"max_loss_increase": 1.0}
     return SearchSettings(**(values | changes))  # pyright: ignore[reportArgumentType]
 
 
-REFERENCE = (loss(BACKBONE) + 1.0, float(latency([BACKBONE])[0]))
+def all_patterns(space: SearchSpace, depth: int) -> list[tuple[Attention, ...]]:
+    """Every legal pattern of a depth."""
+    every = itertools.product(space.kinds, repeat=depth)
+    return [kinds for kinds in every if space.make(256, 768, kinds) in space]
 
 
-def open_toy(path: Path, space: SearchSpace, **parts: object) -> Study:
-    return open_study(path, "toy", {**space_fingerprint(space), **parts})
+def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
+    """Known figures; the sizes are those of the real counts."""
+    size = np.array([weight_bytes(spec, Quantization.int8da4w) for spec in specs]) / 2**20
+    cache = np.array([kv_cache_bytes(spec, 2048, CacheFormat.fp32) for spec in specs]) / 2**20
+    return {
+        "prefill_ms": latency(specs),
+        "decode_ms": 1.0 + 0.01 * latency(specs),
+        "size_mib": size,
+        "memory_mib": size + cache,
+    }
 
 
-def run(path: Path, space: SearchSpace | None = None, evaluate=None, seed=0, **changes: object):
+def make_problem(settings: SearchSettings | None = None) -> Problem:
+    settings = settings or make_settings()
+    objectives = settings.order(Objective.prefill)
+    backbone = {key: float(values[0]) for key, values in costs([BACKBONE]).items()}
+    return Problem(
+        costs=costs,
+        objectives=objectives,
+        reference=settings.reference(objectives, loss(BACKBONE), backbone),
+        limits=settings.limits.given(),
+    )
+
+
+PROBLEM = make_problem()
+
+
+def open_toy(
+    storage: Path | str, space: SearchSpace, settings: SearchSettings | None = None, **parts: object
+) -> Study:
+    settings = settings or make_settings()
+    return open_study(
+        storage,
+        "toy",
+        {**space_fingerprint(space), **parts},
+        objectives=settings.order(Objective.prefill),
+        heartbeat_s=settings.heartbeat_s,
+        retries=settings.retries,
+    )
+
+
+def run(
+    storage: Path | str, space: SearchSpace | None = None, evaluate=None, seed=0, **changes: object
+):
     """Search the toy space; returns all trials."""
-    space = space or make_space()
+    space, settings = space or make_space(), make_settings(**changes)
     return search(
-        open_toy(path, space),
+        open_toy(storage, space, settings),
         space,
         evaluate or (lambda spec, number: Quality(loss(spec))),
-        latency,
-        make_settings(**changes),
-        reference=REFERENCE,
+        make_problem(settings),
+        settings,
         seed=seed,
     )
+
+
+def work(storage: Path | str, log: Path, settings: dict[str, object]) -> None:
+    """One worker, in a process of its own, that notes what it begins."""
+
+    def evaluate(spec: ArchSpec, number: int) -> Quality:
+        with log.open("a") as file:
+            print(number, file=file)
+        time.sleep(0.05)
+        return Quality(loss(spec))
+
+    run(storage, evaluate=evaluate, **settings)
 
 
 if __name__ == "__main__":  # killed by a test

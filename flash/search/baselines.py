@@ -1,0 +1,209 @@
+"""Samplers to compare with: Optuna's NSGA-II and TPE, and additive scores with exact maximisation.
+
+All of them are pure functions of (seed, trials so far), as the model-based sampler is.
+"""
+
+import heapq
+import itertools
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from flash.arch import ArchSpec, Attention, SearchSpace
+from flash.search.acquisition import greedy_batch
+from flash.search.request import Request
+from flash.search.settings import Sampler
+
+KEPT = 4
+"""Patterns kept for each number of layers of each kind: most of the best may be known already."""
+RIDGE = 1e-2
+"""Weight of the penalty on additive scores."""
+_ASKS = 64
+"""Asks for each candidate wanted; what is then missing is drawn at random by the caller."""
+
+
+def ask_optuna(request: Request) -> list[ArchSpec]:
+    """Up to n members from the one of Optuna's samplers that `settings.sampler` names.
+
+    Parameters are depth, both widths and a kind for every slot; slots past the depth are ignored,
+    and told as full attention. What is asked for but breaks a rule of the space, exceeds a limit or
+    is known already is rejected and told as failed, so only its share of the asks is lost.
+    """
+    space, problem, settings = request.space, request.problem, request.settings
+    size = max(settings.startup_trials, 4)
+    distributions = _distributions(space)
+    costs = problem.known(request.specs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        sampler: BaseSampler
+        if settings.sampler is Sampler.nsga2:
+            sampler = NSGAIISampler(population_size=size, seed=request.seed)
+        else:
+            sampler = TPESampler(
+                multivariate=True, constant_liar=True, n_startup_trials=size, seed=request.seed
+            )
+        study = optuna.create_study(
+            directions=[StudyDirection.MINIMIZE] * len(problem.objectives), sampler=sampler
+        )
+        for i, (spec, loss) in enumerate(zip(request.specs, request.losses, strict=True)):
+            study.add_trial(
+                optuna.create_trial(
+                    params=_params(space, spec),
+                    distributions=distributions,
+                    values=[loss, *map(float, costs[i])],
+                    # Trials run in order, so that this is how Optuna would have counted.
+                    system_attrs={NSGAIISampler._get_generation_key(): i // size},
+                )
+            )
+        found: dict[ArchSpec, None] = {}
+        for _ in range(_ASKS * request.n):
+            trial = study.ask(distributions)
+            spec = _spec(space, trial.params)
+            fits = spec in space and spec not in request.known and spec not in found
+            if fits and problem.excess([spec])[0] <= 0:
+                found[spec] = None  # its trial stays running, so that the next keeps away from it
+                if len(found) == request.n:
+                    break
+            else:
+                study.tell(trial, state=TrialState.FAIL)
+    return list(found)
+
+
+def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    sizes = space.settings
+    choices = {
+        key: IntDistribution(c.min, c.max, step=c.step)
+        for key, c in (
+            ("num_layers", sizes.num_layers),
+            ("model_dim", sizes.model_dim),
+            ("ffn_dim", sizes.ffn_dim),
+        )
+    }
+    kinds = CategoricalDistribution([kind.value for kind in space.kinds])
+    return {**choices, **{f"layer_{i:02d}": kinds for i in range(space.depths[-1])}}
+
+
+def _params(space: SearchSpace, spec: ArchSpec) -> dict[str, int | str]:
+    unused = [Attention.full_attention] * (space.depths[-1] - spec.num_layers)
+    kinds = [*spec.layer_types, *unused]
+    return {
+        "num_layers": spec.num_layers,
+        "model_dim": spec.model_dim,
+        "ffn_dim": spec.ffn_dim,
+        **{f"layer_{i:02d}": kind.value for i, kind in enumerate(kinds)},
+    }
+
+
+def _spec(space: SearchSpace, params: dict[str, int | str]) -> ArchSpec:
+    depth = int(params["num_layers"])
+    kinds = tuple(Attention.parse(str(params[f"layer_{i:02d}"])) for i in range(depth))
+    return space.make(int(params["model_dim"]), int(params["ffn_dim"]), kinds)
+
+
+class AdditiveScores:
+    """Log-loss as a sum: a score for each depth, each width, and each kind in each slot.
+
+    Fitted to finished trials by ridge regression. Puzzletron measures each block's score with the
+    rest of the network intact; here the same trials serve all samplers.
+
+    Args:
+        space: Gives the choices.
+        specs: Evaluated architectures.
+        losses: Their losses [nats a token].
+    """
+
+    def __init__(
+        self, space: SearchSpace, specs: Sequence[ArchSpec], losses: Sequence[float]
+    ) -> None:
+        self._space = space
+        logs = np.log(np.asarray(losses, dtype=float))
+        rows = np.stack([self._row(spec) for spec in specs])
+        self._center, self._mean = rows.mean(axis=0), float(logs.mean())
+        rows = rows - self._center
+        gram = rows.T @ rows + RIDGE * len(rows) * np.eye(rows.shape[1])
+        self._scores = np.linalg.solve(gram, rows.T @ (logs - self._mean))
+
+    def _row(self, spec: ArchSpec) -> NDArray[np.float64]:
+        space = self._space
+        slots = np.zeros((space.depths[-1], len(space.kinds)))
+        for i, kind in enumerate(spec.layer_types):
+            slots[i, space.kinds.index(kind)] = 1.0
+        sizes = [
+            [float(value == choice) for choice in choices]
+            for value, choices in (
+                (spec.num_layers, space.depths),
+                (spec.model_dim, space.model_dims),
+                (spec.ffn_dim, space.ffn_dims),
+            )
+        ]
+        return np.concatenate([*sizes, slots.ravel()])
+
+    def predict(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
+        """Losses [nats a token]."""
+        rows = np.stack([self._row(spec) for spec in specs])
+        return np.exp(self._mean + (rows - self._center) @ self._scores)
+
+    def best_patterns(self, depth: int) -> list[tuple[Attention, ...]]:
+        """The best legal patterns for every number of layers of each kind, by dynamic programming.
+
+        Known figures depend on a pattern through these numbers alone (flash.latency.work), so that
+        the best loss at any cost is among them. `KEPT` patterns stay for each.
+        """
+        space = self._space
+        slots = self._scores[-space.depths[-1] * len(space.kinds) :].reshape(-1, len(space.kinds))
+        limit = space.settings.max_efficient_run
+        # (run of efficient layers, layers of each kind) -> the best (sum of scores, kinds).
+        states: dict[tuple[int, tuple[int, ...]], list[tuple[float, tuple[int, ...]]]]
+        states = {(0, (0,) * len(space.kinds)): [(0.0, ())]}
+        for slot in range(depth):
+            grown: dict[tuple[int, tuple[int, ...]], list[tuple[float, tuple[int, ...]]]] = {}
+            for (run, counts), sums in states.items():
+                for k, kind in enumerate(space.kinds):
+                    now = run + 1 if kind.efficient else 0
+                    if now > limit:
+                        continue
+                    more = (*counts[:k], counts[k] + 1, *counts[k + 1 :])
+                    grown.setdefault((now, more), []).extend(
+                        (total + float(slots[slot, k]), (*kinds, k)) for total, kinds in sums
+                    )
+            states = {key: heapq.nsmallest(KEPT, sums) for key, sums in grown.items()}
+        return [
+            tuple(space.kinds[k] for k in kinds) for sums in states.values() for _, kinds in sums
+        ]
+
+
+def ask_additive(request: Request) -> list[ArchSpec]:
+    """Up to n members that widen the frontier most if the additive scores were the truth.
+
+    Of the patterns that dynamic programming finds, crossed with all widths, `pool_size` random
+    ones compete when there are more.
+    """
+    space, problem, size = request.space, request.problem, request.settings.pool_size
+    scores = AdditiveScores(space, request.specs, request.losses)
+    patterns = [pattern for depth in space.depths for pattern in scores.best_patterns(depth)]
+    choices = list(itertools.product(space.model_dims, space.ffn_dims, patterns))
+    order = np.random.default_rng(request.seed).permutation(len(choices))
+    pool: list[ArchSpec] = []
+    for start in range(0, len(order), size):
+        drawn = (space.make(*choices[int(i)]) for i in order[start : start + size])
+        new = [spec for spec in drawn if spec in space and spec not in request.known]
+        pool += [s for s, over in zip(new, problem.excess(new), strict=True) if over <= 0]
+        if len(pool) >= size:
+            break
+    if not pool:
+        return []
+    both = [*request.specs, *pool]
+    losses = np.concatenate([np.asarray(request.losses), scores.predict(pool)])
+    num_observed = len(request.specs)
+    chosen = greedy_batch(
+        losses[None], problem.known(both), num_observed, request.n, problem.reference
+    )
+    return [both[i] for i in chosen]

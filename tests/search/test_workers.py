@@ -1,0 +1,215 @@
+"""Several processes on one study, some of which die."""
+
+import multiprocessing
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from optuna.trial import TrialState
+
+from flash.errors import InputError
+from flash.search import frontier, study, workers
+from flash.search.workers import Owner
+from tests.search import toy_search as toy
+
+# A server that has imported everything, so that starting a worker takes milliseconds.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["tests.search.toy_search"])
+
+
+def start_worker(storage, log, **settings):
+    process = SPAWN.Process(target=toy.work, args=(storage, log, settings))
+    process.start()
+    return process
+
+
+def outcome(trials):
+    return [(t.number, t.spec, t.loss, t.costs, t.state, t.batch) for t in trials]
+
+
+def read_log(log):
+    """How often each trial was begun."""
+    if not log.is_file():
+        return Counter()
+    return Counter(int(number) for number in log.read_text().split())
+
+
+def test_twenty_kills_lose_no_result_and_repeat_none(tmp_path):
+    settings = {"trials": 24, "retries": 100}
+    undisturbed = toy.run(tmp_path / "undisturbed.db", **settings)
+    path, log = tmp_path / "study.db", tmp_path / "log"
+    rng = random.Random(0)
+    kept = []
+    for turn in range(20):
+        before = read_log(log).total()
+        process = start_worker(path, log, **settings)
+        while turn % 2 and process.is_alive() and read_log(log).total() == before:
+            time.sleep(0.01)  # every other one dies at work, the rest at any point from the start
+        process.join(rng.uniform(0.0, 0.4))
+        process.kill()
+        process.join()
+        if path.is_file():
+            trials = toy.open_toy(path, toy.make_space()).trials()
+            finished = [t for t in outcome(trials) if t[4] is TrialState.COMPLETE]
+            assert finished[: len(kept)] == kept
+            kept = finished
+    trials = toy.run(path, **settings)
+    assert outcome(trials) == outcome(undisturbed)
+    assert [t.number for t in frontier(trials, toy.PROBLEM)] == [
+        t.number for t in frontier(undisturbed, toy.PROBLEM)
+    ]
+    begun = read_log(log)
+    crashes = {t.number: t.extra.get("crashes", 0) for t in trials}
+    assert all(count <= 1 + crashes[number] for number, count in begun.items())
+
+
+def work_together(storage, log, settings, make_space=toy.make_space):
+    """Three workers, one of which is killed and replaced; returns all trials."""
+    crew = [start_worker(storage, log, **settings) for _ in range(3)]
+    until = time.monotonic() + 60
+    while read_log(log).total() < 6:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    crew[0].kill()
+    crew.append(start_worker(storage, log, **settings))
+    for process in crew:
+        process.join(60)
+    assert [process.exitcode for process in crew] == [-9, 0, 0, 0]
+    return toy.open_toy(storage, make_space(), toy.make_settings(**settings)).trials()
+
+
+def assert_shared_well(trials, log, wanted):
+    assert all(t.complete for t in trials)
+    assert len(trials) == len({t.spec for t in trials}) == wanted
+    begun = read_log(log)
+    crashed = {t.number for t in trials if t.extra.get("crashes")}
+    assert len(crashed) <= 1
+    assert begun == {t.number: 1 + (t.number in crashed) for t in trials}
+
+
+def test_workers_share_a_study_and_take_over_from_the_dead(tmp_path):
+    settings = {"trials": 24}
+    trials = work_together(tmp_path / "study.db", tmp_path / "log", settings)
+    assert_shared_well(trials, tmp_path / "log", 24)
+
+
+def test_a_trial_of_a_living_worker_is_left_alone(tmp_path):
+    path, space = tmp_path / "study.db", toy.make_space()
+    toy.run(path, trials=4)
+    mine, other = (toy.open_toy(path, space) for _ in range(2))
+    spec = next(space.neighbours(mine.trials()[1].spec))
+    mine.plan([spec], {k: v.tolist() for k, v in toy.costs([spec]).items()}, (4, 1))
+    mine.enqueue(space)
+    with mine.working():
+        trial = mine.start()
+        assert trial is not None
+        other.recover()
+        assert other.trials()[4].state is TrialState.RUNNING
+        assert other.start() is None
+    other.recover()
+    assert other.trials()[4].state is TrialState.WAITING
+    assert other.start().number == 4
+    # What the worker that was thought dead finds after all would be a second result.
+    assert mine.complete(trial, 1.0, {}).state is TrialState.RUNNING
+
+
+def test_silence_tells_of_the_dead_on_other_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "MISSED_BEATS", 1)
+    path, space = tmp_path / "study.db", toy.make_space()
+    settings = toy.make_settings(heartbeat_s=1)
+    here, there = (toy.open_toy(path, space, settings) for _ in range(2))
+    there._owner = replace(there._owner, machine="elsewhere")
+    specs = space.stratified(toy.np.random.default_rng(0), 2)
+    here.plan(specs, {k: v.tolist() for k, v in toy.costs(specs).items()}, (0, 2))
+    here.enqueue(space)
+    dead, living = there.start(), there.start()
+    assert dead is not None
+    assert living is not None
+    with there.heartbeat(living):
+        here.recover()
+        assert all(t.state is TrialState.RUNNING for t in here.trials())
+        time.sleep(2.5)
+        here.recover()
+    assert [t.state for t in here.trials()] == [TrialState.WAITING, TrialState.RUNNING]
+
+
+def test_a_process_that_is_gone_or_whose_id_was_given_away_is_dead():
+    process = SPAWN.Process(target=time.sleep, args=(60,))
+    process.start()
+    started = workers.psutil.Process(process.pid).create_time()
+    owner = replace(Owner.make(), pid=process.pid, started=started)
+    assert owner.gone() is False
+    assert replace(owner, started=started - 100).gone() is True
+    process.kill()
+    process.join()
+    assert owner.gone() is True
+    assert replace(owner, machine="elsewhere").gone() is None
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("mysql://me:secret@host/db", "expected postgresql://"),
+        ("nonsense", "expected postgresql://"),
+    ],
+)
+def test_a_storage_of_another_kind_is_refused_without_showing_its_password(url, expected):
+    with pytest.raises(InputError, match=expected) as error:
+        toy.open_toy(url, toy.make_space())
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_that_is_no_database_is_one_line(tmp_path):
+    path = tmp_path / "study.db"
+    path.write_text("something else\n" * 1000)
+    with pytest.raises(InputError, match="expected a database that can be reached") as error:
+        toy.open_toy(path, toy.make_space())
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """URL of a PostgreSQL server on a socket of its own."""
+    pytest.importorskip("psycopg")
+    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
+        pytest.skip("needs PostgreSQL's initdb and pg_ctl on the path")
+    folder = tmp_path_factory.mktemp("pg")
+    data = folder / "data"
+    as_user = []
+    if workers.os.geteuid() == 0:  # the server refuses to run as root
+        for path in (*reversed(folder.parents), folder):
+            if path.is_relative_to(tmp_path_factory.getbasetemp().parent):
+                path.chmod(0o755)
+        shutil.chown(folder, "nobody")
+        as_user = ["setpriv", "--reuid=nobody", "--clear-groups"]
+
+    def call(*command):
+        subprocess.run([*as_user, *command], check=True, capture_output=True, cwd=folder)
+
+    call("initdb", "--pgdata", str(data), "--username", "flash", "--auth", "trust")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+    control = ("pg_ctl", "--pgdata", str(data), "--log", str(folder / "log"), "--wait")
+    call(*control, "--options", options, "start")
+    try:
+        yield f"postgresql://flash@/postgres?host={folder}"
+    finally:
+        call(*control, "--mode", "immediate", "stop")
+
+
+@pytest.mark.slow
+def test_workers_share_a_postgresql_study(postgres, tmp_path):
+    settings = {"trials": 24, "heartbeat_s": 1}
+    trials = work_together(postgres, tmp_path / "log", settings)
+    assert_shared_well(trials, tmp_path / "log", 24)
+    assert outcome(toy.run(postgres, **settings)) == outcome(trials)
+
+
+@pytest.mark.slow
+def test_an_unreachable_postgresql_is_one_line(tmp_path):
+    pytest.importorskip("psycopg")
+    with pytest.raises(InputError, match="can be reached"):
+        toy.open_toy(f"postgresql://flash:secret@/none?host={tmp_path}", toy.make_space())
