@@ -4,12 +4,10 @@
 backbone, then the grid of blocks, and adds them to `benchmarks/data/flash_space.jsonl`: prefill at
 512 and 2048 tokens, decode at 512 and 1536, 8da4w g32, one thread. It takes hours, can be stopped
 and started again at any time, and repeats what is not precise. `--again N` measures the first N
-architectures once more, for benchmarks/repeatability.py; `--second` measures the models with two
-threads at 512 tokens, the second device of benchmarks/transfer.py.
+architectures once more, for benchmarks/repeatability.py.
 """
 
 import argparse
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -45,11 +43,6 @@ DEVICE = DeviceSettings(
 SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
 
 
-def second_device() -> DeviceSettings:
-    """Another working point of this machine; needs both its cores."""
-    return dataclasses.replace(DEVICE, name="two_threads", threads=2, prompts=[512], contexts=[512])
-
-
 def space() -> tuple[SearchSpace, ArchSpec]:
     """The paper's space and backbone, from the files that users get."""
     conf = ROOT / "conf"
@@ -80,19 +73,18 @@ def open_bench(device: DeviceSettings, cache_dir: Path) -> Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--second", action="store_true")
     parser.add_argument("--again", type=int, default=0, metavar="N")
     parser.add_argument("--models-only", action="store_true", help="leave out the blocks")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "lowered")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    bench = open_bench(second_device() if arguments.second else DEVICE, arguments.cache)
+    bench = open_bench(DEVICE, arguments.cache)
     subjects = [Subject(spec=spec) for spec in models()]
     if arguments.again:
         bench.measure_again(subjects[: arguments.again])
         return
     bench.measure_missing(subjects)
-    if not (arguments.models_only or arguments.second):
+    if not arguments.models_only:
         grid = make_grid(*space(), SETTINGS)
         bench.measure_missing(grid_subjects(grid, space()[1]))
 

@@ -83,6 +83,8 @@ def main() -> None:
         for name, (make, spent_s) in makers.items():
             left_out = cross_predict(make, models, values, errors, folds=len(models))
             _report(record, f"{name}/{point}", left_out, values, spent_s, paper_s)
+        ratios = table.compose(models).total_ms / values
+        record.add(f"blocks/{point}", "sum_over_measured", ratios.tolist(), "ratio")
         few = [*range(CALIBRATION_MODELS), len(models) - 1]
         for name, unfitted, picked, more_s in (
             ("blocks", BlockPredictor(table), few, parts_s),

@@ -8,10 +8,11 @@ Each predictor is fitted to 33 models of made-up latencies; speed does not depen
 import time
 from collections.abc import Callable
 
+import flash_space
 import numpy as np
 from record import Recorder
 
-from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, prefill_flops
+from flash.arch import prefill_flops
 from flash.device import Phase, Point
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockTable, Grid, grid_points
@@ -26,24 +27,7 @@ ROUNDS = 5
 NUM_SPECS = 100_000
 NUM_DISTINCT = 5_000  # drawing one takes a tenth of a millisecond
 POINT = Point(Phase.prefill, 512)
-BACKBONE = ArchSpec(
-    model_dim=2048,
-    ffn_dim=8192,
-    layer_types=(Attention.full_attention,) * 16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    vocab_size=202048,
-)
-SPACE = SearchSpace(
-    SpaceSettings(
-        name="flash",
-        num_layers=Choices(min=10, max=16),
-        model_dim=Choices(min=1024, max=2048, step=128),
-        ffn_dim=Choices(min=2048, max=8192, step=256),
-    ),
-    BACKBONE,
-)
+SPACE, BACKBONE = flash_space.space()
 
 
 def _blocks() -> BlockPredictor:

@@ -40,6 +40,8 @@ _UNLOADABLE = re.compile(r"load|schema|version|operator|kernel|verif", re.IGNORE
 class AndroidDevice(RemoteDevice):
     """A phone, by its serial."""
 
+    times_blocks = False
+
     def __init__(self, settings: DeviceSettings) -> None:
         super().__init__(settings, settings.android)
         self._android = settings.android
@@ -139,7 +141,7 @@ class AndroidDevice(RemoteDevice):
             if program.model_dim is not None:
                 raise InputError(
                     f"{name}: llama_main times whole models only, not blocks as {program.name}; "
-                    "choose a predictor fitted on whole models, as latency=gp"
+                    "choose latency=physical"
                 )
         if any(tokens < 1 for _, tokens in job["points"]):
             raise InputError(f"{name}: device.contexts=[0]: expected 1 or more; llama_main needs "

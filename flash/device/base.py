@@ -32,6 +32,9 @@ class Device(ABC):
     Kinds of devices say how one process is started (`run`) and who they are (`identity`).
     """
 
+    times_blocks = True
+    """Whether it runs programs that take activations, and not only whole models."""
+
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
 

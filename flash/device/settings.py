@@ -56,7 +56,7 @@ class DeviceSettings:
     processes: int = 3
     """Fresh processes; the spread between processes is far larger than within one."""
     warmups: int = 2
-    """Runs of each program before the timed ones of a process."""
+    """Runs of each program, at its shortest prompt and context, before the timed ones."""
     runs: int = 3
     """Timed runs of each program in each process."""
     pause_s: float = 0.0

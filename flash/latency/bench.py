@@ -47,8 +47,8 @@ _REFERENCE_NOISE = {Phase.prefill: 1.03, Phase.decode: 1.06}
 _LEAST_TRANSFERRED = 8
 """Whole models from which a predictor can be fitted that another device may start from."""
 _SHARED = 0.25
-"""Processor time of others, as a share of the wall time, that a measurement should not stand: with
-the second of two cores busy, prefill of large models took a tenth longer."""
+"""Processor time of others, as a share of the wall time, from which a measurement is in doubt: even
+on another core it takes memory bandwidth and shared caches."""
 _LOOSER = {Phase.prefill: 1.0, Phase.decode: 2.0}
 """A decode step spreads about twice as much between processes as a prefill does."""
 
@@ -322,7 +322,7 @@ def _warn_if_shared(measured: Measurement) -> None:
     if min(shares) > _SHARED:
         logger.warning(
             "latency: other work kept %.0f %% of a processor busy throughout; latencies are likely "
-            "too high, for large models by a tenth: measure on a quiet device",
+            "too high: measure on a quiet device",
             100 * min(shares),
         )
 

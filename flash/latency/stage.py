@@ -10,19 +10,20 @@ import numpy as np
 
 from flash.arch import ArchSpec, Attention, SearchSpace, weight_bytes
 from flash.device import Device, Point, Workload
-from flash.errors import require
+from flash.errors import InputError, require
 from flash.latency.active import ErrorEstimate, choose, extrapolates, stop
 from flash.latency.bench import Bench, Subject, comparable
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockTable, Grid, Part, grid_points
+from flash.latency.contexts import Interpolated
 from flash.latency.gp import GaussianProcess
 from flash.latency.physical import Physical
-from flash.latency.prediction import Predictor, Scores, cross_predict, score
+from flash.latency.prediction import Prediction, Predictor, Scores, cross_predict, score
 from flash.latency.proxies import PowerLaw
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore, Row
 from flash.latency.transfer import Transferred
-from flash.latency.work import Values, flops, parameters
+from flash.latency.work import Specs, Values, flops, parameters
 from flash.lowering import Block, BlockKind, LoweringSettings
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,17 @@ class LatencyModel:
     def target(self) -> Predictor:
         """Predictor of the latency that the search minimises."""
         return self.predictors[self.objective]
+
+    def predict(self, specs: Specs, point: Point) -> Prediction:
+        """Latencies at a measured point, or between two of its phase.
+
+        Raises:
+            InputError: The point lies outside the measured ones.
+        """
+        if point in self.predictors:
+            return self.predictors[point].predict(specs)
+        alike = {p: each for p, each in self.predictors.items() if p.phase is point.phase}
+        return Interpolated(alike).predict(specs, point)
 
     def describe(self) -> str:
         """Cross-validation as text, one line for each point and predictor."""
@@ -119,6 +131,11 @@ def collect(
         lowering.max_context,
         f"at least {workload.context}, for the prompt and for the tokens decoded",
     )
+    if settings.predictor is PredictorKind.blocks and not device.times_blocks:
+        raise InputError(
+            f"latency.predictor=blocks: expected one of whole models, as device="
+            f"{device.settings.name} cannot time blocks; choose latency=physical"
+        )
     bench = make_bench(
         backbone=backbone,
         device=device,

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from flash.arch import ArchSpec, Attention, SearchSpace
 
 DEPTH_BINS = 8
-"""Resolution at which the model sees where in the network a layer kind sits. On the tabular truth
-(benchmarks/tabular.py) 4 made errors 2.6 times those of 8, and no finer one was better."""
+"""Resolution at which the model sees where in the network a layer kind sits. Trained on 50
+and tested on 88 members of the tabular truth (benchmarks/tabular.py), 4 made errors 2.6 times those
+of 8, and no finer one was better."""
 FIT_TOLERANCE = 1e-6
 """Relative gain of the likelihood at which fitting stops; SciPy's default is ten times slower."""
 MC_SAMPLES = 64

@@ -7,38 +7,30 @@ as an undisturbed one. (Optuna's own retry makes a new trial, which would be nei
 
 import json
 import logging
-import sqlite3
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.exc import SQLAlchemyError
 
 from flash.arch import ArchSpec, Choices, SearchSpace
 from flash.errors import InputError
 from flash.search.objectives import Objective
-from flash.search.workers import FileLock, Lock, Owner, PostgresLock
+from flash.search.storage import connect
+from flash.search.workers import Lock, Owner
 
 _log = logging.getLogger(__name__)
-
-MISSED_BEATS = 6
-"""Signs of life that a worker on another machine may miss before it counts as dead."""
-_BUSY_S = 60.0
-"""How long SQLite waits for another process's write [s]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +329,7 @@ def open_study(
             study.set_user_attr("fingerprint", wanted)
         return study
 
-    study, shown, lock = _connect(storage, name, heartbeat_s, create)
+    study, shown, lock = connect(storage, name, heartbeat_s, create)
     check_fingerprint(name, shown, study.user_attrs["fingerprint"], wanted)
     return Study(study, lock, objectives, heartbeat_s, retries)
 
@@ -355,82 +347,13 @@ def reopen_study(storage: Path | str, name: str) -> Study:
     try:
         if isinstance(storage, Path) and not storage.is_file():
             raise KeyError
-        study, _, lock = _connect(storage, name, 1, load)
+        study, _, lock = connect(storage, name, 1, load)
     except KeyError as error:  # Optuna's word for an unknown name
         raise InputError(
             f"search.from_study={name}: expected a study that exists; run its search first"
         ) from error
     objectives = [Objective[key] for key in study.user_attrs["fingerprint"]["objectives"]]
     return Study(study, lock, objectives, heartbeat_s=1, retries=0)
-
-
-def _connect(
-    storage: Path | str,
-    name: str,
-    heartbeat_s: int,
-    opened: Callable[[RDBStorage], optuna.Study],
-) -> tuple[optuna.Study, str, Lock]:
-    """The study that `opened` gives, its storage for people, and its lock.
-
-    Raises:
-        InputError: The storage cannot be used.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url, shown, lock = _place(storage, name)
-    sqlite = isinstance(storage, Path)
-    # Sixteen workers that sleep for hours should not hold sixteen connections of a server.
-    engine = {"connect_args": {"timeout": _BUSY_S}} if sqlite else {"poolclass": NullPool}
-    try:
-        with lock.hold(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            if isinstance(storage, Path):
-                _let_readers_pass(storage)
-            database = RDBStorage(
-                url,
-                engine_kwargs=engine,
-                heartbeat_interval=heartbeat_s,
-                grace_period=MISSED_BEATS * heartbeat_s,
-            )
-            return opened(database), shown, lock
-    except ImportError as error:
-        raise InputError(
-            f"search.storage={shown}: its driver is missing ({error.__cause__ or error}); "
-            "pip install 'psycopg[binary]'"
-        ) from error
-    except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"search.storage={shown}: expected a database that can be reached ({reason}); start "
-            "it, or correct the URL"
-        ) from error
-
-
-def _let_readers_pass(path: Path) -> None:
-    """Set a SQLite file to write-ahead logging, which it keeps: readers do not wait for writers."""
-    with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
-
-
-def _place(storage: Path | str, name: str) -> tuple[str, str, Lock]:
-    """URL, the same for people, and the lock that the study's workers share.
-
-    Raises:
-        InputError: A URL of another kind.
-    """
-    if isinstance(storage, Path):
-        storage.parent.mkdir(parents=True, exist_ok=True)
-        path = storage.resolve()
-        return f"sqlite:///{path}", str(storage), FileLock(path.with_name(path.name + ".lock"))
-    try:
-        url = sqlalchemy.make_url(storage)
-    except ArgumentError:
-        url = None
-    if url is None or not url.drivername.startswith("postgresql"):
-        raise InputError(
-            f"search.storage={storage if url is None else url.render_as_string()}: expected "
-            "postgresql://USER@HOST/DATABASE, or null for a SQLite file"
-        )
-    return storage, url.render_as_string(hide_password=True), PostgresLock(storage, name)
 
 
 def space_fingerprint(space: SearchSpace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
-from flash.device import DeviceSettings, HostDevice, Latency, Measurement, Workload
+from flash.device import DeviceSettings, HostDevice, Latency, Measurement, Point, Workload
 from flash.errors import InputError
 from flash.latency import (
     LatencySettings,
@@ -81,6 +81,8 @@ class Killed(BaseException):
 
 class FakeDevice:
     """Reads in each "program" what it is of, and knows how long that takes."""
+
+    times_blocks = True
 
     def __init__(
         self,
@@ -362,6 +364,24 @@ def test_other_work_on_the_device_is_said(tmp_path, lowered, caplog):
     assert "other work" not in caplog.text
     run(tmp_path / "shared", FakeDevice(others_s=9.0))
     assert "other work kept 90 % of a processor busy throughout" in caplog.text
+
+
+def test_blocks_are_refused_where_they_cannot_be_timed(tmp_path, lowered):
+    phone = FakeDevice()
+    phone.settings.name = "phone"
+    phone.times_blocks = False
+    with pytest.raises(InputError, match="phone cannot time blocks; choose latency=physical"):
+        run(tmp_path, phone)
+    assert (lowered, phone.measured) == ([], [])
+    assert run(tmp_path, phone, ACTIVE).models
+
+
+def test_latency_between_measured_lengths(tmp_path, lowered):
+    model = run(tmp_path, FakeDevice())
+    measured = model.predict(model.models, PREFILL)
+    np.testing.assert_array_equal(measured.mean, model.target.predict(model.models).mean)
+    with pytest.raises(InputError, match="expected at least two points of one phase"):
+        model.predict(model.models, Point(PREFILL.phase, 32))
 
 
 def test_workload_must_fit_the_context(tmp_path):

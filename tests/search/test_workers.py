@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from flash.errors import InputError
-from flash.search import frontier, study, workers
+from flash.search import frontier, storage, workers
 from flash.search.workers import Owner
 from tests.search import toy_search as toy
 
@@ -118,7 +118,7 @@ def test_a_trial_of_a_living_worker_is_left_alone(tmp_path):
 
 
 def test_silence_tells_of_the_dead_on_other_machines(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "MISSED_BEATS", 1)
+    monkeypatch.setattr(storage, "MISSED_BEATS", 1)
     path, space = tmp_path / "study.db", toy.make_space()
     settings = toy.make_settings(heartbeat_s=1)
     here, there = (toy.open_toy(path, space, settings) for _ in range(2))
@@ -154,6 +154,7 @@ def test_a_process_that_is_gone_or_whose_id_was_given_away_is_dead():
     ("url", "expected"),
     [
         ("mysql://me:secret@host/db", "expected postgresql://"),
+        ("postgresql://me:secret@host/db", "expected no password, since settings are logged"),
         ("nonsense", "expected postgresql://"),
     ],
 )
@@ -212,4 +213,4 @@ def test_workers_share_a_postgresql_study(postgres, tmp_path):
 def test_an_unreachable_postgresql_is_one_line(tmp_path):
     pytest.importorskip("psycopg")
     with pytest.raises(InputError, match="can be reached"):
-        toy.open_toy(f"postgresql://flash:secret@/none?host={tmp_path}", toy.make_space())
+        toy.open_toy(f"postgresql://flash@/none?host={tmp_path}", toy.make_space())

@@ -1,0 +1,97 @@
+"""Where a study is kept: a SQLite file on one machine, PostgreSQL for many."""
+
+import sqlite3
+import warnings
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from flash.errors import InputError
+from flash.search.workers import FileLock, Lock, PostgresLock
+
+MISSED_BEATS = 6
+"""Signs of life that a worker on another machine may miss before it counts as dead."""
+_BUSY_S = 60.0
+"""How long SQLite waits for another process's write [s]."""
+
+
+def connect(
+    storage: Path | str,
+    name: str,
+    heartbeat_s: int,
+    opened: Callable[[RDBStorage], optuna.Study],
+) -> tuple[optuna.Study, str, Lock]:
+    """The study that `opened` gives, its storage for people, and its lock.
+
+    Raises:
+        InputError: The storage cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url, shown, lock = _place(storage, name)
+    sqlite = isinstance(storage, Path)
+    # Sixteen workers that sleep for hours should not hold sixteen connections of a server.
+    engine = {"connect_args": {"timeout": _BUSY_S}} if sqlite else {"poolclass": NullPool}
+    try:
+        with lock.hold(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            if isinstance(storage, Path):
+                _let_readers_pass(storage)
+            database = RDBStorage(
+                url,
+                engine_kwargs=engine,
+                heartbeat_interval=heartbeat_s,
+                grace_period=MISSED_BEATS * heartbeat_s,
+            )
+            return opened(database), shown, lock
+    except ImportError as error:
+        raise InputError(
+            f"search.storage={shown}: its driver is missing ({error.__cause__ or error}); "
+            "pip install 'psycopg[binary]'"
+        ) from error
+    except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"search.storage={shown}: expected a database that can be reached ({reason}); start "
+            "it, or correct the URL"
+        ) from error
+
+
+def _let_readers_pass(path: Path) -> None:
+    """Set a SQLite file to write-ahead logging, which it keeps: readers do not wait for writers."""
+    with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _place(storage: Path | str, name: str) -> tuple[str, str, Lock]:
+    """URL, the same for people, and the lock that the study's workers share.
+
+    Raises:
+        InputError: A URL of another kind.
+    """
+    if isinstance(storage, Path):
+        storage.parent.mkdir(parents=True, exist_ok=True)
+        path = storage.resolve()
+        return f"sqlite:///{path}", str(storage), FileLock(path.with_name(path.name + ".lock"))
+    try:
+        url = sqlalchemy.make_url(storage)
+    except ArgumentError:
+        url = None
+    if url is None or not url.drivername.startswith("postgresql"):
+        raise InputError(
+            f"search.storage={storage if url is None else url.render_as_string()}: expected "
+            "postgresql://USER@HOST/DATABASE, or null for a SQLite file"
+        )
+    shown = url.render_as_string(hide_password=True)
+    if url.password is not None:
+        raise InputError(
+            f"search.storage={shown}: expected no password, since settings are logged; put it into "
+            "~/.pgpass or PGPASSWORD"
+        )
+    return storage, shown, PostgresLock(storage, name)
