@@ -286,12 +286,15 @@ def _describe(result: ExportResult, folder: Path) -> None:
                 f"TTFT        {latency.ms:.1f} +- {latency.se_ms:.1f} ms for {point.tokens} tokens"
             )
         else:
-            text = f"decode      {1e3 / latency.ms:.0f} tokens/s at context {point.tokens}"
+            text = (
+                f"decode      {latency.ms:.3g} ms a token, {1e3 / latency.ms:.0f} tokens/s at "
+                f"context {point.tokens}"
+            )
         if name in result.speedups:
             text += f", {result.speedups[name]:.2f}x over {result.reference}"
         if result.predicted is not None and name in result.predicted:
             mean, low, high = (result.predicted[name][f"{end}_ms"] for end in ENDS)
-            text += f"; predicted {mean:.1f} [{low:.1f}, {high:.1f}] ms"
+            text += f"; predicted {mean:.3g} [{low:.3g}, {high:.3g}] ms"
         print(f"  {text}")
     print(
         f"  held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "

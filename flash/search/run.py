@@ -434,4 +434,10 @@ def _describe(job: _Job, report: dict[str, Any]) -> None:
         )
     winners = ",".join(report["names"][str(number)] for number in sorted(report["winners"]))
     write_text(job.folder / "winners", winners + "\n")
-    print(f"\nnext: python train.py -m +arch={winners}")
+    if winners:
+        print(f"\nnext: python train.py -m +arch={winners}")
+    else:
+        print(
+            "\nno winner: no trial is better than the reference point in every objective; raise "
+            "search.trials, or search.max_loss_increase or max_cost_ratio"
+        )
