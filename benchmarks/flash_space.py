@@ -3,19 +3,23 @@
 `python benchmarks/flash_space.py` measures, in `space=flash`, 24 stratified architectures and the
 backbone, then the grid of blocks, and adds them to `benchmarks/data/flash_space.jsonl`: prefill at
 512 and 2048 tokens, decode at 512 and 1536, 8da4w g32, one thread. It takes hours, can be stopped
-and started again at any time, and repeats what is not precise. `--again N` measures the first N
-architectures once more, for benchmarks/repeatability.py.
+and started again at any time, and repeats what is not precise.
+
+Those who only read the dataset take `recorded`: it belongs to the machine that it was measured on,
+whatever machine reads it.
 """
 
 import argparse
+import dataclasses
 import logging
 from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
 
-from flash.arch import ArchSpec, SearchSpace, SpaceSettings
-from flash.device import DeviceSettings, open_device
+from flash.arch import ArchSpec, Attention, SearchSpace, SpaceSettings
+from flash.device import Device, DeviceSettings, open_device
+from flash.device.host import HostDevice
 from flash.latency import (
     Bench,
     LatencySettings,
@@ -58,32 +62,41 @@ def models() -> list[ArchSpec]:
     return whole_models(*space(), MODELS, seed=0)
 
 
-def open_bench(device: DeviceSettings, cache_dir: Path) -> Bench:
-    """A bench over the dataset."""
+class Recorded(HostDevice):
+    """The machine of the dataset."""
+
+    def identity(self) -> dict[str, str | int]:
+        return next(iter(MeasurementStore(STORE))).conditions.device
+
+
+def open_bench(device: Device, store: Path, cache_dir: Path = ROOT / "runs" / "lowered") -> Bench:
+    """A bench over a store."""
     return make_bench(
         backbone=space()[1],
-        device=open_device(device),
-        workload=device.workload,
-        lowering=device.lowering,
+        device=device,
+        workload=device.settings.workload,
+        lowering=device.settings.lowering,
         settings=SETTINGS,
-        store=MeasurementStore(STORE),
+        store=MeasurementStore(store),
         cache_dir=cache_dir,
     )
 
 
+def recorded() -> Bench:
+    """The dataset, which was measured beside one layer of the backbone."""
+    one_layer = space()[1].replace(layer_types=(Attention.full_attention,), tie_embeddings=True)
+    bench = open_bench(Recorded(DEVICE), STORE)
+    return dataclasses.replace(bench, reference=Subject(spec=one_layer))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--again", type=int, default=0, metavar="N")
     parser.add_argument("--models-only", action="store_true", help="leave out the blocks")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "lowered")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    bench = open_bench(DEVICE, arguments.cache)
-    subjects = [Subject(spec=spec) for spec in models()]
-    if arguments.again:
-        bench.measure_again(subjects[: arguments.again])
-        return
-    bench.measure_missing(subjects)
+    bench = open_bench(open_device(DEVICE), STORE, arguments.cache)
+    bench.measure_missing([Subject(spec=spec) for spec in models()])
     if not arguments.models_only:
         grid = make_grid(*space(), SETTINGS)
         bench.measure_missing(grid_subjects(grid, space()[1]))

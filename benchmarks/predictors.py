@@ -54,7 +54,7 @@ def cost_s(bench: Bench, subjects: Iterable[Subject]) -> float:
 
 def main() -> None:
     record = Recorder("predictors")
-    bench = flash_space.open_bench(flash_space.DEVICE, flash_space.ROOT / "runs" / "lowered")
+    bench = flash_space.recorded()
     models = flash_space.models()
     whole = [Subject(spec=spec) for spec in models]
     space, backbone = flash_space.space()

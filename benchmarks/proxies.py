@@ -14,7 +14,7 @@ from flash.latency.work import flops, parameters
 
 def main() -> None:
     record = Recorder("proxies")
-    bench = flash_space.open_bench(flash_space.DEVICE, flash_space.ROOT / "runs" / "lowered")
+    bench = flash_space.recorded()
     models = flash_space.models()
     table = SpecTable.of(models)
     for point in bench.workload.points:

@@ -2,23 +2,21 @@
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flash.device import probe
 from flash.device.base import Device, DeviceError, check_files, check_loaded
 from flash.device.measurement import Program
 from flash.lowering.noise import is_noise
 
 RUNNER = Path(__file__).with_name("runner.py")
-RUNTIME = f"executorch {version('executorch')}"
 
 
 class HostDevice(Device):
@@ -28,12 +26,9 @@ class HostDevice(Device):
         """Processor, cores, threads, CPUs, system and runtime of this machine."""
         return {
             "device": self.settings.name,
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count() or 1,
+            **_probed(),
             "threads": self.settings.threads,
             "cpus": ",".join(map(str, self.settings.cpus or ())),
-            "system": f"{platform.system()} {platform.machine()}",
-            "runtime": RUNTIME,
         }
 
     @property
@@ -108,12 +103,5 @@ def exit_reason(code: int, stderr: str) -> str:
 
 
 @cache
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _probed() -> dict[str, str | int]:
+    return probe.probe()

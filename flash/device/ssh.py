@@ -17,28 +17,7 @@ from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
 
-PROBE = """
-import json, os, platform
-from importlib.metadata import PackageNotFoundError, version
-cpu = ""
-try:
-    for line in open("/proc/cpuinfo"):
-        if line.startswith(("model name", "Model", "Hardware")):
-            cpu = line.partition(":")[2].strip()
-            break
-except OSError:
-    pass
-try:
-    runtime = "executorch " + version("executorch")
-except PackageNotFoundError:
-    runtime = ""
-print(json.dumps({
-    "cpu": cpu or platform.processor() or platform.machine(),
-    "cores": os.cpu_count() or 1,
-    "system": platform.system() + " " + platform.machine(),
-    "runtime": runtime,
-}))
-"""
+PROBE = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
 """Asked of the board's Python once; old versions must understand it."""
 
 # Its stdin ends when our ssh does: by Ctrl-C, kill or a cut cable. No orphan then heats the board.

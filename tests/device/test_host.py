@@ -1,15 +1,22 @@
 import json
 import os
+import subprocess
 import sys
+import textwrap
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from flash.device import DeviceError, HostDevice, Measurement, Program, open_device
+from flash.device import DeviceError, HostDevice, Measurement, Program, open_device, probe
 from flash.device.host import run_process
 from flash.errors import InputError
 from flash.model.decoder import generate
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_programs_take_turns_in_fresh_processes(program, settings, tmp_path):
@@ -110,6 +117,40 @@ def test_disturbed_process_is_replaced_once_and_counted(settings, monkeypatch, t
     assert [process["accepted"] for process in measured.samples] == [True, False, True, True]
     assert measured.prefill.ms == pytest.approx(10)
     assert measured.prefill.se_ms == pytest.approx(0.5)  # (11 - 10) / (3 - 1)
+
+
+def test_a_killed_measurement_leaves_no_process_behind(program, settings):
+    code = """
+        import dataclasses, sys
+        from pathlib import Path
+        from flash.arch import Quantization
+        from flash.device import DeviceSettings, HostDevice, Program
+        settings = DeviceSettings(name="t", quantization=Quantization.fp32, max_context=64,
+                                  prompts=[20], contexts=[30], runs=10**4)
+        HostDevice(settings).measure(
+            [Program(name="a", path=Path(sys.argv[1]), vocab_size=64)], settings.workload
+        )
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(program)]
+    with subprocess.Popen(command, cwd=ROOT) as measuring:
+        until = time.monotonic() + 120
+        runners = []
+        while not runners and time.monotonic() < until:
+            time.sleep(0.1)
+            runners = psutil.Process(measuring.pid).children()
+        time.sleep(1.0)  # the runner's first line is past
+        measuring.kill()
+    gone, alive = psutil.wait_procs(runners, timeout=20)
+    assert len(gone) == 1
+    assert not alive
+
+
+def test_a_processor_is_told_from_others_of_its_name(monkeypatch, tmp_path):
+    lines = "model name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\nmodel name\t: AMD EPYC\n"
+    known = tmp_path / "cpuinfo"
+    known.write_text(lines)
+    monkeypatch.setattr("builtins.open", lambda path: known.open())
+    assert probe.processor() == "AMD EPYC (avx2 avx512f)"
 
 
 def test_identity_holds_what_changes_times(settings):

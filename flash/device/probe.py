@@ -1,0 +1,65 @@
+"""Who a Linux machine is: run by the host in its own process, and by a board's Python over ssh.
+
+Needs only the standard library of any Python 3, and nothing of `flash`.
+"""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+EXTENSIONS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "sve2",
+)
+"""What XNNPACK and BLAS choose their kernels by. Clouds call processors of unlike generations by
+one name, and their times differ severalfold."""
+
+
+def processor():
+    """Name of the processor and its vector extensions."""
+    name, flags = "", []
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                key = key.strip()
+                if key in ("model name", "Model", "Hardware") and not name:
+                    name = value.strip()
+                elif key in ("flags", "Features") and not flags:
+                    flags = value.split()
+    except OSError:
+        pass
+    name = name or platform.processor() or platform.machine()
+    known = " ".join(each for each in EXTENSIONS if each in flags)
+    return f"{name} ({known})" if known else name
+
+
+def runtime():
+    """Version of the installed ExecuTorch, "" where there is none."""
+    try:
+        return "executorch " + version("executorch")
+    except PackageNotFoundError:
+        return ""
+
+
+def probe():
+    """Processor, cores, system and runtime as plain values."""
+    return {
+        "cpu": processor(),
+        "cores": os.cpu_count() or 1,
+        "system": platform.system() + " " + platform.machine(),
+        "runtime": runtime(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe()))
