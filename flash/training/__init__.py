@@ -1,10 +1,13 @@
 """Training: settings, LightningModule, callbacks, and the one call that runs them."""
 
-from flash.training.fit import FitResult, HeldOut, fit, heldout_quality, peak_rss_mib
+from flash.training.curve import Curve, Watch
+from flash.training.fit import STABLE, FitResult, HeldOut, fit, heldout_quality, peak_rss_mib
 from flash.training.module import LanguageModelling
 from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
 
 __all__ = [
+    "STABLE",
+    "Curve",
     "FitResult",
     "HeldOut",
     "LanguageModelling",
@@ -12,6 +15,7 @@ __all__ = [
     "RecipeSettings",
     "Schedule",
     "TrainerSettings",
+    "Watch",
     "fit",
     "heldout_quality",
     "peak_rss_mib",

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from flash.errors import InputError
 from flash.model import Decoder, cross_entropy, over_chunks
 from flash.progress import progress
 from flash.training.callbacks import AtomicCheckpointIO, Throughput
+from flash.training.curve import CurveRecorder, SaveOnce, Watch
 from flash.training.module import LanguageModelling
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 LAST = "last.ckpt"
+"""Where a stopped run goes on."""
+STABLE = "stable.ckpt"
+"""Where a run for more tokens can go on: just before the learning rate began to fall."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class FitResult:
         tokens_per_s: Median rate of the last steps.
         mfu: Share of the machine's measured matrix-product peak.
         peak_rss_mib: Highest resident memory of the process [MiB].
+        curve: Mean training loss of each of up to 32 equal parts of the run [nats a token].
     """
 
     steps: int
@@ -76,6 +82,7 @@ class FitResult:
     tokens_per_s: float
     mfu: float
     peak_rss_mib: float
+    curve: Sequence[float] = ()
 
 
 def fit(
@@ -86,6 +93,9 @@ def fit(
     *,
     teacher: Decoder | None = None,
     folder: Path | None = None,
+    start: Path | None = None,
+    keep_stable: bool = False,
+    watch: Watch | None = None,
     loggers: Any = False,
     what: str = "training",
     show_progress: bool = True,
@@ -99,6 +109,9 @@ def fit(
         trainer: Device, precision and intervals.
         teacher: For distillation.
         folder: Where checkpoints live; a run finds its own there and resumes. None keeps none.
+        start: Checkpoint of a shorter run to go on from, when there is none in `folder`.
+        keep_stable: Whether to leave such a checkpoint in `folder`, where the schedule has one.
+        watch: Sees the training loss grow and may raise to end the run.
         loggers: Lightning loggers.
         what: Label of the progress bar.
         show_progress: Whether there is one.
@@ -114,8 +127,13 @@ def fit(
     )
     throughput = Throughput(trainer.precision, what if show_progress else None)
     max_steps = min(steps, trainer.max_steps or steps)
-    lightning = _lightning(trainer, max_steps, throughput, folder, loggers)
-    _run(lightning, module, data, folder)
+    recorder = CurveRecorder(steps, watch)
+    callbacks: list[L.Callback] = [throughput, recorder]
+    if folder is not None and keep_stable and recipe.stable_steps(seq_len):
+        callbacks.append(SaveOnce(recipe.stable_steps(seq_len), folder / STABLE))
+    lightning = _lightning(trainer, max_steps, callbacks, folder, loggers)
+    last = folder / LAST if folder is not None and (folder / LAST).is_file() else start
+    _run(lightning, module, data, last)
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise InputError(f"recipe.lr={recipe.lr}: training diverged; lower it")
     return FitResult(
@@ -124,17 +142,17 @@ def fit(
         tokens_per_s=throughput.tokens_per_s,
         mfu=throughput.mfu,
         peak_rss_mib=peak_rss_mib(),
+        curve=recorder.curve.losses,
     )
 
 
 def _lightning(
     trainer: TrainerSettings,
     max_steps: int,
-    throughput: Throughput,
+    callbacks: list[L.Callback],
     folder: Path | None,
     loggers: Any,
 ) -> L.Trainer:
-    callbacks: list[L.Callback] = [throughput]
     if folder is not None:
         callbacks.append(
             ModelCheckpoint(
@@ -145,6 +163,7 @@ def _lightning(
                 save_top_k=1,
             )
         )
+    assert trainer.precision is not Precision.auto  # the settings have resolved it
     # Held-out losses along the way are worth their time only on runs that have several of them.
     evaluate = loggers is not False and max_steps > trainer.eval_every_steps
     return L.Trainer(
@@ -167,14 +186,16 @@ def _lightning(
 
 
 def _run(
-    lightning: L.Trainer, module: LanguageModelling, data: PackedData, folder: Path | None
+    lightning: L.Trainer, module: LanguageModelling, data: PackedData, last: Path | None
 ) -> None:
-    """Train, from the checkpoint in `folder` if there is one."""
-    last = folder / LAST if folder is not None and (folder / LAST).is_file() else None
+    """Train, from the checkpoint `last` if there is one."""
     with warnings.catch_warnings():
         # One process reads a memory map: workers would cost more than they save.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        # A run that goes on from a shorter one keeps checkpoints of its own, elsewhere or none.
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
+        warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
         try:
             lightning.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         except (RuntimeError, EOFError, KeyError) as error:

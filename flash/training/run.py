@@ -50,6 +50,11 @@ def plain(settings: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(settings), default=lambda value: value.value))
 
 
+def digest(decisive: Any) -> str:
+    """Short hash of plain JSON values, for names of what they decide."""
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
     """The backbone's architecture with `changes`.
 
@@ -217,7 +222,7 @@ def _key(settings: TrainSettings, spec: ArchSpec, inputs: Inputs) -> str:
         "backbone": fingerprint(folder) if folder else "random",
         "seed": settings.seed,
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(decisive)
 
 
 def train(settings: TrainSettings) -> TrainResult:

@@ -1,8 +1,11 @@
 """Settings of training: the recipe (what is learned, how) and the trainer (on what)."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from enum import Enum
+
+import torch
 
 from flash.errors import require
 
@@ -20,6 +23,18 @@ class Precision(Enum):
 
     fp32 = "32-true"
     bf16 = "bf16-mixed"
+    auto = "auto"
+    """bf16 where the processor has instructions for it, else fp32: emulated, bf16 is five times
+    slower than fp32 (seen on AVX2)."""
+
+
+def native_precision(accelerator: str) -> Precision:
+    """What `Precision.auto` stands for on this machine."""
+    if accelerator != "cpu" and (accelerator != "auto" or torch.accelerator.is_available()):
+        return Precision.bf16
+    known = torch.cpu.get_capabilities()
+    native = any(known.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return Precision.bf16 if native else Precision.fp32
 
 
 @dataclass(kw_only=True)
@@ -74,6 +89,20 @@ class RecipeSettings:
         """Optimiser steps for `tokens` tokens."""
         return max(1, math.ceil(self.tokens / (self.batch_size * seq_len)))
 
+    def stable_steps(self, seq_len: int) -> int:
+        """Steps before the learning rate falls, at which a run can go on for more tokens; or 0."""
+        if self.schedule is not Schedule.wsd:
+            return 0
+        steps = self.steps(seq_len)
+        warmup = round(self.warmup_ratio * steps)
+        return steps - min(steps - warmup, round(self.decay_ratio * steps))
+
+    def longer(self, tokens: int, seq_len: int) -> "RecipeSettings":
+        """The same recipe for more tokens; with `wsd` its first `stable_steps` are the same."""
+        warmup = round(self.warmup_ratio * self.steps(seq_len))
+        recipe = dataclasses.replace(self, tokens=tokens)
+        return dataclasses.replace(recipe, warmup_ratio=warmup / recipe.steps(seq_len))
+
     def lr_factor(self, step: int, steps: int) -> float:
         """Learning rate at a 0-based step as a share of the peak."""
         warmup = round(self.warmup_ratio * steps)
@@ -95,7 +124,8 @@ class TrainerSettings:
     accelerator: str = "cpu"
     """Lightning accelerator: cpu, gpu, auto, ..."""
     devices: int = 1
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
+    """`auto` becomes what it stands for at once; machines that share a study should name one."""
     compile: bool = False
     """torch.compile; pays on runs of more than some minutes and needs a C++ compiler on CPU."""
     max_steps: int | None = None
@@ -123,3 +153,5 @@ class TrainerSettings:
             self.accelerator,
             f"one of {', '.join(known)}",
         )
+        if self.precision is Precision.auto:
+            self.precision = native_precision(self.accelerator)
