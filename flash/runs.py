@@ -60,6 +60,10 @@ class Runs:
         """A search."""
         return self.root / "studies" / name
 
+    def trials(self, study: str) -> Path:
+        """Checkpoints of a search's candidates."""
+        return self.study(study) / "trials"
+
     def export(self, name: str) -> Path:
         """An exported model."""
         return self.root / "exports" / name

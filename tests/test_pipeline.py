@@ -21,7 +21,7 @@ from flash.report.__main__ import log_to_wandb
 from flash.runs import Runs
 from flash.search import Limits, Objective, SearchSettings
 from flash.search.run import SearchJobSettings, Stage, run_search
-from flash.training import Precision, RecipeSettings, TrainerSettings
+from flash.training import Precision, RecipeSettings, Schedule, TrainerSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
 from tests.conftest import SMALL
@@ -45,7 +45,9 @@ DEVICE = DeviceSettings(
     runs=2,
 )
 LATENCY = LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2, precision_pct=1000.0)
-RECIPE = RecipeSettings(name="t", tokens=512, batch_size=4, lr=3e-3, calibration_tokens=256)
+RECIPE = RecipeSettings(
+    name="t", tokens=512, batch_size=4, lr=3e-3, calibration_tokens=256, schedule=Schedule.wsd
+)
 TRAINER = TrainerSettings(precision=Precision.fp32)
 NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
 # Random weights under 4 bits keep little of the answer; the runtime stage stays tight.
@@ -124,6 +126,19 @@ def test_the_search_writes_what_train_and_export_take_by_name(common, searched):
         assert values == spec
         predicted = searched["predicted"][str(number)]["prefill_32"]
         assert predicted["low_ms"] <= predicted["mean_ms"] <= predicted["high_ms"]
+
+
+def test_trials_keep_their_curves_and_those_of_the_frontier_their_checkpoints(common, searched):
+    folder = Runs(Path(common["runs"])).trials("t")
+    kept = {int(path.name.partition("_")[0]): path for path in folder.iterdir()}
+    assert sorted(kept) == sorted(searched["frontier"])
+    for trial in searched["trials"]:
+        assert [tokens for tokens, _ in trial["extra"]["curve"]] == [128, 256, 384, 512]
+        assert len(trial["extra"]["importance"]) > 8
+        assert trial["extra"]["seed"] == 0
+    for number, path in kept.items():
+        assert [file.name for file in path.iterdir()] == ["stable.ckpt"]
+        assert searched["trials"][number]["extra"]["checkpoint"] == str(path / "stable.ckpt")
 
 
 def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeypatch):
@@ -247,11 +262,35 @@ def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatc
         run_search(settings)
 
 
+def test_a_baseline_is_trained_once_and_sets_the_reference_point(common, searched, monkeypatch):
+    settings = _search_settings(common)
+    baseline = {"model_dim": 32, "layer_types": ["full_attention"]}
+    settings.search = dataclasses.replace(
+        settings.search, study="above", from_study="t", baseline=baseline
+    )
+    report = run_search(settings)
+    backbone = searched["reference"]
+    assert report["reference"]["prefill_ms"] < backbone["prefill_ms"]
+    assert 0 < abs(report["reference"]["loss"] - backbone["loss"]) < 6
+    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    assert run_search(settings)["reference"] == report["reference"]
+    settings.search.baseline = {"model_dim": 48}
+    with pytest.raises(InputError, match=r"search\.baseline=.*member of space test: model_dim=48"):
+        run_search(settings)
+
+
 def test_the_best_trials_are_trained_longer_once(common, searched, monkeypatch):
     settings = _search_settings(common)
     settings.stage = Stage.promote
-    settings.search = dataclasses.replace(settings.search, promote=2, promote_tokens=256)
+    settings.search = dataclasses.replace(settings.search, promote=2, promote_tokens=512)
+    with pytest.raises(InputError, match=r"promote_tokens=512: expected more than"):
+        run_search(settings)
+    settings.search = dataclasses.replace(settings.search, promote_tokens=1024)
     report = run_search(settings)
+    for row in report["trials"]:  # they went on from what their trials left
+        short = searched["trials"][row["number"]]["extra"]["curve"]
+        assert row["info"]["tokens"] == 1024
+        assert row["info"]["curve"][0][1] == short[0][1]
     assert {row["number"] for row in report["trials"]} <= set(searched["frontier"])
     assert all(row["long_loss"] is not None for row in report["trials"])
     monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)

@@ -1,6 +1,5 @@
 """`export.py`: weights -> .pte, parity gate, measurement on the device, text from the artefact."""
 
-import hashlib
 import json
 import logging
 import time
@@ -26,7 +25,7 @@ from flash.prune import fingerprint
 from flash.runs import Runs
 from flash.training import RecipeSettings, TrainerSettings, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.run import Inputs, arch_of, plain
+from flash.training.run import Inputs, arch_of, digest, plain
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ def _key(
         "data": [inputs.data.streams.digest, settings.data.heldout_sequences],
         "reference": reference.key if reference else None,
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(decisive)
 
 
 def _export(

@@ -1,20 +1,37 @@
 """Quality of one candidate: prune, a short continued pretraining, held-out loss (Sec. 3.5)."""
 
+import shutil
 import time
+from pathlib import Path
 
 import lightning as L
+import torch
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
-from flash.model import build
+from flash.model import Decoder, build
 from flash.prune import Importance, prune
 from flash.search.loop import EvaluationError, Quality
-from flash.training import RecipeSettings, TrainerSettings, fit, heldout_quality
-from flash.training.run import Inputs
+from flash.search.stopping import Hopeless
+from flash.training import (
+    STABLE,
+    Curve,
+    FitResult,
+    RecipeSettings,
+    TrainerSettings,
+    Watch,
+    fit,
+    heldout_quality,
+)
+from flash.training.fit import LAST
+from flash.training.run import Inputs, digest, plain
 
 
 class ShortTraining:
     """Evaluates candidates: every one sees the same tokens in the same order.
+
+    A trial that was interrupted goes on from its last checkpoint. One that is complete leaves the
+    checkpoint from which it can be trained longer, where the recipe has one (schedule `wsd`).
 
     Args:
         inputs: Backbone, text and where things are kept.
@@ -22,6 +39,9 @@ class ShortTraining:
         recipe: The short continued pretraining.
         trainer: What it runs on.
         seed: Of the training.
+        folder: For checkpoints, a subfolder a candidate; None keeps none.
+        shorter: The evaluation whose candidates are trained longer here: they go on from its
+            checkpoints.
     """
 
     def __init__(
@@ -31,41 +51,116 @@ class ShortTraining:
         recipe: RecipeSettings,
         trainer: TrainerSettings,
         seed: int,
+        folder: Path | None = None,
+        shorter: "ShortTraining | None" = None,
     ) -> None:
         self.inputs, self.importance = inputs, importance
         self.recipe, self.trainer, self.seed = recipe, trainer, seed
+        self.folder, self.shorter = folder, shorter
         self._teacher = inputs.backbone.load() if recipe.kd_weight > 0 else None
 
-    def __call__(self, spec: ArchSpec, number: int) -> Quality:
+    def checkpoints(self, spec: ArchSpec, number: int) -> Path | None:
+        """Folder of a candidate's checkpoints, by all that decides what is in them."""
+        if self.folder is None:
+            return None
+        trained = [plain(self.recipe), self.seed, self.inputs.data.streams.digest]
+        decisive = [spec.to_dict(), self.importance.digest, self.trainer.precision.value, trained]
+        return self.folder / f"{number:05d}_{digest(decisive)}"
+
+    def stable(self, spec: ArchSpec, number: int) -> Path | None:
+        """Checkpoint from which a candidate can be trained longer, if it is there."""
+        folder = self.checkpoints(spec, number)
+        path = folder / STABLE if folder is not None else None
+        return path if path is not None and path.is_file() else None
+
+    def __call__(self, spec: ArchSpec, number: int, watch: Watch | None = None) -> Quality:
         """Held-out loss of `spec` after the recipe, and how it came about.
 
         Raises:
             EvaluationError: The training diverged or ran out of memory.
+            Hopeless: As `watch` raised it.
         """
-        folder = self.inputs.backbone.folder
-        assert folder is not None
+        backbone = self.inputs.backbone.folder
+        assert backbone is not None
         start = time.perf_counter()
         L.seed_everything(self.seed, verbose=False)
-        model = build(spec, prune(folder, self.importance, spec), f"trial {number}")
-        pruned_s = time.perf_counter() - start
-        try:
-            done = fit(
-                model,
-                self.inputs.data,
-                self.recipe,
-                self.trainer,
-                teacher=self._teacher,
-                show_progress=False,
-            )
-        except (InputError, MemoryError) as error:
-            raise EvaluationError(str(error) or type(error).__name__) from error
-        after = heldout_quality(model, self.inputs.data, self.trainer.precision)
-        info = {
-            "bits_per_byte": after.bits_per_byte,
-            "tokens": done.tokens,
-            "tokens_per_s": done.tokens_per_s,
-            "prune_s": pruned_s,
+        model = build(spec, prune(backbone, self.importance, spec), f"trial {number}")
+        about = {
             "importance": self.importance.digest,
             "seed": self.seed,
+            "prune_s": time.perf_counter() - start,
         }
-        return Quality(after.loss, info)
+        folder = self.checkpoints(spec, number)
+        try:
+            done = self._fit(model, spec, number, watch)
+        except Hopeless as hopeless:
+            hopeless.info |= about
+            _remove(folder)
+            raise
+        except (InputError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _out_of_memory(error):
+                raise
+            _remove(folder)
+            raise EvaluationError(str(error) or type(error).__name__) from error
+        after = heldout_quality(model, self.inputs.data, self.trainer.precision)
+        kept = self.stable(spec, number)
+        if folder is not None:
+            (folder / LAST).unlink(missing_ok=True)
+        return Quality(
+            after.loss,
+            {
+                **about,
+                "bits_per_byte": after.bits_per_byte,
+                "tokens": done.tokens,
+                "tokens_per_s": done.tokens_per_s,
+                "curve": self._points(Curve(tuple(done.curve), len(done.curve))),
+                "checkpoint": None if kept is None else str(kept),
+            },
+        )
+
+    def _fit(self, model: Decoder, spec: ArchSpec, number: int, watch: Watch | None) -> FitResult:
+        def watched(curve: Curve) -> None:
+            try:
+                if watch is not None:
+                    watch(curve)
+            except Hopeless as hopeless:
+                seen = self._points(curve)
+                hopeless.info |= {"curve": seen, "tokens": int(seen[-1][0])}
+                raise
+
+        return fit(
+            model,
+            self.inputs.data,
+            self.recipe,
+            self.trainer,
+            teacher=self._teacher,
+            folder=self.checkpoints(spec, number),
+            start=self.shorter.stable(spec, number) if self.shorter is not None else None,
+            keep_stable=self.shorter is None,
+            watch=watched,
+            show_progress=False,
+        )
+
+    def _points(self, curve: Curve) -> list[list[float]]:
+        seq_len = self.inputs.data.settings.seq_len
+        return curve.points(self.recipe.steps(seq_len) * self.recipe.batch_size * seq_len)
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # A CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def tidy(evaluate: ShortTraining, keep: set[int]) -> None:
+    """Remove the checkpoints of all candidates but these: they take three times the weights."""
+    if evaluate.folder is None or not evaluate.folder.is_dir():
+        return
+    for path in evaluate.folder.iterdir():
+        finished = (path / STABLE).is_file() and not (path / LAST).is_file()
+        if finished and int(path.name.partition("_")[0]) not in keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,9 @@ from flash.search.objectives import Problem
 from flash.search.pareto import hypervolume, non_dominated
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
+from flash.search.stopping import Hopeless, judge
 from flash.search.study import Study, Trial
+from flash.training import Curve, Watch
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ class Quality:
     """Anything worth keeping, as plain JSON values."""
 
 
-Evaluate = Callable[[ArchSpec, int], Quality]
-"""(architecture, trial number) -> quality. The number is the same when a trial starts again."""
+Evaluate = Callable[[ArchSpec, int, Watch], Quality]
+"""(architecture, trial number, watch) -> quality. The number is the same when a trial starts again.
+The training loss may be shown to `watch` as it grows, which raises when the trial is hopeless."""
 
 
 def search(
@@ -49,7 +52,7 @@ def search(
     seed: int,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Work on the study until `settings.trials` candidates are complete or failed.
+    """Work on the study until `settings.trials` candidates are complete, stopped or failed.
 
     May be interrupted at any point, by an exception or by a kill, and called again: the trials
     that remain of a batch come next, then the same proposals as if nothing had happened. Any number
@@ -88,7 +91,7 @@ def search(
         while True:
             trial = take()
             if trial is not None:
-                finished = _evaluate(study, trial, evaluate)
+                finished = _evaluate(study, trial, evaluate, problem, settings.stop_error)
                 if on_trial is not None:
                     on_trial(finished)
             trials = study.trials()
@@ -160,15 +163,24 @@ def _plan(
     return True
 
 
-def _evaluate(study: Study, trial: Trial, evaluate: Evaluate) -> Trial:
+def _evaluate(
+    study: Study, trial: Trial, evaluate: Evaluate, problem: Problem, stop_error: float
+) -> Trial:
     """Evaluate one trial and record the outcome.
 
     Raises:
         KeyboardInterrupt: As it came; the trial is back in the queue.
     """
+
+    def watch(curve: Curve) -> None:
+        judge(trial, curve, study.trials(), problem, stop_error)
+
     try:
         with study.heartbeat(trial):
-            quality = evaluate(trial.spec, trial.number)
+            quality = evaluate(trial.spec, trial.number, watch)
+    except Hopeless as hopeless:
+        info = {"estimate": hopeless.estimate, "chance": hopeless.chance, **hopeless.info}
+        return study.stop(trial, str(hopeless), info)
     except EvaluationError as error:
         _log.warning("trial %d (%s) failed: %s", trial.number, trial.spec, error)
         return study.fail(trial, str(error))

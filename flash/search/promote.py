@@ -1,13 +1,14 @@
 """Do the ranks of the short training last? The best trials, trained longer."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from scipy import stats
 
+from flash.arch import ArchSpec
 from flash.errors import InputError
-from flash.search.loop import Evaluate, EvaluationError, frontier
+from flash.search.loop import EvaluationError, Quality, frontier
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
 from flash.search.study import Study, Trial
@@ -19,12 +20,14 @@ def promote(
     study: Study,
     problem: Problem,
     k: int,
-    evaluate: Evaluate,
+    evaluate: Callable[[ArchSpec, int], Quality],
     tokens: int,
 ) -> dict[str, Any]:
     """Train the k trials that make most of the frontier longer, and compare the orders.
 
-    A schedule that has ended cannot be continued, so each starts again from its pruned weights.
+    With schedule `wsd` each goes on from the checkpoint that its trial left, so that only the
+    further tokens cost time; the result is that of the longer training from the start. Another
+    schedule has ended and cannot be continued, so those start from the pruned weights.
     Finished ones are kept with the study; a killed call goes on with the next.
 
     Args:
@@ -65,7 +68,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"kendall_tau": tau, "swapped": swapped, "pairs": len(pairs)}
 
 
-def _result(study: Study, trial: Trial, evaluate: Evaluate, tokens: int) -> dict[str, Any]:
+def _result(
+    study: Study, trial: Trial, evaluate: Callable[[ArchSpec, int], Quality], tokens: int
+) -> dict[str, Any]:
     key = f"promoted_{tokens}_{trial.number}"
     kept = study.recall(key)
     if kept is not None:

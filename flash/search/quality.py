@@ -78,16 +78,32 @@ def draw_losses(
         others: Architectures without a loss.
         seed: Of the draws.
     """
+    rows = np.stack([features(space, spec) for spec in [*specs, *others]])
+    return draw(rows[: len(specs)], losses, rows[len(specs) :], seed)
+
+
+def draw(
+    observed: NDArray[np.float64],
+    losses: Sequence[float] | NDArray[np.float64],
+    others: NDArray[np.float64],
+    seed: int,
+) -> NDArray[np.float64]:
+    """`draw_losses` for points given by their features, shape `(points, features)`, each in 0..1.
+
+    Args:
+        observed: Evaluated points.
+        losses: Their losses: noisy, positive and not all the same.
+        others: Points without a loss.
+        seed: Of the draws.
+    """
     logs = np.log(np.asarray(losses, dtype=float))
     center, scale = logs.mean(), logs.std()
-    observed = np.stack([features(space, spec) for spec in specs])
-    choices = [features(space, spec) for spec in others]
     with manual_seed(seed), warnings.catch_warnings():
         # More jitter and another start are BoTorch's ways to succeed; when they fail, it raises.
         warnings.simplefilter("ignore", NumericalWarning)
         warnings.simplefilter("ignore", OptimizationWarning)
         model = fit_loss_model(observed, (logs - center) / scale)
-        both = torch.from_numpy(np.stack([*observed, *choices]))
+        both = torch.from_numpy(np.concatenate([observed, others]))
         sampler = SobolQMCNormalSampler(torch.Size([MC_SAMPLES]), seed=seed)
         with torch.no_grad():
             draws = sampler(model.posterior(both)).squeeze(-1).numpy()

@@ -37,13 +37,14 @@ class Request:
 
     @cached_property
     def specs(self) -> list[ArchSpec]:
-        """Architectures of the complete trials, in their order."""
-        return [trial.spec for trial in self.trials if trial.complete]
+        """Architectures whose loss is known or, of stopped trials, predicted, in their order."""
+        return [trial.spec for trial in self.trials if trial.expected_loss is not None]
 
     @cached_property
     def losses(self) -> list[float]:
         """Their losses [nats a token]."""
-        return [trial.loss for trial in self.trials if trial.loss is not None]
+        losses = (trial.expected_loss for trial in self.trials)
+        return [loss for loss in losses if loss is not None]
 
     @cached_property
     def pending(self) -> list[ArchSpec]:

@@ -2,14 +2,14 @@
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
 from omegaconf import MISSING
 
 from flash.arch import (
@@ -22,14 +22,15 @@ from flash.arch import (
 )
 from flash.data import DataSettings
 from flash.device import DeviceSettings, open_device
-from flash.errors import InputError
+from flash.errors import InputError, require
 from flash.files import write_text
 from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
 from flash.model import Backbone, BackboneSettings
 from flash.prune import fingerprint
 from flash.runs import Runs
-from flash.search.evaluate import ShortTraining
+from flash.search.evaluate import ShortTraining, tidy
 from flash.search.frontier import write_frontier, write_report
+from flash.search.logs import log_study, log_trial
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Costs, Objective, Problem
 from flash.search.promote import promote
@@ -45,7 +46,7 @@ from flash.search.study import (
 )
 from flash.training import RecipeSettings, TrainerSettings, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.run import Inputs, importance_of, plain
+from flash.training.run import Inputs, digest, importance_of, plain
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class _Job:
     identity: dict[str, Any]
     """All that makes results of trials comparable."""
     objectives: tuple[Objective, ...]
+    baseline: ArchSpec
 
     @property
     def folder(self) -> Path:
@@ -110,6 +112,7 @@ class _Job:
 def _open(settings: SearchJobSettings) -> _Job:
     backbone = Backbone.open(settings.backbone)
     space = SearchSpace(settings.space, backbone.spec)
+    baseline = _baseline(settings.search.baseline, space, backbone.spec)
     if backbone.folder is None:
         backbone.load()  # says that weights are needed
     assert backbone.folder is not None
@@ -127,11 +130,41 @@ def _open(settings: SearchJobSettings) -> _Job:
         "seed": settings.seed,
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
-    return _Job(settings, space, inputs, identity, objectives)
+    return _Job(settings, space, inputs, identity, objectives, baseline)
 
 
-def run_search(settings: SearchJobSettings) -> dict[str, Any]:
+Figures = Callable[[Runs, str], Mapping[str, Any]]
+"""Draws a study that is written: figures by name. What knows how to is not imported here, since the
+report reads searches and not the other way round."""
+
+
+def _no_figures(runs: Runs, study: str) -> Mapping[str, Any]:
+    return {}
+
+
+def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:
+    """What the reference point is derived from.
+
+    Raises:
+        InputError: An architecture outside the space.
+    """
+    if not changes:
+        return backbone
+    spec = ArchSpec.from_dict({**space.base.to_dict(), **changes})
+    reason = space.why_not(spec)
+    if reason is not None:
+        raise InputError(
+            f"search.baseline={spec}: expected a member of space {space.settings.name}: {reason}"
+        )
+    return spec
+
+
+def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> dict[str, Any]:
     """Run, resume or join a search; returns what `frontier.json` holds.
+
+    Args:
+        settings: All of `search.py`.
+        figures: For the search's own W&B run.
 
     Raises:
         InputError: Settings, backbone, data or study that cannot be used.
@@ -161,7 +194,7 @@ def run_search(settings: SearchJobSettings) -> dict[str, Any]:
             problem = _problem(job, study, latency)
         if settings.stage is Stage.promote:
             return _promote(job, study, problem)
-        report = _stage_two(job, study, latency, problem)
+        report = _stage_two(job, study, latency, problem, figures)
     _describe(job, report)
     return report
 
@@ -215,20 +248,23 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
 
 
 def _problem(job: _Job, study: Study, latency: LatencyModel) -> Problem:
-    """Objectives, limits and reference; the backbone's quality is computed once and kept."""
-    settings = job.settings
-    quality = study.remember(
+    """Objectives, limits and reference; the baseline's quality is computed once and kept."""
+    settings, backbone = job.settings, job.inputs.backbone
+    loss = study.remember(
         "backbone_quality",
         lambda: plain(
-            heldout_quality(job.inputs.backbone.load(), job.inputs.data, settings.trainer.precision)
+            heldout_quality(backbone.load(), job.inputs.data, settings.trainer.precision)
         ),
-    )
+    )["loss"]
+    if job.baseline != backbone.spec:
+        key = f"quality_{digest(job.baseline.to_dict())}"
+        loss = study.remember(key, lambda: _evaluation(job)(job.baseline, -1).loss)
     costs = _costs(latency, settings.device)
-    backbone = {key: float(v[0]) for key, v in costs([job.inputs.backbone.spec]).items()}
+    baseline = {key: float(v[0]) for key, v in costs([job.baseline]).items()}
     return Problem(
         costs=costs,
         objectives=job.objectives,
-        reference=settings.search.reference(job.objectives, quality["loss"], backbone),
+        reference=settings.search.worst(job.objectives, loss, baseline),
         limits=settings.search.limits.given(),
         headline=Objective[latency.objective.phase.value].value,
     )
@@ -255,17 +291,16 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
     return costs
 
 
-def _stage_two(job: _Job, study: Study, latency: LatencyModel, problem: Problem) -> dict[str, Any]:
+def _stage_two(
+    job: _Job, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
+) -> dict[str, Any]:
     settings, runs, name = job.settings, job.inputs.runs, job.settings.search.study
     trials = study.trials()
     if sum(trial.finished for trial in trials) >= settings.search.trials:
         log.info("study %s is finished: %d trials", name, len(trials))
         return _write(job, study, latency, problem, trials)
     with study.lock():
-        importance = importance_of(job.inputs.backbone, job.inputs.data, settings.recipe, runs)
-    evaluate = ShortTraining(
-        job.inputs, importance, settings.recipe, settings.trainer, settings.seed
-    )
+        evaluate = _evaluation(job)
     pairs = zip(problem.objectives, problem.reference, strict=True)
     log.info("reference point: %s", ", ".join(f"{o.value} {worst:.4g}" for o, worst in pairs))
     logger = make_logger(
@@ -275,6 +310,11 @@ def _stage_two(job: _Job, study: Study, latency: LatencyModel, problem: Problem)
         job="search",
         config=plain(settings),
     )
+
+    def on_trial(trial: Trial) -> None:
+        log_trial(logger, trial, problem)
+        tidy(evaluate, {kept.number for kept in frontier(study.trials(), problem)})
+
     try:
         if logger is not None:
             logger.log_metrics(latency.metrics(), step=0)
@@ -285,24 +325,49 @@ def _stage_two(job: _Job, study: Study, latency: LatencyModel, problem: Problem)
             problem,
             settings.search,
             seed=settings.seed,
-            on_trial=lambda trial: _log_trial(logger, trial, problem),
+            on_trial=on_trial,
         )
         report = _write(job, study, latency, problem, trials)
-        if logger is not None:
-            metrics = {"search/hypervolume": report["hypervolume"][-1]}
-            logger.log_metrics(metrics, step=len(trials))
+        log_study(logger, report, partial(figures, runs, name))
     finally:
         close_logger(logger)
     return report
 
 
+def _evaluation(job: _Job) -> ShortTraining:
+    """How trials are evaluated."""
+    settings, inputs = job.settings, job.inputs
+    return ShortTraining(
+        inputs,
+        importance_of(inputs.backbone, inputs.data, settings.recipe, inputs.runs),
+        settings.recipe,
+        settings.trainer,
+        settings.seed,
+        inputs.runs.trials(settings.search.study),
+    )
+
+
 def _promote(job: _Job, study: Study, problem: Problem) -> dict[str, Any]:
     """Train the best trials longer; prints and stores whether their order holds."""
-    settings = job.settings
-    recipe = replace(settings.recipe, tokens=settings.search.promote_tokens)
-    importance = importance_of(job.inputs.backbone, job.inputs.data, recipe, job.inputs.runs)
-    evaluate = ShortTraining(job.inputs, importance, recipe, settings.trainer, settings.seed)
-    report = promote(study, problem, settings.search.promote, evaluate, recipe.tokens)
+    settings, inputs = job.settings, job.inputs
+    require(
+        settings.search.promote_tokens > settings.recipe.tokens,
+        "search.promote_tokens",
+        settings.search.promote_tokens,
+        f"more than the trials' recipe.tokens={settings.recipe.tokens}",
+    )
+    shorter = _evaluation(job)
+    recipe = settings.recipe.longer(settings.search.promote_tokens, settings.data.seq_len)
+    longer = ShortTraining(
+        inputs,
+        shorter.importance,
+        recipe,
+        settings.trainer,
+        settings.seed,
+        inputs.runs.trials(f"{settings.search.study}/promoted"),
+        shorter,
+    )
+    report = promote(study, problem, settings.search.promote, longer, recipe.tokens)
     write_text(job.folder / "promoted.json", json.dumps(report, indent=1) + "\n")
     print(f"\n{'trial':>5s} {'loss':>7s} {'longer':>7s}  after {recipe.tokens:,} tokens")
     for row in report["trials"]:
@@ -342,21 +407,6 @@ def _rescore(job: _Job, source: str) -> dict[str, Any]:
     return _write(job, study, latency, problem, trials)
 
 
-def _log_trial(logger: Logger | None, trial: Trial, problem: Problem) -> None:
-    if logger is None or trial.loss is None:
-        return
-    metrics = {
-        "search/loss": trial.loss,
-        "search/latency_ms": trial.costs[problem.headline],
-        **{f"search/{key}": value for key, value in trial.costs.items()},
-        "search/parameters": count_parameters(trial.spec).total,
-        "search/model_dim": trial.spec.model_dim,
-        "search/ffn_dim": trial.spec.ffn_dim,
-        "search/num_layers": trial.spec.num_layers,
-    }
-    logger.log_metrics(metrics, step=trial.number)
-
-
 def _write(
     job: _Job, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
 ) -> dict[str, Any]:
@@ -388,6 +438,7 @@ def _write(
                 "name": backbone.name,
                 "spec": backbone.spec.to_dict(),
                 "quality": study.remember("backbone_quality", dict),
+                "costs": {key: float(v[0]) for key, v in problem.costs([backbone.spec]).items()},
                 "predicted": predicted.pop(-1),
             },
             "names": {str(number): stem for number, stem in names.items()},

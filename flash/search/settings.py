@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
-from flash.errors import InputError, require
+from flash.errors import InputError, nearest, require
 from flash.search.objectives import Objective
 
 
@@ -74,11 +75,17 @@ class SearchSettings:
     latency that `latency.objective` names."""
     limits: Limits = field(default_factory=Limits)
     """Only candidates that obey these are proposed. Latencies count by their predicted means."""
+    baseline: dict[str, Any] = field(default_factory=dict)
+    """What the frontier has to beat: what differs from the backbone's architecture. It must be in
+    the space, and is trained as a trial is. Empty is the backbone itself, as it is."""
     max_loss_increase: float = 0.6
-    """Reference point: the worst acceptable loss, above the backbone's [nats a token]."""
+    """Reference point: the worst acceptable loss, above the baseline's [nats a token]."""
     max_cost_ratio: float = 1.0
-    """Reference point: the worst acceptable other objective, as a multiple of the backbone's; a
+    """Reference point: the worst acceptable other objective, as a multiple of the baseline's; a
     limit below that takes its place."""
+    reference: dict[str, float] = field(default_factory=dict)
+    """Reference point: worst acceptable values given outright, by objective; `{quality: 2.5,
+    prefill: 4000}` is nats a token and ms. Others follow from the baseline."""
     winners: int = 3
     """Candidates of the frontier that go on to final training, at most."""
     storage: str | None = None
@@ -89,6 +96,9 @@ class SearchSettings:
     process is gone from the same machine, its trial goes back to the queue."""
     retries: int = 1
     """How often a trial starts again whose process died, before it counts as failed."""
+    stop_error: float = 0.05
+    """Early stopping: the greatest chance at which a trial that would have reached the frontier
+    may be ended before its training is over; 0 ends none (flash/search/stopping.py)."""
     from_study: str | None = None
     """Name of a study whose trials are judged anew by the present objectives, limits and device.
     Nothing is trained; backbone, data, recipe and seed must be those of that study."""
@@ -125,6 +135,7 @@ class SearchSettings:
             value = getattr(self, name)
             require(value > 0, f"search.{name}", value, "a positive integer")
         require(self.retries >= 0, "search.retries", self.retries, "0 or more")
+        require(0 <= self.stop_error < 1, "search.stop_error", self.stop_error, "from 0 to below 1")
         require(
             self.pool_size >= self.batch,
             "search.pool_size",
@@ -134,6 +145,18 @@ class SearchSettings:
         for name in ("max_loss_increase", "max_cost_ratio"):
             value = getattr(self, name)
             require(value > 0, f"search.{name}", value, "a positive number")
+        for name, value in self.reference.items():
+            if name not in Objective.__members__:
+                raise InputError(
+                    f"search.reference.{name}={value}: unknown objective; "
+                    f"{nearest(name, Objective.__members__)}"
+                )
+            require(
+                math.isfinite(value) and value > 0,
+                f"search.reference.{name}",
+                value,
+                "a positive number",
+            )
         if self.objectives is not None:
             names = [objective.name for objective in self.objectives]
             if "quality" not in names or len(set(names)) < len(names):
@@ -147,13 +170,14 @@ class SearchSettings:
         chosen = self.objectives or [Objective.quality, latency]
         return (Objective.quality, *(o for o in chosen if o is not Objective.quality))
 
-    def reference(
+    def worst(
         self, objectives: tuple[Objective, ...], loss: float, costs: Mapping[str, float]
     ) -> tuple[float, ...]:
-        """The worst acceptable value of every objective, from the backbone's loss and costs."""
+        """The reference point, from the baseline's loss and costs where none is given."""
         limits = self.limits.given()
-        worst = [
-            min(costs[o.value] * self.max_cost_ratio, limits.get(o.value, math.inf))
+        derived = {
+            o.name: min(costs[o.value] * self.max_cost_ratio, limits.get(o.value, math.inf))
             for o in objectives[1:]
-        ]
-        return (loss + self.max_loss_increase, *worst)
+        }
+        derived["quality"] = loss + self.max_loss_increase
+        return tuple(self.reference.get(o.name, derived[o.name]) for o in objectives)

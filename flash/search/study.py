@@ -53,6 +53,21 @@ class Trial:
     def complete(self) -> bool:
         return self.state is TrialState.COMPLETE
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was ended early as hopeless."""
+        return self.state is TrialState.PRUNED
+
+    @property
+    def expected_loss(self) -> float | None:
+        """The loss, or what it was predicted to become when the trial was stopped."""
+        return self.extra["estimate"] if self.stopped else self.loss
+
+    @property
+    def curve(self) -> list[float]:
+        """Training losses along the trial, in equal parts; empty where none was kept."""
+        return [loss for _, loss in self.extra.get("curve", [])]
+
     def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
         """The objectives' values of a complete trial."""
         assert self.loss is not None
@@ -60,7 +75,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing remains to be done: complete or failed."""
+        """Whether nothing remains to be done: complete, stopped or failed."""
         return self.state.is_finished()
 
 
@@ -214,6 +229,15 @@ class Study:
         with self.lock():
             if self._is_mine(trial):
                 self._fail(trial, reason)
+            return self._get(trial.number)
+
+    def stop(self, trial: Trial, reason: str, info: Mapping[str, Any]) -> Trial:
+        """Record that a trial was ended as hopeless; `info` holds `estimate`, its expected loss."""
+        with self.lock():
+            if self._is_mine(trial):
+                self._set(trial, "info", dict(info))
+                self._set(trial, "reason", reason)
+                self._study.tell(trial.number, state=TrialState.PRUNED)
             return self._get(trial.number)
 
     def requeue(self, trial: Trial) -> None:

@@ -54,6 +54,20 @@ def test_any_objectives_beside_quality_can_be_searched(tmp_path, names):
         assert (trial.number in front) == (not beaten.any())
 
 
+def test_a_given_reference_stands_and_the_rest_follows_from_the_baseline():
+    settings = toy.make_settings(
+        reference={"prefill": 40.0}, max_cost_ratio=0.5, limits=Limits(size_mib=3.0)
+    )
+    objectives = (Objective.quality, Objective.prefill, Objective.decode, Objective.size)
+    costs = {"prefill_ms": 100.0, "decode_ms": 10.0, "size_mib": 8.0}
+    assert settings.worst(objectives, 2.0, costs) == (3.0, 40.0, 5.0, 3.0)
+    assert toy.make_settings(reference={"quality": 2.5}).worst(objectives[:1], 2.0, {}) == (2.5,)
+    with pytest.raises(InputError, match=r"search\.reference\.prefil=1.0: .*mean 'prefill'"):
+        toy.make_settings(reference={"prefil": 1.0})
+    with pytest.raises(InputError, match=r"search\.reference\.decode=-1.0: expected a positive"):
+        toy.make_settings(reference={"decode": -1.0})
+
+
 @pytest.mark.parametrize("names", [["prefill"], ["quality", "size", "size"], []])
 def test_objectives_without_quality_or_twice_the_same_are_refused(names):
     with pytest.raises(InputError, match="search.objectives="):

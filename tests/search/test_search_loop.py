@@ -38,7 +38,7 @@ def test_interrupted_search_resumes_identically(tmp_path, undisturbed):
     stop = next(stops)
     evaluated = []
 
-    def evaluate(spec, number):
+    def evaluate(spec, number, watch):
         nonlocal stop
         if number == stop:
             stop = next(stops, None)
@@ -68,7 +68,7 @@ def test_killed_search_resumes_identically(tmp_path, undisturbed):
         process.send_signal(signal.SIGKILL)
     evaluated = []
 
-    def evaluate(spec, number):
+    def evaluate(spec, number, watch):
         evaluated.append(number)
         return Quality(toy.loss(spec))
 
@@ -99,7 +99,7 @@ def test_a_finished_search_starts_nothing_and_more_trials_continue_it(tmp_path, 
 
 
 def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(tmp_path):
-    def evaluate(spec, number):
+    def evaluate(spec, number, watch):
         if number == 2:
             raise EvaluationError("diverged at step 7")
         return Quality(float("nan") if number == 9 else toy.loss(spec), {"steps": 10})
@@ -116,7 +116,7 @@ def test_a_failed_trial_keeps_its_reason_and_the_search_goes_on(tmp_path):
 
 
 def test_a_bug_in_the_evaluation_stops_the_search(tmp_path):
-    def evaluate(spec, number):
+    def evaluate(spec, number, watch):
         raise RuntimeError("bug")
 
     with pytest.raises(RuntimeError, match="bug"):
@@ -124,7 +124,7 @@ def test_a_bug_in_the_evaluation_stops_the_search(tmp_path):
 
 
 def test_a_trial_that_keeps_killing_its_process_fails(tmp_path):
-    def evaluate(spec, number):
+    def evaluate(spec, number, watch):
         if number == 1:
             raise MemoryError
         return Quality(toy.loss(spec))

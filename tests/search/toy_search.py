@@ -30,6 +30,7 @@ from flash.search import (
     search,
 )
 from flash.search.study import space_fingerprint
+from flash.training import Watch
 
 BACKBONE = ArchSpec(
     model_dim=256,
@@ -102,7 +103,7 @@ def make_problem(settings: SearchSettings | None = None) -> Problem:
     return Problem(
         costs=costs,
         objectives=objectives,
-        reference=settings.reference(objectives, loss(BACKBONE), backbone),
+        reference=settings.worst(objectives, loss(BACKBONE), backbone),
         limits=settings.limits.given(),
     )
 
@@ -132,7 +133,7 @@ def run(
     return search(
         open_toy(storage, space, settings),
         space,
-        evaluate or (lambda spec, number: Quality(loss(spec))),
+        evaluate or (lambda spec, number, watch: Quality(loss(spec))),
         make_problem(settings),
         settings,
         seed=seed,
@@ -142,7 +143,7 @@ def run(
 def work(storage: Path | str, log: Path, settings: dict[str, object]) -> None:
     """One worker, in a process of its own, that notes what it begins."""
 
-    def evaluate(spec: ArchSpec, number: int) -> Quality:
+    def evaluate(spec: ArchSpec, number: int, watch: Watch) -> Quality:
         with log.open("a") as file:
             print(number, file=file)
         time.sleep(0.05)
@@ -153,7 +154,7 @@ def work(storage: Path | str, log: Path, settings: dict[str, object]) -> None:
 
 if __name__ == "__main__":  # killed by a test
 
-    def slow(spec: ArchSpec, number: int) -> Quality:
+    def slow(spec: ArchSpec, number: int, watch: Watch) -> Quality:
         print(number, flush=True)
         time.sleep(0.05 if number < 9 else 3600)
         return Quality(loss(spec))

@@ -1,0 +1,310 @@
+"""Workers that a real Slurm starts: one node on loopback, for the length of this module."""
+
+import contextlib
+import getpass
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from optuna.storages import RDBStorage
+
+from flash.runs import Runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).resolve().parents[2]
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
+HOST = socket.gethostname().split(".")[0]
+
+# One node that claims more CPUs than there are. Nothing is accounted, limited or bound. Requeued
+# jobs wait for cred_expire. Jobs that are over stay visible for the stand-in of sacct.
+CONFIG = """\
+ClusterName=flash
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld_port}
+SlurmdPort={slurmd_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=4
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+KillWait=5
+MinJobAge=3600
+NodeName={host} NodeAddr=127.0.0.1 CPUs=16 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+# sacct needs a database server; submitit asks it for nothing but the states.
+SACCT = """\
+#!/bin/sh
+echo 'JobID|State|NodeList'
+exec squeue --noheader --array --states=all --format='%i|%T|%N'
+"""
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in held]
+
+
+def wait_for(condition, what, seconds=90.0):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Environment in which Slurm's commands, and a stand-in of sacct, reach a cluster."""
+    for name in NEEDED:
+        if shutil.which(name, path=PATH) is None:
+            pytest.skip(f"needs {name}: apt-get install slurm-wlm")
+    pytest.importorskip("submitit", reason="needs hydra-submitit-launcher")
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool", "bin", "key"):
+        (folder / name).mkdir()
+    (folder / "bin" / "sacct").write_text(SACCT)
+    (folder / "bin" / "sacct").chmod(0o755)
+    key = folder / "key" / "munge.key"
+    key.write_bytes(os.urandom(64))
+    key.chmod(0o400)
+    ctld_port, slurmd_port = free_ports(2)
+    (folder / "cgroup.conf").touch()
+    config = folder / "slurm.conf"
+    config.write_text(
+        CONFIG.format(
+            host=HOST,
+            user=getpass.getuser(),
+            folder=folder,
+            ctld_port=ctld_port,
+            slurmd_port=slurmd_port,
+        )
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
+    env = {**kept, "SLURM_CONF": str(config), "PATH": f"{folder / 'bin'}:{PATH}"}
+    munged = (
+        *("munged", "--foreground", "--force", f"--socket={folder}/munge.socket"),
+        *(f"--key-file={key}", f"--log-file={folder}/munged.log"),
+        *(f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed"),
+    )
+    started = []
+    try:
+        with (folder / "daemons.log").open("w") as log:
+
+            def start(*command):
+                started.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+
+            start(*munged)
+            wait_for((folder / "munge.socket").exists, "munged's socket", 10)
+            start("slurmctld", "-D")
+            start("slurmd", "-D")
+        wait_for(lambda: _is_idle(env), "a node that is idle", 30)
+        yield env
+        subprocess.run(["scancel", "--quiet", "--user", getpass.getuser()], env=env, check=False)
+        wait_for(lambda: not running_jobs(env), "the end of all jobs", 30)
+    finally:
+        for process in reversed(started):
+            process.terminate()
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
+
+
+def _is_idle(env):
+    command = ["sinfo", "--noheader", "--format=%T"]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return found.stdout.strip() == "idle"
+
+
+def running_jobs(env):
+    """Ids of jobs that are not over."""
+    command = ["squeue", "--noheader", "--array", "--format=%i"]
+    return subprocess.run(command, env=env, capture_output=True, text=True).stdout.split()
+
+
+@pytest.fixture
+def launch(slurm, corpus, backbone_folder, tmp_path):
+    """Start `search.py` as in the documentation, with everything small."""
+    small = [
+        f"runs={tmp_path / 'runs'}",
+        f"backbone.weights={backbone_folder}",
+        "backbone.name=small",
+        *("data=folder", f"data.path={corpus}", "data.pattern='*.py'"),
+        *("data.heldout_percent=20", "data.seq_len=32", "data.heldout_sequences=8"),
+        *("space.num_layers.min=1", "space.num_layers.max=3"),
+        *("space.model_dim.min=32", "space.model_dim.max=64", "space.model_dim.step=32"),
+        *("space.ffn_dim.min=64", "space.ffn_dim.max=128", "space.ffn_dim.step=64"),
+        "space.kinds=[full_attention,skip_attention]",
+        *("device.max_context=64", "device.prompts=[32]", "device.contexts=[32]"),
+        *("device.decode_tokens=4", "device.processes=1", "device.warmups=1", "device.runs=2"),
+        *("latency=params", "latency.whole_models=4", "latency.precision_pct=1000"),
+        *("recipe.batch_size=4", "recipe.calibration_tokens=256", "trainer.precision=fp32"),
+        *("logger=none", "search.study=t", "search.batch=2", "search.startup_trials=4"),
+        *("search.max_loss_increase=6", "search.max_cost_ratio=3"),
+    ]
+
+    def start(*overrides, workers=2):
+        numbers = f"worker=range(0,{workers})" if workers > 1 else "worker=0"
+        command = [sys.executable, "search.py", "-m", "hydra/launcher=submitit_slurm", numbers]
+        return subprocess.Popen(
+            [*command, *small, *overrides],
+            cwd=ROOT,
+            env=slurm,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+class StudyFile:
+    """The study's SQLite file, which notes every start of a trial."""
+
+    def __init__(self, path):
+        path.parent.mkdir(parents=True)
+        RDBStorage(f"sqlite:///{path}").engine.dispose()
+        self.path = path
+        self._script(
+            "CREATE TABLE begun (number, owner);"
+            "CREATE TRIGGER begins AFTER UPDATE OF state ON trials WHEN NEW.state = 'RUNNING' "
+            "BEGIN INSERT INTO begun SELECT NEW.number, value_json FROM trial_user_attributes "
+            "WHERE trial_id = NEW.trial_id AND key = 'owner'; END"
+        )
+
+    def _script(self, script):
+        with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as connection:
+            connection.executescript(script)
+
+    def _rows(self, query):
+        with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as connection:
+            return connection.execute(query).fetchall()
+
+    def states(self):
+        return dict(self._rows("SELECT number, state FROM trials ORDER BY number"))
+
+    def begun(self):
+        """How often each trial was begun."""
+        return Counter(number for (number,) in self._rows("SELECT number FROM begun"))
+
+    def attribute(self, key):
+        rows = self._rows(
+            "SELECT number, value_json FROM trials JOIN trial_user_attributes USING (trial_id) "
+            f"WHERE key = '{key}'"
+        )
+        return {number: json.loads(value) for number, value in rows}
+
+    def running(self):
+        """Numbers of the running trials by process id of their workers."""
+        owners = self.attribute("owner")
+        return {owners[n]["pid"]: n for n, s in self.states().items() if s == "RUNNING"}
+
+    def is_over(self, trials):
+        states = list(self.states().values())
+        return len(states) == trials and not {"RUNNING", "WAITING"} & set(states)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return StudyFile(Runs(tmp_path / "runs").study("t") / "study.db")
+
+
+def assert_each_once(study, trials, again=()):
+    """All trials have a result, are different, and were begun once, except for those in `again`."""
+    assert len(study.states()) == trials
+    assert "FAIL" not in study.states().values()
+    specs = [json.dumps(spec, sort_keys=True) for spec in study.attribute("spec").values()]
+    assert len(set(specs)) == trials
+    assert study.begun() == Counter(range(trials)) + Counter(again)
+
+
+def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, study, slurm, tmp_path):
+    out, err = (command := launch("search.trials=6", "recipe.tokens=4096")).communicate(timeout=200)
+    assert command.returncode == 0, err
+    assert_each_once(study, 6)
+    assert not study.attribute("crashes")
+    logs = sorted((tmp_path / "runs" / "slurm").glob("*/*_log.out"))
+    assert len(logs) == 2
+    for log in logs:
+        text = log.read_text()
+        assert "frontier of 6 trials (0 failed)" in text
+        assert "Warning" not in text
+
+    # On the finished study: an error that only the job can find, through a job without an array.
+    command = launch("search.trials=6", "recipe.tokens=2048", workers=1)
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 2, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: search.study=t: expected the settings that the study was made")
+    assert "Traceback" not in err
+    states = ["squeue", "--noheader", "--states=all", "--format=%T"]
+    found = subprocess.run(states, env=slurm, capture_output=True, text=True).stdout.split()
+    assert sorted(found) == ["COMPLETED", "COMPLETED", "FAILED"]
+
+
+def test_trials_of_killed_and_of_preempted_workers_run_again(launch, study, slurm):
+    before = set(running_jobs(slurm))
+    command = launch("search.trials=5", "recipe.tokens=65536")
+    wait_for(lambda: len(study.running()) == 2, "two trials at once")
+    first, second = sorted(set(running_jobs(slurm)) - before)
+    both = study.running()
+    subprocess.run(["scancel", "--signal=KILL", first], env=slurm, check=True)
+    out, err = command.communicate(timeout=30)  # ends with the first failure; the rest goes on
+    assert command.returncode == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"error: Job {first}")
+    assert "other jobs go on" in last
+    assert "Traceback" not in err
+    assert running_jobs(slurm) == [second]
+    wait_for(lambda: study.attribute("crashes"), "the other worker to take the trial over")
+    (killed,) = study.attribute("crashes")
+    assert killed in both.values()
+
+    # As before a time limit: the trial goes back, the job into Slurm's queue, where it joins again.
+    held = wait_for(study.running, "a trial")
+    subprocess.run(["scancel", "--signal=USR2", second], env=slurm, check=True)
+    wait_for(lambda: study.running() != held, "the end of the worker")
+    assert running_jobs(slurm) == [second]
+    wait_for(lambda: study.is_over(5), "the end of the search", 120)
+    assert study.attribute("crashes") == {killed: 1}
+    assert_each_once(study, 5, again=[killed, *held.values()])
+
+
+def test_a_mistake_is_one_line_before_anything_is_queued(launch, slurm, tmp_path):
+    before = running_jobs(slurm)
+    command = launch("search.trials=-1")
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 2
+    assert err.strip().splitlines()[-1] == "error: search.trials=-1: expected a positive integer"
+    assert "Traceback" not in err
+    assert running_jobs(slurm) == before
+    assert not (tmp_path / "runs" / "slurm").exists()
