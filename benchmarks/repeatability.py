@@ -1,33 +1,103 @@
 """How far two measurements of the same architecture differ, half an hour or more apart.
 
-Reads benchmarks/data/flash_space.jsonl, to which `python benchmarks/flash_space.py --again 10` adds
-an attempt at each time. Compared are consecutive attempts, three fresh processes each, raw, other
-work of the machine as it came. Cases `prefill` and `decode` are the longest prompt and context of
-the workload; the others follow by name.
+`python benchmarks/repeatability.py --round N` measures 10 architectures of `space=tiny` with the
+settings that users get (device=host: three fresh processes of three runs, repeated until the
+standard error is small) and 10 of `space=flash` once with the protocol of the latency dataset
+(three processes, one run; prefill at 512, decode steps at 1536 and 512), into
+benchmarks/data/repeatability_N.jsonl. A killed round goes on with the next group; `--lower` only
+prepares the programs, which takes longest. Without arguments it compares the rounds that this
+machine has made, each with the one before.
+
+Cases are `prefill` and `decode` for `space=tiny`, `flash/prefill_512` and so on for the other.
+`disagreement_pct` is of latencies as predictors get them, corrected for what the machine was slower
+by than at its best, as the reference program that took turns tells
+(flash.latency.bench.comparable); `raw_disagreement_pct` is of the smallest times as they were.
 """
 
+import argparse
+import dataclasses
 import itertools
+import logging
 from datetime import datetime
+from pathlib import Path
 
 import flash_space
+import principles
 from record import Recorder
 
-from flash.device import Phase, Point
-from flash.latency import Bench, Row, Subject
+from flash.arch import ArchSpec
+from flash.device import open_device
+from flash.latency import (
+    Bench,
+    LatencySettings,
+    MeasurementStore,
+    Row,
+    Subject,
+    comparable,
+    make_bench,
+    whole_models,
+)
 
+DATA = flash_space.STORE.parent
 APART_S = 1800
 ARCHITECTURES = 10
+SPACES = ("tiny", "flash")
 
 
-def pairs(bench: Bench, point: Point) -> list[tuple[float, float]]:
-    """Consecutive measurements of the same architecture, far enough apart [ms]."""
-    found = []
-    for spec in flash_space.models()[:ARCHITECTURES]:
-        attempts = bench.attempts(Subject(spec=spec), point)
-        for first, last in itertools.pairwise(attempts):
-            if _time_s(last) - _time_s(first) >= APART_S:
-                found.append((first.result["ms"], last.result["ms"]))
-    return found
+def models(space: str) -> list[ArchSpec]:
+    """The architectures, spread over the space."""
+    if space == "flash":
+        return flash_space.models()[:ARCHITECTURES]
+    backbone = principles.space().base
+    return whole_models(principles.space(), backbone, ARCHITECTURES, seed=0)[:ARCHITECTURES]
+
+
+def bench(space: str, store: Path) -> Bench:
+    """What measures a space."""
+    device, settings = principles.host(), LatencySettings()
+    if space == "flash":
+        device = dataclasses.replace(flash_space.DEVICE, prompts=[512])
+        settings = dataclasses.replace(flash_space.SETTINGS, attempts=1)
+    return make_bench(
+        backbone=flash_space.space()[1] if space == "flash" else principles.space().base,
+        device=open_device(device),
+        workload=device.workload,
+        lowering=device.lowering,
+        settings=settings,
+        store=MeasurementStore(store),
+        cache_dir=flash_space.ROOT / "runs" / "lowered",
+    )
+
+
+def compare(record: Recorder, space: str, rounds: list[Path]) -> None:
+    """Every point of a space's workload."""
+    benches = [bench(space, path) for path in rounds]
+    points = benches[0].workload.points
+    for point in points:
+        attempts = [
+            [each.attempts(Subject(spec=spec), point) for each in benches] for spec in models(space)
+        ]
+        known = [rows for of_model in attempts for rows in of_model if rows]
+        values = dict(zip(map(id, known), comparable(known, point.phase)[0].tolist(), strict=True))
+        corrected, raw = [], []
+        for of_model in attempts:
+            for a, b in itertools.pairwise(of_model):
+                if a and b and min(map(_time_s, b)) - max(map(_time_s, a)) >= APART_S:
+                    corrected.append(_apart_pct(values[id(a)], values[id(b)]))
+                    raw.append(_apart_pct(_smallest_ms(a), _smallest_ms(b)))
+        assert len(corrected) >= ARCHITECTURES, "make two rounds, half an hour apart"
+        case = point.phase.value if space == "tiny" else f"{space}/{point.name}"
+        record.add(case, "disagreement_pct", corrected, "%")
+        record.add(case, "largest_disagreement_pct", [max(corrected)], "%")
+        record.add(case, "raw_disagreement_pct", raw, "%")
+
+
+def _apart_pct(a: float, b: float) -> float:
+    return 200 * abs(a - b) / (a + b)
+
+
+def _smallest_ms(rows: list[Row]) -> float:
+    return min(row.result["ms"] for row in rows)
 
 
 def _time_s(row: Row) -> float:
@@ -35,17 +105,24 @@ def _time_s(row: Row) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--round", type=int, metavar="N", help="measure; do not compare")
+    parser.add_argument("--lower", action="store_true", help="only lower what will be measured")
+    parser.add_argument("--space", choices=SPACES, nargs="*", default=SPACES)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.lower or arguments.round is not None:
+        store = DATA / f"repeatability_{arguments.round}.jsonl"
+        for space in arguments.space:
+            measuring = bench(space, store)
+            subjects = [Subject(spec=spec) for spec in models(space)]
+            measuring.lower_missing(subjects)
+            if not arguments.lower:
+                measuring.measure_missing(subjects)
+        return
     record = Recorder("repeatability")
-    bench = flash_space.open_bench(flash_space.DEVICE, flash_space.ROOT / "runs" / "lowered")
-    for phase in Phase:
-        points = [point for point in bench.workload.points if point.phase is phase]
-        for point in sorted(points, key=lambda point: -point.tokens):
-            twice = pairs(bench, point)
-            assert len(twice) >= ARCHITECTURES, "run flash_space.py --again 10"
-            differences = [200 * abs(a - b) / (a + b) for a, b in twice]
-            case = phase.value if point is max(points, key=lambda p: p.tokens) else point.name
-            record.add(case, "disagreement_pct", differences, "%")
-            record.add(case, "largest_disagreement_pct", [max(differences)], "%")
+    for space in arguments.space:
+        compare(record, space, sorted(DATA.glob("repeatability_*.jsonl")))
     record.close()
 
 

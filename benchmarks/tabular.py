@@ -17,16 +17,14 @@ the rates of a nominal core: a fixed function of the spec, so that the truth dep
 """
 
 import argparse
-import fcntl
-import json
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rows
 
 from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
 from flash.data import DataSettings
@@ -87,17 +85,8 @@ def tasks(space: SearchSpace) -> list[tuple[ArchSpec, int]]:
 
 
 def read() -> list[dict[str, Any]]:
-    """The lines so far, `spec` as an `ArchSpec`; one that a kill cut short is left out."""
-    if not TABLE.is_file():
-        return []
-    rows = []
-    for line in TABLE.read_text("utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows.append({**row, "spec": ArchSpec.from_dict(row["spec"])})
-    return rows
+    """The lines so far."""
+    return rows.read(TABLE)
 
 
 def done() -> set[tuple[ArchSpec, int]]:
@@ -105,20 +94,9 @@ def done() -> set[tuple[ArchSpec, int]]:
     return {(row["spec"], row["seed"]) for row in read()}
 
 
-def append(row: dict[str, Any]) -> None:
-    """Add a line and see it to the disk; other processes may do the same."""
-    TABLE.parent.mkdir(exist_ok=True)
-    with TABLE.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def nominal_ms(spec: ArchSpec) -> dict[str, float]:
+def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str, float]:
     """Latencies of one core at nominal rates."""
-    lowering = LoweringSettings(sliding=SlidingForm.ring)
+    lowering = LoweringSettings(sliding=form)
     return {
         f"{point.phase.value}_ms": float(
             counted(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()
@@ -162,7 +140,7 @@ def main() -> None:
                 row["loss"] = evaluate[seed](spec, number).loss
             except EvaluationError as error:
                 row |= {"loss": None, "reason": str(error)}
-            append({**row, **nominal_ms(spec), "seconds": time.perf_counter() - start})
+            rows.append(TABLE, {**row, **nominal_ms(spec), "seconds": time.perf_counter() - start})
             bar.update()
 
 

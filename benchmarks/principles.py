@@ -1,0 +1,334 @@
+"""The paper's design principles (Sec. 3.5 and 4), tried on the tiny backbone.
+
+`python benchmarks/principles.py [STUDY ...]`, all studies without names. Each trains what it needs
+(kept in benchmarks/data/principles.jsonl, so that it can be killed and goes on), prints its figures
+and draws docs/figures/STUDY.svg:
+
+- `scratch`: is a pruned start better than a random one at equal tokens, and do both rank 12
+  candidates alike? The random start gets the higher learning rate that suits it.
+- `skip_runs`: 3 and 4 skipped layers of 8, spread out or in a row: the latency is the same.
+- `skip_sliding`: 1 to 4 layers without attention, or with a sliding window in either lowered form
+  (stock ring buffer, `ring`), against narrower FFNs.
+- `depth_width`: deep and thin to shallow and wide, all of equal parameters, then of equal latency.
+- `ranking`: how early the order of 12 candidates is that of a long training.
+
+Latency is the time to the first token of 2048 by counted work at nominal rates, as in
+benchmarks/tabular.py: so the studies come out alike on every machine, and what a form of sliding
+windows costs is what its operators compute. Without names the results are kept too.
+"""
+
+import itertools
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import plotly.graph_objects as go
+import rows
+import tabular
+from omegaconf import OmegaConf
+from record import Recorder
+from scipy import stats
+
+from flash.arch import ArchSpec, Attention, SearchSpace, SpaceSettings, count_parameters
+from flash.data import DataSettings
+from flash.device import DeviceSettings
+from flash.lowering import SlidingForm
+from flash.model import Backbone, BackboneSettings, Decoder, build
+from flash.progress import progress
+from flash.prune import Importance, prune
+from flash.runs import Runs
+from flash.training import RecipeSettings, Schedule, TrainerSettings, fit, heldout_quality
+from flash.training.run import Inputs, importance_of
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "benchmarks" / "data" / "principles.jsonl"
+FIGURES = ROOT / "docs" / "figures"
+RUNS = Runs(ROOT / "runs")
+BACKBONE = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))
+TOKENS = 16384
+CANDIDATES = 12
+BUDGETS = (4096, TOKENS, 2 * TOKENS, 4 * TOKENS)
+FULL, SLIDING, SKIP = Attention
+
+
+@cache
+def space() -> SearchSpace:
+    """space=tiny, from the file that users get."""
+    schema = OmegaConf.structured(SpaceSettings)
+    values = OmegaConf.load(ROOT / "conf" / "space" / "tiny.yaml")
+    settings = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    return SearchSpace(settings, Backbone.open(BACKBONE).spec)
+
+
+def candidates() -> list[ArchSpec]:
+    """Spread over the space by a fixed seed."""
+    return space().stratified(np.random.default_rng(0), CANDIDATES)
+
+
+def recipe(tokens: int, start: str) -> RecipeSettings:
+    """The short training of a search; from random weights with the pretraining's rate."""
+    return RecipeSettings(
+        name="principles",
+        tokens=tokens,
+        batch_size=2,
+        lr=1e-3 if start == "pruned" else 3e-3,
+        warmup_ratio=0.1,
+        decay_ratio=0.4,
+        schedule=Schedule.wsd,
+    )
+
+
+@cache
+def _inputs() -> Inputs:
+    data = DataSettings(name="stdlib", heldout_sequences=32)
+    backbone = Backbone.open(BACKBONE)
+    return Inputs.open(backbone, data, recipe(TOKENS, "pruned"), seed=0, runs=RUNS)
+
+
+@cache
+def _scores() -> Importance:
+    inputs = _inputs()
+    return importance_of(inputs.backbone, inputs.data, recipe(TOKENS, "pruned"), RUNS)
+
+
+class Trained:
+    """Held-out losses by (architecture, start, tokens), trained when they are not known yet."""
+
+    def __init__(self) -> None:
+        self._known = {
+            (row["spec"], row["start"], row["tokens"]): row["loss"] for row in rows.read(DATA)
+        }
+
+    def losses(
+        self, specs: Sequence[ArchSpec], start: str = "pruned", tokens: int = TOKENS
+    ) -> list[float]:
+        """Of each architecture [nats a token]."""
+        tied = [spec.replace(tie_embeddings=True) for spec in specs]
+        missing = [spec for spec in dict.fromkeys(tied) if (spec, start, tokens) not in self._known]
+        for spec in progress(missing, f"{start}, {tokens} tokens"):
+            began = time.perf_counter()
+            loss, curve = self._train(spec, start, tokens)
+            row = {"spec": spec.to_dict(), "start": start, "tokens": tokens, "loss": loss}
+            seconds = round(time.perf_counter() - began, 1)
+            rows.append(DATA, {**row, "curve": curve, "seconds": seconds})
+            self._known[spec, start, tokens] = loss
+        return [self._known[spec, start, tokens] for spec in tied]
+
+    def _train(self, spec: ArchSpec, start: str, tokens: int) -> tuple[float, list[float]]:
+        """Held-out loss and the training losses on the way."""
+        chosen, trainer = recipe(tokens, start), TrainerSettings()
+        inputs = _inputs()
+        L.seed_everything(0, verbose=False)
+        model = Decoder(spec)
+        if start == "pruned":
+            folder = inputs.backbone.folder
+            assert folder is not None
+            model = build(spec, prune(folder, _scores(), spec))
+        done = fit(model, inputs.data, chosen, trainer, show_progress=False)
+        loss = heldout_quality(model, inputs.data, trainer.precision).loss
+        return loss, [round(part, 4) for part in done.curve]
+
+
+def host() -> DeviceSettings:
+    """device=host, from the file that users get."""
+    values = OmegaConf.load(ROOT / "conf" / "device" / "host.yaml")
+    device = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DeviceSettings), values))
+    assert isinstance(device, DeviceSettings)
+    return device
+
+
+def ttft_ms(specs: Sequence[ArchSpec], form: SlidingForm = SlidingForm.stock) -> list[float]:
+    """Nominal time to the first token of 2048 [ms]."""
+    return [tabular.nominal_ms(spec, form)["prefill_ms"] for spec in specs]
+
+
+def scratch(trained: Trained, record: Recorder) -> go.Figure:
+    """Pruned against random start."""
+    specs, tokens = candidates(), 2 * TOKENS
+    pruned, random = (trained.losses(specs, start, tokens) for start in ("pruned", "scratch"))
+    gaps = [b - a for a, b in zip(pruned, random, strict=True)]
+    record.add("scratch", "pruned_better_by", gaps, "nats")
+    record.add("scratch", "kendall_tau", [_tau(pruned, random)], "ratio")
+    figure = go.Figure()
+    labels = [f"{count_parameters(spec).total / 1e6:.1f}M" for spec in specs]
+    figure.add_scatter(
+        x=random, y=pruned, text=labels, mode="markers+text", textposition="top left"
+    )
+    return _axes(figure, "loss from random weights", "loss from inherited weights")
+
+
+def skip_runs(trained: Trained, record: Recorder) -> go.Figure:
+    """Spread out or in a row."""
+    rng, whole = np.random.default_rng(0), space().base
+    figure = go.Figure()
+    for skipped in (3, 4):
+        by_run: dict[int, list[ArchSpec]] = {}
+        every = list(itertools.combinations(range(1, whole.num_layers), skipped))
+        for i in rng.permutation(len(every)):
+            spec = _replaced(whole, every[i], SKIP)
+            by_run.setdefault(spec.longest_efficient_run, []).append(spec)
+        for run in sorted(by_run):
+            losses = trained.losses(by_run[run][:5])
+            record.add(f"skip_runs/{skipped}_skipped/run_{run}", "loss", losses, "nats")
+            figure.add_box(
+                x=[run] * len(losses),
+                y=losses,
+                name=f"{skipped} of 8 layers skipped",
+                legendgroup=skipped,
+                showlegend=run == min(by_run),
+                marker_color="#2f6fde" if skipped == 3 else "#e8743b",
+                boxpoints="all",
+            )
+    return _axes(figure, "longest run of skipped layers", "held-out loss [nats/token]")
+
+
+def skip_sliding(trained: Trained, record: Recorder) -> go.Figure:
+    """Skipped, sliding in two forms, or narrower."""
+    rng, whole = np.random.default_rng(0), space().base
+    sets = []
+    for num in (1, 2, 3, 4):
+        every = [
+            each
+            for each in itertools.combinations(range(1, whole.num_layers), num)
+            if all(b - a > 1 for a, b in itertools.pairwise(each))
+        ]
+        sets += [every[int(i)] for i in rng.permutation(len(every))[:3]]
+    skipped = [_replaced(whole, each, SKIP) for each in sets]
+    sliding = [_replaced(whole, each, SLIDING) for each in sets]
+    narrower = [whole.replace(ffn_dim=dim) for dim in (192, 320, 448, 576)]
+    series = {
+        "skipped": (skipped, SlidingForm.stock),
+        "sliding, stock ring buffer": (sliding, SlidingForm.stock),
+        "sliding, ring": (sliding, SlidingForm.ring),
+        "full attention, narrower FFN": (narrower, SlidingForm.stock),
+    }
+    figure, full_ms = go.Figure(), ttft_ms([whole])[0]
+    for name, (specs, form) in series.items():
+        losses, times = trained.losses(specs), ttft_ms(specs, form)
+        case = f"skip_sliding/{name.replace(', ', '_').replace(' ', '_')}"
+        for num in (1, 2, 3, 4):
+            of = [i for i, each in enumerate(sets) if len(each) == num]
+            if specs is not narrower:
+                record.add(f"{case}/{num}", "loss", [losses[i] for i in of], "nats")
+                record.add(f"{case}/{num}", "ttft_ratio", [times[i] / full_ms for i in of], "ratio")
+        figure.add_scatter(x=times, y=losses, name=name, mode="markers", marker_size=9)
+    return _axes(figure, "nominal TTFT at 2048 tokens [ms]", "held-out loss [nats/token]")
+
+
+def depth_width(trained: Trained, record: Recorder) -> go.Figure:
+    """Deep and thin to shallow and wide."""
+    whole = space().base
+    grid = [
+        whole.replace(model_dim=dim, ffn_dim=ffn, layer_types=(FULL,) * depth)
+        for depth, dim, ffn in itertools.product(
+            range(3, 9), range(128, 257, 32), range(192, 577, 32)
+        )
+    ]
+    amounts = {
+        "parameters": np.array([count_parameters(spec).total / 1e6 for spec in grid]),
+        "latency": np.array(ttft_ms(grid)),
+    }
+    figure = go.Figure()
+    shares = {"parameters": (0.45, 0.6), "latency": (0.3, 0.45)}
+    for what, values in amounts.items():
+        top = values[[spec == whole.replace(layer_types=(FULL,) * 8) for spec in grid]][0]
+        for share in shares[what]:
+            chosen = [_nearest(grid, values, share * top, depth) for depth in range(3, 9)]
+            specs = [spec for spec in chosen if spec is not None]
+            losses = trained.losses(specs)
+            for spec, loss in zip(specs, losses, strict=True):
+                case = f"depth_width/{share:.0%}_{what}/{spec.num_layers}_layers"
+                record.add(case, "loss", [loss], "nats")
+                record.add(case, "model_dim", [spec.model_dim], "channels")
+            figure.add_scatter(
+                x=[spec.num_layers for spec in specs],
+                y=losses,
+                text=[f"{spec.model_dim}/{spec.ffn_dim}" for spec in specs],
+                textposition="top center",
+                name=f"{share:.0%} of the backbone's {what}",
+                mode="lines+markers+text",
+            )
+    return _axes(figure, "layers (labels: width / FFN width)", "held-out loss [nats/token]")
+
+
+def ranking(trained: Trained, record: Recorder) -> go.Figure:
+    """Short against long."""
+    specs = candidates()
+    losses = {tokens: trained.losses(specs, tokens=tokens) for tokens in BUDGETS}
+    figure = go.Figure()
+    for tokens in BUDGETS[:-1]:
+        tau = _tau(losses[tokens], losses[BUDGETS[-1]])
+        record.add(f"ranking/{tokens}", "kendall_tau", [tau], "ratio")
+    for i, spec in enumerate(specs):
+        ys = [losses[tokens][i] for tokens in BUDGETS]
+        figure.add_scatter(x=BUDGETS, y=ys, name=str(spec), mode="lines+markers")
+    figure.update_xaxes(type="log", tickvals=BUDGETS, ticktext=[f"{n:,}" for n in BUDGETS])
+    figure.update_layout(showlegend=False)
+    return _axes(figure, "tokens of continued pretraining", "held-out loss [nats/token]")
+
+
+def _replaced(spec: ArchSpec, layers: Sequence[int], kind: Attention) -> ArchSpec:
+    kinds = [kind if i in layers else each for i, each in enumerate(spec.layer_types)]
+    return spec.replace(layer_types=tuple(kinds))
+
+
+def _nearest(
+    grid: Sequence[ArchSpec], values: np.ndarray, wanted: float, depth: int
+) -> ArchSpec | None:
+    """Of this depth within 3 %, the one with the backbone's ratio of widths; None without any."""
+    ratio = space().base.ffn_dim / space().base.model_dim
+    fits = [
+        spec
+        for spec, value in zip(grid, values, strict=True)
+        if spec.num_layers == depth and abs(value / wanted - 1) <= 0.03
+    ]
+    return min(fits, key=lambda s: abs(np.log(s.ffn_dim / s.model_dim / ratio)), default=None)
+
+
+def _tau(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(stats.kendalltau(a, b)[0])
+
+
+def _axes(figure: go.Figure, x: str, y: str) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white",
+        xaxis_title=x,
+        yaxis_title=y,
+        width=760,
+        height=460,
+        margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )
+    return figure
+
+
+STUDIES: dict[str, Callable[[Trained, Recorder], go.Figure]] = {
+    study.__name__: study for study in (scratch, skip_runs, skip_sliding, depth_width, ranking)
+}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*(LeafSpec|srun).*")
+    names = sys.argv[1:] or list(STUDIES)
+    unknown = [name for name in names if name not in STUDIES]
+    if unknown:
+        raise SystemExit(f"{unknown[0]}: expected one of {', '.join(STUDIES)}")
+    record, trained = Recorder("principles"), Trained()
+    for name in names:
+        figure = STUDIES[name](trained, record)
+        FIGURES.mkdir(exist_ok=True)
+        figure.write_image(FIGURES / f"{name}.svg")
+    if len(names) == len(STUDIES):
+        record.close()
+
+
+if __name__ == "__main__":
+    main()
