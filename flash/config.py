@@ -18,12 +18,18 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from flash import slurm
 from flash.device import DeviceError
 from flash.errors import CheckFailed, InputError, nearest
 from flash.evaluation import ExportSettings
@@ -48,6 +54,13 @@ def register() -> None:
     store = ConfigStore.instance()
     for schema, name in _ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
+    Plugins.instance()  # so that the launchers of plugins are there
+    plugin = store.repo["hydra"]["launcher"].get("submitit_slurm.yaml")
+    if plugin is not None:
+        # Plain values: a job would get a copy of the plugin's class, which equals no other. Not a
+        # file in conf: Hydra validates one of this name against the plugin's, with a warning.
+        values = {**typing.cast(dict, OmegaConf.to_container(plugin.node)), **slurm.DEFAULTS}
+        store.store(group="hydra/launcher", name="submitit_slurm", node=values, provider="flash")
 
 
 def _dataclass_of(annotation: Any) -> type | None:
@@ -134,6 +147,8 @@ def explain(error: BaseException, schema: type) -> str:
 def _explain_missing_option(error: MissingConfigException) -> str:
     """`+arch=typo`: name the group's nearest option."""
     name = str(error.missing_cfg_file or "")
+    if name == slurm.LAUNCHER.replace("=", "/"):
+        return f"{slurm.LAUNCHER}: needs a plugin; pip install hydra-submitit-launcher"
     if "/" in name and error.options is not None:
         group, option = name.rsplit("/", 1)
         options = list(error.options)
@@ -158,11 +173,14 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torchao").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    # Of Lightning, wherever Slurm is installed; one process needs no srun.
+    warnings.filterwarnings("ignore", "The .srun. command is available")
 
 
 @contextmanager
 def one_line_errors(schema: type) -> Iterator[None]:
     """Turn what a user can mend into one line and an exit code."""
+    command = " ".join(["python", *sys.argv])
     try:
         yield
     except InputError as error:
@@ -178,10 +196,33 @@ def one_line_errors(schema: type) -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
+    except slurm.JobFailed as error:
+        _fail(error.line, error.code)
     except KeyboardInterrupt:
-        command = " ".join(["python", *sys.argv])
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        line = slurm.explain(error)
+        if line is None:
+            raise
+        _fail(line, 1)
+
+
+class CheckJobs(Callback):
+    """Before `-m` starts the first job: the settings of all are legal."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        hydra = config.hydra
+        schema = next(s for s, name in _ROOTS.items() if name == hydra.job.config_name)
+        loader = GlobalHydra.instance().config_loader()
+        with one_line_errors(schema):  # Hydra makes a warning of any other exception
+            slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
+            overrides = OverridesParser.create(loader).parse_overrides(list(hydra.overrides.task))
+            for job in BasicSweeper.split_arguments(overrides, None)[0]:
+                cfg = loader.load_sweep_config(config, job)
+                with open_dict(cfg):
+                    del cfg["hydra"]
+                load(cfg, schema)
 
 
 def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
@@ -197,7 +238,11 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
     def run(cfg: DictConfig) -> None:
-        with one_line_errors(schema):  # here already, else Hydra adds lines of its own
+        errors = one_line_errors(schema)  # here already, else Hydra adds lines of its own
+        if slurm.in_job():
+            _quiet_libraries()  # the job is a new process, and starts here
+            errors = slurm.job(errors)
+        with errors:
             settings = load(cfg, schema)
             choices = HydraConfig.get().runtime.choices
             if isinstance(settings, TrainSettings | ExportSettings) and settings.name is None:
@@ -211,4 +256,4 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    raise slurm.Stop(message, code)

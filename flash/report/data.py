@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
+from flash.device import Point
 from flash.errors import InputError
 from flash.evaluation import ExportResult
 from flash.runs import Runs
@@ -20,17 +21,24 @@ class TrialPoint:
         number: In the study.
         name: The arch's name if it is on the frontier.
         spec: Architecture.
-        loss: Held-out loss after the short training [nats a token].
-        latency_ms: Predicted latency.
+        loss: Held-out loss after the short training [nats a token]; of a trial that was stopped,
+            what it was predicted to become.
+        costs: All that was known before it was trained, by key of `Objective`.
+        latency_ms: Predicted headline latency.
         winner: Whether it was chosen for final training.
+        curve: Tokens seen and training loss along the trial; empty where none was kept.
+        reason: Why it was stopped, or None.
     """
 
     number: int
     name: str | None
     spec: ArchSpec
     loss: float
+    costs: dict[str, float]
     latency_ms: float
     winner: bool
+    curve: list[tuple[float, float]]
+    reason: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -63,6 +71,25 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Promotion:
+    """The best trials trained longer (`stage=promote`).
+
+    Attributes:
+        tokens: Of the longer training.
+        losses: Trial, and its held-out loss after the longer training.
+        kendall_tau: Rank correlation of the short losses and the long ones; None for one trial.
+        swapped: Pairs whose order turned.
+        pairs: Of trials.
+    """
+
+    tokens: int
+    losses: list[tuple[TrialPoint, float]]
+    kendall_tau: float | None
+    swapped: int
+    pairs: int
+
+
+@dataclass(frozen=True)
 class ReportData:
     """One study with its winners.
 
@@ -70,19 +97,35 @@ class ReportData:
         study: Name.
         search: `frontier.json` as it is.
         trials: Completed candidates.
+        stopped: Those that were ended early as hopeless.
         failed: Number of failed ones.
         models: The backbone, then the winners, fastest first.
+        promotion: What longer training did to the order, or None where that was not asked.
     """
 
     study: str
     search: dict[str, Any]
     trials: list[TrialPoint]
+    stopped: list[TrialPoint]
     failed: int
     models: list[Model]
+    promotion: Promotion | None
 
     @property
     def backbone(self) -> Model:
         return self.models[0]
+
+    @property
+    def frontier(self) -> list[TrialPoint]:
+        """The trials that no other beats, fastest first."""
+        front = [trial for trial in self.trials if trial.name is not None]
+        return sorted(front, key=lambda trial: trial.latency_ms)
+
+    @property
+    def cost_keys(self) -> list[str]:
+        """Keys of the objectives other than loss; of the latency where loss was the only one."""
+        keys = [key for key in self.search["objectives"] if key != "loss"]
+        return keys or [f"{Point.parse(self.search['objective']).phase.value}_ms"]
 
 
 def read(runs: Runs, study: str | None = None) -> ReportData:
@@ -103,20 +146,56 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
     search = json.loads(path.read_text("utf-8"))
     names = {int(number): name for number, name in search["names"].items()}
     winners = set(search["winners"])
-    trials = [
-        TrialPoint(
-            number=trial["number"],
-            name=names.get(trial["number"]),
-            spec=ArchSpec.from_dict(trial["spec"]),
-            loss=trial["loss"],
-            latency_ms=trial["latency_ms"],
-            winner=trial["number"] in winners,
-        )
+    known = [
+        _trial(trial, names.get(trial["number"]), trial["number"] in winners)
         for trial in search["trials"]
-        if trial["loss"] is not None
+        if trial["state"] in {"complete", "pruned"}
     ]
-    failed = sum(trial["state"] == "fail" for trial in search["trials"])
-    return ReportData(search["study"], search, trials, failed, _models(runs, search, trials))
+    trials = [trial for trial in known if trial.reason is None]
+    return ReportData(
+        study=search["study"],
+        search=search,
+        trials=trials,
+        stopped=[trial for trial in known if trial.reason is not None],
+        failed=sum(trial["state"] == "fail" for trial in search["trials"]),
+        models=_models(runs, search, trials),
+        promotion=_promotion(path.with_name("promoted.json"), trials),
+    )
+
+
+def _trial(trial: dict[str, Any], name: str | None, winner: bool) -> TrialPoint:
+    extra, stopped = trial["extra"], trial["state"] == "pruned"
+    return TrialPoint(
+        number=trial["number"],
+        name=name,
+        spec=ArchSpec.from_dict(trial["spec"]),
+        loss=extra["estimate"] if stopped else trial["loss"],
+        costs=trial["costs"],
+        latency_ms=trial["latency_ms"],
+        winner=winner,
+        curve=[(tokens, loss) for tokens, loss in extra.get("curve", [])],
+        reason=extra["reason"] if stopped else None,
+    )
+
+
+def _promotion(path: Path, trials: list[TrialPoint]) -> Promotion | None:
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text("utf-8"))
+    by_number = {trial.number: trial for trial in trials}
+    losses = [
+        (by_number[row["number"]], row["long_loss"])
+        for row in report["trials"]
+        # A result of an earlier study of the same name is of another architecture.
+        if row["number"] in by_number
+        and by_number[row["number"]].spec == ArchSpec.from_dict(row["spec"])
+        and row["long_loss"] is not None
+    ]
+    if not losses:
+        return None
+    return Promotion(
+        report["tokens"], losses, report["kendall_tau"], report["swapped"], report["pairs"]
+    )
 
 
 def _models(runs: Runs, search: dict[str, Any], trials: list[TrialPoint]) -> list[Model]:

@@ -1,78 +1,13 @@
-"""Figures of one study, made once and shown both on the page and in Weights & Biases."""
+"""All figures of one study, made once and shown both on the page and in Weights & Biases."""
 
 import plotly.graph_objects as go
 
-from flash.device import Phase, Point
-from flash.report.data import ReportData, TrialPoint
-
-INK, GREY, BLUE, ORANGE, GREEN = "#1f2933", "#9aa5b1", "#2f6fde", "#e8743b", "#2e9e6b"
-
-
-def _layout(figure: go.Figure, x: str, y: str) -> go.Figure:
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        margin={"l": 60, "r": 20, "t": 70, "b": 50},
-        height=420,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        xaxis_title=x,
-        yaxis_title=y,
-    )
-    return figure
-
-
-def _hover(trial: TrialPoint) -> str:
-    return (
-        f"{trial.name or f'trial {trial.number}'}<br>{trial.spec}<br>{trial.parameters / 1e6:.2f}M"
-    )
-
-
-def _objective(data: ReportData) -> str:
-    point = Point.parse(data.search["objective"])
-    name = "TTFT" if point.phase is Phase.prefill else "decode step"
-    return f"{name} at {point.tokens} tokens"
-
-
-def frontier(data: ReportData) -> go.Figure:
-    """All trials, the frontier, the winners, the backbone and the reference point."""
-    front = [trial for trial in data.trials if trial.name is not None]
-    front.sort(key=lambda trial: trial.latency_ms)
-    others = [trial for trial in data.trials if trial.name is None]
-    winners = [trial for trial in front if trial.winner]
-    figure = go.Figure()
-    for name, trials, mode, marker in (
-        ("trials", others, "markers", {"color": GREY, "size": 8}),
-        ("frontier", front, "lines+markers", {"color": BLUE, "size": 9}),
-        ("winners", winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
-    ):
-        figure.add_scatter(
-            x=[trial.latency_ms for trial in trials],
-            y=[trial.loss for trial in trials],
-            text=[_hover(trial) for trial in trials],
-            hovertemplate="%{text}<br>%{x:.1f} ms, loss %{y:.3f}<extra></extra>",
-            name=name,
-            mode=mode,
-            marker=marker,
-            line={"shape": "hv", "color": BLUE},
-        )
-    objective = data.search["objective"]
-    assert data.backbone.backbone_quality is not None
-    figure.add_scatter(
-        x=[data.backbone.predicted[objective]["mean_ms"]],
-        y=[data.backbone.backbone_quality["loss"]],
-        name="backbone",
-        mode="markers",
-        marker={"color": GREEN, "size": 13, "symbol": "diamond"},
-    )
-    reference = data.search["reference"]
-    if reference["latency_ms"] is not None:
-        figure.add_vline(x=reference["latency_ms"], line={"dash": "dot", "color": GREY})
-    figure.add_hline(y=reference["loss"], line={"dash": "dot", "color": GREY})
-    return _layout(
-        figure,
-        f"predicted {_objective(data)} [ms]",
-        "held-out loss after the short training [nats/token]",
-    )
+from flash.report.data import ReportData, read
+from flash.report.pattern_figures import kinds, patterns
+from flash.report.search_figures import frontier, hypervolume, parallel_coordinates
+from flash.report.style import GREY, ORANGE, latency_name, layout
+from flash.report.training_figures import learning_curves, promotion, recovery
+from flash.runs import Runs
 
 
 def predicted_against_measured(data: ReportData) -> go.Figure:
@@ -115,59 +50,29 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
         name="equal",
         line={"color": GREY, "dash": "dot"},
     )
-    name = _objective(data)
-    return _layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
-
-
-def hypervolume(data: ReportData) -> go.Figure:
-    """Hypervolume after each finished trial."""
-    values = data.search["hypervolume"]
-    figure = go.Figure()
-    figure.add_scatter(
-        x=list(range(1, len(values) + 1)),
-        y=values,
-        mode="lines",
-        line={"shape": "hv", "color": BLUE},
-        name="hypervolume",
-    )
-    startup = data.search["settings"]["search"]["startup_trials"]
-    figure.add_vline(
-        x=startup + 0.5,
-        line={"dash": "dot", "color": GREY},
-        annotation_text="model-based from here",
-    )
-    names = " x ".join(data.search["objectives"])
-    return _layout(figure, "finished trials", f"hypervolume [{names}]")
-
-
-def recovery(data: ReportData) -> go.Figure:
-    """Held-out loss of each winner: just pruned, after the search's training, after the last."""
-    winners = [model for model in data.models[1:] if model.trained is not None]
-    by_name = {trial.name: trial for trial in data.trials if trial.name is not None}
-    figure = go.Figure()
-    series = (
-        ("pruned", GREY, [m.trained.before.loss for m in winners if m.trained]),
-        ("after the search's training", BLUE, [by_name[m.name].loss for m in winners]),
-        ("after final training", ORANGE, [m.trained.after.loss for m in winners if m.trained]),
-    )
-    for name, colour, values in series:
-        figure.add_bar(x=[m.name for m in winners], y=values, name=name, marker_color=colour)
-    assert data.backbone.backbone_quality is not None
-    figure.add_hline(
-        y=data.backbone.backbone_quality["loss"],
-        line={"dash": "dot", "color": GREEN},
-        annotation_text="backbone",
-    )
-    return _layout(figure, "", "held-out loss [nats/token]")
+    name = latency_name(data)
+    return layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
 
 
 def all_figures(data: ReportData) -> dict[str, go.Figure]:
-    """Every figure by name; those that need trained winners only once there are some."""
-    figures = {
-        "frontier": frontier(data),
-        "predicted_against_measured": predicted_against_measured(data),
-        "hypervolume": hypervolume(data),
+    """Every figure by name, in the order of the page; each only where there is what it shows."""
+    drawn = {
+        "frontier": (frontier, True),
+        "hypervolume": (hypervolume, True),
+        "parallel_coordinates": (parallel_coordinates, bool(data.trials)),
+        "patterns": (patterns, bool(data.frontier)),
+        "kinds": (kinds, bool(data.frontier)),
+        "learning_curves": (
+            learning_curves,
+            any(trial.curve for trial in [*data.trials, *data.stopped]),
+        ),
+        "promotion": (promotion, data.promotion is not None),
+        "predicted_against_measured": (predicted_against_measured, True),
+        "recovery": (recovery, any(model.trained is not None for model in data.models)),
     }
-    if any(model.trained is not None for model in data.models):
-        figures["recovery"] = recovery(data)
-    return figures
+    return {name: draw(data) for name, (draw, there) in drawn.items() if there}
+
+
+def study_figures(runs: Runs, study: str) -> dict[str, go.Figure]:
+    """All figures of a study that is in the `runs` folder, for the search's own W&B run."""
+    return all_figures(read(runs, study))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import plotly.graph_objects as go
 import plotly.io
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
@@ -16,15 +17,40 @@ CAPTIONS = {
     "frontier": (
         "Frontier",
         "Each point is a candidate: cut out of the backbone, trained for a short while, with the "
-        "latency that stage 1 predicts. Dotted lines: the reference point.",
-    ),
-    "predicted_against_measured": (
-        "Predicted against measured latency",
-        "Bars are 90 % intervals, promised before the program existed.",
+        "cost that is known before. Dotted lines: the reference point.",
     ),
     "hypervolume": (
         "Progress of the search",
         "Area between the frontier and the reference point, after each trial.",
+    ),
+    "parallel_coordinates": (
+        "All trials",
+        "One line a trial, the frontier coloured by loss; drag along an axis to select others, "
+        "double-click it to select all (longest run: layers in a row without full attention; axes "
+        "on which all trials agree are left out).",
+    ),
+    "patterns": (
+        "Patterns of the frontier",
+        "One row a member with its loss, the fastest on top.",
+    ),
+    "kinds": (
+        "What the search learned about layers",
+        "Share of each kind at each place from input to output, and of neighbouring layers that "
+        "are of different kinds; where the frontier differs from all trials, the search found a "
+        "preference.",
+    ),
+    "learning_curves": (
+        "Learning curves",
+        "Training loss along each trial; all see the same text in the same order.",
+    ),
+    "promotion": (
+        "Does the order last?",
+        "Held-out loss of the best trials after the short and after a longer training, each on its "
+        "own scale, the lowest below; where lines cross, the short training misjudged.",
+    ),
+    "predicted_against_measured": (
+        "Predicted against measured latency",
+        "Bars are 90 % intervals, promised before the program existed.",
     ),
     "recovery": (
         "Recovery of the winners",
@@ -61,6 +87,7 @@ def render(data: ReportData) -> str:
         {
             "title": CAPTIONS[name][0],
             "caption": CAPTIONS[name][1],
+            "wide": name == "parallel_coordinates" or _panels(figure) > 1,
             "html": plotly.io.to_html(
                 figure,
                 include_plotlyjs=False,
@@ -86,6 +113,11 @@ def render(data: ReportData) -> str:
         machine=_machine(data.models, data.search["device"]),
         plotly_js=get_plotlyjs(),
     )
+
+
+def _panels(figure: go.Figure) -> int:
+    """Plots side by side."""
+    return len({axis.domain for axis in figure.select_xaxes()})
 
 
 def _scores(data: ReportData) -> list[dict[str, object]]:

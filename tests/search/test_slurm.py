@@ -145,17 +145,33 @@ def _is_idle(env):
     return found.stdout.strip() == "idle"
 
 
+def _queue(env, *options):
+    command = ["squeue", "--noheader", "--array", *options]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return found.stdout.split()
+
+
 def running_jobs(env):
     """Ids of jobs that are not over."""
-    command = ["squeue", "--noheader", "--array", "--format=%i"]
-    return subprocess.run(command, env=env, capture_output=True, text=True).stdout.split()
+    return _queue(env, "--format=%i")
+
+
+def job_states(env):
+    """States of all jobs that there were."""
+    return _queue(env, "--states=all", "--format=%T")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One folder, so that the first search measures for all."""
+    return Runs(tmp_path_factory.mktemp("work") / "runs")
 
 
 @pytest.fixture
-def launch(slurm, corpus, backbone_folder, tmp_path):
+def launch(slurm, corpus, backbone_folder, runs):
     """Start `search.py` as in the documentation, with everything small."""
     small = [
-        f"runs={tmp_path / 'runs'}",
+        f"runs={runs.root}",
         f"backbone.weights={backbone_folder}",
         "backbone.name=small",
         *("data=folder", f"data.path={corpus}", "data.pattern='*.py'"),
@@ -166,25 +182,39 @@ def launch(slurm, corpus, backbone_folder, tmp_path):
         "space.kinds=[full_attention,skip_attention]",
         *("device.max_context=64", "device.prompts=[32]", "device.contexts=[32]"),
         *("device.decode_tokens=4", "device.processes=1", "device.warmups=1", "device.runs=2"),
+        "device.quantization=fp32",
         *("latency=params", "latency.whole_models=4", "latency.precision_pct=1000"),
         *("recipe.batch_size=4", "recipe.calibration_tokens=256", "trainer.precision=fp32"),
-        *("logger=none", "search.study=t", "search.batch=2", "search.startup_trials=4"),
+        *("logger=none", "search.batch=2", "search.startup_trials=4"),
         *("search.max_loss_increase=6", "search.max_cost_ratio=3"),
     ]
+    started = []
 
-    def start(*overrides, workers=2):
+    def start(study, *overrides, workers=2):
         numbers = f"worker=range(0,{workers})" if workers > 1 else "worker=0"
         command = [sys.executable, "search.py", "-m", "hydra/launcher=submitit_slurm", numbers]
-        return subprocess.Popen(
-            [*command, *small, *overrides],
+        command = subprocess.Popen(
+            [*command, f"search.study={study}", *small, *overrides],
             cwd=ROOT,
             env=slurm,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        started.append(command)
+        return command
 
-    return start
+    yield start
+    for command in started:
+        command.kill()
+        command.communicate()
+
+
+def lines_of(command, timeout):
+    """Exit code and what the command said, after its end."""
+    _, err = command.communicate(timeout=timeout)
+    assert "Traceback" not in err, err
+    return command.returncode, [line for line in err.splitlines() if line.strip()]
 
 
 class StudyFile:
@@ -233,11 +263,6 @@ class StudyFile:
         return len(states) == trials and not {"RUNNING", "WAITING"} & set(states)
 
 
-@pytest.fixture
-def study(tmp_path):
-    return StudyFile(Runs(tmp_path / "runs").study("t") / "study.db")
-
-
 def assert_each_once(study, trials, again=()):
     """All trials have a result, are different, and were begun once, except for those in `again`."""
     assert len(study.states()) == trials
@@ -247,43 +272,36 @@ def assert_each_once(study, trials, again=()):
     assert study.begun() == Counter(range(trials)) + Counter(again)
 
 
-def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, study, slurm, tmp_path):
-    out, err = (command := launch("search.trials=6", "recipe.tokens=4096")).communicate(timeout=200)
-    assert command.returncode == 0, err
+def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, slurm, runs):
+    study = StudyFile(runs.study("shared") / "study.db")
+    code, said = lines_of(launch("shared", "search.trials=6", "recipe.tokens=4096"), 300)
+    assert code == 0, said
     assert_each_once(study, 6)
     assert not study.attribute("crashes")
-    logs = sorted((tmp_path / "runs" / "slurm").glob("*/*_log.out"))
+    logs = sorted((runs.root / "slurm").glob("*/*_log.out"))
     assert len(logs) == 2
     for log in logs:
         text = log.read_text()
         assert "frontier of 6 trials (0 failed)" in text
         assert "Warning" not in text
 
-    # On the finished study: an error that only the job can find, through a job without an array.
-    command = launch("search.trials=6", "recipe.tokens=2048", workers=1)
-    out, err = command.communicate(timeout=60)
-    assert command.returncode == 2, err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: search.study=t: expected the settings that the study was made")
-    assert "Traceback" not in err
-    states = ["squeue", "--noheader", "--states=all", "--format=%T"]
-    found = subprocess.run(states, env=slurm, capture_output=True, text=True).stdout.split()
-    assert sorted(found) == ["COMPLETED", "COMPLETED", "FAILED"]
+    # An error that only the job can find; one worker is no job array.
+    code, said = lines_of(launch("shared", "search.trials=6", "recipe.lr=0.1", workers=1), 120)
+    assert code == 2, said
+    assert said[-1].startswith("error: search.study=shared: expected the settings that the study")
+    assert sorted(job_states(slurm)) == ["COMPLETED", "COMPLETED", "FAILED"]
 
 
-def test_trials_of_killed_and_of_preempted_workers_run_again(launch, study, slurm):
-    before = set(running_jobs(slurm))
-    command = launch("search.trials=5", "recipe.tokens=65536")
-    wait_for(lambda: len(study.running()) == 2, "two trials at once")
-    first, second = sorted(set(running_jobs(slurm)) - before)
-    both = study.running()
+def test_trials_of_killed_and_of_preempted_workers_run_again(launch, slurm, runs):
+    study = StudyFile(runs.study("killed") / "study.db")
+    command = launch("killed", "search.trials=4", "recipe.tokens=65536")
+    wait_for(lambda: len(study.running()) == 2, "two trials at once", 240)
+    (first, second), both = sorted(running_jobs(slurm)), study.running()
     subprocess.run(["scancel", "--signal=KILL", first], env=slurm, check=True)
-    out, err = command.communicate(timeout=30)  # ends with the first failure; the rest goes on
-    assert command.returncode == 1
-    last = err.strip().splitlines()[-1]
-    assert last.startswith(f"error: Job {first}")
-    assert "other jobs go on" in last
-    assert "Traceback" not in err
+    code, said = lines_of(command, 60)  # it ends with the first failure; the other job goes on
+    assert code == 1
+    assert said[-1].startswith(f"error: Job {first}")
+    assert "other jobs go on" in said[-1]
     assert running_jobs(slurm) == [second]
     wait_for(lambda: study.attribute("crashes"), "the other worker to take the trial over")
     (killed,) = study.attribute("crashes")
@@ -294,17 +312,14 @@ def test_trials_of_killed_and_of_preempted_workers_run_again(launch, study, slur
     subprocess.run(["scancel", "--signal=USR2", second], env=slurm, check=True)
     wait_for(lambda: study.running() != held, "the end of the worker")
     assert running_jobs(slurm) == [second]
-    wait_for(lambda: study.is_over(5), "the end of the search", 120)
+    wait_for(lambda: study.is_over(4), "the end of the search", 150)
     assert study.attribute("crashes") == {killed: 1}
-    assert_each_once(study, 5, again=[killed, *held.values()])
+    assert_each_once(study, 4, again=[killed, *held.values()])
 
 
-def test_a_mistake_is_one_line_before_anything_is_queued(launch, slurm, tmp_path):
-    before = running_jobs(slurm)
-    command = launch("search.trials=-1")
-    out, err = command.communicate(timeout=60)
-    assert command.returncode == 2
-    assert err.strip().splitlines()[-1] == "error: search.trials=-1: expected a positive integer"
-    assert "Traceback" not in err
-    assert running_jobs(slurm) == before
-    assert not (tmp_path / "runs" / "slurm").exists()
+def test_a_mistake_is_one_line_before_anything_is_queued(launch, slurm):
+    before = job_states(slurm)
+    code, said = lines_of(launch("mistake", "search.trials=-1"), 120)
+    assert code == 2
+    assert said[-1] == "error: search.trials=-1: expected a positive integer"
+    assert job_states(slurm) == before

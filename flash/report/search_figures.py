@@ -1,0 +1,166 @@
+"""Figures of the search itself: what was tried, what is best, how the search went."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from flash.arch import Attention
+from flash.report.data import ReportData, TrialPoint
+from flash.report.style import BLUE, GREEN, GREY, ORANGE, about, cost_axis, cost_name, layout
+from flash.search import Objective
+
+_BEST_TO_WORST = [[0.0, "#123f8c"], [0.5, "#8a6fc0"], [1.0, "#f0a35e"]]
+
+
+def frontier(data: ReportData) -> go.Figure:
+    """Loss against every cost: trials, frontier, winners, backbone and the reference point."""
+    keys = data.cost_keys
+    figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
+    for column, key in enumerate(keys, start=1):
+        _panel(figure, data, key, column)
+    layout(figure, y="held-out loss [nats/token]")
+    for column, key in enumerate(keys, start=1):
+        figure.update_xaxes(title=cost_axis(data, key), col=column)
+    return figure
+
+
+def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
+    front = sorted(data.frontier, key=lambda trial: trial.costs[key])
+    others = [trial for trial in data.trials if trial.name is None]
+    winners = [trial for trial in front if trial.winner]
+    # With more than one cost the frontier is a surface, and steps in one panel would be wrong.
+    steps = "lines+markers" if len(data.cost_keys) == 1 else "markers"
+    stopped = {"color": GREY, "size": 7, "symbol": "x-thin", "line": {"width": 1.5, "color": GREY}}
+    for name, trials, mode, marker in (
+        ("trials", others, "markers", {"color": GREY, "size": 8}),
+        ("stopped early (predicted loss)", data.stopped, "markers", stopped),
+        ("frontier", front, steps, {"color": BLUE, "size": 9}),
+        ("winners", winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
+    ):
+        if trials:
+            figure.add_scatter(
+                x=[trial.costs[key] for trial in trials],
+                y=[trial.loss for trial in trials],
+                text=[about(trial) for trial in trials],
+                hovertemplate="%{text}<extra></extra>",
+                name=name,
+                mode=mode,
+                marker=marker,
+                line={"shape": "hv", "color": BLUE},
+                legendgroup=name,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+    assert data.backbone.backbone_quality is not None
+    figure.add_scatter(
+        x=[data.search["backbone"]["costs"][key]],
+        y=[data.backbone.backbone_quality["loss"]],
+        name="backbone",
+        mode="markers",
+        marker={"color": GREEN, "size": 13, "symbol": "diamond"},
+        legendgroup="backbone",
+        showlegend=column == 1,
+        row=1,
+        col=column,
+    )
+    reference, dotted = data.search["reference"], {"dash": "dot", "color": GREY}
+    # plotly annotates columns by their default, "all".
+    if key in reference:
+        figure.add_vline(x=reference[key], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
+    figure.add_hline(y=reference["loss"], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
+
+
+def hypervolume(data: ReportData) -> go.Figure:
+    """Hypervolume after each finished trial."""
+    values = data.search["hypervolume"]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=list(range(1, len(values) + 1)),
+        y=values,
+        mode="lines",
+        line={"shape": "hv", "color": BLUE},
+        name="hypervolume",
+    )
+    startup = data.search["settings"]["search"]["startup_trials"]
+    if startup < len(values):
+        figure.add_vline(
+            x=startup + 0.5,
+            line={"dash": "dot", "color": GREY},
+            annotation_text="model-based from here",
+            annotation_position="bottom right",
+        )
+    units = " x ".join(Objective(key).unit for key in data.search["objectives"])
+    layout(figure, "finished trials", f"hypervolume [{units}]")
+    return figure.update_layout(margin_t=20)  # it has no legend
+
+
+def parallel_coordinates(data: ReportData) -> go.Figure:
+    """Every trial as a line over its sizes, its layers, its costs and its loss.
+
+    The last axis starts with its upper end selected, so that the frontier is coloured and the rest
+    is grey.
+    """
+    trials = data.trials
+    losses = [trial.loss for trial in trials]
+    dimensions = [
+        dimension for name, values in _sizes(trials) if (dimension := _counted(name, values))
+    ]
+    for key in data.cost_keys:
+        values = [trial.costs[key] for trial in trials]
+        dimensions.append({"label": cost_name(key), "values": values})
+    dimensions.append({"label": "loss [nats]", "values": losses})
+    dimensions.append({
+        "label": "frontier",
+        "values": [int(trial.name is not None) for trial in trials],
+        "range": [0, 1],
+        "tickvals": [0, 1],
+        "ticktext": ["no", "yes"],
+        "constraintrange": [0.9, 1],
+    })
+    figure = go.Figure(
+        go.Parcoords(
+            dimensions=dimensions,
+            line={
+                "color": losses,
+                "colorscale": _BEST_TO_WORST,
+                "cmin": min(losses),
+                # A few that learned nothing would else take all colours from the rest.
+                "cmax": float(np.quantile(losses, 0.9)),
+                "colorbar": {"title": "loss", "thickness": 12},
+            },
+            unselected={"line": {"color": GREY, "opacity": 0.25}},
+        )
+    )
+    layout(figure, height=440)
+    return figure.update_layout(margin={"l": 50, "r": 20, "t": 60, "b": 30})
+
+
+def _sizes(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
+    """What the search chooses, by name."""
+    specs = [trial.spec for trial in trials]
+    kinds = (
+        ("full", Attention.full_attention),
+        ("sliding", Attention.sliding_attention),
+        ("skipped", Attention.skip_attention),
+    )
+    return [
+        ("depth", [spec.num_layers for spec in specs]),
+        ("d_model", [spec.model_dim for spec in specs]),
+        ("d_ffn", [spec.ffn_dim for spec in specs]),
+        *((name, [spec.layer_types.count(kind) for spec in specs]) for name, kind in kinds),
+        ("longest run", [spec.longest_efficient_run for spec in specs]),
+    ]
+
+
+def _counted(name: str, values: list[int]) -> dict[str, object] | None:
+    """An axis of whole numbers; none where all trials have the same."""
+    different = sorted(set(values))
+    if len(different) == 1:
+        return None
+    dimension: dict[str, object] = {"label": name, "values": values}
+    if len(different) <= 12:  # else the ticks would overlap
+        dimension["tickvals"] = different
+    return dimension

@@ -1,0 +1,93 @@
+"""A `runs` folder with the search of a toy space in it: what the report reads, in a second."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from optuna.trial import TrialState
+
+from flash.files import write_text
+from flash.runs import Runs
+from flash.search import Objective, Trial, frontier, write_report
+from flash.search.promote import compare
+from tests.search import toy_search as toy
+
+TWO = (Objective.quality, Objective.prefill)
+
+
+def with_curves(trials: Sequence[Trial], stopped: set[int]) -> list[Trial]:
+    """The trials with learning curves; some stopped halfway."""
+    changed = []
+    for trial in trials:
+        assert trial.loss is not None
+        curve = [[256.0 * i, trial.loss + 2 / i] for i in range(1, 9)]
+        extra = {**trial.extra, "curve": curve}
+        if trial.number in stopped:
+            extra |= {"curve": curve[:4], "estimate": trial.loss, "reason": "it is hopeless"}
+            trial = replace(trial, state=TrialState.PRUNED, loss=None)
+        changed.append(replace(trial, extra=extra))
+    return changed
+
+
+def write_study(
+    runs: Runs, trials: Sequence[Trial], objectives: Sequence[Objective] = TWO
+) -> dict[str, Any]:
+    """`frontier.json` as `search.py` writes it; returns what it holds."""
+    settings = toy.make_settings(objectives=list(objectives))
+    problem = toy.make_problem(settings)
+    front = frontier(trials, problem)
+    backbone = {key: float(values[0]) for key, values in toy.costs([toy.BACKBONE]).items()}
+    return write_report(
+        runs.study("toy") / "frontier.json",
+        "toy",
+        trials,
+        problem,
+        2,
+        about={
+            "backbone": {
+                "name": "toy",
+                "spec": toy.BACKBONE.to_dict(),
+                "quality": {"loss": toy.loss(toy.BACKBONE), "bits_per_byte": 1.0},
+                "predicted": _predicted(backbone),
+                "costs": backbone,
+            },
+            "names": {str(trial.number): f"toy_{rank}" for rank, trial in enumerate(front)},
+            "predicted": {str(trial.number): _predicted(trial.costs) for trial in front},
+            "objective": "prefill_64",
+            "latency_scores": {},
+            "latency_points": {"prefill_64": [10.0, 20.0]},
+            "latency_fitted": {"prefill_64": [11.0, 19.0]},
+            "space": {"name": "toy", "count": 1, "count_slots": 1},
+            "device": {"kind": "toy"},
+            "workload": {"prompts": [64], "contexts": [64]},
+            "settings": {
+                "search": {"startup_trials": settings.startup_trials},
+                "recipe": {"tokens": 2048},
+            },
+        },
+    )
+
+
+def _predicted(costs: Any) -> dict[str, dict[str, float]]:
+    return {
+        f"{phase}_64": {
+            "mean_ms": costs[f"{phase}_ms"],
+            "low_ms": 0.9 * costs[f"{phase}_ms"],
+            "high_ms": 1.1 * costs[f"{phase}_ms"],
+        }
+        for phase in ("prefill", "decode")
+    }
+
+
+def write_promotion(runs: Runs, report: dict[str, Any], k: int) -> None:
+    """`promoted.json` as `stage=promote` writes it, of the first members of the frontier."""
+    trials = {trial["number"]: trial for trial in report["trials"]}
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in report["frontier"][:k]:
+        row = {key: trials[number][key] for key in ("number", "spec", "costs", "loss")}
+        rows.append({**row, "long_loss": row["loss"] - float(rng.uniform(0.2, 0.8))})
+    promoted = {"tokens": 8192, "trials": rows, **compare(rows)}
+    write_text(runs.study("toy") / "promoted.json", json.dumps(promoted))
