@@ -53,7 +53,7 @@ RUNS = Runs(ROOT / "runs")
 BACKBONE = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))
 TOKENS = 16384
 CANDIDATES = 12
-BUDGETS = (4096, TOKENS, 2 * TOKENS, 4 * TOKENS)
+BUDGETS = (2048, 4096, 8192, TOKENS, 2 * TOKENS)
 FULL, SLIDING, SKIP = Attention
 
 
