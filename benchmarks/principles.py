@@ -235,7 +235,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
         "latency": np.array(ttft_ms(grid)),
     }
     figure = go.Figure()
-    shares = {"parameters": (0.45, 0.6), "latency": (0.3, 0.45)}
+    shares = {"parameters": (0.45, 0.6), "latency": (0.6, 0.75)}
     for what, values in amounts.items():
         top = values[[spec == whole.replace(layer_types=(FULL,) * 8) for spec in grid]][0]
         for share in shares[what]:

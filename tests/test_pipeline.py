@@ -274,8 +274,8 @@ def test_a_baseline_is_trained_once_and_sets_the_reference_point(common, searche
     assert 0 < abs(report["reference"]["loss"] - backbone["loss"]) < 6
     monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
     assert run_search(settings)["reference"] == report["reference"]
-    settings.search.baseline = {"model_dim": 48}
-    with pytest.raises(InputError, match=r"search\.baseline=.*member of space test: model_dim=48"):
+    settings.search.baseline = {**baseline, "ffn_dim": 96}
+    with pytest.raises(InputError, match=r"search\.baseline=.*member of space test: ffn_dim=96"):
         run_search(settings)
 
 

@@ -18,7 +18,7 @@ from optuna.storages import RDBStorage
 
 from flash.runs import Runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
@@ -72,7 +72,7 @@ def free_ports(count):
         return [each.getsockname()[1] for each in held]
 
 
-def wait_for(condition, what, seconds=90.0):
+def wait_for(condition, what, seconds=300.0):
     until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until, f"not within {seconds:.0f} s: {what}"
