@@ -84,6 +84,9 @@ class FitResult:
     peak_rss_mib: float
     curve: Sequence[float] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curve", tuple(self.curve))  # lists come back from JSON
+
 
 def fit(
     model: Decoder,
