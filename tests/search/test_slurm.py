@@ -5,6 +5,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -25,8 +26,8 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 HOST = socket.gethostname().split(".")[0]
 
-# One node that claims more CPUs than there are. Nothing is accounted, limited or bound. Requeued
-# jobs wait for cred_expire. Jobs that are over stay visible for the stand-in of sacct.
+# One node that claims more CPUs than there are. Nothing is accounted, limited or bound. Jobs that
+# are over stay visible for the stand-in of sacct.
 CONFIG = """\
 ClusterName=flash
 SlurmctldHost={host}(127.0.0.1)
@@ -35,7 +36,7 @@ SlurmdPort={slurmd_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=4
+AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -157,8 +158,8 @@ def running_jobs(env):
 
 
 def job_states(env):
-    """States of all jobs that there were."""
-    return _queue(env, "--states=all", "--format=%T")
+    """States of all jobs that there were, by id."""
+    return dict(line.split("|") for line in _queue(env, "--states=all", "--format=%i|%T"))
 
 
 @pytest.fixture(scope="module")
@@ -273,14 +274,15 @@ def assert_each_once(study, trials, again=()):
 
 
 def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, slurm, runs):
-    study = StudyFile(runs.study("shared") / "study.db")
+    study, before = StudyFile(runs.study("shared") / "study.db"), job_states(slurm)
     code, said = lines_of(launch("shared", "search.trials=6", "recipe.tokens=4096"), 300)
     assert code == 0, said
     assert_each_once(study, 6)
     assert not study.attribute("crashes")
-    logs = sorted((runs.root / "slurm").glob("*/*_log.out"))
-    assert len(logs) == 2
-    for log in logs:
+    jobs = job_states(slurm).keys() - before
+    assert len(jobs) == 2
+    for job in jobs:
+        (log,) = (runs.root / "slurm" / job).glob("*_log.out")
         text = log.read_text()
         assert "frontier of 6 trials (0 failed)" in text
         assert "Warning" not in text
@@ -289,32 +291,60 @@ def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, slurm, r
     code, said = lines_of(launch("shared", "search.trials=6", "recipe.lr=0.1", workers=1), 120)
     assert code == 2, said
     assert said[-1].startswith("error: search.study=shared: expected the settings that the study")
-    assert sorted(job_states(slurm)) == ["COMPLETED", "COMPLETED", "FAILED"]
+    states = job_states(slurm)
+    ended = sorted(states[job] for job in states.keys() - before)
+    assert ended == ["COMPLETED", "COMPLETED", "FAILED"]
 
 
-def test_trials_of_killed_and_of_preempted_workers_run_again(launch, slurm, runs):
-    study = StudyFile(runs.study("killed") / "study.db")
-    command = launch("killed", "search.trials=4", "recipe.tokens=65536")
-    wait_for(lambda: len(study.running()) == 2, "two trials at once", 240)
-    (first, second), both = sorted(running_jobs(slurm)), study.running()
-    subprocess.run(["scancel", "--signal=KILL", first], env=slurm, check=True)
-    code, said = lines_of(command, 60)  # it ends with the first failure; the other job goes on
+def freeze(study, count):
+    """Stop `count` workers amid trials; {array index of its job: (process id, trial)}."""
+
+    def stopped():
+        held = study.running()
+        if len(held) < count:
+            return None
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
+        if study.running() == held:
+            return held
+        for pid in held:
+            os.kill(pid, signal.SIGCONT)
+        return None
+
+    def index(pid):
+        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        return dict(v.split("=", 1) for v in variables if "=" in v)["SLURM_ARRAY_TASK_ID"]
+
+    held = wait_for(stopped, f"{count} trials at once", 240)
+    return {int(index(pid)): (pid, number) for pid, number in held.items()}
+
+
+def test_interrupted_trials_of_workers_run_again(launch, slurm, runs):
+    study = StudyFile(runs.study("again") / "study.db")
+    command = launch("again", "search.trials=4", "recipe.tokens=32768", workers=3)
+    workers = freeze(study, 3)
+    cancelled, killed, preempted = (workers[i] for i in range(3))
+    jobs = sorted(running_jobs(slurm))
+    subprocess.run(["scancel", jobs[0]], env=slurm, check=True)
+    os.kill(killed[0], signal.SIGKILL)
+    # As before a time limit; the job goes into Slurm's queue, and joins the study again.
+    subprocess.run(["scancel", "--signal=USR2", jobs[2]], env=slurm, check=True)
+    for pid, _ in (cancelled, preempted):
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: job_states(slurm)[jobs[2]] == "PENDING", "the job in the queue")
+    at_once = ["scontrol", "update", f"JobId={jobs[2]}", "StartTime=now"]  # else two minutes later
+    subprocess.run(at_once, env=slurm, check=True)
+
+    code, said = lines_of(command, 90)  # ends with the first failure; the other jobs go on
     assert code == 1
-    assert said[-1].startswith(f"error: Job {first}")
+    assert said[-1].startswith(f"error: Job {jobs[0]} ")
+    assert "(state: CANCELLED)" in said[-1]
     assert "other jobs go on" in said[-1]
-    assert running_jobs(slurm) == [second]
-    wait_for(lambda: study.attribute("crashes"), "the other worker to take the trial over")
-    (killed,) = study.attribute("crashes")
-    assert killed in both.values()
-
-    # As before a time limit: the trial goes back, the job into Slurm's queue, where it joins again.
-    held = wait_for(study.running, "a trial")
-    subprocess.run(["scancel", "--signal=USR2", second], env=slurm, check=True)
-    wait_for(lambda: study.running() != held, "the end of the worker")
-    assert running_jobs(slurm) == [second]
     wait_for(lambda: study.is_over(4), "the end of the search", 150)
-    assert study.attribute("crashes") == {killed: 1}
-    assert_each_once(study, 4, again=[killed, *held.values()])
+    assert study.attribute("crashes") == {killed[1]: 1}  # nobody is to blame for the others
+    assert_each_once(study, 4, again=[number for _, number in workers.values()])
+    wait_for(lambda: not running_jobs(slurm), "the end of the last worker")
+    assert [job_states(slurm)[job] for job in jobs] == ["CANCELLED", "FAILED", "COMPLETED"]
 
 
 def test_a_mistake_is_one_line_before_anything_is_queued(launch, slurm):

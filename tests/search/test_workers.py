@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
@@ -176,8 +177,11 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path):
 def postgres(tmp_path_factory):
     """URL of a PostgreSQL server on a socket of its own."""
     pytest.importorskip("psycopg")
-    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
-        pytest.skip("needs PostgreSQL's initdb and pg_ctl on the path")
+    debian = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # not on the path
+    path = ":".join([workers.os.environ["PATH"], *debian])
+    initdb, pg_ctl = (shutil.which(name, path=path) for name in ("initdb", "pg_ctl"))
+    if initdb is None or pg_ctl is None:
+        pytest.skip("needs PostgreSQL's initdb and pg_ctl: apt-get install postgresql")
     folder = tmp_path_factory.mktemp("pg")
     data = folder / "data"
     as_user = []
@@ -191,9 +195,9 @@ def postgres(tmp_path_factory):
     def call(*command):
         subprocess.run([*as_user, *command], check=True, capture_output=True, cwd=folder)
 
-    call("initdb", "--pgdata", str(data), "--username", "flash", "--auth", "trust")
+    call(initdb, "--pgdata", str(data), "--username", "flash", "--auth", "trust")
     options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
-    control = ("pg_ctl", "--pgdata", str(data), "--log", str(folder / "log"), "--wait")
+    control = (pg_ctl, "--pgdata", str(data), "--log", str(folder / "log"), "--wait")
     call(*control, "--options", options, "start")
     try:
         yield f"postgresql://flash@/postgres?host={folder}"

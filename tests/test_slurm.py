@@ -1,0 +1,113 @@
+"""What becomes of errors and signals in a job of Slurm's; with a real Slurm: search/test_slurm."""
+
+import os
+import pickle
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+
+from flash import slurm
+from flash.config import SearchJobSettings, entry, one_line_errors
+from flash.errors import InputError
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capsys):
+    """Run `search.py -m` in this process; its exit code, lines on stderr, and jobs that began."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["search.py", "-m", *arguments])
+        begun, code = [], 0
+        try:
+            entry(SearchJobSettings, begun.append)
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err.splitlines(), begun
+
+    return call
+
+
+def test_a_mistake_in_the_last_job_stops_the_first(launch):
+    code, said, begun = launch("search.trials=3,-1")
+    assert (code, begun) == (2, [])
+    assert said == ["error: search.trials=-1: expected a positive integer"]
+    assert len(launch("worker=range(0,2)")[2]) == 2
+
+
+def test_what_slurm_needs_is_named(launch, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    code, said, begun = launch("hydra/launcher=submitit_slurm")
+    assert (code, begun) == (2, [])
+    assert said == [
+        "error: hydra/launcher=submitit_slurm: expected Slurm's sbatch and srun; start it on a "
+        "login node"
+    ]
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    monkeypatch.delitem(launchers, "submitit_slurm.yaml")
+    code, said, begun = launch("hydra/launcher=submitit_slurm")
+    assert (code, begun) == (2, [])
+    assert said == [
+        "error: hydra/launcher=submitit_slurm: needs a plugin; pip install hydra-submitit-launcher"
+    ]
+
+
+@pytest.fixture
+def in_job(monkeypatch):
+    """Do something as a job of Slurm's; what submitit's handler of SIGUSR2 saw."""
+    ends = []
+    monkeypatch.setattr("atexit.register", ends.append)  # else it would end the tests
+    seen = []
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2)}
+    signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+
+    def call(work):
+        with slurm.job(one_line_errors(SearchJobSettings)):
+            work()
+
+    yield SimpleNamespace(call=call, seen=seen, ends=ends)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (InputError("a=1: expected 2"), "a=1: expected 2", 2),
+        (RuntimeError("a bug"), "RuntimeError: a bug; traceback in its log", 1),
+    ],
+)
+def test_an_error_becomes_the_result_of_the_job(in_job, error, line, code):
+    def work():
+        raise error
+
+    with pytest.raises(slurm.JobFailed) as failed:
+        in_job.call(work)
+    result = pickle.loads(pickle.dumps(failed.value))
+    assert (result.line, result.code) == (line, code)
+    assert len(in_job.ends) == 1  # and the job fails in Slurm's eyes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_stops_the_work_as_ctrl_c_does(in_job, number):
+    given_back = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGTERM)  # the second disturbs nothing
+            given_back.append(number)
+            raise
+
+    with pytest.raises(SystemExit) as stop:
+        in_job.call(work)
+    assert given_back == [number]
+    assert stop.value.code == 128 + number
+    assert in_job.seen == [number] * (number == signal.SIGUSR2)  # a new place in the queue
+    assert not in_job.ends
