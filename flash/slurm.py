@@ -31,9 +31,9 @@ DEFAULTS = {
     "signal_delay_s": 120,
     "cpus_per_task": 4,
     "stderr_to_stdout": True,
-    "additional_parameters": {"requeue": True},
+    # With the environment: conf/ finds architectures by FLASH_RUNS.
+    "additional_parameters": {"requeue": True, "export": "ALL"},
     "setup": [
-        "export FLASH_RUNS='${oc.env:FLASH_RUNS}'",
         # Since 22.05 srun no longer takes the number of CPUs from sbatch.
         "export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))",
         # Else PyTorch counts the CPUs of the whole node where Slurm binds no tasks to theirs.
