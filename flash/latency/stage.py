@@ -124,18 +124,11 @@ def collect(
         store: Measurements so far; grows.
         cache_dir: Folder for lowered programs.
         seed: Chooses the whole models.
+
+    Raises:
+        InputError: What cannot be measured on this device.
     """
-    require(
-        workload.context <= lowering.max_context,
-        "lowering.max_context",
-        lowering.max_context,
-        f"at least {workload.context}, for the prompt and for the tokens decoded",
-    )
-    if settings.predictor is PredictorKind.blocks and not device.times_blocks:
-        raise InputError(
-            f"latency.predictor=blocks: expected one of whole models, as device="
-            f"{device.settings.name} cannot time blocks; choose latency=physical"
-        )
+    _check(device, workload, lowering, settings)
     bench = make_bench(
         backbone=backbone,
         device=device,
@@ -162,6 +155,27 @@ def collect(
     for line in model.describe().splitlines():
         logger.info("latency: %s", line)
     return model
+
+
+def _check(
+    device: Device, workload: Workload, lowering: LoweringSettings, settings: LatencySettings
+) -> None:
+    """See before any work that what is asked for can be measured.
+
+    Raises:
+        InputError: It cannot.
+    """
+    require(
+        workload.context <= lowering.max_context,
+        "lowering.max_context",
+        lowering.max_context,
+        f"at least {workload.context}, for the prompt and for the tokens decoded",
+    )
+    if settings.predictor is PredictorKind.blocks and not device.times_blocks:
+        raise InputError(
+            f"latency.predictor=blocks: expected one of whole models, as device="
+            f"{device.settings.name} cannot time blocks; choose latency=physical"
+        )
 
 
 def _measure_actively(
