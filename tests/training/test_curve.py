@@ -3,9 +3,7 @@
 import dataclasses
 
 import pytest
-import torch
 
-from flash.data import PackedData, find_tokenizer, load_tokenizer
 from flash.errors import InputError
 from flash.model import Decoder
 from flash.training import (
@@ -19,6 +17,7 @@ from flash.training import (
 )
 from flash.training.settings import native_precision
 from tests.conftest import SMALL
+from tests.training.decoders import make_model, same_weights
 
 RECIPE = RecipeSettings(
     name="t",
@@ -32,21 +31,6 @@ RECIPE = RecipeSettings(
 TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=1)
 
 
-@pytest.fixture
-def data(data_settings, tmp_path) -> PackedData:
-    tokenizer = load_tokenizer(find_tokenizer(data_settings, None, tmp_path))
-    return PackedData(data_settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
-
-
-def model() -> Decoder:
-    torch.manual_seed(1)
-    return Decoder(SMALL)
-
-
-def same(a: Decoder, b: Decoder) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
 def test_parts_of_a_curve_are_means_over_equal_parts_of_the_run():
     assert Curve.of([3.0, 1.0, 2.0], 4) == Curve((3.0, 1.0, 2.0), 4)
     curve = Curve.of([float(i) for i in range(50)], 96)
@@ -58,12 +42,12 @@ def test_parts_of_a_curve_are_means_over_equal_parts_of_the_run():
 def test_a_run_that_goes_on_for_longer_is_the_longer_run(data, tmp_path):
     longer = RECIPE.longer(20 * 128, 32)
     assert (RECIPE.stable_steps(32), longer.stable_steps(32)) == (6, 10)
-    short, whole, resumed = model(), model(), Decoder(SMALL)
+    short, whole, resumed = make_model(), make_model(), Decoder(SMALL)
     first = fit(short, data, RECIPE, TRAINER, folder=tmp_path / "short", keep_stable=True)
     expected = fit(whole, data, longer, TRAINER)
     done = fit(resumed, data, longer, TRAINER, start=tmp_path / "short" / STABLE)
-    assert same(resumed, whole)
-    assert not same(short, whole)
+    assert same_weights(resumed, whole)
+    assert not same_weights(short, whole)
     assert done.steps == 20
     assert list(done.curve) == list(expected.curve)
     assert list(done.curve[:8]) == list(first.curve[:8])
@@ -79,10 +63,10 @@ def test_a_stopped_run_keeps_its_curve(data, tmp_path):
             raise InputError("enough")
 
     with pytest.raises(InputError, match="enough"):
-        fit(model(), data, RECIPE, TRAINER, folder=tmp_path, watch=stop_once)
+        fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path, watch=stop_once)
     resumed = fit(Decoder(SMALL), data, RECIPE, TRAINER, folder=tmp_path, watch=stop_once)
     assert seen == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 11, 12]  # part 5 came before its checkpoint
-    assert list(resumed.curve) == list(fit(model(), data, RECIPE, TRAINER).curve)
+    assert list(resumed.curve) == list(fit(make_model(), data, RECIPE, TRAINER).curve)
 
 
 def test_a_cosine_schedule_cannot_be_continued():

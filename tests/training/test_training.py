@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 
-from flash.data import PackedData, find_tokenizer, load_tokenizer
 from flash.errors import InputError
 from flash.model import BackboneSettings, Decoder, cross_entropy, distillation, load
 from flash.training import (
@@ -27,28 +26,14 @@ from flash.training import (
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
 from tests.conftest import SMALL
+from tests.training.decoders import make_model, same_weights
 
 RECIPE = RecipeSettings(name="test", tokens=12 * 128, batch_size=4, lr=3e-3)
 TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=1)
 
 
-@pytest.fixture
-def data(data_settings, tmp_path) -> PackedData:
-    tokenizer = load_tokenizer(find_tokenizer(data_settings, None, tmp_path))
-    return PackedData(data_settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
-
-
-def _model() -> Decoder:
-    torch.manual_seed(1)
-    return Decoder(SMALL)
-
-
-def _same(a: Decoder, b: Decoder) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
 def test_training_lowers_the_held_out_loss(data):
-    model = _model()
+    model = make_model()
     before = heldout_quality(model, data, Precision.fp32)
     done = fit(model, data, RECIPE, TRAINER)
     after = heldout_quality(model, data, Precision.fp32)
@@ -60,23 +45,23 @@ def test_training_lowers_the_held_out_loss(data):
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path):
-    whole, parts = _model(), _model()
+    whole, parts = make_model(), make_model()
     fit(whole, data, RECIPE, TRAINER)
     fit(parts, data, RECIPE, dataclasses.replace(TRAINER, max_steps=5), folder=tmp_path / "c")
     resumed = Decoder(SMALL)  # other random weights: all state comes from the checkpoint
     done = fit(resumed, data, RECIPE, TRAINER, folder=tmp_path / "c")
     assert done.steps == 12
-    assert _same(whole, resumed)
+    assert same_weights(whole, resumed)
 
 
 @torch.no_grad()
 def test_distillation_of_equal_models_is_zero():
-    logits = _model()(torch.randint(0, 320, (2, 16)))
+    logits = make_model()(torch.randint(0, 320, (2, 16)))
     assert float(distillation(logits, logits)) == pytest.approx(0, abs=1e-6)
 
 
 def test_distillation_pulls_towards_the_teacher(data):
-    teacher, student = _model(), Decoder(SMALL)
+    teacher, student = make_model(), Decoder(SMALL)
     recipe = dataclasses.replace(RECIPE, kd_weight=1.0)
     tokens = next(iter(data.val_dataloader()))[:, :-1]
 
@@ -103,7 +88,7 @@ def test_chunked_losses_and_gradients_equal_whole_ones(data, monkeypatch, kd_wei
     for logits in (2**26, 320 * 7):  # all positions at once, then seven at a time
         monkeypatch.setattr("flash.model.losses.CHUNK_LOGITS", logits)
         torch.manual_seed(5)
-        teacher, model = Decoder(SMALL), _model()
+        teacher, model = Decoder(SMALL), make_model()
         module = LanguageModelling(model, recipe, steps=1, teacher=teacher)
         loss, _ = module.loss(batch)
         loss.backward()
@@ -113,15 +98,15 @@ def test_chunked_losses_and_gradients_equal_whole_ones(data, monkeypatch, kd_wei
 
 
 def test_a_damaged_checkpoint_is_named(data, tmp_path):
-    fit(_model(), data, RECIPE, dataclasses.replace(TRAINER, max_steps=2), folder=tmp_path)
+    fit(make_model(), data, RECIPE, dataclasses.replace(TRAINER, max_steps=2), folder=tmp_path)
     last = tmp_path / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"last\.ckpt: damaged"):
-        fit(_model(), data, RECIPE, TRAINER, folder=tmp_path)
+        fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(data, tmp_path, monkeypatch):
-    fit(_model(), data, RECIPE, dataclasses.replace(TRAINER, max_steps=2), folder=tmp_path)
+    fit(make_model(), data, RECIPE, dataclasses.replace(TRAINER, max_steps=2), folder=tmp_path)
     before = (tmp_path / "last.ckpt").read_bytes()
 
     def full_disk(checkpoint, file):
@@ -130,7 +115,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        fit(_model(), data, RECIPE, TRAINER, folder=tmp_path)
+        fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path)
     assert (tmp_path / "last.ckpt").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".json" and p.is_file()] == [
         "last.ckpt"

@@ -1,0 +1,17 @@
+"""Small decoders that training tests compare."""
+
+import torch
+
+from flash.model import Decoder
+from tests.conftest import SMALL
+
+
+def make_model() -> Decoder:
+    """The same random weights each time."""
+    torch.manual_seed(1)
+    return Decoder(SMALL)
+
+
+def same_weights(a: Decoder, b: Decoder) -> bool:
+    """Bit by bit."""
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
