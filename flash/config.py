@@ -34,7 +34,7 @@ from flash.device import DeviceError
 from flash.errors import CheckFailed, InputError, nearest
 from flash.evaluation import ExportSettings
 from flash.runs import Runs
-from flash.search.run import SearchJobSettings
+from flash.search.job import SearchJobSettings
 from flash.training.run import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -57,12 +57,8 @@ class Runs:
         return self.root / "models" / name
 
     def study(self, name: str) -> Path:
-        """A search."""
+        """A search: its database, `trials/` with checkpoints, `frontier.json`."""
         return self.root / "studies" / name
-
-    def trials(self, study: str) -> Path:
-        """Checkpoints of a search's candidates."""
-        return self.study(study) / "trials"
 
     def export(self, name: str) -> Path:
         """An exported model."""

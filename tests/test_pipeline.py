@@ -20,7 +20,8 @@ from flash.report import as_text, read, render
 from flash.report.__main__ import log_to_wandb
 from flash.runs import Runs
 from flash.search import Limits, Objective, SearchSettings
-from flash.search.run import SearchJobSettings, Stage, run_search
+from flash.search.job import SearchJobSettings, Stage
+from flash.search.run import run_search
 from flash.training import Precision, RecipeSettings, Schedule, TrainerSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
@@ -129,20 +130,19 @@ def test_the_search_writes_what_train_and_export_take_by_name(common, searched):
 
 
 def test_trials_keep_their_curves_and_those_of_the_frontier_their_checkpoints(common, searched):
-    folder = Runs(Path(common["runs"])).trials("t")
+    folder = Runs(Path(common["runs"])).study("t") / "trials"
     kept = {int(path.name.partition("_")[0]): path for path in folder.iterdir()}
     assert sorted(kept) == sorted(searched["frontier"])
     for trial in searched["trials"]:
         assert [tokens for tokens, _ in trial["extra"]["curve"]] == [128, 256, 384, 512]
         assert len(trial["extra"]["importance"]) > 8
         assert trial["extra"]["seed"] == 0
-    for number, path in kept.items():
+    for path in kept.values():
         assert [file.name for file in path.iterdir()] == ["stable.ckpt"]
-        assert searched["trials"][number]["extra"]["checkpoint"] == str(path / "stable.ckpt")
 
 
 def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeypatch):
-    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
     monkeypatch.setattr("flash.device.HostDevice.measure", pytest.fail)
     monkeypatch.setattr("flash.latency.bench.lower", pytest.fail)
     again = run_search(_search_settings(common))
@@ -240,7 +240,7 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
 
 
 def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatch):
-    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
     monkeypatch.setattr("flash.device.HostDevice.measure", pytest.fail)
     sizes = sorted(trial["costs"]["size_mib"] for trial in searched["trials"])
     settings = _search_settings(common)
@@ -272,10 +272,13 @@ def test_a_baseline_is_trained_once_and_sets_the_reference_point(common, searche
     backbone = searched["reference"]
     assert report["reference"]["prefill_ms"] < backbone["prefill_ms"]
     assert 0 < abs(report["reference"]["loss"] - backbone["loss"]) < 6
-    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
     assert run_search(settings)["reference"] == report["reference"]
     settings.search.baseline = {**baseline, "ffn_dim": 96}
     with pytest.raises(InputError, match=r"search\.baseline=.*member of space test: ffn_dim=96"):
+        run_search(settings)
+    settings.search.baseline = {"model_dim": 48}  # no architecture at all
+    with pytest.raises(InputError, match=r"search\.baseline=.*space test: arch\.model_dim=48"):
         run_search(settings)
 
 
@@ -293,5 +296,5 @@ def test_the_best_trials_are_trained_longer_once(common, searched, monkeypatch):
         assert row["info"]["curve"][0][1] == short[0][1]
     assert {row["number"] for row in report["trials"]} <= set(searched["frontier"])
     assert all(row["long_loss"] is not None for row in report["trials"])
-    monkeypatch.setattr("flash.search.run.ShortTraining.__call__", pytest.fail)
+    monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
     assert run_search(settings) == report

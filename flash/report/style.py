@@ -67,7 +67,11 @@ def label(trial: TrialPoint) -> str:
 
 def about(trial: TrialPoint) -> str:
     """What appears beside the pointer."""
-    costs = (f"{_COSTS[k]} {v:.4g} {Objective(k).unit}" for k, v in trial.costs.items())
+    costs = (
+        f"{name} {trial.costs[key]:.4g} {Objective(key).unit}"
+        for key, name in _COSTS.items()
+        if key in trial.costs
+    )
     loss = f"loss {trial.loss:.3f}"
     return "<br>".join([
         label(trial),

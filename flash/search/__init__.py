@@ -1,5 +1,6 @@
 """Stage 2: which architectures are worth training, found by Bayesian optimisation."""
 
+from flash.search.fingerprint import space_fingerprint
 from flash.search.frontier import write_frontier, write_report
 from flash.search.loop import (
     EvaluationError,
@@ -12,7 +13,7 @@ from flash.search.objectives import Costs, Objective, Problem
 from flash.search.pareto import choose_winners, hypervolume, non_dominated
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import Limits, Sampler, SearchSettings
-from flash.search.study import Study, Trial, open_study, space_fingerprint
+from flash.search.study import Study, Trial, open_study
 
 __all__ = [
     "Costs",

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -23,6 +24,7 @@ from flash.training import (
     fit,
     heldout_quality,
 )
+from flash.training.curve import MOST_PARTS
 from flash.training.fit import LAST
 from flash.training.run import Inputs, digest, plain
 
@@ -80,6 +82,22 @@ class ShortTraining:
             EvaluationError: The training diverged or ran out of memory.
             Hopeless: As `watch` raised it.
         """
+        folder = self.checkpoints(spec, number)
+        try:
+            quality = self._evaluate(spec, number, watch)
+        except (Hopeless, EvaluationError):
+            _remove(folder)
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _out_of_memory(error):
+                raise
+            _remove(folder)
+            raise EvaluationError(str(error) or type(error).__name__) from error
+        if folder is not None:
+            (folder / LAST).unlink(missing_ok=True)
+        return quality
+
+    def _evaluate(self, spec: ArchSpec, number: int, watch: Watch | None) -> Quality:
         backbone = self.inputs.backbone.folder
         assert backbone is not None
         start = time.perf_counter()
@@ -90,22 +108,14 @@ class ShortTraining:
             "seed": self.seed,
             "prune_s": time.perf_counter() - start,
         }
-        folder = self.checkpoints(spec, number)
         try:
             done = self._fit(model, spec, number, watch)
         except Hopeless as hopeless:
             hopeless.info |= about
-            _remove(folder)
             raise
-        except (InputError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _out_of_memory(error):
-                raise
-            _remove(folder)
-            raise EvaluationError(str(error) or type(error).__name__) from error
+        except InputError as error:
+            raise EvaluationError(str(error)) from error
         after = heldout_quality(model, self.inputs.data, self.trainer.precision)
-        kept = self.stable(spec, number)
-        if folder is not None:
-            (folder / LAST).unlink(missing_ok=True)
         return Quality(
             after.loss,
             {
@@ -113,8 +123,7 @@ class ShortTraining:
                 "bits_per_byte": after.bits_per_byte,
                 "tokens": done.tokens,
                 "tokens_per_s": done.tokens_per_s,
-                "curve": self._points(Curve(tuple(done.curve), len(done.curve))),
-                "checkpoint": None if kept is None else str(kept),
+                "curve": self._points(done.curve),
             },
         )
 
@@ -124,7 +133,7 @@ class ShortTraining:
                 if watch is not None:
                     watch(curve)
             except Hopeless as hopeless:
-                seen = self._points(curve)
+                seen = self._points(curve.losses)
                 hopeless.info |= {"curve": seen, "tokens": int(seen[-1][0])}
                 raise
 
@@ -141,9 +150,12 @@ class ShortTraining:
             show_progress=False,
         )
 
-    def _points(self, curve: Curve) -> list[list[float]]:
+    def _points(self, losses: Sequence[float]) -> list[list[float]]:
+        """Tokens and training loss at the end of every part of the curve that is over."""
         seq_len = self.inputs.data.settings.seq_len
-        return curve.points(self.recipe.steps(seq_len) * self.recipe.batch_size * seq_len)
+        steps = self.recipe.steps(seq_len)
+        tokens = steps * self.recipe.batch_size * seq_len
+        return Curve(tuple(losses), min(steps, MOST_PARTS)).points(tokens)
 
 
 def _remove(folder: Path | None) -> None:
@@ -156,11 +168,14 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def tidy(evaluate: ShortTraining, keep: set[int]) -> None:
-    """Remove the checkpoints of all candidates but these: they take three times the weights."""
+def tidy(evaluate: ShortTraining, beaten: set[int]) -> None:
+    """Remove the checkpoints of these candidates, which take three times their weights.
+
+    Only of finished ones that are off the frontier: those never come back to it, while one that
+    another worker is training may have its checkpoint already.
+    """
     if evaluate.folder is None or not evaluate.folder.is_dir():
         return
     for path in evaluate.folder.iterdir():
-        finished = (path / STABLE).is_file() and not (path / LAST).is_file()
-        if finished and int(path.name.partition("_")[0]) not in keep:
+        if int(path.name.partition("_")[0]) in beaten:
             shutil.rmtree(path, ignore_errors=True)

@@ -105,12 +105,7 @@ def search(
 
 def frontier(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
     """The complete trials within all limits that no other beats, fastest first."""
-    complete = [trial for trial in trials if trial.complete]
-    complete = [
-        trial
-        for trial in complete
-        if all(trial.costs[key] <= limit for key, limit in problem.limits.items())
-    ]
+    complete = [trial for trial in trials if trial.complete and problem.allows(trial.costs)]
     mask = non_dominated([trial.point(problem.objectives) for trial in complete])
     return sorted(
         (trial for trial, keep in zip(complete, mask, strict=True) if keep),

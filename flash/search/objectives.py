@@ -8,6 +8,7 @@ new limits or another device need no training again.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,20 @@ class Objective(Enum):
 
 
 Costs = Callable[[Sequence[ArchSpec]], Mapping[str, NDArray[np.float64]]]
-"""Architectures -> known figures of each, by the keys of `Objective` other than loss."""
+"""Architectures -> known figures of each, by the keys of `Objective` other than loss; of latencies,
+which are predicted, the upper ends of the 90 % intervals too, by `high`."""
+
+Figure = TypeVar("Figure")
+
+
+def high(key: str) -> str:
+    """Key of the upper end of a latency's interval: `prefill_ms` -> `prefill_high_ms`."""
+    return f"{key.removesuffix('_ms')}_high_ms"
+
+
+def limited(costs: Mapping[str, Figure], key: str) -> Figure:
+    """What a limit holds for: the upper end where there is an interval, else the figure itself."""
+    return costs.get(high(key), costs[key])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +61,7 @@ class Problem:
         costs: The known figures.
         objectives: What is minimised; quality comes first.
         reference: The worst acceptable value of each objective; hypervolume is counted from here.
-        limits: Most that a known figure may be, by key.
+        limits: Most that a known figure may be, by key; for latencies see `limited`.
         headline: Key of the latency that tables and figures show.
     """
 
@@ -74,5 +88,9 @@ class Problem:
         if self.limits and specs:
             costs = self.costs(specs)
             for key, limit in self.limits.items():
-                worst = np.maximum(worst, np.asarray(costs[key]) / limit - 1)
+                worst = np.maximum(worst, np.asarray(limited(costs, key)) / limit - 1)
         return worst
+
+    def allows(self, costs: Mapping[str, float]) -> bool:
+        """Whether figures obey all limits."""
+        return all(limited(costs, key) <= limit for key, limit in self.limits.items())

@@ -3,135 +3,39 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from omegaconf import MISSING
-
-from flash.arch import (
-    ArchSpec,
-    SearchSpace,
-    SpaceSettings,
-    count_parameters,
-    kv_cache_bytes,
-    weight_bytes,
-)
-from flash.data import DataSettings
-from flash.device import DeviceSettings, open_device
+from flash.arch import ArchSpec, SearchSpace, count_parameters
+from flash.device import open_device
 from flash.errors import InputError, require
 from flash.files import write_text
-from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
-from flash.model import Backbone, BackboneSettings
-from flash.prune import fingerprint
+from flash.latency import LatencyModel, MeasurementStore
+from flash.model import Backbone
 from flash.runs import Runs
 from flash.search.evaluate import ShortTraining, tidy
+from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
+from flash.search.job import (
+    Job,
+    SearchJobSettings,
+    Stage,
+    evaluation_of,
+    latency_of,
+    open_job,
+    problem_of,
+)
 from flash.search.logs import log_study, log_trial
 from flash.search.loop import frontier, rescore, search
-from flash.search.objectives import Costs, Objective, Problem
+from flash.search.objectives import Problem
 from flash.search.promote import promote
 from flash.search.sampler import check_limits
-from flash.search.settings import SearchSettings
-from flash.search.study import (
-    Study,
-    Trial,
-    check_fingerprint,
-    open_study,
-    reopen_study,
-    space_fingerprint,
-)
-from flash.training import RecipeSettings, TrainerSettings, heldout_quality
-from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.run import Inputs, digest, importance_of, plain
+from flash.search.study import Study, Trial, open_study, reopen_study
+from flash.training.loggers import close_logger, make_logger
+from flash.training.run import plain
 
 log = logging.getLogger(__name__)
-
-_MIB = 2**20
-
-
-class Stage(Enum):
-    """How far `search.py` goes."""
-
-    latency = "latency"
-    """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
-    search = "search"
-    """Both stages."""
-    promote = "promote"
-    """After a search: train the best trials longer, and see whether their order holds."""
-
-
-@dataclass(kw_only=True)
-class SearchJobSettings:
-    """Root of `search.py`."""
-
-    stage: Stage = Stage.search
-    """Where to stop."""
-
-    backbone: BackboneSettings = MISSING
-    space: SpaceSettings = MISSING
-    latency: LatencySettings = MISSING
-    device: DeviceSettings = MISSING
-    data: DataSettings = MISSING
-    recipe: RecipeSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    search: SearchSettings = MISSING
-    worker: int = 0
-    """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
-    Workers are equal; only the run's name in the logs differs."""
-    seed: int = 0
-    runs: str = "runs"
-    """Folder for everything that runs produce."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A search that was checked and opened."""
-
-    settings: SearchJobSettings
-    space: SearchSpace
-    inputs: Inputs
-    identity: dict[str, Any]
-    """All that makes results of trials comparable."""
-    objectives: tuple[Objective, ...]
-    baseline: ArchSpec
-
-    @property
-    def folder(self) -> Path:
-        return self.inputs.runs.study(self.settings.search.study)
-
-    def storage(self, name: str) -> Path | str:
-        """Where the study of that name is kept."""
-        return self.settings.search.storage or self.inputs.runs.study(name) / "study.db"
-
-
-def _open(settings: SearchJobSettings) -> _Job:
-    backbone = Backbone.open(settings.backbone)
-    space = SearchSpace(settings.space, backbone.spec)
-    baseline = _baseline(settings.search.baseline, space, backbone.spec)
-    if backbone.folder is None:
-        backbone.load()  # says that weights are needed
-    assert backbone.folder is not None
-    runs = Runs(Path(settings.runs))
-    inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
-    identity = {
-        **space_fingerprint(space),
-        "backbone": fingerprint(backbone.folder),
-        "data": [inputs.data.streams.digest, settings.data.seq_len],
-        "heldout_sequences": settings.data.heldout_sequences,
-        "recipe": plain(settings.recipe),
-        "precision": settings.trainer.precision.value,
-        "device": open_device(settings.device).identity(),
-        "workload": plain(settings.device.workload),
-        "seed": settings.seed,
-    }
-    objectives = settings.search.order(Objective[settings.latency.objective.value])
-    return _Job(settings, space, inputs, identity, objectives, baseline)
-
 
 Figures = Callable[[Runs, str], Mapping[str, Any]]
 """Draws a study that is written: figures by name. What knows how to is not imported here, since the
@@ -140,23 +44,6 @@ report reads searches and not the other way round."""
 
 def _no_figures(runs: Runs, study: str) -> Mapping[str, Any]:
     return {}
-
-
-def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:
-    """What the reference point is derived from.
-
-    Raises:
-        InputError: An architecture outside the space.
-    """
-    if not changes:
-        return backbone
-    spec = ArchSpec.from_dict({**space.base.to_dict(), **changes})
-    reason = space.why_not(spec)
-    if reason is not None:
-        raise InputError(
-            f"search.baseline={spec}: expected a member of space {space.settings.name}: {reason}"
-        )
-    return spec
 
 
 def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> dict[str, Any]:
@@ -171,7 +58,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
     """
     if settings.stage is Stage.latency:
         return _stage_one(settings)
-    job = _open(settings)
+    job = open_job(settings)
     log.info(
         "space %s: %s architectures (%s with every slot free)",
         settings.space.name,
@@ -190,8 +77,8 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
             retries=settings.search.retries,
         )
         with study.lock():  # one worker measures; the others then find it done
-            latency = _latency(settings, job.space, job.inputs.backbone)
-            problem = _problem(job, study, latency)
+            latency = latency_of(settings, job.space, job.inputs.backbone)
+            problem = problem_of(job, study, latency)
         if settings.stage is Stage.promote:
             return _promote(job, study, problem)
         report = _stage_two(job, study, latency, problem, figures)
@@ -199,26 +86,11 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
     return report
 
 
-def _latency(settings: SearchJobSettings, space: SearchSpace, backbone: Backbone) -> LatencyModel:
-    runs = Runs(Path(settings.runs))
-    return collect(
-        space=space,
-        backbone=backbone.spec,
-        device=open_device(settings.device),
-        workload=settings.device.workload,
-        lowering=settings.device.lowering,
-        settings=settings.latency,
-        store=MeasurementStore(runs.measurements),
-        cache_dir=runs.lowered,
-        seed=settings.seed,
-    )
-
-
 def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     """Measure and fit for a device; prints and stores how good the predictor is."""
     backbone = Backbone.open(settings.backbone)
     space = SearchSpace(settings.space, backbone.spec)
-    latency = _latency(settings, space, backbone)
+    latency = latency_of(settings, space, backbone)
     folder = Runs(Path(settings.runs)).latency(settings.device.name)
     report = {
         "device": open_device(settings.device).identity(),
@@ -247,52 +119,8 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     return report
 
 
-def _problem(job: _Job, study: Study, latency: LatencyModel) -> Problem:
-    """Objectives, limits and reference; the baseline's quality is computed once and kept."""
-    settings, backbone = job.settings, job.inputs.backbone
-    loss = study.remember(
-        "backbone_quality",
-        lambda: plain(
-            heldout_quality(backbone.load(), job.inputs.data, settings.trainer.precision)
-        ),
-    )["loss"]
-    if job.baseline != backbone.spec:
-        key = f"quality_{digest(job.baseline.to_dict())}"
-        loss = study.remember(key, lambda: _evaluation(job)(job.baseline, -1).loss)
-    costs = _costs(latency, settings.device)
-    baseline = {key: float(v[0]) for key, v in costs([job.baseline]).items()}
-    return Problem(
-        costs=costs,
-        objectives=job.objectives,
-        reference=settings.search.worst(job.objectives, loss, baseline),
-        limits=settings.search.limits.given(),
-        headline=Objective[latency.objective.phase.value].value,
-    )
-
-
-def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
-    """All that is known of a candidate before it is trained."""
-    lowering = device.lowering
-    points = {}
-    for point in latency.predictors:  # the first of each phase is the headline
-        points.setdefault(Objective[point.phase.value].value, point)
-
-    def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
-        tied = [spec.replace(tie_embeddings=True) for spec in specs]  # the programs are the same
-        size = np.array([weight_bytes(spec, lowering.quantization) for spec in tied]) / _MIB
-        cache = np.array([
-            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in tied
-        ])
-        predicted = {
-            key: latency.predictors[point].predict(tied).mean for key, point in points.items()
-        }
-        return {**predicted, "size_mib": size, "memory_mib": size + cache / _MIB}
-
-    return costs
-
-
 def _stage_two(
-    job: _Job, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
+    job: Job, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
 ) -> dict[str, Any]:
     settings, runs, name = job.settings, job.inputs.runs, job.settings.search.study
     trials = study.trials()
@@ -300,7 +128,7 @@ def _stage_two(
         log.info("study %s is finished: %d trials", name, len(trials))
         return _write(job, study, latency, problem, trials)
     with study.lock():
-        evaluate = _evaluation(job)
+        evaluate = evaluation_of(job, job.checkpoints)
     pairs = zip(problem.objectives, problem.reference, strict=True)
     log.info("reference point: %s", ", ".join(f"{o.value} {worst:.4g}" for o, worst in pairs))
     logger = make_logger(
@@ -313,7 +141,9 @@ def _stage_two(
 
     def on_trial(trial: Trial) -> None:
         log_trial(logger, trial, problem)
-        tidy(evaluate, {kept.number for kept in frontier(study.trials(), problem)})
+        trials = study.trials()
+        best = {each.number for each in frontier(trials, problem)}
+        tidy(evaluate, {each.number for each in trials if each.finished} - best)
 
     try:
         if logger is not None:
@@ -334,20 +164,7 @@ def _stage_two(
     return report
 
 
-def _evaluation(job: _Job) -> ShortTraining:
-    """How trials are evaluated."""
-    settings, inputs = job.settings, job.inputs
-    return ShortTraining(
-        inputs,
-        importance_of(inputs.backbone, inputs.data, settings.recipe, inputs.runs),
-        settings.recipe,
-        settings.trainer,
-        settings.seed,
-        inputs.runs.trials(settings.search.study),
-    )
-
-
-def _promote(job: _Job, study: Study, problem: Problem) -> dict[str, Any]:
+def _promote(job: Job, study: Study, problem: Problem) -> dict[str, Any]:
     """Train the best trials longer; prints and stores whether their order holds."""
     settings, inputs = job.settings, job.inputs
     require(
@@ -356,7 +173,7 @@ def _promote(job: _Job, study: Study, problem: Problem) -> dict[str, Any]:
         settings.search.promote_tokens,
         f"more than the trials' recipe.tokens={settings.recipe.tokens}",
     )
-    shorter = _evaluation(job)
+    shorter = evaluation_of(job, job.checkpoints)
     recipe = settings.recipe.longer(settings.search.promote_tokens, settings.data.seq_len)
     longer = ShortTraining(
         inputs,
@@ -364,7 +181,7 @@ def _promote(job: _Job, study: Study, problem: Problem) -> dict[str, Any]:
         recipe,
         settings.trainer,
         settings.seed,
-        inputs.runs.trials(f"{settings.search.study}/promoted"),
+        job.folder / "promoted",
         shorter,
     )
     report = promote(study, problem, settings.search.promote, longer, recipe.tokens)
@@ -383,7 +200,7 @@ _OF_THE_DEVICE = ("device", "workload", "space", "objectives")
 """Parts of a fingerprint that no loss depends on."""
 
 
-def _rescore(job: _Job, source: str) -> dict[str, Any]:
+def _rescore(job: Job, source: str) -> dict[str, Any]:
     """The frontier that finished trials make under other limits, objectives or device.
 
     Raises:
@@ -394,8 +211,8 @@ def _rescore(job: _Job, source: str) -> dict[str, Any]:
     old = {k: v for k, v in study.fingerprint.items() if k not in _OF_THE_DEVICE}
     new = {k: v for k, v in job.identity.items() if k not in _OF_THE_DEVICE}
     check_fingerprint(source, f"the study {source}", old, new)
-    latency = _latency(settings, job.space, job.inputs.backbone)
-    problem = _problem(job, study, latency)
+    latency = latency_of(settings, job.space, job.inputs.backbone)
+    problem = problem_of(job, study, latency)
     trials = rescore(study.trials(), problem)
     log.info("%d finished trials of %s judged anew", sum(t.complete for t in trials), source)
     if not frontier(trials, problem):
@@ -408,7 +225,7 @@ def _rescore(job: _Job, source: str) -> dict[str, Any]:
 
 
 def _write(
-    job: _Job, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
+    job: Job, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
 ) -> dict[str, Any]:
     """`frontier.json`, the arch YAML of every frontier member, and the names of the winners."""
     settings, runs = job.settings, job.inputs.runs
@@ -465,7 +282,7 @@ def _write(
     )
 
 
-def _describe(job: _Job, report: dict[str, Any]) -> None:
+def _describe(job: Job, report: dict[str, Any]) -> None:
     """The frontier on the terminal, and what to type next."""
     by_number = {trial["number"]: trial for trial in report["trials"]}
     failed = sum(trial["state"] == "fail" for trial in report["trials"])

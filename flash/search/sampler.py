@@ -21,7 +21,7 @@ from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.errors import InputError
 from flash.search.acquisition import greedy_batch
 from flash.search.baselines import ask_additive, ask_optuna
-from flash.search.objectives import Problem
+from flash.search.objectives import Problem, limited
 from flash.search.pareto import non_dominated
 from flash.search.quality import draw_losses
 from flash.search.request import Request
@@ -183,11 +183,12 @@ def check_limits(space: SearchSpace, problem: Problem, seed: int) -> None:
     best = drawn[int(excess.argmin())]
     if excess.min() <= 0 or _walk(space, problem, rng, best) is not None:
         return
-    costs = problem.costs([best])
+    costs = {key: float(values[0]) for key, values in problem.costs([best]).items()}
     breaches = [
-        f"{key}={limit:g} (the nearest of {len(drawn)} members, {best}, has {costs[key][0]:.4g})"
+        f"{key}={limit:g} (the nearest of {len(drawn)} members, {best}, has "
+        f"{limited(costs, key):.4g})"
         for key, limit in problem.limits.items()
-        if costs[key][0] > limit
+        if limited(costs, key) > limit
     ]
     raise InputError(
         f"search.limits.{'; '.join(breaches)}: expected limits that some member of space "

@@ -74,10 +74,11 @@ class SearchSettings:
     """What to minimise: quality and any of prefill, decode, memory, size. null is quality and the
     latency that `latency.objective` names."""
     limits: Limits = field(default_factory=Limits)
-    """Only candidates that obey these are proposed. Latencies count by their predicted means."""
+    """Only candidates that obey these are proposed. Latencies count by the upper ends of their 90 %
+    intervals, so that a measured one is rarely above its limit."""
     baseline: dict[str, Any] = field(default_factory=dict)
-    """What the frontier has to beat: what differs from the backbone's architecture. It must be in
-    the space, and is trained as a trial is. Empty is the backbone itself, as it is."""
+    """What the reference point is measured from: what differs from the backbone's architecture. It
+    must be in the space, and is trained once, as a trial is. Empty is the backbone, as it is."""
     max_loss_increase: float = 0.6
     """Reference point: the worst acceptable loss, above the baseline's [nats a token]."""
     max_cost_ratio: float = 1.0
@@ -101,7 +102,7 @@ class SearchSettings:
     may be ended before its training is over; 0 ends none (flash/search/stopping.py)."""
     from_study: str | None = None
     """Name of a study whose trials are judged anew by the present objectives, limits and device.
-    Nothing is trained; backbone, data, recipe and seed must be those of that study."""
+    No trial is trained; backbone, data, recipe and seed must be those of that study."""
     promote: int = 4
     """`stage=promote`: how many trials of the frontier are trained longer."""
     promote_tokens: int = 262144

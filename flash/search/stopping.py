@@ -103,12 +103,15 @@ def judge(
     done = len(curve.losses)
     if error <= 0 or done not in {round(rung * curve.parts) for rung in RUNGS} - {curve.parts}:
         return
-    known = [t for t in trials if t.complete and len(t.curve) == curve.parts]
+    known = [
+        (t.curve[done - 1], t.loss)
+        for t in trials
+        if t.loss is not None and len(t.curve) == curve.parts
+    ]
     if len(known) < LEAST:
         return
-    forecast = Forecast.of(
-        [t.curve[done - 1] for t in known], [t.loss for t in known if t.loss], curve.losses[-1]
-    )
+    partial, final = zip(*known, strict=True)
+    forecast = Forecast.of(partial, final, curve.losses[-1])
     keys = problem.known_keys
     rivals = [
         t.loss

@@ -5,12 +5,11 @@ under its own number, so that the evaluation finds its checkpoints and a resumed
 as an undisturbed one. (Optuna's own retry makes a new trial, which would be neither.)
 """
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flash.arch import ArchSpec, Choices, SearchSpace
 from flash.errors import InputError
+from flash.search.fingerprint import check_fingerprint
 from flash.search.objectives import Objective
 from flash.search.storage import connect
 from flash.search.workers import Lock, Owner
@@ -378,46 +378,6 @@ def reopen_study(storage: Path | str, name: str) -> Study:
         ) from error
     objectives = [Objective[key] for key in study.user_attrs["fingerprint"]["objectives"]]
     return Study(study, lock, objectives, heartbeat_s=1, retries=0)
-
-
-def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
-    """The part of a fingerprint that describes the space and the backbone it cuts."""
-    settings = asdict(space.settings)
-    settings["kinds"] = [kind.value for kind in space.kinds]
-    del settings["name"]  # a new name for the same space changes no result
-    return {"space": settings, "backbone_arch": space.base.to_dict()}
-
-
-def check_fingerprint(
-    name: str, storage: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
-    """Compare key by key.
-
-    Raises:
-        InputError: The study was made with another fingerprint.
-    """
-    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))  # tuples come back as lists
-    differing = [
-        f"{key} (was {old.get(key)!r}, is now {new.get(key)!r})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differing:
-        raise InputError(
-            f"search.study={name}: expected the settings that the study was made with, but these "
-            f"differ: {'; '.join(differing)}; choose another search.study or delete {storage}"
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _typed(frozen: FrozenTrial) -> Trial:

@@ -88,17 +88,26 @@ def test_every_proposal_obeys_the_limits(tmp_path, sampler):
     settings = {"limits": Limits(**LIMITS), "sampler": sampler, "trials": 16}
     trials = toy.run(tmp_path / "study.db", **settings)
     assert len(trials) == 16
-    for key, limit in LIMITS.items():
-        assert max(t.costs[key] for t in trials) <= limit
+    assert max(t.costs["prefill_high_ms"] for t in trials) <= LIMITS["prefill_ms"]
+    assert max(t.costs["size_mib"] for t in trials) <= LIMITS["size_mib"]
     free = toy.make_problem()
     assert toy.make_problem(toy.make_settings(**settings)).reference[1] == 12.0
     assert free.reference[1] > 12.0
 
 
+def test_a_latency_whose_interval_reaches_beyond_the_limit_is_off_the_frontier(tmp_path):
+    trials = toy.run(tmp_path / "study.db", trials=12)
+    slowest = frontier(trials, toy.PROBLEM)[-1]
+    for limit, stays in ((1.05, False), (1.11, True)):  # the interval ends at 1.1 of the mean
+        limits = Limits(prefill_ms=limit * slowest.costs["prefill_ms"])
+        within = frontier(trials, toy.make_problem(toy.make_settings(limits=limits)))
+        assert (slowest.number in {t.number for t in within}) == stays
+
+
 def test_limits_that_hardly_any_member_obeys_are_reached_on_foot():
     space = toy.make_space()
     rng = np.random.default_rng(0)
-    drawn = toy.latency(space.stratified(rng, 2000))
+    drawn = toy.costs(space.stratified(rng, 2000))["prefill_high_ms"]
     settings = toy.make_settings(limits=Limits(prefill_ms=float(drawn.min()) * 1.3))
     problem = toy.make_problem(settings)
     specs = propose(space, [], 8, problem=problem, settings=settings, seed=1)

@@ -1,0 +1,49 @@
+"""What makes the results of a study comparable, and how two of them differ."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from flash.arch import SearchSpace
+from flash.errors import InputError
+
+
+def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
+    """The part of a fingerprint that describes the space and the backbone it cuts."""
+    settings = asdict(space.settings)
+    settings["kinds"] = [kind.value for kind in space.kinds]
+    del settings["name"]  # a new name for the same space changes no result
+    return {"space": settings, "backbone_arch": space.base.to_dict()}
+
+
+def check_fingerprint(
+    name: str, storage: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Compare key by key.
+
+    Raises:
+        InputError: The study was made with another fingerprint.
+    """
+    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))  # tuples come back as lists
+    differing = [
+        f"{key} (was {old.get(key)!r}, is now {new.get(key)!r})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"search.study={name}: expected the settings that the study was made with, but these "
+            f"differ: {'; '.join(differing)}; choose another search.study or delete {storage}"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,228 @@
+"""A search that was checked and opened: its space and inputs, what it minimises, how it trains."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes, weight_bytes
+from flash.data import DataSettings
+from flash.device import DeviceSettings, open_device
+from flash.errors import InputError
+from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
+from flash.model import Backbone, BackboneSettings
+from flash.prune import fingerprint
+from flash.runs import Runs
+from flash.search.evaluate import ShortTraining
+from flash.search.fingerprint import space_fingerprint
+from flash.search.loop import EvaluationError
+from flash.search.objectives import Costs, Objective, Problem, high
+from flash.search.settings import SearchSettings
+from flash.search.study import Study
+from flash.training import RecipeSettings, TrainerSettings, heldout_quality
+from flash.training.loggers import LoggerSettings
+from flash.training.run import Inputs, digest, importance_of, plain
+
+_MIB = 2**20
+
+
+class Stage(Enum):
+    """How far `search.py` goes."""
+
+    latency = "latency"
+    """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
+    search = "search"
+    """Both stages."""
+    promote = "promote"
+    """After a search: train the best trials longer, and see whether their order holds."""
+
+
+@dataclass(kw_only=True)
+class SearchJobSettings:
+    """Root of `search.py`."""
+
+    stage: Stage = Stage.search
+    """Where to stop."""
+
+    backbone: BackboneSettings = MISSING
+    space: SpaceSettings = MISSING
+    latency: LatencySettings = MISSING
+    device: DeviceSettings = MISSING
+    data: DataSettings = MISSING
+    recipe: RecipeSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    search: SearchSettings = MISSING
+    worker: int = 0
+    """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
+    Workers are equal; only the run's name in the logs differs."""
+    seed: int = 0
+    runs: str = "runs"
+    """Folder for everything that runs produce."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search that was checked and opened."""
+
+    settings: SearchJobSettings
+    space: SearchSpace
+    inputs: Inputs
+    identity: dict[str, Any]
+    """All that makes results of trials comparable."""
+    objectives: tuple[Objective, ...]
+    baseline: ArchSpec
+
+    @property
+    def folder(self) -> Path:
+        return self.inputs.runs.study(self.settings.search.study)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where trials leave theirs."""
+        return self.folder / "trials"
+
+    def storage(self, name: str) -> Path | str:
+        """Where the study of that name is kept."""
+        return self.settings.search.storage or self.inputs.runs.study(name) / "study.db"
+
+
+def open_job(settings: SearchJobSettings) -> Job:
+    backbone = Backbone.open(settings.backbone)
+    space = SearchSpace(settings.space, backbone.spec)
+    baseline = _baseline(settings.search.baseline, space, backbone.spec)
+    if backbone.folder is None:
+        backbone.load()  # says that weights are needed
+    assert backbone.folder is not None
+    runs = Runs(Path(settings.runs))
+    inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
+    identity = {
+        **space_fingerprint(space),
+        "backbone": fingerprint(backbone.folder),
+        "data": [inputs.data.streams.digest, settings.data.seq_len],
+        "heldout_sequences": settings.data.heldout_sequences,
+        "recipe": plain(settings.recipe),
+        "precision": settings.trainer.precision.value,
+        "device": open_device(settings.device).identity(),
+        "workload": plain(settings.device.workload),
+        "seed": settings.seed,
+    }
+    objectives = settings.search.order(Objective[settings.latency.objective.value])
+    return Job(settings, space, inputs, identity, objectives, baseline)
+
+
+def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:
+    """What the reference point is derived from.
+
+    Raises:
+        InputError: An architecture outside the space.
+    """
+    if not changes:
+        return backbone
+    try:
+        spec = ArchSpec.from_dict({**space.base.to_dict(), **changes})
+        reason = space.why_not(spec)
+        if reason is None:
+            return spec
+    except InputError as error:  # an illegal architecture
+        reason = str(error)
+    raise InputError(
+        f"search.baseline={dict(changes)}: expected a member of space {space.settings.name}: "
+        f"{reason}"
+    )
+
+
+def latency_of(settings: SearchJobSettings, space: SearchSpace, backbone: Backbone) -> LatencyModel:
+    runs = Runs(Path(settings.runs))
+    return collect(
+        space=space,
+        backbone=backbone.spec,
+        device=open_device(settings.device),
+        workload=settings.device.workload,
+        lowering=settings.device.lowering,
+        settings=settings.latency,
+        store=MeasurementStore(runs.measurements),
+        cache_dir=runs.lowered,
+        seed=settings.seed,
+    )
+
+
+def problem_of(job: Job, study: Study, latency: LatencyModel) -> Problem:
+    """Objectives, limits and reference; the baseline's quality is computed once and kept.
+
+    Raises:
+        InputError: The baseline cannot be trained.
+    """
+    settings, backbone = job.settings, job.inputs.backbone
+    loss = study.remember(
+        "backbone_quality",
+        lambda: plain(
+            heldout_quality(backbone.load(), job.inputs.data, settings.trainer.precision)
+        ),
+    )["loss"]
+    if job.baseline != backbone.spec:
+        loss = study.remember(
+            f"baseline_{digest(job.baseline.to_dict())}", lambda: _baseline_loss(job)
+        )
+    costs = _costs(latency, settings.device)
+    baseline = {key: float(v[0]) for key, v in costs([job.baseline]).items()}
+    return Problem(
+        costs=costs,
+        objectives=job.objectives,
+        reference=settings.search.worst(job.objectives, loss, baseline),
+        limits=settings.search.limits.given(),
+        headline=Objective[latency.objective.phase.value].value,
+    )
+
+
+def _baseline_loss(job: Job) -> float:
+    """Held-out loss of the baseline, trained as a trial is.
+
+    Raises:
+        InputError: It cannot be trained.
+    """
+    try:
+        return evaluation_of(job, None)(job.baseline, -1).loss
+    except EvaluationError as error:
+        raise InputError(
+            f"search.baseline={job.baseline}: expected one that can be trained ({error})"
+        ) from error
+
+
+def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
+    """All that is known of a candidate before it is trained."""
+    lowering = device.lowering
+    points = {}
+    for point in latency.predictors:  # the first of each phase is the headline
+        points.setdefault(Objective[point.phase.value].value, point)
+
+    def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
+        tied = [spec.replace(tie_embeddings=True) for spec in specs]  # the programs are the same
+        size = np.array([weight_bytes(spec, lowering.quantization) for spec in tied]) / _MIB
+        cache = np.array([
+            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in tied
+        ])
+        predicted = {}
+        for key, point in points.items():
+            interval = latency.predictors[point].predict(tied)
+            predicted |= {key: interval.mean, high(key): interval.high}
+        return {**predicted, "size_mib": size, "memory_mib": size + cache / _MIB}
+
+    return costs
+
+
+def evaluation_of(job: Job, folder: Path | None) -> ShortTraining:
+    """How trials are evaluated; their checkpoints are kept in `folder`."""
+    settings, inputs = job.settings, job.inputs
+    return ShortTraining(
+        inputs,
+        importance_of(inputs.backbone, inputs.data, settings.recipe, inputs.runs),
+        settings.recipe,
+        settings.trainer,
+        settings.seed,
+        folder,
+    )

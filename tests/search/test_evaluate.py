@@ -1,0 +1,116 @@
+"""One candidate: interrupted, out of memory, and what is left of its checkpoints."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash.arch import parse_pattern
+from flash.model import Backbone
+from flash.runs import Runs
+from flash.search.evaluate import ShortTraining, tidy
+from flash.search.loop import EvaluationError
+from flash.search.stopping import Hopeless
+from flash.training import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.training.run import Inputs, importance_of
+from tests.conftest import SMALL
+
+RECIPE = RecipeSettings(
+    name="t", tokens=8 * 128, batch_size=4, calibration_tokens=256, schedule=Schedule.wsd
+)
+TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=1)
+SPEC = SMALL.replace(layer_types=parse_pattern("F-"))
+
+
+@pytest.fixture
+def evaluate(backbone_settings, data_settings, tmp_path) -> ShortTraining:
+    runs = Runs(tmp_path / "runs")
+    backbone = Backbone.open(backbone_settings)
+    inputs = Inputs.open(backbone, data_settings, RECIPE, seed=0, runs=runs)
+    importance = importance_of(backbone, inputs.data, RECIPE, runs)
+    return ShortTraining(inputs, importance, RECIPE, TRAINER, 0, tmp_path / "trials")
+
+
+def left(evaluate: ShortTraining, number: int) -> list[str]:
+    """Names of a candidate's checkpoints."""
+    folder = evaluate.checkpoints(SPEC, number)
+    assert folder is not None
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def test_an_interrupted_trial_goes_on_from_its_last_checkpoint(evaluate):
+    whole = evaluate(SPEC, 0)
+    seen = []
+
+    def interrupt(curve):
+        seen.append(len(curve.losses))
+        if seen == [1, 2, 3, 4]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(SPEC, 1, interrupt)
+    assert left(evaluate, 1) == ["last.ckpt"]
+    resumed = evaluate(SPEC, 1, interrupt)
+    assert seen == [1, 2, 3, 4, 4, 5, 6, 7, 8]  # part 4 came before its checkpoint
+    assert resumed.loss == whole.loss
+    assert resumed.info["curve"] == whole.info["curve"]
+    assert left(evaluate, 1) == ["stable.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), EvaluationError),
+        (torch.OutOfMemoryError("CUDA out of memory"), EvaluationError),
+        (MemoryError(), EvaluationError),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+)
+@pytest.mark.parametrize("where", ["prune", "fit", "heldout_quality"])
+def test_a_lack_of_memory_fails_the_trial_and_a_bug_stops_the_search(
+    evaluate, monkeypatch, error, becomes, where
+):
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(f"flash.search.evaluate.{where}", fail)
+    with pytest.raises(becomes):
+        evaluate(SPEC, 0)
+    assert left(evaluate, 0) == [] or becomes is RuntimeError
+
+
+def test_a_diverged_trial_fails_and_leaves_nothing(evaluate):
+    evaluate.recipe = dataclasses.replace(RECIPE, lr=1e30)
+    with pytest.raises(EvaluationError, match="training diverged"):
+        evaluate(SPEC, 0)
+    assert left(evaluate, 0) == []
+
+
+def test_a_hopeless_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
+    def stop(curve):
+        if len(curve.losses) == 6:
+            raise Hopeless(3.0, 0.01, curve)
+
+    with pytest.raises(Hopeless) as stopped:
+        evaluate(SPEC, 0, stop)
+    info = stopped.value.info
+    assert info["tokens"] == 6 * 128
+    assert [tokens for tokens, _ in info["curve"]] == [128 * part for part in range(1, 7)]
+    assert info["importance"] == evaluate.importance.digest
+    assert left(evaluate, 0) == []
+
+
+def test_only_beaten_candidates_lose_their_checkpoints(evaluate):
+    names = []
+    for number in range(3):
+        folder = evaluate.checkpoints(SPEC, number)
+        assert folder is not None
+        folder.mkdir(parents=True)
+        (folder / "stable.ckpt").touch()  # 2 is being trained by another worker
+        names.append(folder.name)
+    tidy(evaluate, {1, 7})
+    assert sorted(path.name for path in Path(evaluate.folder or "").iterdir()) == [
+        names[0],
+        names[2],
+    ]
