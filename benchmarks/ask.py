@@ -1,7 +1,10 @@
 """How long does it take to ask for candidates? In the paper's space, with synthetic losses.
 
 `ask_8_s` is for one batch of 8 with 200 finished trials, a median over 3 seeds; the sampler is the
-case. `study_10k_s` is what reading a study of 10,000 finished trials and making its report takes.
+case. `trial_s` is what a trial of a search costs beside its training: planning, the study's
+commits, judging whether it is hopeless, over a search of 64 trials that are known at once (pruning
+comes on top, see benchmarks/prune.py). `study_10k_s` is what reading a study of 10,000 finished
+trials and making its report takes.
 """
 
 import tempfile
@@ -10,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-import yaml
-from omegaconf import OmegaConf
 from optuna.trial import TrialState
 from record import Recorder
 
-from flash.arch import ArchSpec, Quantization, SearchSpace, SpaceSettings, weight_bytes
+import conf
+from flash.arch import ArchSpec, Quantization, SearchSpace, weight_bytes
 from flash.device import Point
 from flash.latency.work import SpecTable, counted
 from flash.lowering import LoweringSettings
@@ -23,27 +25,21 @@ from flash.progress import progress
 from flash.search import (
     Objective,
     Problem,
+    Quality,
     Sampler,
     SearchSettings,
     Study,
     Trial,
     open_study,
     propose,
+    search,
     space_fingerprint,
     study,
     write_report,
 )
+from flash.training import Curve, Watch
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 MANY = 10_000
-
-
-def space() -> SearchSpace:
-    """The paper's, from the files that users get."""
-    values = yaml.safe_load((CONF / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))
-    schema = OmegaConf.structured(SpaceSettings)
-    settings = OmegaConf.merge(schema, OmegaConf.load(CONF / "space" / "flash.yaml"))
-    return SearchSpace(OmegaConf.to_object(settings), ArchSpec.from_dict(values["arch"]))
 
 
 def costs(specs: list[ArchSpec]) -> dict[str, np.ndarray]:
@@ -80,7 +76,7 @@ def trials(space: SearchSpace, n: int, seed: int) -> list[Trial]:
 
 
 def problem(*objectives: Objective) -> Problem:
-    space_ = space()
+    space_ = conf.space("flash")
     top = space_.make(2048, 8192, tuple(space_.kinds[:1]) * 16)
     worst = {key: float(values[0]) for key, values in costs([top]).items()}
     return Problem(
@@ -95,16 +91,43 @@ def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
     """Seconds for 8 candidates with 200 finished trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = SearchSettings(study="ask", sampler=sampler)
-    asked, given, known = problem(*objectives), space(), trials(space(), 200, seed)
+    asked, given = problem(*objectives), conf.space("flash")
+    known = trials(given, 200, seed)
     start = time.perf_counter()
     found = propose(given, known, 8, problem=asked, settings=settings, seed=seed)
     assert len(found) == 8
     return time.perf_counter() - start
 
 
+def trial_s() -> float:
+    """Seconds of a search for each of its trials, none of which trains."""
+    given = conf.space("flash")
+    settings = SearchSettings(study="trials", trials=64)
+    asked = problem(Objective.quality, Objective.prefill)
+
+    def evaluate(spec: ArchSpec, number: int, watch: Watch) -> Quality:
+        curve = tuple(loss(spec) * (1 + 1 / part) for part in range(1, 33))
+        for part in range(1, 33):
+            watch(Curve(curve[:part], 32))
+        return Quality(loss(spec), {"curve": [[0, each] for each in curve]})
+
+    with tempfile.TemporaryDirectory() as name:
+        opened = open_study(
+            Path(name, "study.db"),
+            "trials",
+            space_fingerprint(given),
+            objectives=asked.objectives,
+            heartbeat_s=20,
+            retries=1,
+        )
+        start = time.perf_counter()
+        done = search(opened, given, evaluate, asked, settings, seed=0)
+        return (time.perf_counter() - start) / len(done)
+
+
 def study_10k_s(asked: Problem) -> float:
     """Seconds to read a study of many trials and to write its report."""
-    given = space()
+    given = conf.space("flash")
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "study.db")
 
@@ -157,6 +180,7 @@ def main() -> None:
     three = (*two, Objective.size)
     values = [ask_s(Sampler.flash, seed, *three) for seed in range(3)]
     record.add("flash_3_objectives", "ask_8_s", values, "s")
+    record.add("search", "trial_s", [trial_s() for _ in range(3)], "s")
     record.add("study", "study_10k_s", [study_10k_s(problem(*two))], "s")
     record.close()
 

@@ -14,10 +14,8 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
-
-from flash.arch import ArchSpec, Attention, SearchSpace, SpaceSettings
+import conf
+from flash.arch import ArchSpec, Attention
 from flash.device import Device, DeviceSettings, open_device
 from flash.device.host import HostDevice
 from flash.latency import (
@@ -31,8 +29,7 @@ from flash.latency import (
     whole_models,
 )
 
-ROOT = Path(__file__).parent.parent
-STORE = ROOT / "benchmarks" / "data" / "flash_space.jsonl"
+STORE = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
 MODELS = 24
 DEVICE = DeviceSettings(
     name="host",
@@ -47,19 +44,9 @@ DEVICE = DeviceSettings(
 SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
 
 
-def space() -> tuple[SearchSpace, ArchSpec]:
-    """The paper's space and backbone, from the files that users get."""
-    conf = ROOT / "conf"
-    values = yaml.safe_load((conf / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))
-    backbone = ArchSpec.from_dict(values["arch"])
-    schema = OmegaConf.structured(SpaceSettings)
-    settings = OmegaConf.merge(schema, OmegaConf.load(conf / "space" / "flash.yaml"))
-    return SearchSpace(OmegaConf.to_object(settings), backbone), backbone
-
-
 def models() -> list[ArchSpec]:
     """The architectures of the dataset; the backbone is the last."""
-    return whole_models(*space(), MODELS, seed=0)
+    return whole_models(conf.space("flash"), conf.flash_backbone(), MODELS, seed=0)
 
 
 class Recorded(HostDevice):
@@ -69,10 +56,12 @@ class Recorded(HostDevice):
         return next(iter(MeasurementStore(STORE))).conditions.device
 
 
-def open_bench(device: Device, store: Path, cache_dir: Path = ROOT / "runs" / "lowered") -> Bench:
+def open_bench(
+    device: Device, store: Path, cache_dir: Path = conf.ROOT / "runs" / "lowered"
+) -> Bench:
     """A bench over a store."""
     return make_bench(
-        backbone=space()[1],
+        backbone=conf.flash_backbone(),
         device=device,
         workload=device.settings.workload,
         lowering=device.settings.lowering,
@@ -84,7 +73,9 @@ def open_bench(device: Device, store: Path, cache_dir: Path = ROOT / "runs" / "l
 
 def recorded() -> Bench:
     """The dataset, which was measured beside one layer of the backbone."""
-    one_layer = space()[1].replace(layer_types=(Attention.full_attention,), tie_embeddings=True)
+    one_layer = conf.flash_backbone().replace(
+        layer_types=(Attention.full_attention,), tie_embeddings=True
+    )
     bench = open_bench(Recorded(DEVICE), STORE)
     return dataclasses.replace(bench, reference=Subject(spec=one_layer))
 
@@ -92,14 +83,14 @@ def recorded() -> Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models-only", action="store_true", help="leave out the blocks")
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "lowered")
+    parser.add_argument("--cache", type=Path, default=conf.ROOT / "runs" / "lowered")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     bench = open_bench(open_device(DEVICE), STORE, arguments.cache)
     bench.measure_missing([Subject(spec=spec) for spec in models()])
     if not arguments.models_only:
-        grid = make_grid(*space(), SETTINGS)
-        bench.measure_missing(grid_subjects(grid, space()[1]))
+        grid = make_grid(conf.space("flash"), conf.flash_backbone(), SETTINGS)
+        bench.measure_missing(grid_subjects(grid, conf.flash_backbone()))
 
 
 if __name__ == "__main__":

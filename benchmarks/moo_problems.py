@@ -151,8 +151,7 @@ def _greatest_nehvi(
     model: ModelList, sampler: MCSampler, problem: Problem, done: list[int], n: int
 ) -> list[int]:
     # Not qLogNEHVI: its smoothed logarithm is for the sake of gradients, of which a finite set has
-    # no use. Where both were tried they chose the same points, but it took four times as long and
-    # would compile C++ on first use.
+    # no use, and it compiles C++ on first use.
     acquisition = qNoisyExpectedHypervolumeImprovement(
         model=model,
         ref_point=[-value for value in problem.reference],

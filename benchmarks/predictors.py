@@ -13,6 +13,7 @@ import flash_space
 import numpy as np
 from record import Recorder
 
+import conf
 from flash.arch import ArchSpec
 from flash.device import Point
 from flash.latency import (
@@ -57,8 +58,8 @@ def main() -> None:
     bench = flash_space.recorded()
     models = flash_space.models()
     whole = [Subject(spec=spec) for spec in models]
-    space, backbone = flash_space.space()
-    grid = make_grid(space, backbone, flash_space.SETTINGS)
+    backbone = conf.flash_backbone()
+    grid = make_grid(conf.space("flash"), backbone, flash_space.SETTINGS)
     parts = grid_subjects(grid, backbone)
     whole_s, parts_s = cost_s(bench, whole), cost_s(bench, parts)
     paper_s = whole_s / len(models) * PAPER_MODELS

@@ -2,7 +2,7 @@
 
 `python benchmarks/principles.py [STUDY ...]`, all studies without names. Each trains what it needs
 (kept in benchmarks/data/principles.jsonl, so that it can be killed and goes on), prints its figures
-and draws docs/figures/STUDY.svg:
+and draws docs/figures/STUDY.svg (by kaleido, which needs Chrome or Chromium):
 
 - `scratch`: is a pruned start better than a random one at equal tokens, and do both rank 12
   candidates alike? The random start gets the higher learning rate that suits it.
@@ -24,46 +24,38 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 
 import lightning as L
 import numpy as np
 import plotly.graph_objects as go
 import rows
 import tabular
-from omegaconf import OmegaConf
 from record import Recorder
 from scipy import stats
 
-from flash.arch import ArchSpec, Attention, SearchSpace, SpaceSettings, count_parameters
+import conf
+from flash.arch import ArchSpec, Attention, SearchSpace, count_parameters
 from flash.data import DataSettings
-from flash.device import DeviceSettings
 from flash.lowering import SlidingForm
-from flash.model import Backbone, BackboneSettings, Decoder, build
+from flash.model import Backbone, Decoder, build
 from flash.progress import progress
 from flash.prune import Importance, prune
 from flash.runs import Runs
 from flash.training import RecipeSettings, Schedule, TrainerSettings, fit, heldout_quality
 from flash.training.run import Inputs, importance_of
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "benchmarks" / "data" / "principles.jsonl"
-FIGURES = ROOT / "docs" / "figures"
-RUNS = Runs(ROOT / "runs")
-BACKBONE = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))
+DATA = conf.ROOT / "benchmarks" / "data" / "principles.jsonl"
+FIGURES = conf.ROOT / "docs" / "figures"
+RUNS = Runs(conf.ROOT / "runs")
 TOKENS = 16384
 CANDIDATES = 12
 BUDGETS = (2048, 4096, 8192, TOKENS, 2 * TOKENS)
-FULL, SLIDING, SKIP = Attention
 
 
 @cache
 def space() -> SearchSpace:
-    """space=tiny, from the file that users get."""
-    schema = OmegaConf.structured(SpaceSettings)
-    values = OmegaConf.load(ROOT / "conf" / "space" / "tiny.yaml")
-    settings = OmegaConf.to_object(OmegaConf.merge(schema, values))
-    return SearchSpace(settings, Backbone.open(BACKBONE).spec)
+    """space=tiny."""
+    return conf.space("tiny")
 
 
 def candidates() -> list[ArchSpec]:
@@ -87,7 +79,7 @@ def recipe(tokens: int, start: str) -> RecipeSettings:
 @cache
 def _inputs() -> Inputs:
     data = DataSettings(name="stdlib", heldout_sequences=32)
-    backbone = Backbone.open(BACKBONE)
+    backbone = Backbone.open(conf.TINY)
     return Inputs.open(backbone, data, recipe(TOKENS, "pruned"), seed=0, runs=RUNS)
 
 
@@ -135,14 +127,6 @@ class Trained:
         return loss, [round(part, 4) for part in done.curve]
 
 
-def host() -> DeviceSettings:
-    """device=host, from the file that users get."""
-    values = OmegaConf.load(ROOT / "conf" / "device" / "host.yaml")
-    device = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DeviceSettings), values))
-    assert isinstance(device, DeviceSettings)
-    return device
-
-
 def ttft_ms(specs: Sequence[ArchSpec], form: SlidingForm = SlidingForm.stock) -> list[float]:
     """Nominal time to the first token of 2048 [ms]."""
     return [tabular.nominal_ms(spec, form)["prefill_ms"] for spec in specs]
@@ -171,7 +155,7 @@ def skip_runs(trained: Trained, record: Recorder) -> go.Figure:
         by_run: dict[int, list[ArchSpec]] = {}
         every = list(itertools.combinations(range(1, whole.num_layers), skipped))
         for i in rng.permutation(len(every)):
-            spec = _replaced(whole, every[i], SKIP)
+            spec = _replaced(whole, every[i], Attention.skip_attention)
             by_run.setdefault(spec.longest_efficient_run, []).append(spec)
         for run in sorted(by_run):
             losses = trained.losses(by_run[run][:5])
@@ -199,8 +183,8 @@ def skip_sliding(trained: Trained, record: Recorder) -> go.Figure:
             if all(b - a > 1 for a, b in itertools.pairwise(each))
         ]
         sets += [every[int(i)] for i in rng.permutation(len(every))[:3]]
-    skipped = [_replaced(whole, each, SKIP) for each in sets]
-    sliding = [_replaced(whole, each, SLIDING) for each in sets]
+    skipped = [_replaced(whole, each, Attention.skip_attention) for each in sets]
+    sliding = [_replaced(whole, each, Attention.sliding_attention) for each in sets]
     narrower = [whole.replace(ffn_dim=dim) for dim in (192, 320, 448, 576)]
     series = {
         "skipped": (skipped, SlidingForm.stock),
@@ -214,9 +198,10 @@ def skip_sliding(trained: Trained, record: Recorder) -> go.Figure:
         case = f"skip_sliding/{name.replace(', ', '_').replace(' ', '_')}"
         for num in (1, 2, 3, 4):
             of = [i for i, each in enumerate(sets) if len(each) == num]
-            if specs is not narrower:
-                record.add(f"{case}/{num}", "loss", [losses[i] for i in of], "nats")
-                record.add(f"{case}/{num}", "ttft_ratio", [times[i] / full_ms for i in of], "ratio")
+            if specs is narrower:
+                of, num = [num - 1], narrower[num - 1].ffn_dim
+            record.add(f"{case}/{num}", "loss", [losses[i] for i in of], "nats")
+            record.add(f"{case}/{num}", "ttft_ratio", [times[i] / full_ms for i in of], "ratio")
         figure.add_scatter(x=times, y=losses, name=name, mode="markers", marker_size=9)
     return _axes(figure, "nominal TTFT at 2048 tokens [ms]", "held-out loss [nats/token]")
 
@@ -225,7 +210,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
     """Deep and thin to shallow and wide."""
     whole = space().base
     grid = [
-        whole.replace(model_dim=dim, ffn_dim=ffn, layer_types=(FULL,) * depth)
+        whole.replace(model_dim=dim, ffn_dim=ffn, layer_types=(Attention.full_attention,) * depth)
         for depth, dim, ffn in itertools.product(
             range(3, 9), range(128, 257, 32), range(192, 577, 32)
         )
@@ -237,7 +222,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
     figure = go.Figure()
     shares = {"parameters": (0.45, 0.6), "latency": (0.6, 0.75)}
     for what, values in amounts.items():
-        top = values[[spec == whole.replace(layer_types=(FULL,) * 8) for spec in grid]][0]
+        top = values[grid.index(whole)]
         for share in shares[what]:
             chosen = [_nearest(grid, values, share * top, depth) for depth in range(3, 9)]
             specs = [spec for spec in chosen if spec is not None]

@@ -12,6 +12,11 @@ Cases are `prefill` and `decode` for `space=tiny`, `flash/prefill_512` and so on
 `disagreement_pct` is of latencies as predictors get them, corrected for what the machine was slower
 by than at its best, as the reference program that took turns tells
 (flash.latency.bench.comparable); `raw_disagreement_pct` is of the smallest times as they were.
+
+Cases `dataset/...` tell why the reference is a whole model and how far to trust it: measurements of
+benchmarks/data/flash_space.jsonl, half an hour and more apart, `raw_pct`, and divided by how much
+slower than at best another whole model of the same group was, beyond a slowness that passes for
+noise (`stand_in_1.03_pct` corrects from 3 % on).
 """
 
 import argparse
@@ -22,11 +27,11 @@ from datetime import datetime
 from pathlib import Path
 
 import flash_space
-import principles
 from record import Recorder
 
+import conf
 from flash.arch import ArchSpec
-from flash.device import open_device
+from flash.device import Point, open_device
 from flash.latency import (
     Bench,
     LatencySettings,
@@ -41,6 +46,7 @@ from flash.latency import (
 DATA = flash_space.STORE.parent
 APART_S = 1800
 ARCHITECTURES = 10
+NOISES = (1.0, 1.03, 1.06)
 SPACES = ("tiny", "flash")
 
 
@@ -48,24 +54,24 @@ def models(space: str) -> list[ArchSpec]:
     """The architectures, spread over the space."""
     if space == "flash":
         return flash_space.models()[:ARCHITECTURES]
-    backbone = principles.space().base
-    return whole_models(principles.space(), backbone, ARCHITECTURES, seed=0)[:ARCHITECTURES]
+    backbone = conf.space("tiny").base
+    return whole_models(conf.space("tiny"), backbone, ARCHITECTURES, seed=0)[:ARCHITECTURES]
 
 
 def bench(space: str, store: Path) -> Bench:
     """What measures a space."""
-    device, settings = principles.host(), LatencySettings()
+    device, settings = conf.host(), LatencySettings()
     if space == "flash":
         device = dataclasses.replace(flash_space.DEVICE, prompts=[512])
         settings = dataclasses.replace(flash_space.SETTINGS, attempts=1)
     return make_bench(
-        backbone=flash_space.space()[1] if space == "flash" else principles.space().base,
+        backbone=conf.space(space).base,
         device=open_device(device),
         workload=device.workload,
         lowering=device.lowering,
         settings=settings,
         store=MeasurementStore(store),
-        cache_dir=flash_space.ROOT / "runs" / "lowered",
+        cache_dir=conf.ROOT / "runs" / "lowered",
     )
 
 
@@ -92,12 +98,48 @@ def compare(record: Recorder, space: str, rounds: list[Path]) -> None:
         record.add(case, "raw_disagreement_pct", raw, "%")
 
 
+def stand_in(record: Recorder, point: Point) -> None:
+    """The dataset's disagreements, another whole model in the place of the reference."""
+    dataset = flash_space.recorded()
+    rows = {spec: dataset.attempts(Subject(spec=spec), point) for spec in flash_space.models()}
+    best = {spec: min(map(_ms, of)) for spec, of in rows.items()}
+    groups: dict[str, dict[ArchSpec, Row]] = {}
+    for spec, of in rows.items():
+        for row in of:
+            groups.setdefault(_group(row), {})[spec] = row
+    raw: list[float] = []
+    corrected: dict[float, list[float]] = {noise: [] for noise in NOISES}
+    for spec, of in rows.items():
+        for a, b in itertools.pairwise(of):
+            if _time_s(b) - _time_s(a) < APART_S:
+                continue
+            raw.append(_apart_pct(_ms(a), _ms(b)))
+            beside_a, beside_b = groups[_group(a)], groups[_group(b)]
+            for other in (beside_a.keys() & beside_b.keys()) - {spec}:
+                slow_a, slow_b = (_ms(each[other]) / best[other] for each in (beside_a, beside_b))
+                for noise, differences in corrected.items():
+                    calm_a = _ms(a) / max(1.0, slow_a / noise)
+                    differences.append(_apart_pct(calm_a, _ms(b) / max(1.0, slow_b / noise)))
+    record.add(f"dataset/{point.name}", "raw_pct", raw, "%")
+    for noise, differences in corrected.items():
+        record.add(f"dataset/{point.name}", f"stand_in_{noise:.2f}_pct", differences, "%")
+
+
+def _group(row: Row) -> str:
+    """Tells measurements that were taken in the same processes."""
+    return str([each["started"] for each in row.result["conditions"]])
+
+
+def _ms(row: Row) -> float:
+    return row.result["ms"]
+
+
 def _apart_pct(a: float, b: float) -> float:
     return 200 * abs(a - b) / (a + b)
 
 
 def _smallest_ms(rows: list[Row]) -> float:
-    return min(row.result["ms"] for row in rows)
+    return min(map(_ms, rows))
 
 
 def _time_s(row: Row) -> float:
@@ -123,6 +165,8 @@ def main() -> None:
     record = Recorder("repeatability")
     for space in arguments.space:
         compare(record, space, sorted(DATA.glob("repeatability_*.jsonl")))
+    for point in flash_space.recorded().workload.points:
+        stand_in(record, point)
     record.close()
 
 

@@ -20,18 +20,18 @@ import argparse
 import logging
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rows
 
+import conf
 from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
 from flash.data import DataSettings
 from flash.device import Point
 from flash.latency.work import SpecTable, counted
 from flash.lowering import LoweringSettings, SlidingForm
-from flash.model import Backbone, BackboneSettings
+from flash.model import Backbone
 from flash.progress import progress_bar
 from flash.runs import Runs
 from flash.search.evaluate import ShortTraining
@@ -39,9 +39,7 @@ from flash.search.loop import EvaluationError
 from flash.training import Precision, RecipeSettings, TrainerSettings
 from flash.training.run import Inputs, importance_of
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "benchmarks" / "data" / "tiny_tabular.jsonl"
-BACKBONE = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))
+TABLE = conf.ROOT / "benchmarks" / "data" / "tiny_tabular.jsonl"
 SPACE = SpaceSettings(
     name="tabular",
     num_layers=Choices(min=5, max=6),
@@ -57,7 +55,7 @@ NOISE_SPECS = 6
 
 def space() -> SearchSpace:
     """The space whose every member is in the table."""
-    return SearchSpace(SPACE, Backbone.open(BACKBONE).spec)
+    return SearchSpace(SPACE, Backbone.open(conf.TINY).spec)
 
 
 def members(space: SearchSpace) -> list[ArchSpec]:
@@ -108,7 +106,7 @@ def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str
 def evaluators(precision: Precision) -> dict[int, ShortTraining]:
     """How candidates are evaluated, by seed."""
     trainer = TrainerSettings(precision=precision)
-    backbone, runs, made = Backbone.open(BACKBONE), Runs(ROOT / "runs"), {}
+    backbone, runs, made = Backbone.open(conf.TINY), Runs(conf.ROOT / "runs"), {}
     for seed in (0, 1):
         inputs = Inputs.open(backbone, DATA, RECIPE, seed=seed, runs=runs)
         importance = importance_of(backbone, inputs.data, RECIPE, runs)

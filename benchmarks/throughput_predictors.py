@@ -8,10 +8,10 @@ Each predictor is fitted to 33 models of made-up latencies; speed does not depen
 import time
 from collections.abc import Callable
 
-import flash_space
 import numpy as np
 from record import Recorder
 
+import conf
 from flash.arch import prefill_flops
 from flash.device import Phase, Point
 from flash.latency.blocks import BlockPredictor
@@ -27,7 +27,7 @@ ROUNDS = 5
 NUM_SPECS = 100_000
 NUM_DISTINCT = 5_000  # drawing one takes a tenth of a millisecond
 POINT = Point(Phase.prefill, 512)
-SPACE, BACKBONE = flash_space.space()
+SPACE, BACKBONE = conf.space("flash"), conf.flash_backbone()
 
 
 def _blocks() -> BlockPredictor:

@@ -1,0 +1,41 @@
+"""Settings of the benchmarks, from the files that users get."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings
+from flash.device import DeviceSettings
+from flash.model import Backbone, BackboneSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))
+
+Group = TypeVar("Group")
+
+
+def group(name: str, schema: type[Group]) -> Group:
+    """A file of a config group, such as `space/flash`, as settings."""
+    values = OmegaConf.load(ROOT / "conf" / f"{name}.yaml")
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    assert isinstance(settings, schema)
+    return settings
+
+
+def flash_backbone() -> ArchSpec:
+    """The paper's."""
+    text = (ROOT / "conf" / "backbone" / "flash_1_8b.yaml").read_text("utf-8")
+    return ArchSpec.from_dict(yaml.safe_load(text)["arch"])
+
+
+def space(name: str) -> SearchSpace:
+    """`flash` or `tiny`, of the backbone of that name."""
+    backbone = flash_backbone() if name == "flash" else Backbone.open(TINY).spec
+    return SearchSpace(group(f"space/{name}", SpaceSettings), backbone)
+
+
+def host() -> DeviceSettings:
+    """device=host."""
+    return group("device/host", DeviceSettings)
