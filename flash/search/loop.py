@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from flash.arch import ArchSpec, SearchSpace
 from flash.progress import progress_bar
 from flash.search.objectives import Problem
@@ -126,16 +128,18 @@ def rescore(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
 def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float]:
     """Hypervolume after each finished trial, in order of the trials' numbers."""
     history: list[float] = []
-    points: list[tuple[float, ...]] = []
+    reference = np.asarray(problem.reference)
+    front, volume = np.empty((0, len(reference))), 0.0
     for trial in trials:
         if trial.complete:
-            point = trial.point(problem.objectives)
-            if all(value < worst for value, worst in zip(point, problem.reference, strict=True)):
-                points.append(point)
-                points = [p for p, keep in zip(points, non_dominated(points), strict=True) if keep]
+            point = np.asarray(trial.point(problem.objectives))
+            beaten = (front <= point).all(axis=1).any()  # most are, and change nothing
+            if (point < reference).all() and not beaten:
+                front = np.vstack([front, point])
+                front = front[non_dominated(front)]
+                volume = hypervolume(front, problem.reference)
         if trial.finished:
-            same = bool(history) and trial.loss is None
-            history.append(history[-1] if same else hypervolume(points, problem.reference))
+            history.append(volume)
     return history
 
 
