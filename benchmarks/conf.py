@@ -26,8 +26,15 @@ def group(name: str, schema: type[Group]) -> Group:
 
 def flash_backbone() -> ArchSpec:
     """The paper's."""
-    text = (ROOT / "conf" / "backbone" / "flash_1_8b.yaml").read_text("utf-8")
+    text = (ROOT / "conf" / "backbone" / "mobilellm_pro_shallow.yaml").read_text("utf-8")
     return ArchSpec.from_dict(yaml.safe_load(text)["arch"])
+
+
+def winner(name: str) -> ArchSpec:
+    """One of the paper's, such as `flash_650m`."""
+    changes = yaml.safe_load((ROOT / "conf" / "arch" / f"{name}.yaml").read_text("utf-8"))
+    del changes["defaults"]
+    return ArchSpec.from_dict({**flash_backbone().to_dict(), **changes})
 
 
 def space(name: str) -> SearchSpace:

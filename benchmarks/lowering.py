@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from record import Recorder
 
+import conf
 from flash.arch import ArchSpec, parse_pattern
-from flash.config import CONF
 from flash.lowering import LoweringSettings, lower, write
 from flash.model import Decoder
 
@@ -43,13 +42,6 @@ def _spec(layers: int) -> ArchSpec:
         head_dim=64,
         vocab_size=2048,
     )
-
-
-def _flash_650m() -> ArchSpec:
-    backbone = yaml.safe_load((CONF / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))["arch"]
-    winner = yaml.safe_load((CONF / "arch" / "flash_650m.yaml").read_text("utf-8"))
-    del winner["defaults"]
-    return ArchSpec.from_dict({**backbone, **winner})
 
 
 def _seconds(layers: int, fast: bool) -> float:
@@ -153,7 +145,7 @@ def main() -> None:
         whole_model(record, "smoke", _spec(1))
         per_layer(record, rounds=1, deep=SHALLOW + 1)
         return
-    whole_model(record, "flash_650m", _flash_650m())
+    whole_model(record, "flash_650m", conf.winner("flash_650m"))
     per_layer(record, ROUNDS, DEEP)
     record.close()
 

@@ -12,22 +12,18 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from record import Recorder, in_fresh_process, peak_rss_mib, rss_mib
 from safetensors.torch import save_file
 
+import conf
 from flash.arch import ArchSpec
-from flash.config import CONF
 from flash.model import to_config
 from flash.model.checkpoint import expected_shapes
 from flash.prune import Importance, prune
 
 
 def _specs() -> tuple[ArchSpec, ArchSpec]:
-    backbone = yaml.safe_load((CONF / "backbone" / "flash_1_8b.yaml").read_text("utf-8"))["arch"]
-    winner = yaml.safe_load((CONF / "arch" / "flash_650m.yaml").read_text("utf-8"))
-    del winner["defaults"]
-    return ArchSpec.from_dict(backbone), ArchSpec.from_dict({**backbone, **winner})
+    return conf.flash_backbone(), conf.winner("flash_650m")
 
 
 def _make_backbone(folder: Path, spec: ArchSpec) -> None:

@@ -12,7 +12,14 @@ from flash.arch.counts import (
     weight_bytes,
 )
 from flash.arch.space import Choices, SearchSpace, SpaceSettings
-from flash.arch.spec import GROUP, ArchSpec, Attention, parse_pattern
+from flash.arch.spec import (
+    GROUP,
+    ArchSpec,
+    Attention,
+    RopeKind,
+    RopeScaling,
+    parse_pattern,
+)
 
 __all__ = [
     "GROUP",
@@ -22,6 +29,8 @@ __all__ = [
     "Choices",
     "ParameterCount",
     "Quantization",
+    "RopeKind",
+    "RopeScaling",
     "SearchSpace",
     "SpaceSettings",
     "count_parameters",

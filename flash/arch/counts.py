@@ -30,11 +30,12 @@ class ParameterCount:
     head: int
     attention: int
     ffn: int
-    norms: int
+    vectors: int
+    """Gains of norms, and biases: what no format quantises."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.head + self.attention + self.ffn + self.norms
+        return self.embedding + self.head + self.attention + self.ffn + self.vectors
 
 
 def count_parameters(spec: ArchSpec) -> ParameterCount:
@@ -42,14 +43,17 @@ def count_parameters(spec: ArchSpec) -> ParameterCount:
     attention_layers = len(spec.attention_layers)
     q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     per_attention = spec.model_dim * (2 * q_dim + 2 * kv_dim)
-    norm_dims = spec.model_dim + (2 * spec.head_dim if spec.qk_norm else 0)
+    vectors = 2 * spec.head_dim if spec.qk_norm else 0
+    if spec.qkv_bias:
+        vectors += q_dim + 2 * kv_dim
     table = spec.vocab_size * spec.model_dim
     return ParameterCount(
         embedding=table,
         head=0 if spec.tie_embeddings else table,
         attention=attention_layers * per_attention,
         ffn=spec.num_layers * 3 * spec.model_dim * spec.ffn_dim,
-        norms=(spec.num_layers + 1) * spec.model_dim + attention_layers * norm_dims,
+        vectors=(spec.num_layers + 1) * spec.model_dim
+        + attention_layers * (spec.model_dim + vectors),
     )
 
 
@@ -107,8 +111,8 @@ def weight_bytes(spec: ArchSpec, quantization: Quantization) -> int:
     table = spec.vocab_size * spec.model_dim
     linear = counts.attention + counts.ffn + table
     if quantization is Quantization.fp32:
-        return 4 * (linear + table + counts.norms)
-    return _packed(linear, scale_bytes=2) + _packed(table, scale_bytes=5) + 4 * counts.norms
+        return 4 * (linear + table + counts.vectors)
+    return _packed(linear, scale_bytes=2) + _packed(table, scale_bytes=5) + 4 * counts.vectors
 
 
 def _packed(weights: int, scale_bytes: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from flash.device import probe
 from flash.device.base import Device, DeviceError, check_files, check_loaded
 from flash.device.measurement import Program
-from flash.lowering.noise import is_noise
+from flash.noise import is_noise
 
 RUNNER = Path(__file__).with_name("runner.py")
 

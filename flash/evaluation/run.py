@@ -99,6 +99,7 @@ def _weights(settings: ExportSettings, spec: ArchSpec, backbone: Backbone, train
     if settings.model is not None:
         folder = Path(settings.model)
     elif spec == backbone.spec and backbone.folder is not None:
+        backbone.fetch()
         folder = backbone.folder
     else:
         folder = trained / "checkpoint"

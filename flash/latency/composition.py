@@ -17,7 +17,15 @@ from flash.device import Point
 from flash.errors import InputError
 from flash.latency.work import Specs, SpecTable, Values
 
-FIXED = ("num_heads", "num_kv_heads", "head_dim", "vocab_size", "qk_norm", "sliding_window")
+FIXED = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "qk_norm",
+    "qkv_bias",
+    "sliding_window",
+)
 """What blocks depend on and the search leaves alone."""
 
 

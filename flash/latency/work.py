@@ -29,6 +29,7 @@ SIZES = (
     "sliding_window",
     "tie_embeddings",
     "qk_norm",
+    "qkv_bias",
 )
 """Attributes of a spec that a table holds as they are."""
 _sizes = attrgetter(*SIZES)
@@ -43,7 +44,7 @@ class SpecTable:
         values: `SIZES`, then the number of layers, of full and of sliding ones.
     """
 
-    values: Int[np.ndarray, "n 12"]
+    values: Int[np.ndarray, "n 13"]
 
     @classmethod
     def of(cls, specs: "Specs") -> "SpecTable":
@@ -107,10 +108,11 @@ Specs = Sequence[ArchSpec] | SpecTable
 def parameters(table: SpecTable) -> Int[np.ndarray, " n"]:
     """`flash.arch.count_parameters(spec).total` of every spec."""
     tables = table.head_weights * (2 - table.column("tie_embeddings"))
-    head_norms = 2 * table.column("head_dim") * table.column("qk_norm")
-    norms = (table.column("num_layers") + 1) * table.column("model_dim")
-    norms += table.num_attending * (table.column("model_dim") + head_norms)
-    return tables + table.attention_weights + table.ffn_weights + norms
+    vectors = 2 * table.column("head_dim") * table.column("qk_norm")
+    vectors += (table.q_dim + 2 * table.kv_dim) * table.column("qkv_bias")
+    vectors = table.num_attending * (table.column("model_dim") + vectors)
+    vectors += (table.column("num_layers") + 1) * table.column("model_dim")
+    return tables + table.attention_weights + table.ffn_weights + vectors
 
 
 def flops(table: SpecTable, point: Point) -> Int[np.ndarray, " n"]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from flash.arch import ArchSpec, Attention
 from flash.lowering.form import AttentionHalf, FfnHalf, Head, load_custom_ops
 from flash.lowering.lower import export_form, serialise
-from flash.lowering.noise import quiet
 from flash.lowering.position import Position
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
+from flash.noise import quiet
 
 
 class BlockKind(Enum):
@@ -73,6 +73,7 @@ class Block:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             qk_norm=spec.qk_norm,
+            qkv_bias=spec.qkv_bias,
             sliding_window=spec.sliding_window if sliding else 1,
         )
         return cls(kind, attention)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
 from flash.lowering.cache import attention_of
-from flash.lowering.noise import quiet
 from flash.lowering.position import Place, Position
 from flash.lowering.settings import LoweringSettings
 from flash.model import Decoder
 from flash.model.decoder import FeedForward, Layer, RMSNorm, SelfAttention
+from flash.noise import quiet
 
 
 def load_custom_ops() -> None:
@@ -35,9 +35,11 @@ def _share(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach(), requires_grad=False)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = _share(weight)
+    if bias is not None:
+        linear.bias = _share(bias)
     return linear
 
 
@@ -73,9 +75,9 @@ class AttentionHalf(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = Norm(norm)
-        self.q_proj = _linear(attention.q_proj.weight)
-        self.k_proj = _linear(attention.k_proj.weight)
-        self.v_proj = _linear(attention.v_proj.weight)
+        self.q_proj = _linear(attention.q_proj.weight, attention.q_proj.bias)
+        self.k_proj = _linear(attention.k_proj.weight, attention.k_proj.bias)
+        self.v_proj = _linear(attention.v_proj.weight, attention.v_proj.bias)
         self.o_proj = _linear(attention.o_proj.weight)
         self.q_norm = _head_norm(attention.q_norm)
         self.k_norm = _head_norm(attention.k_norm)

@@ -19,9 +19,9 @@ from flash.arch import CacheFormat, Quantization
 from flash.errors import require
 from flash.lowering.form import load_custom_ops
 from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
-from flash.lowering.noise import quiet
 from flash.lowering.settings import LoweringSettings
 from flash.model import Decoder
+from flash.noise import quiet
 
 log = logging.getLogger(__name__)
 

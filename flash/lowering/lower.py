@@ -17,10 +17,10 @@ from flash.errors import require
 from flash.files import atomic_write
 from flash.lowering.fast import short_passes
 from flash.lowering.form import Form
-from flash.lowering.noise import quiet
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model import Decoder
+from flash.noise import quiet
 
 log = logging.getLogger(__name__)
 

@@ -78,7 +78,7 @@ class Position(nn.Module):
     def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
         super().__init__()
         slots = torch.arange(settings.max_context)
-        cos, sin = rotary_table(slots, spec.head_dim, spec.rope_theta)
+        cos, sin = rotary_table(slots, spec)
         half = spec.head_dim // 2
         self.register_buffer("cos", cos[:, None, :half].clone(), persistent=False)
         self.register_buffer("sin", sin[:, None, :half].clone(), persistent=False)

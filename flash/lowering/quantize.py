@@ -2,10 +2,10 @@
 
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from flash.arch import GROUP, Quantization
+from flash.arch import Quantization
+from flash.model.quantization import embedding_recipe, linear_recipe
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -16,18 +16,11 @@ PART = 2**18
 def quantize(form: Module, quantization: Quantization) -> Module:
     """Quantise `form` in place and return it.
 
-    int8da4w (Sec. 4.1): every linear, the head included, gets 4-bit weights in groups of 32 and
-    dynamic 8-bit activations, which XNNPACK runs as one kernel; the embedding gets 4-bit rows.
+    int8da4w is the recipe of flash.model.quantization; XNNPACK runs such a linear as one kernel.
     """
     if quantization is Quantization.fp32:
         return form
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
-
-    group = PerGroup(GROUP)
-    int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]  missing in torch's stubs
-    linear = Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=group)
-    embedding = IntxWeightOnlyConfig(weight_dtype=int4, granularity=group)
+    linear, embedding = linear_recipe(), embedding_recipe()
     for module in form.modules():
         if isinstance(module, nn.Linear):
             _quantize_rows(module, linear)

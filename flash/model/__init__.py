@@ -1,36 +1,32 @@
 """The decoder, its losses, and Hugging Face checkpoints."""
 
 from flash.model.backbone import Backbone, BackboneSettings
-from flash.model.checkpoint import (
-    build,
-    from_config,
-    load,
-    open_weights,
-    read_spec,
-    save,
-    state_to_save,
-    to_config,
-    weights_file,
-)
+from flash.model.checkpoint import build, expected_shapes, load, save, state_to_save
 from flash.model.decoder import Decoder, LayerCache, generate
+from flash.model.families import from_config, to_config
 from flash.model.losses import cross_entropy, distillation, over_chunks
+from flash.model.quantization import fake_quantize, head_operands
+from flash.model.weights import Weights, read_spec, weight_files
 
 __all__ = [
     "Backbone",
     "BackboneSettings",
     "Decoder",
     "LayerCache",
+    "Weights",
     "build",
     "cross_entropy",
     "distillation",
+    "expected_shapes",
+    "fake_quantize",
     "from_config",
     "generate",
+    "head_operands",
     "load",
-    "open_weights",
     "over_chunks",
     "read_spec",
     "save",
     "state_to_save",
     "to_config",
-    "weights_file",
+    "weight_files",
 ]

@@ -6,8 +6,10 @@ from typing import Any
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
-from flash.model.checkpoint import load, open_weights, read_spec
+from flash.model import hub
+from flash.model.checkpoint import expected_shapes, load
 from flash.model.decoder import Decoder
+from flash.model.weights import Weights, read_spec
 
 
 @dataclass(kw_only=True)
@@ -16,7 +18,8 @@ class BackboneSettings:
 
     name: str
     weights: str | None = None
-    """Hugging Face folder (config.json, model.safetensors, tokenizer.json); null: random."""
+    """Hugging Face folder (config.json, safetensors, tokenizer.json), or a model's name on the hub,
+    `owner/model` or `owner/model@revision`; null: random."""
     arch: dict[str, Any] | None = None
     """Architecture when there are no weights to read it from."""
 
@@ -29,34 +32,50 @@ class Backbone:
         name: Name of the setting.
         spec: Its architecture.
         folder: Where its weights are; None when they are random.
+        hub_name: Its name on the hub if it comes from there: `fetch` before weights are read.
     """
 
     name: str
     spec: ArchSpec
     folder: Path | None
+    hub_name: str | None = None
 
     @classmethod
     def open(cls, settings: BackboneSettings) -> "Backbone":
-        """Check the settings and the files' headers, without loading weights.
+        """Check the settings and the files' headers, without loading (or downloading) weights.
 
         Raises:
-            InputError: Neither weights nor arch, or a folder that cannot be used.
+            InputError: Neither weights nor arch, or a folder or model that cannot be used.
         """
-        if settings.weights is None:
+        weights = settings.weights
+        if weights is None:
             if settings.arch is None:
                 raise InputError(
                     f"backbone.weights=null: expected a folder or backbone.arch for "
                     f"backbone={settings.name}; set one"
                 )
             return cls(settings.name, ArchSpec.from_dict(settings.arch), None)
-        folder = Path(settings.weights)
-        if not folder.is_dir():
+        folder = Path(weights)
+        if folder.is_dir():
+            return cls(settings.name, _checked(folder), folder)
+        if not hub.is_name(weights):
             raise InputError(
-                f"backbone.weights={settings.weights}: expected a Hugging Face folder, found none"
+                f"backbone.weights={weights}: expected a Hugging Face folder, or owner/model on "
+                "the hub; found none"
             )
-        spec = read_spec(folder)
-        with open_weights(folder):
-            return cls(settings.name, spec, folder)
+        folder = hub.fetch(weights, hub.SMALL, "backbone.weights")
+        return cls(settings.name, read_spec(folder), folder, weights)
+
+    def fetch(self) -> None:
+        """Have the weights on this machine: call it once all else is known to be right.
+
+        Raises:
+            InputError: They cannot be downloaded, or are not what config.json says.
+        """
+        if self.hub_name is not None and self.folder is not None:
+            patterns = [*hub.SMALL, *hub.WEIGHTS]
+            hub.fetch(self.hub_name, patterns, "backbone.weights")
+            _checked(self.folder)
 
     @property
     def tokenizer(self) -> Path | None:
@@ -76,3 +95,10 @@ class Backbone:
                 f"backbone={self.name}; this needs them"
             )
         return load(self.folder)
+
+
+def _checked(folder: Path) -> ArchSpec:
+    """The architecture of a folder whose files have the tensors that it needs."""
+    weights = Weights(folder)
+    weights.check(expected_shapes(weights.spec))
+    return weights.spec

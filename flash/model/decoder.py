@@ -7,14 +7,18 @@ front of it, only its FFN (arXiv:2603.15954, Sec. 3.2).
 Shapes: b batch, s sequence, h heads, d head size, c channels (d_model).
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from flash.arch import ArchSpec, Attention
+from flash.arch import ArchSpec, Attention, RopeKind
+from flash.model.attention import Mask, Reach, attend
 
 
 class RMSNorm(nn.Module):
@@ -29,12 +33,27 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+def rotary_frequencies(spec: ArchSpec) -> Float[Tensor, " half"]:
+    """Radians a position turns each pair of head channels by, fast ones first, float32."""
+    frequencies = 1 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2).float() / spec.head_dim)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling.factor
+    if scaling.kind is RopeKind.linear:
+        return slow
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * slow
+
+
 def rotary_table(
-    positions: Int[Tensor, " s"], head_dim: int, theta: float
+    positions: Int[Tensor, " s"], spec: ArchSpec
 ) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d"]]:
     """Cosines and sines of the rotary embedding at `positions`, float32, halves repeated."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] / theta**exponents
+    frequencies = rotary_frequencies(spec).to(positions.device)
+    angles = positions.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -45,13 +64,6 @@ def rotate(
     """Rotary embedding in the "rotate half" layout of transformers' checkpoints."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
-def visible(queries: Int[Tensor, " s"], keys: Int[Tensor, " k"], window: int | None) -> Tensor:
-    """Mask `(s, k)`, true where a query position may see a key position."""
-    distance = queries[:, None] - keys[None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
 
 
 @dataclass
@@ -71,9 +83,9 @@ class SelfAttention(nn.Module):
         self.head_dim = spec.head_dim
         self.window = spec.sliding_window if kind is Attention.sliding_attention else None
         q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.model_dim, q_dim, bias=False)
-        self.k_proj = nn.Linear(spec.model_dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(spec.model_dim, kv_dim, bias=False)
+        self.q_proj = nn.Linear(spec.model_dim, q_dim, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.model_dim, kv_dim, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.model_dim, kv_dim, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(q_dim, spec.model_dim, bias=False)
         norm = (lambda: RMSNorm(spec.head_dim, spec.norm_eps)) if spec.qk_norm else nn.Identity
         self.q_norm = norm()
@@ -83,6 +95,7 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Tensor, "b s c"],
         rotary: tuple[Tensor, Tensor],
+        mask: Mask | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Tensor, "b s c"], LayerCache | None]:
         b, s, _ = x.shape
@@ -90,24 +103,11 @@ class SelfAttention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        past = 0
         if cache is not None:
-            past = cache.keys.shape[2]
             k = torch.cat([cache.keys, k], dim=2)
             v = torch.cat([cache.values, v], dim=2)
             cache = LayerCache(k, v)
-        mask = None
-        if self.window is not None or past > 0:
-            positions = torch.arange(past + s, device=x.device)
-            mask = visible(positions[past:], positions, self.window)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        out = attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), cache
 
 
@@ -140,10 +140,11 @@ class Layer(nn.Module):
         self,
         x: Float[Tensor, "b s c"],
         rotary: tuple[Tensor, Tensor],
+        mask: Mask | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Tensor, "b s c"], LayerCache | None]:
         if self.kind is not Attention.skip_attention:
-            out, cache = self.self_attn(self.input_layernorm(x), rotary, cache)
+            out, cache = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
             x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -180,26 +181,45 @@ class Decoder(nn.Module):
     def _initialise(self) -> None:
         residual_std = 0.02 / (2 * self.spec.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else 0.02)
 
     def hidden(
-        self, tokens: Int[Tensor, "b s"], cache: list[LayerCache] | None = None
+        self,
+        tokens: Int[Tensor, "b s"],
+        cache: list[LayerCache] | None = None,
+        documents: Int[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s c"]:
-        """Final-norm output for every position; a `cache` of `empty_cache` is extended in place."""
-        past = cache[0].keys.shape[2] if cache else 0
-        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        cos, sin = rotary_table(positions, self.spec.head_dim, self.spec.rope_theta)
+        """Final-norm output for every position.
+
+        Args:
+            tokens: Token ids.
+            cache: Of `empty_cache`; extended in place.
+            documents: Document of each position, which then sees no other; not with a cache.
+        """
+        past, length = cache[0].keys.shape[2] if cache else 0, tokens.shape[1]
+        positions = torch.arange(past, past + length, device=tokens.device)
+        cos, sin = rotary_table(positions, self.spec)
         x = self.model.embed_tokens(tokens)
         rotary = (cos.to(x.dtype), sin.to(x.dtype))
+        reach = Reach(past, length, documents, tokens.device)
+        layers = cast(Iterable[Layer], self.model.layers)
+        windows = {layer.self_attn.window for layer in layers if layer.kind.attends}
+        masks = {window: reach.mask(window) for window in windows}
         slots = iter(range(len(self.spec.attention_layers)))
-        for layer in self.model.layers:
-            if cache is None or layer.kind is Attention.skip_attention:
+        for layer in layers:
+            if not layer.kind.attends:
                 x, _ = layer(x, rotary)
+                continue
+            mask = masks[layer.self_attn.window]
+            if cache is None:
+                x, _ = layer(x, rotary, mask)
             else:
                 slot = next(slots)
-                x, cache[slot] = layer(x, rotary, cache[slot])
+                x, cache[slot] = layer(x, rotary, mask, cache[slot])
         return self.model.norm(x)
 
     def forward(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flash.errors import InputError
 from flash.files import atomic_write
-from flash.model import Decoder, weights_file
+from flash.model import Decoder, weight_files
 from flash.model.decoder import Layer, RMSNorm
 from flash.progress import progress
 
@@ -75,8 +75,9 @@ class Importance:
 def fingerprint(folder: Path) -> str:
     """Hash of a checkpoint folder's config and weights."""
     hasher = hashlib.sha256((folder / "config.json").read_bytes())
-    with weights_file(folder).open("rb") as file:
-        hasher.update(hashlib.file_digest(file, "sha256").digest())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
     return hasher.hexdigest()[:16]
 
 

@@ -98,6 +98,7 @@ def open_job(settings: SearchJobSettings) -> Job:
     if backbone.folder is None:
         backbone.load()  # says that weights are needed
     assert backbone.folder is not None
+    backbone.fetch()
     runs = Runs(Path(settings.runs))
     inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
     identity = {

@@ -190,6 +190,11 @@ class Inputs:
                 f"data.tokenizer={path}: has {tokenizer.get_vocab_size()} entries: expected at "
                 f"most the backbone's vocabulary of {backbone.spec.vocab_size}"
             )
+        if data.seq_len > backbone.spec.max_context:
+            raise InputError(
+                f"data.seq_len={data.seq_len}: expected at most {backbone.spec.max_context}, the "
+                "longest context of the backbone's rotary embedding"
+            )
         packed = PackedData(
             data, tokenizer, batch_size=recipe.batch_size, seed=seed, cache=runs.tokens
         )
@@ -242,6 +247,7 @@ def train(settings: TrainSettings) -> TrainResult:
             name,
         )
         settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
+    backbone.fetch()
     L.seed_everything(settings.seed, verbose=False)
     runs = Runs(Path(settings.runs))
     inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)

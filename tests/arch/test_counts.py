@@ -75,6 +75,6 @@ def test_weight_bytes_by_hand():
     counts = count_parameters(spec)
     table = 128 * 64
     linear = counts.attention + counts.ffn + table
-    assert weight_bytes(spec, Quantization.fp32) == 4 * (linear + table + counts.norms)
+    assert weight_bytes(spec, Quantization.fp32) == 4 * (linear + table + counts.vectors)
     packed = linear // 2 + linear // 32 * 2 + table // 2 + table // 32 * 5
-    assert weight_bytes(spec, Quantization.int8da4w) == packed + 4 * counts.norms
+    assert weight_bytes(spec, Quantization.int8da4w) == packed + 4 * counts.vectors

@@ -257,6 +257,7 @@ def test_power_law_is_exact_for_a_power_law():
 def test_counts_of_a_table_are_those_of_the_specs(counted, count):
     specs = SPACE.stratified(np.random.default_rng(0), 50)
     specs += [spec.replace(tie_embeddings=False, qk_norm=False) for spec in specs[:5]]
+    specs += [spec.replace(qkv_bias=True) for spec in specs[5:9]]
     assert counted(SpecTable.of(specs)).tolist() == [count(spec) for spec in specs]
 
 

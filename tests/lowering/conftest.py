@@ -8,7 +8,7 @@ from flash.lowering import LoweringSettings
 from flash.model import Decoder
 
 
-def toy_model(pattern: str, qk_norm: bool = True) -> Decoder:
+def toy_model(pattern: str, qk_norm: bool = True, **changes) -> Decoder:
     torch.manual_seed(0)
     spec = ArchSpec(
         model_dim=64,
@@ -20,12 +20,16 @@ def toy_model(pattern: str, qk_norm: bool = True) -> Decoder:
         vocab_size=96,
         sliding_window=10,
         qk_norm=qk_norm,
+        **changes,
     )
     model = Decoder(spec).eval()
     with torch.no_grad():  # larger weights than at the start of training: logits that differ
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero at the start of training
+                parameter.normal_()
     return model
 
 

@@ -17,8 +17,9 @@ def test_fp32_program_equals_the_decoder(toy, settings, text, pattern):
 
 
 def test_quantised_program_equals_its_eager_form(toy, settings, text):
-    # The sliding layer also covers the additive mask.
-    report = check_parity(toy("S-"), settings(), text, SHORT)
+    # The sliding layer also covers the additive mask; biases stay beside quantised weights.
+    model = toy("S-", qkv_bias=True)
+    report = check_parity(model, settings(), text, SHORT)
     quantized, exported, runtime = report.stages
     assert report.passed, report
     assert quantized.kl > 0

@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 
+from flash.arch import RopeKind, RopeScaling
 from flash.errors import InputError
 from flash.lowering import LoweringSettings, lower, write
 from flash.lowering.form import Form
@@ -28,6 +29,20 @@ def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm
         torch.testing.assert_close(
             last_logits(form, text, chunks)[0], expected[19], atol=2e-6, rtol=1e-5
         )
+
+
+LLAMA3 = RopeScaling(kind=RopeKind.llama3, factor=8.0, original_context=16)
+
+
+@torch.no_grad()
+def test_form_has_the_biases_and_the_scaled_rotary_embedding(toy, settings, text):
+    model = toy("FS", False, qkv_bias=True, rope_scaling=LLAMA3)
+    plain = toy("FS", False)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    expected = model(text[None, :20])[0, -1]
+    assert (plain(text[None, :20])[0, -1] - expected).abs().max() > 0.01
+    out = last_logits(Form(model, settings("fp32")), text, [9, 7, 1, 1, 1, 1])
+    torch.testing.assert_close(out[0], expected, atol=2e-6, rtol=1e-5)
 
 
 @torch.no_grad()

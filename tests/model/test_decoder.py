@@ -157,10 +157,7 @@ def _broken(folder: Path, change: dict) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma3"}, "model_type=gemma3: expected one of llama, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act=gelu: expected silu"),
-        ({"attention_bias": True}, "attention_bias=True: expected False"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type=llama3: expected default"),
+        ({"model_type": "gemma3"}, "model_type=gemma3: expected one of llama"),
         ({"hidden_size": ...}, "hidden_size: missing"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
     ],

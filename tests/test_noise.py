@@ -3,13 +3,13 @@ import subprocess
 import sys
 import threading
 
-from flash.lowering.noise import is_noise, quiet
+from flash.noise import is_noise, quiet
 
 
 def test_only_known_lines_are_dropped():
     code = (
         "import os\n"
-        "from flash.lowering.noise import quiet\n"
+        "from flash.noise import quiet\n"
         "with quiet():\n"
         "    os.write(2, b'[cpuinfo_utils.cpp:71] Reading file\\nreal trouble\\n')\n"
         "    with quiet():\n"

@@ -1,0 +1,61 @@
+"""The quantisation recipe (Sec. 4.1): one definition for lowering and for training aware of it.
+
+Every linear, the head included, gets 4-bit weights in groups of 32 and dynamic 8-bit activations a
+token; the embedding gets 4-bit rows in the same groups.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flash.arch import GROUP
+from flash.model.decoder import Decoder
+from flash.noise import quiet
+
+
+def linear_recipe() -> Any:
+    """Torchao's config of a linear."""
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig
+    from torchao.quantization.granularity import PerGroup
+
+    int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]  missing in torch's stubs
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=int4, weight_granularity=PerGroup(GROUP)
+    )
+
+
+def embedding_recipe() -> Any:
+    """Torchao's config of an embedding."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(GROUP))
+
+
+def fake_quantize(model: Decoder) -> None:
+    """Have `model` compute, in float, what it will compute once it is quantised.
+
+    Weights and activations are rounded in the forward pass and gradients pass as if they were not.
+    Names of parameters stay, and tied ones stay one.
+    """
+    with quiet():
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import QATConfig
+
+        kinds = ((nn.Linear, linear_recipe()), (nn.Embedding, embedding_recipe()))
+        for kind, recipe in kinds:
+            chosen = lambda module, name, kind=kind: isinstance(module, kind)  # noqa: E731
+            quantize_(model, QATConfig(recipe, step="prepare"), filter_fn=chosen)
+
+
+def head_operands(
+    model: Decoder, hidden: Float[Tensor, "n c"]
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "vocab c"]]:
+    """The two factors of the logits: rounded where `model` is fake-quantised, else as they are."""
+    head: Any = model.lm_head
+    if not hasattr(head, "weight_fake_quantizer"):
+        return hidden, head.weight
+    return head.activation_fake_quantizer(hidden), head.weight_fake_quantizer(head.weight)

@@ -1,0 +1,199 @@
+"""The safetensors of a Hugging Face folder: one file or shards, mapped, read a slice at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flash.arch import ArchSpec
+from flash.errors import InputError
+from flash.model.families import family_of, from_config
+
+CHUNK_BYTES = 32 * 2**20
+"""Most of a tensor that is mapped at a time."""
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        InputError: There is none, or it is damaged.
+    """
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); copy the file again") from error
+
+
+def read_spec(folder: Path) -> ArchSpec:
+    """The architecture of a checkpoint folder.
+
+    Raises:
+        InputError: No readable config.json, or one that cannot be expressed.
+    """
+    return from_config(read_config(folder), str(folder / "config.json"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: model.safetensors, or the shards that its index lists.
+
+    Raises:
+        InputError: There are none, or a shard is missing.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() or not index.is_file():
+        paths = [single]
+    else:
+        mapped = _read_json(index).get("weight_map", {})
+        paths = [folder / name for name in sorted(set(mapped.values()))]
+        outside = [path for path in paths if path.parent != folder]
+        if outside or not paths:
+            raise InputError(f"{index}: weight_map: expected files beside it; copy it again")
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; only safetensors weights are read")
+    return paths
+
+
+class Weights:
+    """The tensors of a checkpoint folder under our names, whatever family wrote it.
+
+    Opening reads headers only. `read` copies what it is asked for and no more.
+
+    Attributes:
+        folder: The folder.
+        spec: Architecture that its config.json describes.
+
+    Raises:
+        InputError: A file is missing or damaged, or the config cannot be expressed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = read_config(folder)
+        self.spec = from_config(config, str(folder / "config.json"))
+        self._family = family_of(config, str(folder))
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        self._files[name] = path
+                        self._shapes[name] = tuple(file.get_slice(name).get_shape())
+            except SafetensorError as error:
+                raise InputError(f"{path}: damaged ({error}); copy the file again") from error
+
+    def check(self, shapes: dict[str, torch.Size]) -> None:
+        """See that the folder has our tensors `shapes`, and nothing else.
+
+        Raises:
+            InputError: A tensor is missing, left over, or of another shape.
+        """
+        sources = set()
+        for name, shape in shapes.items():
+            source = self._family.source(name)
+            if source is None:
+                continue
+            sources.add(source)
+            if source not in self._files:
+                raise InputError(
+                    f"{self.folder}: tensor {source} is missing; expected shape {tuple(shape)}"
+                )
+            if self._shapes[source] != tuple(shape):
+                raise InputError(
+                    f"{self.folder}: tensor {source} has shape {self._shapes[source]}: expected "
+                    f"{tuple(shape)} for arch {self.spec}"
+                )
+        # Some files hold a tied head a second time, older ones a table of rotary frequencies.
+        known = sources | {"lm_head.weight"}
+        left_over = [n for n in self._files if n not in known and not n.endswith("inv_freq")]
+        if left_over:
+            raise InputError(
+                f"{self._files[left_over[0]]}: tensor {left_over[0]} does not belong to arch "
+                f"{self.spec}"
+            )
+
+    def read(
+        self,
+        name: str,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Our tensor `name`, or the chosen rows and columns of it, copied chunk by chunk.
+
+        Args:
+            name: Our name.
+            rows: Ascending indices of rows to keep; None keeps all.
+            columns: Indices of columns to keep; None keeps all.
+            dtype: To convert to; None leaves the stored one.
+
+        Raises:
+            InputError: The tensor cannot be read.
+        """
+        source = self._family.source(name)
+        if source is None:
+            return torch.ones(self.spec.head_dim, dtype=dtype or self._stored_dtype())
+        try:
+            out = self._gather(source, rows, columns, dtype)
+        except SafetensorError as error:
+            path = self._files[source]
+            raise InputError(f"{path}: tensor {source} cannot be read ({error})") from error
+        order = self._family.row_order(name, self.spec)
+        if order is None:
+            return out
+        assert rows is None  # heads are kept whole
+        return out[order]
+
+    def _stored_dtype(self) -> torch.dtype:
+        name = next(iter(self._files))
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_slice(name)[:1].dtype
+
+    def _gather(
+        self, source: str, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        shape = list(self._shapes[source])
+        shape[0] = shape[0] if rows is None else len(rows)
+        if columns is not None:
+            shape[1] = len(columns)
+        out: Tensor | None = None
+        filled = 0
+        for start, chunk in self._chunks(source):
+            if rows is not None:
+                inside = rows[(rows >= start) & (rows < start + chunk.shape[0])] - start
+                chunk = chunk.index_select(0, inside)
+            if columns is not None:
+                chunk = chunk.index_select(1, columns)
+            if out is None:
+                out = torch.empty(shape, dtype=dtype or chunk.dtype)
+            out[filled : filled + chunk.shape[0]] = chunk
+            filled += chunk.shape[0]
+        assert out is not None
+        assert filled == shape[0]
+        return out
+
+    def _chunks(self, source: str) -> Iterator[tuple[int, Tensor]]:
+        """Row ranges of a tensor, each mapped alone: pages of one are released before the next.
+
+        A mapped page counts as resident memory for as long as its mapping lives, so one mapping for
+        a whole file would make the peak the size of the backbone.
+        """
+        rows, *rest = self._shapes[source]
+        row_bytes = 4 * (rest[0] if rest else 1)
+        step = max(1, CHUNK_BYTES // row_bytes)
+        for start in range(0, rows, step):
+            with safe_open(self._files[source], framework="pt") as file:
+                yield start, file.get_slice(source)[start : start + step]

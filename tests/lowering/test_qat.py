@@ -1,0 +1,47 @@
+"""What training aware of quantisation sees is what the program computes."""
+
+import torch
+
+from flash.lowering import GateSettings, check_parity
+from flash.lowering.lower import quantized_form
+from flash.model.quantization import fake_quantize, head_operands
+from tests.lowering.test_lower import last_logits
+
+
+@torch.no_grad()
+def test_a_fake_quantised_decoder_has_the_weights_and_logits_of_the_quantised_form(
+    toy, settings, text
+):
+    model = toy("FS", qkv_bias=True)
+    exact = model(text[None, :20])[0, -1]
+    form = quantized_form(model, settings())
+    fake_quantize(model)
+    fake = model(text[None, :20])[0, -1]
+    rounding = (fake - exact).abs().max()
+    _, weight = head_operands(model, exact[None, :64])
+    assert torch.equal(weight, form.head.lm_head.weight.dequantize())
+    # What is left is the order of sums in the attention kernel, which may tip an activation.
+    assert (last_logits(form, text, [20])[0] - fake).abs().max() < 0.05 * rounding
+
+
+def test_the_program_of_a_fake_quantised_decoder_agrees_with_it(toy, settings, text):
+    model = toy("F-")
+    fake_quantize(model)
+    # Against this decoder, quantising changes nothing any more; against the float one it does.
+    gate = GateSettings(prefill_tokens=24, decode_tokens=8)
+    report, before = (check_parity(each, settings(), text, gate) for each in (model, toy("F-")))
+    quantized, exported, runtime = report.stages
+    assert report.passed, report
+    assert quantized.kl < 0.01 * before.stages[0].kl
+    assert runtime.kl < 0.1 * before.stages[0].kl
+
+
+def test_gradients_pass_through_the_rounding_and_the_tied_weight_stays_one(toy):
+    model = toy("F-")
+    names = [name for name, _ in model.named_parameters()]
+    fake_quantize(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokens = torch.randint(0, 96, (2, 9))
+    model(tokens).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

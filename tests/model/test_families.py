@@ -1,0 +1,249 @@
+"""Every family against transformers on random weights: both directions, and through pruning."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
+from flash.errors import InputError
+from flash.model import (
+    Backbone,
+    BackboneSettings,
+    Decoder,
+    build,
+    from_config,
+    load,
+    read_spec,
+    save,
+    state_to_save,
+    to_config,
+)
+from flash.model.attention import Reach, attend
+from flash.prune import Importance, prune, score
+from tests.model.test_decoder import COMMON, assert_same_logits
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CONFIGS = {
+    "llama": {"model_type": "llama"},
+    "llama-3.1": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+    },
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3-windows": {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "mobilellm-pro": {
+        "model_type": "llama4_text",
+        "intermediate_size_mlp": 96,
+        "intermediate_size": 128,
+        "moe_layers": [],
+        "no_rope_layers": [1, 1, 1],
+        "attention_chunk_size": 32,
+    },
+    "mobilellm-r1": {
+        "model_type": "llama4_text",
+        "intermediate_size_mlp": 96,
+        "moe_layers": [],
+        "no_rope_layers": [1, 1, 1],
+        "layer_types": ["full_attention"] * 3,
+        "use_qk_norm": False,
+    },
+}
+
+PLAIN = ArchSpec(
+    model_dim=64,
+    ffn_dim=96,
+    layer_types=parse_pattern("FFFF"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=97,
+    qk_norm=False,
+)
+
+
+def their_model(name: str, tied: bool) -> nn.Module:
+    """A model of transformers' with random weights, biases and gains included."""
+    torch.manual_seed(0)
+    config = {**COMMON, "tie_word_embeddings": tied, **CONFIGS[name]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("norm.weight"):  # ones would hide a norm that is left out
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif parameter_name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_their_checkpoint_and_ours_again_give_the_same_logits(name, tied, tmp_path):
+    theirs = their_model(name, tied)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    tokens = torch.randint(0, 97, (2, 30))
+    expected = theirs(tokens).logits
+    assert_same_logits(ours(tokens), expected)
+    save(tmp_path / "ours", ours.spec, state_to_save(ours, torch.float32))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert_same_logits(again(tokens).logits, expected)
+    assert read_spec(tmp_path / "ours") == ours.spec
+
+
+def scores(folder: Path) -> Importance:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 97, (2, 12), generator=generator)
+    return score(load(folder), [tokens], "x")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_pruned_checkpoint_runs_in_their_class(name, tmp_path):
+    their_model(name, True).save_pretrained(tmp_path / "theirs")
+    whole = read_spec(tmp_path / "theirs")
+    spec = whole.replace(model_dim=32, ffn_dim=64, layer_types=whole.layer_types[:2])
+    weights = prune(tmp_path / "theirs", scores(tmp_path / "theirs"), spec)
+    ours = build(spec, weights)
+    save(tmp_path / "pruned", spec, weights)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    tokens = torch.randint(0, 97, (2, 30))
+    assert_same_logits(ours(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "mobilellm-pro", "qwen2"])
+def test_shards_are_one_file_in_parts(name, tmp_path):
+    model = their_model(name, False)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    one, many = load(tmp_path / "one").state_dict(), load(tmp_path / "many").state_dict()
+    for key, tensor in one.items():
+        assert torch.equal(tensor, many[key]), key
+    pruned = [
+        prune(
+            tmp_path / folder,
+            scores(tmp_path / folder),
+            read_spec(tmp_path / folder).replace(ffn_dim=32),
+        )
+        for folder in ("one", "many")
+    ]
+    for key, tensor in pruned[0].items():
+        assert torch.equal(tensor, pruned[1][key]), key
+
+
+def test_a_missing_or_damaged_shard_is_named(tmp_path):
+    their_model("llama", False).save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name}: no such file"):
+        load(tmp_path)
+    shard.write_bytes(content[:-100])
+    with pytest.raises(InputError, match=f"{shard.name}: damaged"):
+        load(tmp_path)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
+    their_model("llama", False).save_pretrained(tmp_path, max_shard_size="60KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="expected files beside it"):
+        load(tmp_path)
+
+
+@torch.no_grad()
+def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path):
+    their_model("qwen2", True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.self_attn.k_proj.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    settings = BackboneSettings(name="x", weights=str(tmp_path))
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.k_proj\.bias is missing"):
+        Backbone.open(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma3_text"}, "gemma3_text: expected one of .*four norms"),
+        ({"model_type": "mamba"}, "model_type=mamba: expected one of llama, qwen3, qwen2, llama4"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu: expected silu"),
+        ({"attention_bias": True}, "attention_bias=True: expected False"),
+        ({"mlp_bias": True}, "mlp_bias=True: expected False"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "rope_type=yarn: expected one of default, linear",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "factor: missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: expected a number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0"),
+        ({"model_type": "llama4_text"}, "moe_layers=.*expected"),
+        ({"model_type": "llama4_text", "moe_layers": []}, "no_rope_layers=.*expected rotary"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_with_the_reason(change, message):
+    config = {**to_config(PLAIN), **change}
+    with pytest.raises(InputError, match=message):
+        from_config(config)
+
+
+def test_rope_scaling_and_biases_round_trip_and_change_no_older_dictionary():
+    scaling = RopeScaling(kind=RopeKind.llama3, factor=32.0)
+    spec = PLAIN.replace(qkv_bias=True, rope_scaling=scaling)
+    assert ArchSpec.from_json(spec.to_json()) == spec
+    assert {"qkv_bias", "rope_scaling"} & set(PLAIN.to_dict()) == set()
+    with pytest.raises(InputError, match="rope_scaling.factr: unknown key"):
+        PLAIN.replace(rope_scaling={"kind": "linear", "factr": 2.0})
+
+
+@torch.no_grad()
+def test_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    for pattern in ("FF", "FS", "S-"):
+        model = Decoder(PLAIN.replace(layer_types=parse_pattern(pattern), sliding_window=3))
+        tokens = torch.randint(0, 97, (2, 12))
+        documents = torch.tensor([[0] * 5 + [1] * 7, [4] * 12])
+        joined = model.hidden(tokens, documents=documents)
+        # Rotary embeddings are relative: a document's place in the window does not matter.
+        torch.testing.assert_close(joined[:1, 5:], model.hidden(tokens[:1, 5:]))
+        torch.testing.assert_close(joined[1:], model.hidden(tokens[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_block_masks_are_the_same_masks():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    documents = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
+    for window, docs in ((7, None), (None, documents), (7, documents)):
+        reach = Reach(0, 40, docs, torch.device("cpu"))
+        dense, blocks = attend(q, k, v, reach.mask(window)), attend(q, k, v, reach.blocks(window))
+        torch.testing.assert_close(dense, blocks, rtol=1e-5, atol=1e-5)
