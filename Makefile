@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types slow report clean
+.PHONY: demo test lint types cluster slow report clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -30,6 +30,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/basedpyright
+
+# Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
+cluster: $(READY)
+	$(BIN)/python -m pytest -m slow -rs tests/search/test_slurm.py tests/search/test_workers.py
 
 # Longer tests: real searches, real lowering of larger models.
 slow: $(READY)
