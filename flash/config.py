@@ -30,22 +30,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from flash import slurm
+from flash.data.prepare import PrepareSettings
 from flash.device import DeviceError
 from flash.errors import CheckFailed, InputError, nearest
 from flash.evaluation import ExportSettings
 from flash.runs import Runs
 from flash.search.job import SearchJobSettings
+from flash.training.parallel import is_main_process
 from flash.training.run import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 log = logging.getLogger(__name__)
 
 
-Settings = TypeVar("Settings", TrainSettings, SearchJobSettings, ExportSettings)
+Settings = TypeVar("Settings", TrainSettings, SearchJobSettings, ExportSettings, PrepareSettings)
 _ROOTS: dict[type, str] = {
     TrainSettings: "train",
     SearchJobSettings: "search",
     ExportSettings: "export",
+    PrepareSettings: "prepare",
 }
 
 
@@ -138,6 +141,8 @@ def explain(error: BaseException, schema: type) -> str:
         return str(wrapped)
     *path, last = key.split(".")
     owner = schema_at(schema, path)
+    if not path and isinstance(cause.object_type, type):  # in a list: it says no more than the key
+        owner = cause.object_type if dataclasses.is_dataclass(cause.object_type) else owner
     fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
     if fields and last not in fields:
         return f"{key}: unknown key; {nearest(last, fields)}"
@@ -255,5 +260,6 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
 
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    if is_main_process():  # the others of a run have found the same
+        print(f"error: {message}", file=sys.stderr)
     raise slurm.Stop(message, code)

@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from flash.config import (
     CONF,
     ExportSettings,
+    PrepareSettings,
     SearchJobSettings,
     TrainSettings,
     entry,
@@ -18,7 +19,18 @@ from flash.config import (
     register,
 )
 
-ROOTS = {"train": TrainSettings, "search": SearchJobSettings, "export": ExportSettings}
+ROOTS = {
+    "train": TrainSettings,
+    "search": SearchJobSettings,
+    "export": ExportSettings,
+    "prepare": PrepareSettings,
+}
+NEEDS = {
+    "data=folder": ["data.path=x"],
+    "data=shards": ["data.path=x"],
+    "data=files": ["data.parts=[{path: x}]"],
+}
+"""What an option leaves to the user."""
 
 
 @pytest.fixture
@@ -59,14 +71,13 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
             defaults = yaml.safe_load((CONF / f"{script}.yaml").read_text())["defaults"]
             known = {key for entry in defaults if isinstance(entry, dict) for key in entry}
             override = f"{group}={path.stem}"
-            if group == "arch" and script != "search":
+            if group == "arch" and script in {"train", "export"}:
                 override = f"+{override}"
             elif group == "experiment" and script == "train":
                 pass
             elif group not in known:
                 continue
-            extra = ["data.path=x"] if path.stem == "folder" else []
-            settings = load(compose(script, [override, *extra]), schema)
+            settings = load(compose(script, [override, *NEEDS.get(override, [])]), schema)
             reached = True
             if group not in {"arch", "experiment"}:
                 node = getattr(settings, group)

@@ -1,8 +1,11 @@
 """Corpora, tokenizers, packed sequences, and the data module."""
 
-from flash.data.corpus import DataSettings, Document, Source, find_documents, read_text
+from flash.data.batch import Batch, collate
+from flash.data.corpus import Document, find_documents, read_text
 from flash.data.module import PackedData, find_tokenizer
-from flash.data.packed import PackedSequences, ResumableBatches, TokenStreams, tokenize
+from flash.data.order import ResumableBatches, Share
+from flash.data.packed import PackedSequences, TokenStreams, tokenize
+from flash.data.settings import DataSettings, Format, PartSettings, Source, Unit
 from flash.data.tokenizer import (
     END_OF_TEXT,
     end_of_text_id,
@@ -13,13 +16,19 @@ from flash.data.tokenizer import (
 
 __all__ = [
     "END_OF_TEXT",
+    "Batch",
     "DataSettings",
     "Document",
+    "Format",
     "PackedData",
     "PackedSequences",
+    "PartSettings",
     "ResumableBatches",
+    "Share",
     "Source",
     "TokenStreams",
+    "Unit",
+    "collate",
     "end_of_text_id",
     "find_documents",
     "find_tokenizer",

@@ -3,63 +3,10 @@
 import hashlib
 import sysconfig
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
-from flash.errors import InputError, require
-
-
-class Source(Enum):
-    """Where a corpus comes from."""
-
-    stdlib = "stdlib"
-    """The sources of Python's standard library, which every machine has."""
-    folder = "folder"
-    """Text files below `data.path`."""
-
-
-@dataclass(kw_only=True)
-class DataSettings:
-    """Config group `data`."""
-
-    name: str
-    source: Source = Source.stdlib
-    path: str | None = None
-    """Folder of the corpus; only for `source: folder`."""
-    pattern: str = "*.py"
-    """Files that belong to the corpus, matched below the folder at any depth."""
-    heldout_percent: int = 5
-    """Share of the files kept out of training and calibration, by a hash of their path [%]."""
-    seq_len: int = 512
-    """Tokens a sequence."""
-    tokenizer: str | None = None
-    """A tokenizer.json; by default the backbone's own."""
-    bpe_vocab_size: int = 2048
-    """Entries of the tokenizer that is trained on the corpus when the backbone has none."""
-    heldout_sequences: int = 48
-    """Sequences that the held-out loss is computed on; 0 takes all of them."""
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.heldout_percent < 100,
-            "data.heldout_percent",
-            self.heldout_percent,
-            "a whole number from 1 to 99",
-        )
-        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "2 or more tokens")
-        require(
-            self.bpe_vocab_size >= 300, "data.bpe_vocab_size", self.bpe_vocab_size, "300 or more"
-        )
-        require(
-            self.heldout_sequences >= 0,
-            "data.heldout_sequences",
-            self.heldout_sequences,
-            "0 (all) or more",
-        )
-        if self.source is Source.folder and self.path is None:
-            raise InputError("data.path=null: expected a folder for data.source=folder; set it")
-        if self.source is Source.stdlib and self.path is not None:
-            raise InputError(f"data.path={self.path}: has no effect with data.source=stdlib")
+from flash.data.settings import DataSettings, Source
+from flash.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from flash.data.corpus import DataSettings, Document, find_documents, read_text
-from flash.data.tokenizer import end_of_text_id, token_bytes
+from flash.data.batch import Batch, document_numbers
+from flash.data.corpus import Document, find_documents, read_text
+from flash.data.settings import DataSettings
+from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
 from flash.files import atomic_write, write_text
 from flash.progress import progress
@@ -26,14 +27,20 @@ class TokenStreams:
     Attributes:
         train: Memory-mapped token ids `(n,)` for training and calibration.
         heldout: The same for the files that are held out.
-        bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
         digest: Hash of all texts and of the tokenizer.
     """
 
     train: np.ndarray
     heldout: np.ndarray
-    bytes_per_token: np.ndarray
     digest: str
+
+
+class TokenArray(Protocol):
+    """A stream of token ids that windows can be cut out of."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: slice, /) -> np.ndarray: ...
 
 
 def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> TokenStreams:
@@ -62,7 +69,7 @@ def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> Token
             )
     # The summary is written last: a folder that has it is complete.
     if not (folder / "summary.json").is_file():
-        dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+        dtype = token_type(tokenizer)
         for split, members in splits.items():
             tokens = _encode([text for _, text in members], tokenizer, dtype, split)
             with atomic_write(folder / f"{split}.npy") as file:
@@ -72,9 +79,13 @@ def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> Token
     return TokenStreams(
         train=np.load(folder / "train.npy", mmap_mode="r"),
         heldout=np.load(folder / "heldout.npy", mmap_mode="r"),
-        bytes_per_token=token_bytes(tokenizer),
         digest=digest,
     )
+
+
+def token_type(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+    """Smallest type that holds every token id."""
+    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type, split: str) -> np.ndarray:
@@ -87,56 +98,32 @@ def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type, split: str) -> 
     return np.concatenate(parts)
 
 
-class PackedSequences(Dataset[Tensor]):
+class PackedSequences(Dataset[Batch]):
     """Consecutive windows of `seq_len + 1` tokens; each predicts its last `seq_len` tokens.
 
     Windows overlap by the one token that is input to one and target to the one before, so every
     token but the first is a target exactly once.
+
+    Args:
+        tokens: The stream `(n,)`.
+        seq_len: Tokens a window predicts.
+        end_of_text: Id that ends documents, to number them by; None leaves them out.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, key: str = "data.seq_len") -> None:
-        self.tokens, self.seq_len = tokens, seq_len
+    def __init__(self, tokens: TokenArray, seq_len: int, *, end_of_text: int | None = None) -> None:
+        self.tokens, self.seq_len, self.end_of_text = tokens, seq_len, end_of_text
         if len(self) == 0:
             raise InputError(
-                f"{key}={seq_len}: expected at most {len(tokens) - 1}, the split's size"
+                f"data.seq_len={seq_len}: expected at most {len(tokens) - 1}, the split's size"
             )
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.seq_len
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Batch:
         start = index * self.seq_len
         window = self.tokens[start : start + self.seq_len + 1]
-        return torch.from_numpy(window.astype(np.int64))
-
-
-class ResumableBatches:
-    """Endless batches of dataset indices; the n-th batch depends on the seed and n alone.
-
-    Each epoch is a permutation of its own and its last, incomplete batch is dropped. A run that is
-    resumed after n batches passes `start=n` and goes on where it stopped, also within an epoch.
-
-    Args:
-        num_sequences: Size of the dataset; at least `batch_size`.
-        batch_size: Sequences a batch.
-        seed: Decides every permutation.
-        start: Batches to skip.
-    """
-
-    def __init__(self, num_sequences: int, batch_size: int, seed: int, start: int = 0) -> None:
-        if num_sequences < batch_size:
-            raise InputError(
-                f"recipe.batch_size={batch_size}: expected at most {num_sequences}, "
-                "the number of sequences in the corpus"
-            )
-        self.num_sequences, self.batch_size = num_sequences, batch_size
-        self.seed, self.start = seed, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.num_sequences // self.batch_size
-        epoch, first = divmod(self.start, per_epoch)
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_sequences)
-            for i in range(first, per_epoch):
-                yield order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
-            epoch, first = epoch + 1, 0
+        tokens = torch.from_numpy(window.astype(np.int64))
+        if self.end_of_text is None:
+            return Batch(tokens)
+        return Batch(tokens, documents=document_numbers(tokens, self.end_of_text))

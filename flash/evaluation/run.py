@@ -133,7 +133,7 @@ def _key(
         "device_settings": plain(settings.device),
         "gate": plain(settings.gate),
         "text": [settings.prompt, settings.new_tokens, settings.perplexity_tokens],
-        "data": [inputs.data.streams.digest, settings.data.heldout_sequences],
+        "data": [inputs.data.digest, settings.data.heldout_sequences],
         "reference": reference.key if reference else None,
     }
     return digest(decisive)
@@ -194,7 +194,7 @@ def _heldout(inputs: Inputs, settings: ExportSettings) -> list[Tensor]:
     length = min(settings.data.seq_len, settings.device.max_context, settings.perplexity_tokens)
     count = max(1, settings.perplexity_tokens // length)
     heldout = inputs.data.heldout_set
-    return [heldout[i][:length] for i in range(min(count, len(heldout)))]
+    return [heldout[i].tokens[:length] for i in range(min(count, len(heldout)))]
 
 
 def _measure(

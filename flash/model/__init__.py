@@ -4,7 +4,13 @@ from flash.model.backbone import Backbone, BackboneSettings
 from flash.model.checkpoint import build, expected_shapes, load, save, state_to_save
 from flash.model.decoder import Decoder, LayerCache, generate
 from flash.model.families import from_config, to_config
-from flash.model.losses import cross_entropy, distillation, over_chunks
+from flash.model.losses import (
+    LossSums,
+    Operands,
+    cross_entropy,
+    distillation,
+    linear_losses,
+)
 from flash.model.quantization import fake_quantize, head_operands
 from flash.model.weights import Weights, read_spec, weight_files
 
@@ -13,6 +19,8 @@ __all__ = [
     "BackboneSettings",
     "Decoder",
     "LayerCache",
+    "LossSums",
+    "Operands",
     "Weights",
     "build",
     "cross_entropy",
@@ -23,7 +31,7 @@ __all__ = [
     "generate",
     "head_operands",
     "load",
-    "over_chunks",
+    "linear_losses",
     "read_spec",
     "save",
     "state_to_save",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flash.arch import ArchSpec, Attention, RopeKind
 from flash.model.attention import Mask, Reach, attend
@@ -169,6 +170,8 @@ class Decoder(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.checkpoint_layers = False
+        """Whether layers keep nothing for the backward pass but their input, and run again."""
         self.model = Transformer(spec)
         # A tied head gets no memory of its own: with 202k tokens that is a gigabyte.
         device = "meta" if spec.tie_embeddings else None
@@ -211,15 +214,16 @@ class Decoder(nn.Module):
         masks = {window: reach.mask(window) for window in windows}
         slots = iter(range(len(self.spec.attention_layers)))
         for layer in layers:
-            if not layer.kind.attends:
-                x, _ = layer(x, rotary)
-                continue
-            mask = masks[layer.self_attn.window]
-            if cache is None:
-                x, _ = layer(x, rotary, mask)
-            else:
+            mask = masks[layer.self_attn.window] if layer.kind.attends else None
+            if cache is not None and layer.kind.attends:
                 slot = next(slots)
                 x, cache[slot] = layer(x, rotary, mask, cache[slot])
+            elif self.checkpoint_layers and torch.is_grad_enabled():
+                x, _ = cast(
+                    tuple[Tensor, None], checkpoint(layer, x, rotary, mask, use_reentrant=False)
+                )
+            else:
+                x, _ = layer(x, rotary, mask)
         return self.model.norm(x)
 
     def forward(

@@ -43,12 +43,12 @@ def fake_quantize(model: Decoder) -> None:
     """
     with quiet():
         from torchao.quantization import quantize_
-        from torchao.quantization.qat import QATConfig
+        from torchao.quantization.qat import QATConfig, QATStep
 
         kinds = ((nn.Linear, linear_recipe()), (nn.Embedding, embedding_recipe()))
         for kind, recipe in kinds:
             chosen = lambda module, name, kind=kind: isinstance(module, kind)  # noqa: E731
-            quantize_(model, QATConfig(recipe, step="prepare"), filter_fn=chosen)
+            quantize_(model, QATConfig(recipe, step=QATStep.PREPARE), filter_fn=chosen)
 
 
 def head_operands(

@@ -26,7 +26,7 @@ from flash.training import (
 )
 from flash.training.curve import MOST_PARTS
 from flash.training.fit import LAST
-from flash.training.run import Inputs, digest, plain
+from flash.training.run import Inputs, digest, load_teacher, plain
 
 
 class ShortTraining:
@@ -59,13 +59,15 @@ class ShortTraining:
         self.inputs, self.importance = inputs, importance
         self.recipe, self.trainer, self.seed = recipe, trainer, seed
         self.folder, self.shorter = folder, shorter
-        self._teacher = inputs.backbone.load() if recipe.kd_weight > 0 else None
+        self._teacher = None
+        if recipe.kd_weight > 0:
+            self._teacher = load_teacher(inputs.backbone, trainer.precision)
 
     def checkpoints(self, spec: ArchSpec, number: int) -> Path | None:
         """Folder of a candidate's checkpoints, by all that decides what is in them."""
         if self.folder is None:
             return None
-        trained = [plain(self.recipe), self.seed, self.inputs.data.streams.digest]
+        trained = [plain(self.recipe), self.seed, self.inputs.data.digest]
         decisive = [spec.to_dict(), self.importance.digest, self.trainer.precision.value, trained]
         return self.folder / f"{number:05d}_{digest(decisive)}"
 

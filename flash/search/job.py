@@ -104,7 +104,7 @@ def open_job(settings: SearchJobSettings) -> Job:
     identity = {
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
-        "data": [inputs.data.streams.digest, settings.data.seq_len],
+        "data": [inputs.data.digest, settings.data.seq_len],
         "heldout_sequences": settings.data.heldout_sequences,
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,

@@ -3,7 +3,15 @@
 from flash.training.curve import Curve, Watch
 from flash.training.fit import STABLE, FitResult, HeldOut, fit, heldout_quality, peak_rss_mib
 from flash.training.module import LanguageModelling
-from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.training.settings import (
+    LrReference,
+    OnSpike,
+    Precision,
+    RecipeSettings,
+    Schedule,
+    Strategy,
+    TrainerSettings,
+)
 
 __all__ = [
     "STABLE",
@@ -11,9 +19,12 @@ __all__ = [
     "FitResult",
     "HeldOut",
     "LanguageModelling",
+    "LrReference",
+    "OnSpike",
     "Precision",
     "RecipeSettings",
     "Schedule",
+    "Strategy",
     "TrainerSettings",
     "Watch",
     "fit",

@@ -1,20 +1,23 @@
-"""What a run shows while it goes, and how it saves itself."""
+"""What a run shows while it goes."""
 
-import os
+import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor
 
-from flash.arch import training_flops_per_token
-from flash.files import atomic_write
+from flash.arch import ArchSpec, training_flops_per_token
 from flash.progress import progress_bar
 from flash.training.module import LanguageModelling
-from flash.training.settings import Precision
+from flash.training.settings import Precision, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+ASSUMED_MFU = 0.4
+"""Share of the matrix-product rate that training is taken to reach before it has been timed."""
+_TIMED_STEPS = 20
+_WORTH_SAYING_H = 1 / 12
 
 
 def measure_peak_flops(device: torch.device, precision: Precision) -> float:
@@ -36,51 +39,93 @@ def measure_peak_flops(device: torch.device, precision: Precision) -> float:
 class Throughput(L.Callback):
     """Progress with time left, tokens a second and MFU, in the bar and in the logger.
 
+    Before the first step it says how long the run will take, and what it will cost: by counted work
+    at `ASSUMED_MFU` of the device's matrix-product rate; after some steps by their time.
+
     Args:
-        precision: Arithmetic whose matrix-product rate is taken for the peak.
-        what: Label of the bar; None shows no bar.
+        trainer: Devices, precision, price.
+        what: Label of the bar; None shows no bar and says nothing.
+        teacher: Architecture of the teacher, which is run as well.
     """
 
-    def __init__(self, precision: Precision, what: str | None) -> None:
-        self.precision, self.what = precision, what
+    def __init__(
+        self, trainer: TrainerSettings, what: str | None, teacher: ArchSpec | None
+    ) -> None:
+        self.settings, self.what, self.teacher = trainer, what, teacher
         self.tokens_per_s = 0.0
         self.mfu = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._peak = measure_peak_flops(pl_module.device, self.precision) * trainer.world_size
-        shown = self.what is not None
-        self._bar = progress_bar(self.what or "", int(trainer.max_steps), unit="step", shown=shown)
+        assert isinstance(pl_module, LanguageModelling)
+        self._peak = measure_peak_flops(pl_module.device, self.settings.precision)
+        self._peak *= trainer.world_size
+        recipe, seq_len = pl_module.recipe, pl_module.seq_len
+        self._step_tokens = recipe.batch_size * seq_len
+        self._flops = training_flops_per_token(pl_module.model.spec, seq_len)
+        if self.teacher is not None:
+            self._flops += training_flops_per_token(self.teacher, seq_len) / 3  # forward only
+        shown = self.what is not None and trainer.is_global_zero
+        total = int(trainer.max_steps)
+        self._bar = progress_bar(self.what or "", total, unit="step", shown=shown)
         self._bar.initial = self._bar.n = trainer.global_step
         self._times: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, batch_idx: int
-    ) -> None:
         self._start = time.perf_counter()
+        self._first = trainer.global_step
+        if shown:
+            self._say(
+                trainer, self._flops * self._step_tokens / (ASSUMED_MFU * self._peak), "about"
+            )
+
+    def _say(self, trainer: L.Trainer, step_s: float, how: str) -> None:
+        """The estimate, for runs of more than some minutes."""
+        steps = int(trainer.max_steps) - trainer.global_step
+        hours = steps * step_s / 3600
+        if hours < _WORTH_SAYING_H:
+            return
+        cost = ""
+        if self.settings.usd_per_hour is not None:
+            cost = f", {hours * trainer.world_size * self.settings.usd_per_hour:,.0f} USD"
+        tokens = steps * self._step_tokens
+        log.info(
+            "%s: %s tokens in %s steps on %d device(s): %s %.3g hours%s",
+            self.what,
+            f"{tokens:,}",
+            f"{steps:,}",
+            trainer.world_size,
+            how,
+            hours,
+            cost,
+        )
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, LanguageModelling)
-        self._times = [*self._times[-19:], time.perf_counter() - self._start]
-        sequences, seq_len = batch.shape[0], batch.shape[1] - 1
-        median = sorted(self._times)[len(self._times) // 2]
-        self.tokens_per_s = sequences * seq_len * trainer.world_size / median
-        flops = training_flops_per_token(pl_module.model.spec, seq_len)
-        self.mfu = self.tokens_per_s * flops / self._peak
+        if trainer.global_step == self._bar.n:
+            return  # a micro-batch of a step that is not over
+        now = time.perf_counter()
+        self._times = [*self._times[-19:], now - self._start]
+        self._start = now
+        step_s = sorted(self._times)[len(self._times) // 2]
+        self.tokens_per_s = self._step_tokens / step_s
+        self.mfu = self.tokens_per_s * self._flops / self._peak
         self._bar.update()
-        loss = trainer.callback_metrics.get("train/loss")
         self._bar.set_postfix_str(
-            f"loss {float(loss or 0):.3f}, {self.tokens_per_s:,.0f} tok/s, {self.mfu:.0%} MFU",
+            f"loss {pl_module.step_loss:.3f}, {self.tokens_per_s:,.0f} tok/s, {self.mfu:.0%} MFU",
             refresh=False,
         )
+        if self.what is not None and trainer.global_step == self._first + _TIMED_STEPS:
+            self._say(trainer, step_s, "by the first steps")
         pl_module.log("speed/tokens_per_s", self.tokens_per_s)
         pl_module.log("speed/mfu", self.mfu)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()  # not part of the next step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bar.close()
@@ -90,13 +135,3 @@ class Throughput(L.Callback):
     ) -> None:
         if hasattr(self, "_bar"):
             self._bar.close()
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, but a kill or a full disk keeps the one before."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        with atomic_write(Path(path)) as file:
-            torch.save(checkpoint, file)

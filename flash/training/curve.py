@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import Any
 
 import lightning as L
-from torch import Tensor
+
+from flash.training.module import LanguageModelling
 
 MOST_PARTS = 32
 """Parts of a curve: enough to see its shape, and each a mean over so many steps that runs on the
@@ -54,13 +55,10 @@ class CurveRecorder(L.Callback):
     def __init__(self, steps: int, watch: Watch | None) -> None:
         self.steps, self.watch = steps, watch
         self._losses: list[float] = []
-        self._new: list[Tensor] = []  # reading a value would make a GPU wait at every step
 
     @property
     def curve(self) -> Curve:
         """So far."""
-        self._losses += [float(loss) for loss in self._new]
-        self._new = []
         return Curve.of(self._losses, self.steps)
 
     def on_train_batch_end(
@@ -68,20 +66,24 @@ class CurveRecorder(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Any,
         batch_idx: int,
     ) -> None:
-        self._new.append(outputs["loss"].detach())
-        step, parts = len(self._losses) + len(self._new), min(self.steps, MOST_PARTS)
+        assert isinstance(pl_module, LanguageModelling)
+        step = trainer.global_step
+        if step == len(self._losses):
+            return  # a micro-batch of a step that is not over
+        self._losses.append(pl_module.step_loss)
+        parts = min(self.steps, MOST_PARTS)
         ends = {round(i * self.steps / parts) for i in range(1, parts + 1)}
         if self.watch is not None and step in ends:
             self.watch(self.curve)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": [*self._losses, *map(float, self._new)]}
+        return {"losses": self._losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses, self._new = list(state_dict["losses"]), []
+        self._losses = list(state_dict["losses"])
 
 
 class SaveOnce(L.Callback):
@@ -100,7 +102,7 @@ class SaveOnce(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         if trainer.global_step == self.step:

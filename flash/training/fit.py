@@ -1,6 +1,8 @@
 """One call that trains a decoder, resumes where it stopped, and reports the held-out loss."""
 
+import copy
 import math
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,22 +11,29 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch.utils.data import DataLoader
 
-from flash.data import PackedData
+from flash.data import PackedData, collate
 from flash.errors import InputError
-from flash.model import Decoder, cross_entropy, over_chunks
+from flash.model import Decoder, Operands, head_operands, linear_losses
 from flash.progress import progress
-from flash.training.callbacks import AtomicCheckpointIO, Throughput
+from flash.training.callbacks import Throughput
 from flash.training.curve import CurveRecorder, SaveOnce, Watch
+from flash.training.faults import AtomicCheckpointIO, StopBySignal, Stopped
 from flash.training.module import LanguageModelling
-from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.training.parallel import gather, lightning_precision, make_strategy
+from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
 
 LAST = "last.ckpt"
 """Where a stopped run goes on."""
 STABLE = "stable.ckpt"
 """Where a run for more tokens can go on: just before the learning rate began to fall."""
+
+
+_AT_ONCE = 16
+"""Most held-out sequences at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +57,21 @@ def heldout_quality(model: Decoder, data: PackedData, precision: Precision) -> H
     """Held-out loss of `model`, on all of the data module's held-out sequences."""
     total, tokens, num_bytes = 0.0, 0, 0
     device = next(model.parameters()).device
-
-    def loss_sum(hidden: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(model.lm_head(hidden)[None], targets[None]) * len(targets)
-
-    for batch in progress(data.val_dataloader(), "held-out loss"):
-        batch = batch.to(device)
-        targets = batch[:, 1:].flatten()
+    batches = DataLoader(
+        data.heldout_set, batch_size=min(data.batch_size, _AT_ONCE), collate_fn=collate
+    )
+    for batch in progress(batches, "held-out loss"):
+        batch = move_data_to_device(batch, device)
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
-            hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
-            total += float(over_chunks(loss_sum, model.spec.vocab_size, hidden, targets))
+            hidden = model.hidden(inputs, documents=batch.documents).flatten(0, 1)
+            if batch.learn is not None:
+                learn = batch.learn.flatten()
+                hidden, targets = hidden[learn], targets[learn]
+            student = Operands(*head_operands(model, hidden))
+            total += float(linear_losses(student, targets).ce)
         tokens += targets.numel()
-        num_bytes += int(data.streams.bytes_per_token[targets.cpu().numpy()].sum())
+        num_bytes += int(data.bytes_per_token[targets.cpu().numpy()].sum())
     bits = total / math.log(2)
     return HeldOut(total / tokens, bits / num_bytes, tokens)
 
@@ -74,6 +86,7 @@ class FitResult:
         tokens_per_s: Median rate of the last steps.
         mfu: Share of the machine's measured matrix-product peak.
         peak_rss_mib: Highest resident memory of the process [MiB].
+        skipped_steps: Steps left out since their gradient was not finite, or their loss a spike.
         curve: Mean training loss of each of up to 32 equal parts of the run [nats a token].
     """
 
@@ -82,6 +95,7 @@ class FitResult:
     tokens_per_s: float
     mfu: float
     peak_rss_mib: float
+    skipped_steps: int = 0
     curve: Sequence[float] = ()
 
     def __post_init__(self) -> None:
@@ -120,31 +134,50 @@ def fit(
         show_progress: Whether there is one.
 
     Raises:
-        InputError: Distillation without a fitting teacher, a damaged checkpoint, or a loss that is
-            no longer finite.
+        InputError: Distillation without a fitting teacher, a batch that cannot be shared out, a
+            damaged checkpoint, or a loss that is no longer finite.
+        SystemExit: In processes other than the main one, when all is done.
     """
     seq_len = data.settings.seq_len
     steps = recipe.steps(seq_len)
+    last = folder / LAST if folder is not None else None
+    sharded = trainer.strategy is Strategy.fsdp
     module = LanguageModelling(
-        model, recipe, steps=steps, teacher=teacher, compiled=trainer.compile
+        copy.deepcopy(model) if sharded else model,
+        recipe,
+        trainer,
+        steps=steps,
+        seq_len=seq_len,
+        teacher=teacher,
+        last=last,
     )
-    throughput = Throughput(trainer.precision, what if show_progress else None)
-    max_steps = min(steps, trainer.max_steps or steps)
+    label = what if show_progress else None
+    throughput = Throughput(trainer, label, teacher.spec if teacher is not None else None)
     recorder = CurveRecorder(steps, watch)
     callbacks: list[L.Callback] = [throughput, recorder]
     if folder is not None and keep_stable and recipe.stable_steps(seq_len):
         callbacks.append(SaveOnce(recipe.stable_steps(seq_len), folder / STABLE))
-    lightning = _lightning(trainer, max_steps, callbacks, folder, loggers)
-    last = folder / LAST if folder is not None and (folder / LAST).is_file() else start
-    _run(lightning, module, data, last)
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise InputError(f"recipe.lr={recipe.lr}: training diverged; lower it")
+    callbacks.append(StopBySignal(last))
+    max_steps = min(steps, trainer.max_steps or steps)
+    accumulation = trainer.accumulation(recipe.batch_size)
+    lightning = _lightning(trainer, max_steps, accumulation, callbacks, folder, loggers)
+    _run(lightning, module, data, last if last is not None and last.is_file() else start)
+    if sharded:
+        model.load_state_dict(gather(module.model), strict=lightning.is_global_zero)
+    if not lightning.is_global_zero:
+        raise SystemExit(0)  # what is left to do is the main process's
+    if 2 * module.guard.in_a_row >= lightning.global_step > 0:
+        raise InputError(
+            f"recipe.lr={recipe.lr}: training diverged, its last {module.guard.in_a_row} of "
+            f"{lightning.global_step} steps had to be left out; lower it"
+        )
     return FitResult(
         steps=lightning.global_step,
         tokens=lightning.global_step * recipe.batch_size * seq_len,
         tokens_per_s=throughput.tokens_per_s,
         mfu=throughput.mfu,
         peak_rss_mib=peak_rss_mib(),
+        skipped_steps=module.guard.skipped,
         curve=recorder.curve.losses,
     )
 
@@ -152,6 +185,7 @@ def fit(
 def _lightning(
     trainer: TrainerSettings,
     max_steps: int,
+    accumulation: int,
     callbacks: list[L.Callback],
     folder: Path | None,
     loggers: Any,
@@ -172,8 +206,12 @@ def _lightning(
     return L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
-        precision=trainer.precision.value,
+        num_nodes=trainer.nodes,
+        strategy=make_strategy(trainer),
+        precision=lightning_precision(trainer),
         max_steps=max_steps,
+        accumulate_grad_batches=accumulation,
+        use_distributed_sampler=False,  # the data know about ranks
         logger=loggers,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
@@ -182,7 +220,7 @@ def _lightning(
         enable_model_summary=False,
         log_every_n_steps=trainer.log_every_steps,
         check_val_every_n_epoch=None,
-        val_check_interval=trainer.eval_every_steps if evaluate else None,
+        val_check_interval=trainer.eval_every_steps * accumulation if evaluate else None,
         limit_val_batches=1.0 if evaluate else 0,
         num_sanity_val_steps=0,
     )
@@ -206,6 +244,11 @@ def _run(
                 raise InputError(
                     f"{last}: damaged or of another arch ({error}); delete it to start over"
                 ) from error
+            raise
+        except Stopped as stopped:
+            handler = signal.getsignal(stopped.number)
+            if callable(handler):
+                handler(stopped.number, None)
             raise
         except SystemExit:
             if lightning.interrupted:  # Lightning turns Ctrl-C into exit code 1

@@ -1,26 +1,36 @@
 """The LightningModule: next-token cross-entropy, distillation from a teacher, or a mix."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
+from flash.data import Batch
 from flash.errors import InputError
-from flash.model import Decoder, cross_entropy, distillation, over_chunks
-from flash.training.settings import RecipeSettings
+from flash.model import Decoder, LossSums, Operands, fake_quantize, head_operands, linear_losses
+from flash.training.faults import Guard, Verdict, drop_gradients
+from flash.training.parallel import shard, whole
+from flash.training.settings import OnSpike, RecipeSettings, TrainerSettings
 
 
 class LanguageModelling(L.LightningModule):
-    """Trains a decoder on packed sequences `(b, s + 1)`.
+    """Trains a decoder on packed sequences.
+
+    The gradient of a step is that of the mean over all tokens of its batch that count, however many
+    devices and micro-batches they are spread over.
 
     Args:
         model: The decoder to train.
         recipe: Loss weights, optimiser and schedule.
+        trainer: Device, precision, and what to do about faults.
         steps: Optimiser steps that the schedule is stretched over.
+        seq_len: Tokens a sequence, for the learning rate's scale.
         teacher: The unpruned backbone; required when `recipe.kd_weight` > 0.
-        compiled: Whether to run the model through torch.compile.
+        last: Checkpoint that a spike may rewind to.
 
     Raises:
         InputError: Distillation without a teacher, or with one of another vocabulary.
@@ -30,78 +40,135 @@ class LanguageModelling(L.LightningModule):
         self,
         model: Decoder,
         recipe: RecipeSettings,
+        trainer: TrainerSettings,
         *,
         steps: int,
+        seq_len: int,
         teacher: Decoder | None = None,
-        compiled: bool = False,
+        last: Path | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.recipe, self.steps = model, recipe, steps
+        self.model, self.recipe, self.settings, self.steps = model, recipe, trainer, steps
+        self.seq_len, self.last = seq_len, last
+        self.guard = Guard(trainer.spike_factor, trainer.max_skipped, recipe.lr)
+        self.step_loss = float("nan")
+        model.checkpoint_layers = trainer.activation_checkpointing
+        if recipe.qat:
+            fake_quantize(model)
         if recipe.kd_weight > 0:
-            if teacher is None:
-                raise InputError(
-                    f"recipe.kd_weight={recipe.kd_weight}: expected 0 without a teacher; choose a "
-                    "backbone with weights or recipe=continue"
-                )
-            if teacher.spec.vocab_size != model.spec.vocab_size:
-                raise InputError(
-                    f"backbone vocabulary={teacher.spec.vocab_size}: expected the student's "
-                    f"{model.spec.vocab_size}"
-                )
-            teacher.requires_grad_(False).eval()
+            _check_teacher(teacher, model, recipe)
         # Kept out of the module tree: neither belongs in a checkpoint.
-        self._outside: dict[str, Any] = {
-            "teacher": teacher if recipe.kd_weight > 0 else None,
-            "hidden": torch.compile(model.hidden) if compiled else model.hidden,
-        }
+        self._outside: dict[str, Any] = {"teacher": teacher if recipe.kd_weight > 0 else None}
+        self._parts: list[tuple[Tensor, Tensor, int]] = []
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss of a batch and its parts [nats a token]."""
-        inputs, targets = batch[:, :-1], batch[:, 1:].flatten()
-        hidden = self._outside["hidden"](inputs).flatten(0, 1)
-        vocab_size = self.model.spec.vocab_size
+    def configure_model(self) -> None:
+        """Share out the model and its teacher, if the strategy has a mesh for that; compile."""
+        mesh: DeviceMesh | None = self._device_mesh  # pyright: ignore[reportAssignmentType]
+        for model in (self.model, self._outside["teacher"]):
+            if mesh is not None and model is not None:
+                shard(model, mesh["data_parallel"], self.settings.precision)
+        hidden = self.model.hidden
+        self._outside["hidden"] = torch.compile(hidden) if self.settings.compile else hidden
+
+    def losses(self, batch: Batch) -> tuple[LossSums, Tensor]:
+        """Sums over the targets of a micro-batch that count, and how many these are."""
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
+        hidden = self._outside["hidden"](inputs, documents=batch.documents).flatten(0, 1)
         teacher: Decoder | None = self._outside["teacher"]
-        if teacher is None:
-            ce = over_chunks(self._ce_sum, vocab_size, hidden, targets) / len(targets)
-            return ce, {"ce": ce.detach()}
-        with torch.no_grad():
-            taught = teacher.to(inputs.device).hidden(inputs).flatten(0, 1)
-        sums = over_chunks(self._ce_and_kd_sums, vocab_size, hidden, targets, taught)
-        ce, kd = sums / len(targets)
-        loss = self.recipe.kd_weight * kd + (1 - self.recipe.kd_weight) * ce
-        return loss, {"ce": ce.detach(), "kd": kd.detach()}
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher.hidden(inputs, documents=batch.documents).flatten(0, 1)
+        count = torch.tensor(len(targets), device=targets.device)
+        if batch.learn is not None:
+            learn = batch.learn.flatten()
+            hidden, targets, count = hidden[learn], targets[learn], learn.sum()
+            taught = taught[learn] if taught is not None else None
+        of_teacher = None
+        if teacher is not None and taught is not None:
+            of_teacher = Operands(taught, teacher.lm_head.weight)
+        sums = linear_losses(
+            Operands(*head_operands(self.model, hidden)),
+            targets,
+            teacher=of_teacher,
+            kd_weight=self.recipe.kd_weight,
+            temperature=self.recipe.temperature,
+        )
+        return sums, count
 
-    def _ce_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(self.model.lm_head(hidden)[None], targets[None]) * len(targets)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        sums, count = self.losses(batch)
+        positions = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+        self._parts.append((torch.stack([part.detach() for part in sums]), count, positions))
+        # By positions and not by those that count, whose number in the whole batch is not known
+        # yet: `on_before_optimizer_step` makes up for it.
+        return sums.total / positions
 
-    def _ce_and_kd_sums(self, hidden: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
-        """Both sums as one tensor `(2,)`, so that they share the student's logits."""
-        logits = self.model.lm_head(hidden)
-        with torch.no_grad():
-            teacher_logits = self._outside["teacher"].lm_head(taught)
-        ce = cross_entropy(logits[None], targets[None])
-        kd = distillation(logits[None], teacher_logits[None], self.recipe.temperature)
-        return torch.stack([ce, kd]) * len(targets)
+    def _take_parts(self) -> tuple[Tensor, float]:
+        """Mean losses over the step's batch `(total, ce, kd)`, and positions a token that counts.
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss, parts = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        for name, value in parts.items():
-            self.log(f"train/{name}", value)
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        hidden = self.model.hidden(batch[:, :-1]).flatten(0, 1)
-        targets = batch[:, 1:].flatten()
-        total = over_chunks(self._ce_sum, self.model.spec.vocab_size, hidden, targets)
-        loss = total / len(targets)
-        self.log("heldout/loss", loss, prog_bar=True, batch_size=len(batch))
+        The same on all ranks.
+        """
+        sums = torch.stack([part for part, _, _ in self._parts]).sum(0)
+        counts = torch.stack([count for _, count, _ in self._parts]).sum().to(sums.dtype)
+        positions = sum(positions for _, _, positions in self._parts) * self.trainer.world_size
+        self._parts = []
+        together = torch.cat([sums, counts[None]])
+        if self.trainer.world_size > 1:
+            together = self.trainer.strategy.reduce(together, reduce_op="sum")
+        learnt = float(together[3])
+        return together[:3] / max(learnt, 1.0), positions / max(learnt, 1.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        means, scale = self._take_parts()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters], scale)  # pyright: ignore
         # Lightning refuses to clip for fused optimisers under autocast, lest a loss scaler be in
         # the way; bf16 and fp32 have none.
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip))
+        self.step_loss = float(means[0])
+        verdict = self.guard.judge(self.step_loss, float(norm))
+        if verdict is not Verdict.good:
+            drop_gradients(list(self.model.parameters()))
+            if verdict is Verdict.spike and self.settings.on_spike is OnSpike.rewind:
+                self._rewind()
+        names = ("loss", "ce", "kd") if self.recipe.kd_weight > 0 else ("loss", "ce")
+        for name, value in zip(names, means, strict=False):
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         self.log("train/grad_norm", norm)
+        self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def _rewind(self) -> None:
+        """Weights and optimiser as in the last checkpoint; schedule and data go on."""
+        if self.last is None or not self.last.is_file():
+            return
+        strategy = self.trainer.strategy
+        checkpoint = strategy.load_checkpoint(self.last, weights_only=True)
+        strategy.load_model_state_dict(checkpoint)
+        strategy.load_optimizer_state_dict(checkpoint)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
+        hidden = self.model.hidden(inputs, documents=batch.documents).flatten(0, 1)
+        if batch.learn is not None:
+            learn = batch.learn.flatten()
+            hidden, targets = hidden[learn], targets[learn]
+        sums = linear_losses(Operands(*head_operands(self.model, hidden)), targets)
+        loss = sums.ce / max(len(targets), 1)
+        ranks = self.trainer.world_size > 1
+        self.log("heldout/loss", loss, batch_size=max(len(targets), 1), sync_dist=ranks)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = self.guard.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.guard.skipped = checkpoint["skipped_steps"]
+
+    def on_fit_start(self) -> None:
+        teacher: Decoder | None = self._outside["teacher"]
+        if teacher is not None and self._device_mesh is None:
+            teacher.to(self.device)
 
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
@@ -111,7 +178,7 @@ class LanguageModelling(L.LightningModule):
                 {"params": matrices, "weight_decay": self.recipe.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ],
-            lr=self.recipe.lr,
+            lr=self.recipe.peak_lr(self.model.spec.model_dim, self.seq_len),
             betas=(self.recipe.beta1, self.recipe.beta2),
             fused=True,
         )
@@ -120,3 +187,17 @@ class LanguageModelling(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _check_teacher(teacher: Decoder | None, model: Decoder, recipe: RecipeSettings) -> None:
+    if teacher is None:
+        raise InputError(
+            f"recipe.kd_weight={recipe.kd_weight}: expected 0 without a teacher; choose a "
+            "backbone with weights or recipe=continue"
+        )
+    if teacher.spec.vocab_size != model.spec.vocab_size:
+        raise InputError(
+            f"backbone vocabulary={teacher.spec.vocab_size}: expected the student's "
+            f"{model.spec.vocab_size}"
+        )
+    teacher.requires_grad_(False).eval()

@@ -17,12 +17,13 @@ from flash.arch import ArchSpec, count_parameters
 from flash.data import DataSettings, PackedData, end_of_text_id, find_tokenizer, load_tokenizer
 from flash.errors import InputError
 from flash.files import write_text
-from flash.model import Backbone, BackboneSettings, Decoder, build, save, state_to_save
+from flash.model import Backbone, BackboneSettings, Decoder, build, load, save, state_to_save
 from flash.prune import Importance, cached_scores, check_fits, fingerprint, prune
 from flash.runs import Runs
 from flash.training.fit import FitResult, HeldOut, fit, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.settings import RecipeSettings, TrainerSettings
+from flash.training.parallel import is_main_process
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ class TrainSettings:
     logger: LoggerSettings = MISSING
     arch: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What differs from the backbone's architecture: nothing, or all of a file in conf/arch."""
+    start: str | None = None
+    """A trained checkpoint to go on from, with its architecture; null cuts one out of the backbone
+    or takes the backbone itself."""
     name: str | None = None
     """Name of the result; null takes the arch's."""
     seed: int = 0
@@ -66,29 +70,65 @@ def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
     return spec
 
 
+def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
+    """The architecture to train.
+
+    Raises:
+        InputError: It cannot be cut out of the backbone, or is not the one in `start`.
+    """
+    if settings.start is None:
+        return arch_of(settings.arch, backbone)
+    found = Backbone.open(BackboneSettings(name="start", weights=settings.start)).spec
+    if settings.arch:
+        wanted = arch_of(settings.arch, backbone)
+        if found != wanted:
+            raise InputError(
+                f"start={settings.start}: holds arch {found}: expected {wanted}, as +arch says; "
+                "leave +arch out, or start from another checkpoint"
+            )
+    return found
+
+
 def importance_of(
     backbone: Backbone, data: PackedData, recipe: RecipeSettings, runs: Runs
 ) -> Importance:
     """The backbone's importance scores, computed once and kept."""
     assert backbone.folder is not None
     batches = list(data.calibration_batches(recipe.calibration_tokens))
-    path = runs.importance(f"{fingerprint(backbone.folder)}_{data.streams.digest}")
+    path = runs.importance(f"{fingerprint(backbone.folder)}_{data.digest}")
     return cached_scores(path, backbone.folder, backbone.load, batches, len(batches))
 
 
 def initial_model(
-    spec: ArchSpec, backbone: Backbone, data: PackedData, recipe: RecipeSettings, runs: Runs
+    spec: ArchSpec,
+    backbone: Backbone,
+    data: PackedData,
+    recipe: RecipeSettings,
+    runs: Runs,
+    start: str | None = None,
 ) -> Decoder:
-    """`spec` with the backbone's weights: all of them, or those that pruning keeps.
+    """`spec` with the weights in `start`, or the backbone's: all, or those that pruning keeps.
 
     Without backbone weights they are random.
     """
+    if start is not None:
+        return load(Path(start))
     if backbone.folder is None:
         return Decoder(spec)
     if spec == backbone.spec:
         return backbone.load()
     importance = importance_of(backbone, data, recipe, runs)
     return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
+
+
+def load_teacher(backbone: Backbone, precision: Precision) -> Decoder:
+    """The backbone, to learn from: in bf16 where products are in bf16 anyway, for half the memory.
+
+    Raises:
+        InputError: It has no weights, or they are damaged.
+    """
+    teacher = backbone.load()
+    return teacher.bfloat16() if precision is Precision.bf16 else teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +236,12 @@ class Inputs:
                 "longest context of the backbone's rotary embedding"
             )
         packed = PackedData(
-            data, tokenizer, batch_size=recipe.batch_size, seed=seed, cache=runs.tokens
+            data,
+            tokenizer,
+            batch_size=recipe.batch_size,
+            seed=seed,
+            cache=runs.tokens,
+            folder=path.parent,
         )
         return cls(runs, backbone, path, tokenizer, packed)
 
@@ -223,10 +268,12 @@ def _key(settings: TrainSettings, spec: ArchSpec, inputs: Inputs) -> str:
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,
         "max_steps": settings.trainer.max_steps,
-        "data": [inputs.data.streams.digest, settings.data.seq_len],
+        "data": [inputs.data.digest, settings.data.seq_len],
         "backbone": fingerprint(folder) if folder else "random",
         "seed": settings.seed,
     }
+    if settings.start is not None:
+        decisive["start"] = fingerprint(Path(settings.start))
     return digest(decisive)
 
 
@@ -237,14 +284,16 @@ def train(settings: TrainSettings) -> TrainResult:
         InputError: Settings, backbone or data that cannot be used.
     """
     backbone = Backbone.open(settings.backbone)
-    spec = arch_of(settings.arch, backbone)
+    spec = spec_of(settings, backbone)
+    settings.trainer.accumulation(settings.recipe.batch_size)  # says what cannot be shared out
     name = settings.name or backbone.name
     if backbone.folder is None:
         log.warning(
-            "backbone %s has no weights: training %s from random weights, without a teacher "
-            "(give backbone.weights=FOLDER to inherit)",
+            "backbone %s has no weights: training %s%s, without a teacher (give "
+            "backbone.weights=FOLDER to inherit)",
             backbone.name,
             name,
+            " from random weights" if settings.start is None else "",
         )
         settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
     backbone.fetch()
@@ -268,9 +317,11 @@ def _train(
     settings: TrainSettings, name: str, spec: ArchSpec, inputs: Inputs, key: str
 ) -> TrainResult:
     recipe, precision = settings.recipe, settings.trainer.precision
-    model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs)
-    before = heldout_quality(model, inputs.data, precision)
-    log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
+    model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs, settings.start)
+    before = None
+    if is_main_process():
+        before = heldout_quality(model, inputs.data, precision)
+        log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
     logger = make_logger(
         settings.logger,
         folder=inputs.runs.logs,
@@ -285,12 +336,13 @@ def _train(
             inputs.data,
             recipe,
             settings.trainer,
-            teacher=inputs.backbone.load() if recipe.kd_weight > 0 else None,
+            teacher=load_teacher(inputs.backbone, precision) if recipe.kd_weight > 0 else None,
             # Checkpoints carry the key: other settings start over, not from foreign ones.
             folder=folder / "checkpoints" / key,
             loggers=logger if logger is not None else False,
             what=name,
         )
+        assert before is not None  # the other processes have ended
         after = heldout_quality(model, inputs.data, precision)
         if logger is not None:
             metrics = {

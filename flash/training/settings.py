@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from flash.errors import require
+from flash.errors import InputError, require
 
 
 class Schedule(Enum):
@@ -38,6 +38,26 @@ def native_precision(accelerator: str) -> Precision:
 
 
 @dataclass(kw_only=True)
+class LrReference:
+    """Where a learning rate was found.
+
+    Elsewhere it is multiplied by `model_dim / width`, as Adam's updates of matrices want it
+    (arXiv:2203.03466, muP, there for hidden matrices; here for all, as embeddings are tied), and by
+    the square root of `batch / batch_tokens` (arXiv:2205.10287).
+    """
+
+    model_dim: int
+    """Width of the model."""
+    batch_tokens: int
+    """Tokens a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("model_dim", "batch_tokens"):
+            value = getattr(self, name)
+            require(value > 0, f"recipe.lr_reference.{name}", value, "a positive integer")
+
+
+@dataclass(kw_only=True)
 class RecipeSettings:
     """Config group `recipe`. The paper states none of these values for Flash."""
 
@@ -45,7 +65,7 @@ class RecipeSettings:
     tokens: int
     """Training tokens; the number of steps follows from it."""
     batch_size: int = 8
-    """Sequences a step."""
+    """Sequences a step, over all devices; `trainer.micro_batch` decides how many at a time."""
     lr: float = 1e-3
     """Peak learning rate."""
     final_lr_ratio: float = 0.0
@@ -67,6 +87,10 @@ class RecipeSettings:
     """Softens teacher and student in the distillation loss."""
     calibration_tokens: int = 65536
     """Training tokens that the importance scores are averaged over."""
+    qat: bool = False
+    """Train with the rounding of 8da4w in the forward pass, as it will be on the device."""
+    lr_reference: LrReference | None = None
+    """Scale `lr` with width and batch from where it was found; null takes it as it is."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "calibration_tokens"):
@@ -84,6 +108,14 @@ class RecipeSettings:
             value = getattr(self, name)
             require(0 <= value < 1, f"recipe.{name}", value, "a number from 0 to below 1")
         require(self.weight_decay >= 0, "recipe.weight_decay", self.weight_decay, "0 or more")
+
+    def peak_lr(self, model_dim: int, seq_len: int) -> float:
+        """Highest learning rate for a model of this width."""
+        if self.lr_reference is None:
+            return self.lr
+        width = self.lr_reference.model_dim / model_dim
+        batch = self.batch_size * seq_len / self.lr_reference.batch_tokens
+        return self.lr * width * math.sqrt(batch)
 
     def steps(self, seq_len: int) -> int:
         """Optimiser steps for `tokens` tokens."""
@@ -117,6 +149,26 @@ class RecipeSettings:
         return self.final_lr_ratio + (1 - self.final_lr_ratio) * left
 
 
+class Strategy(Enum):
+    """How several devices share the work."""
+
+    auto = "auto"
+    """One device, or `ddp`."""
+    ddp = "ddp"
+    """Each has the whole model and a part of the batch."""
+    fsdp = "fsdp"
+    """Weights, gradients and optimiser states are shared out too (FSDP2)."""
+
+
+class OnSpike(Enum):
+    """What to do about a step whose loss stands out."""
+
+    skip = "skip"
+    """Leave the step out."""
+    rewind = "rewind"
+    """Go back to the last checkpoint's weights and optimiser, on with the data that come next."""
+
+
 @dataclass(kw_only=True)
 class TrainerSettings:
     """Config group `trainer`: Lightning's part."""
@@ -124,6 +176,15 @@ class TrainerSettings:
     accelerator: str = "cpu"
     """Lightning accelerator: cpu, gpu, auto, ..."""
     devices: int = 1
+    """Devices on each node; more than one start a process each."""
+    nodes: int = 1
+    """Machines; Slurm or torchrun start the command on each."""
+    strategy: Strategy = Strategy.auto
+    micro_batch: int | None = None
+    """Sequences at a time on one device, for memory; null: its whole share of the batch. Gradients
+    are added up over the rest, so the result is the same."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its insides."""
     precision: Precision = Precision.auto
     """`auto` becomes what it stands for at once; machines that share a study should name one."""
     compile: bool = False
@@ -135,17 +196,28 @@ class TrainerSettings:
     checkpoint_every_steps: int = 50
     """Steps between checkpoints that a killed run resumes from."""
     log_every_steps: int = 10
+    spike_factor: float | None = None
+    """A loss this many quartile distances above the median of the last 64 steps is a spike; null
+    looks for none. Steps whose gradients are not finite are always left out."""
+    on_spike: OnSpike = OnSpike.skip
+    max_skipped: int = 10
+    """Steps left out in a row that end the run."""
+    usd_per_hour: float | None = None
+    """Price of one device, for the estimate that a run begins with."""
 
     def __post_init__(self) -> None:
-        for name in ("devices", "eval_every_steps", "checkpoint_every_steps", "log_every_steps"):
+        counts = ("devices", "nodes", "eval_every_steps", "checkpoint_every_steps")
+        for name in (*counts, "log_every_steps", "max_skipped"):
             value = getattr(self, name)
             require(value > 0, f"trainer.{name}", value, "a positive integer")
-        require(
-            self.max_steps is None or self.max_steps > 0,
-            "trainer.max_steps",
-            self.max_steps,
-            "a positive integer or null",
-        )
+        for name in ("max_steps", "micro_batch"):
+            value = getattr(self, name)
+            expected = "a positive integer or null"
+            require(value is None or value > 0, f"trainer.{name}", value, expected)
+        for name in ("spike_factor", "usd_per_hour"):
+            value = getattr(self, name)
+            expected = "a positive number or null"
+            require(value is None or value > 0, f"trainer.{name}", value, expected)
         known = ("cpu", "gpu", "cuda", "mps", "tpu", "auto")
         require(
             self.accelerator in known,
@@ -153,5 +225,22 @@ class TrainerSettings:
             self.accelerator,
             f"one of {', '.join(known)}",
         )
+        if self.strategy is Strategy.auto and self.devices * self.nodes > 1:
+            self.strategy = Strategy.ddp
         if self.precision is Precision.auto:
             self.precision = native_precision(self.accelerator)
+
+    def accumulation(self, batch_size: int) -> int:
+        """Micro-batches a step, for this many sequences over all devices.
+
+        Raises:
+            InputError: The batch cannot be shared out evenly.
+        """
+        ranks = self.devices * self.nodes
+        micro_batch = self.micro_batch or max(1, batch_size // ranks)
+        if batch_size % (ranks * micro_batch):
+            raise InputError(
+                f"recipe.batch_size={batch_size}: expected a multiple of {ranks} devices x "
+                f"{micro_batch} sequences (trainer.micro_batch); change one of the three"
+            )
+        return batch_size // (ranks * micro_batch)

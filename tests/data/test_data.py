@@ -8,10 +8,12 @@ from flash.data import (
     PackedData,
     PackedSequences,
     ResumableBatches,
+    Share,
     Source,
     find_documents,
     find_tokenizer,
     load_tokenizer,
+    token_bytes,
     tokenize,
 )
 from flash.errors import InputError
@@ -51,9 +53,10 @@ def test_the_split_depends_on_the_relative_path_alone(data_settings, corpus, tmp
 
 def test_bytes_per_token_add_up_to_the_text(data_settings, tokenizer, tmp_path):
     streams = tokenize(data_settings, tokenizer, tmp_path)
+    lengths = token_bytes(tokenizer)
     texts = [d for d in find_documents(data_settings) if not d.is_held_out(20)]
     total = sum(len(d.path.read_bytes()) for d in texts)
-    assert streams.bytes_per_token[streams.train].sum() == total
+    assert lengths[streams.train].sum() == total
 
 
 def test_unchanged_texts_are_not_tokenised_again(data_settings, tokenizer, tmp_path, monkeypatch):
@@ -67,24 +70,53 @@ def test_unchanged_texts_are_not_tokenised_again(data_settings, tokenizer, tmp_p
 def test_every_token_but_the_first_is_a_target_exactly_once():
     tokens = np.arange(101, dtype=np.uint16)
     packed = PackedSequences(tokens, 10)
-    targets = [int(t) for i in range(len(packed)) for t in packed[i][1:]]
+    targets = [int(t) for i in range(len(packed)) for t in packed[i].tokens[1:]]
     assert targets == list(range(1, 101))
 
 
+def whole_batches(num_sequences, world_size, accumulation, steps, seed=3, start=0):
+    """Global batches of 4, put together from all ranks and micro-batches."""
+    shares = [Share(4, world_size, rank, accumulation) for rank in range(world_size)]
+    ranks = [iter(ResumableBatches(num_sequences, share, seed, start)) for share in shares]
+    return [
+        sorted(i for rank in ranks for _ in range(accumulation) for i in next(rank))
+        for _ in range(steps)
+    ]
+
+
 def test_batches_resume_in_the_middle_of_an_epoch():
-    whole = list(islice(ResumableBatches(23, 4, seed=3), 17))
-    for start in (1, 4, 5, 12):
-        resumed = list(islice(ResumableBatches(23, 4, seed=3, start=start), 17 - start))
+    whole = list(islice(ResumableBatches(23, Share(4), seed=3), 17))
+    for start in (1, 4, 5, 6, 12):
+        resumed = list(islice(ResumableBatches(23, Share(4), seed=3, start=start), 17 - start))
         assert resumed == whole[start:]
-    first_epoch = [i for batch in whole[:5] for i in batch]
-    assert len(set(first_epoch)) == 20  # nothing twice
     assert whole[:5] != whole[5:10]
-    assert whole != list(islice(ResumableBatches(23, 4, seed=4), 17))
+    assert whole != list(islice(ResumableBatches(23, Share(4), seed=4), 17))
+
+
+def test_each_epoch_has_every_sequence_once():
+    batches = list(islice(ResumableBatches(23, Share(4), seed=3), 23))
+    seen = [i for batch in batches for i in batch]
+    for epoch in range(4):
+        assert sorted(seen[epoch * 23 : (epoch + 1) * 23]) == list(range(23))
+
+
+def test_steps_are_the_same_on_any_number_of_ranks_and_micro_batches():
+    whole = whole_batches(23, 1, 1, steps=17)
+    for world_size, accumulation in ((2, 1), (1, 4), (2, 2), (4, 1)):
+        assert whole_batches(23, world_size, accumulation, steps=17) == whole
+        assert whole_batches(23, world_size, accumulation, steps=8, start=9) == whole[9:]
+
+
+def test_indivisible_batches_are_named():
+    with pytest.raises(InputError, match=r"recipe\.batch_size=8.*trainer\.devices.*micro_batch"):
+        Share(8, world_size=3)
+    with pytest.raises(InputError, match=r"recipe\.batch_size=8: expected at most 5"):
+        ResumableBatches(5, Share(8), seed=0)
 
 
 def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
     data = PackedData(data_settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
-    train = {tuple(data.train_set[i][:-1].tolist()) for i in range(len(data.train_set))}
+    train = {tuple(data.train_set[i].tokens[:-1].tolist()) for i in range(len(data.train_set))}
     rows = [row for batch in data.calibration_batches(320) for row in batch]
     assert len(rows) == 10
     assert all(tuple(row.tolist()) in train for row in rows)

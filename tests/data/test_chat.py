@@ -1,0 +1,150 @@
+"""Conversations become tokens of which the assistant's alone are learnt."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from flash.data import DataSettings, PackedData, PartSettings, Source, train_tokenizer
+from flash.data.chat import ChatEncoder, read_template
+from flash.errors import InputError
+
+CHATML = Path("conf/data/chatml.jinja").read_text("utf-8")
+UNMARKED = CHATML.replace("{%- generation %}", "").replace("{% endgeneration %}", "")
+SYSTEM_ONCE = "{% if messages|length > 2 %}Long. {% endif %}" + UNMARKED
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    made = train_tokenizer([f"hello world number {i} yes no" for i in range(300)], 400)
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return made
+
+
+def chat(number: int, turns: int = 1) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": "be brief"}]
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"say {number} {turn}"})
+        messages.append({"role": "assistant", "content": f"yes {number} {turn}" + " yes" * turn})
+    return messages
+
+
+def encoder(tokenizer, template=CHATML, limit=1000, **options) -> ChatEncoder:
+    return ChatEncoder(tokenizer, template, {}, limit=limit, **options)
+
+
+def learnt(tokenizer, encoded) -> str:
+    return tokenizer.decode(encoded.tokens[encoded.learn].tolist(), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", [CHATML, UNMARKED])
+def test_the_assistants_words_and_end_of_turn_are_learnt(tokenizer, template):
+    [encoded] = encoder(tokenizer, template).encode([chat(7, turns=2)])
+    assert encoded is not None
+    said = learnt(tokenizer, encoded)
+    ends = "\n" if template is UNMARKED else ""  # all that the message adds, without marks
+    assert said == f"yes 7 0<|im_end|>{ends}yes 7 1 yes<|im_end|>{ends}"
+    whole = tokenizer.decode(encoded.tokens.tolist(), skip_special_tokens=False)
+    assert whole.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nsay 7 0")
+
+
+def test_conversations_with_nothing_to_learn_are_left_out(tokenizer):
+    made = encoder(tokenizer, limit=12)
+    assert made.encode([chat(1)[:2], chat(1)]) == [None, None]  # no answer; the answer is cut off
+
+
+def test_templates_that_rewrite_earlier_turns_are_refused(tokenizer):
+    with pytest.raises(InputError, match=r"rendered differently.*generation.*begins.*system"):
+        encoder(tokenizer, SYSTEM_ONCE).encode([chat(1, turns=2)])
+
+
+def test_refused_conversations_are_left_out_only_if_told(tokenizer, caplog):
+    strict = CHATML + "{% if messages|length > 4 %}{{ raise_exception('too long') }}{% endif %}"
+    with pytest.raises(InputError, match="too long in a conversation that begins"):
+        encoder(tokenizer, strict).encode([chat(1, turns=2)])
+    kept = encoder(tokenizer, strict, skip_damaged=True).encode([chat(1, turns=2), chat(1)])
+    assert kept[0] is None
+    assert kept[1] is not None
+    assert "a conversation is left out: too long" in caplog.text
+
+
+def test_other_columns_are_named(tokenizer):
+    with pytest.raises(InputError, match="expected a list of messages.*found str"):
+        encoder(tokenizer).encode(["text"])
+    with pytest.raises(InputError, match="role and content, found from, value"):
+        encoder(tokenizer).encode([[{"from": "human", "value": "hello"}]])
+
+
+@pytest.fixture
+def settings(tmp_path) -> DataSettings:
+    lines = [json.dumps({"messages": chat(i, turns=1 + i % 4)}) for i in range(80)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return DataSettings(
+        name="chat",
+        source=Source.chat,
+        parts=[PartSettings(path=str(tmp_path / "chats.jsonl"), column="messages")],
+        heldout_percent=20,
+        chat_template="conf/data/chatml.jinja",
+        seq_len=120,
+        heldout_sequences=2,
+        document_masks=True,
+        lanes=4,
+    )
+
+
+def test_whole_conversations_are_packed(settings, tokenizer, tmp_path):
+    data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    start = tokenizer.encode("<|im_start|>system", add_special_tokens=False).ids
+    batch = next(iter(data.train_dataloader()))
+    assert batch.tokens.shape == (4, 121)
+    assert batch.learn is not None
+    assert batch.documents is not None
+    for tokens, learn, documents in zip(batch.tokens, batch.learn, batch.documents, strict=True):
+        for number in documents.unique().tolist():
+            members = tokens[:-1][documents == number].tolist()
+            whole = members[: len(start)] == start
+            assert whole or set(members) == {end}  # a conversation from its beginning, or filling
+        said = tokenizer.decode(tokens[1:][learn].tolist(), skip_special_tokens=False)
+        assert said.count("yes") >= said.count("<|im_end|>") > 0
+        assert "say" not in said
+        assert not learn[tokens[1:] == end].any()
+    assert int(batch.documents.max()) > 0  # several in one sequence
+
+
+def test_packed_conversations_resume(settings, tokenizer, tmp_path):
+    data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+    batches = iter(data.train_dataloader())
+    first = [next(batches) for _ in range(6)]
+    places = data.train_set.first_places()  # pyright: ignore
+    for batch in first[:3]:
+        for place in batch.place:  # pyright: ignore
+            places[int(place[0])] = place
+    data.load_state_dict({"steps": 3, "places": places})
+    resumed = iter(data.train_dataloader())
+    for batch in first[3:]:
+        again = next(resumed)
+        assert torch.equal(again.tokens, batch.tokens)
+        assert torch.equal(again.learn, batch.learn)  # pyright: ignore
+
+
+def test_no_assistant_tokens_are_an_error(settings, tokenizer, tmp_path):
+    lines = [json.dumps({"messages": chat(i)[:2]}) for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    with pytest.raises(InputError, match=r"data\.parts\[0\].*0 documents with assistant tokens"):
+        PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+
+
+def test_templates_are_found_beside_the_tokenizer(tmp_path):
+    with pytest.raises(InputError, match=r"data\.chat_template=null: .*chatml\.jinja"):
+        read_template(tmp_path, None)
+    config = {"chat_template": "configured", "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    assert read_template(tmp_path, None) == ("configured", {"eos_token": "<|im_end|>"})
+    (tmp_path / "chat_template.jinja").write_text("file", "utf-8")
+    assert read_template(tmp_path, None)[0] == "file"
+    assert read_template(tmp_path, "conf/data/chatml.jinja")[0] == CHATML
+    with pytest.raises(InputError, match=r"data\.chat_template=none\.jinja: no such file"):
+        read_template(tmp_path, "none.jinja")

@@ -1,0 +1,75 @@
+"""The chunked losses against the plain ones, gradients included."""
+
+import pytest
+import torch
+
+from flash.model import Operands, cross_entropy, distillation, linear_losses, losses
+
+
+def operands(width=24, vocab=50, n=23, dtype=torch.float32, scale=1.0):
+    hidden = (scale * torch.randn(n, width)).to(dtype).requires_grad_()
+    return Operands(hidden, torch.randn(vocab, width).to(dtype).requires_grad_())
+
+
+def plain(student, targets, teacher, kd_weight, temperature):
+    logits = (student.hidden @ student.weight.T)[None]
+    ce = cross_entropy(logits, targets[None]) * len(targets)
+    if teacher is None:
+        return (1 - kd_weight) * ce, ce, torch.tensor(0.0)
+    kd = distillation(logits, (teacher.hidden @ teacher.weight.T)[None], temperature) * len(targets)
+    return (1 - kd_weight) * ce + kd_weight * kd, ce, kd
+
+
+@pytest.mark.parametrize("chunk", [50, 7 * 50, 10**6])
+@pytest.mark.parametrize(("kd_weight", "temperature"), [(0.0, 1.0), (0.5, 1.0), (0.7, 2.0), (1, 1)])
+def test_values_and_gradients_are_those_of_all_logits_at_once(
+    chunk, kd_weight, temperature, monkeypatch
+):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    student, targets = operands(), torch.randint(0, 50, (23,))
+    teacher = operands(width=32) if kd_weight else None
+    expected = plain(student, targets, teacher, kd_weight, temperature)
+    wanted = torch.autograd.grad(expected[0] / 23, student)
+    found = linear_losses(
+        student, targets, teacher=teacher, kd_weight=kd_weight, temperature=temperature
+    )
+    gradients = torch.autograd.grad(found.total / 23, student)
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    torch.manual_seed(0)
+    student, targets = operands(), torch.randint(0, 50, (23,))
+    with torch.no_grad():
+        found = linear_losses(student, targets)
+    assert not found.total.requires_grad
+    torch.testing.assert_close(found.total, plain(student, targets, None, 0.0, 1.0)[0])
+
+
+def test_a_tied_weight_gets_both_gradients():
+    torch.manual_seed(0)
+    table, tokens = torch.randn(50, 24, requires_grad=True), torch.randint(0, 50, (23,))
+
+    def loss(value):
+        return value(Operands(torch.tanh(table[tokens]), table))
+
+    chunked = loss(lambda student: linear_losses(student, tokens).total)
+    whole = loss(lambda student: plain(student, tokens, None, 0.0, 1.0)[0])
+    a, b = torch.autograd.grad(chunked, table), torch.autograd.grad(whole, table)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_products_are_bf16_and_gradients_come_in_the_weights_dtype():
+    torch.manual_seed(0)
+    student, targets = operands(scale=0.2), torch.randint(0, 50, (23,))
+    exact = torch.autograd.grad(linear_losses(student, targets).total, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = linear_losses(student, targets).total
+    rounded = torch.autograd.grad(total, student)
+    assert total.dtype is torch.float32
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype is torch.float32
+        assert 0 < (a - b).abs().max() < 0.02 * b.abs().max()
