@@ -47,7 +47,8 @@ def fake_quantize(model: Decoder) -> None:
 
         kinds = ((nn.Linear, linear_recipe()), (nn.Embedding, embedding_recipe()))
         for kind, recipe in kinds:
-            chosen = lambda module, name, kind=kind: isinstance(module, kind)  # noqa: E731
+            # Not their subclasses: those are fake-quantised already.
+            chosen = lambda module, name, kind=kind: type(module) is kind  # noqa: E731
             quantize_(model, QATConfig(recipe, step=QATStep.PREPARE), filter_fn=chosen)
 
 

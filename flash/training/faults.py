@@ -103,7 +103,7 @@ class StopBySignal(L.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's
         # Lightning has put its own in place by now; it takes them away in the end.

@@ -36,9 +36,14 @@ def is_main_process() -> bool:
 
     Lightning starts the others with the same command and these variables; so do Slurm and torchrun.
     """
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    rank = next((os.environ[name] for name in names if name in os.environ), "0")
-    return int(rank) == 0
+    names = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def started_from_outside() -> bool:
+    """Whether Slurm or torchrun started the processes of this run, and not Lightning."""
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    return "TORCHELASTIC_RUN_ID" in os.environ or tasks != "1"
 
 
 def make_strategy(trainer: TrainerSettings) -> Strategy | str:

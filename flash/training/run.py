@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,34 @@ from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec, count_parameters
 from flash.data import DataSettings, PackedData, end_of_text_id, find_tokenizer, load_tokenizer
-from flash.errors import InputError
+from flash.errors import InputError, require
 from flash.files import write_text
-from flash.model import Backbone, BackboneSettings, Decoder, build, load, save, state_to_save
+from flash.model import (
+    Backbone,
+    BackboneSettings,
+    Decoder,
+    build,
+    fake_quantize,
+    load,
+    save,
+    state_to_save,
+)
 from flash.prune import Importance, cached_scores, check_fits, fingerprint, prune
 from flash.runs import Runs
 from flash.training.fit import FitResult, HeldOut, fit, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.parallel import is_main_process
+from flash.training.parallel import is_main_process, started_from_outside
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class StageSettings:
+    """A further stage of training."""
+
+    recipe: RecipeSettings = MISSING
+    data: DataSettings = MISSING
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,6 +57,10 @@ class TrainSettings:
     logger: LoggerSettings = MISSING
     arch: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What differs from the backbone's architecture: nothing, or all of a file in conf/arch."""
+    then: dict[str, StageSettings] = dataclasses.field(default_factory=dict)
+    """Stages that follow, by name; each goes on from the result of the one before."""
+    scale: float = 1.0
+    """Multiplies the tokens of all stages, calibration included."""
     start: str | None = None
     """A trained checkpoint to go on from, with its architecture; null cuts one out of the backbone
     or takes the backbone itself."""
@@ -47,6 +69,9 @@ class TrainSettings:
     seed: int = 0
     runs: str = "runs"
     """Folder for everything that runs produce."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")
 
 
 def plain(settings: Any) -> Any:
@@ -278,11 +303,50 @@ def _key(settings: TrainSettings, spec: ArchSpec, inputs: Inputs) -> str:
 
 
 def train(settings: TrainSettings) -> TrainResult:
-    """Train what `settings` ask for, or return the finished result of the same run.
+    """Train what `settings` ask for, stage by stage; finished stages are not done again.
+
+    Returns:
+        The result of the last stage.
 
     Raises:
         InputError: Settings, backbone or data that cannot be used.
     """
+    if settings.then and started_from_outside():
+        raise InputError(
+            f"then={', '.join(settings.then)}: expected no further stages where Slurm or torchrun "
+            "start the processes; run them one by one with start=FOLDER"
+        )
+    return [_train_stage(stage) for stage in _stages(settings)][-1]
+
+
+def _stages(settings: TrainSettings) -> list[TrainSettings]:
+    """The settings of each stage, the first of which is `settings` itself."""
+
+    def scaled(recipe: RecipeSettings) -> RecipeSettings:
+        counts = {
+            name: max(1, round(getattr(recipe, name) * settings.scale))
+            for name in ("tokens", "calibration_tokens")
+        }
+        return dataclasses.replace(recipe, **counts)
+
+    first = dataclasses.replace(settings, recipe=scaled(settings.recipe), then={}, scale=1.0)
+    stages = [first]
+    for key, stage in settings.then.items():
+        before = stages[-1].name or settings.backbone.name
+        stages.append(
+            dataclasses.replace(
+                first,
+                recipe=scaled(stage.recipe),
+                data=stage.data,
+                arch={},
+                start=str(Runs(Path(settings.runs)).model(before) / "checkpoint"),
+                name=f"{before}_{key}",
+            )
+        )
+    return stages
+
+
+def _train_stage(settings: TrainSettings) -> TrainResult:
     backbone = Backbone.open(settings.backbone)
     spec = spec_of(settings, backbone)
     settings.trainer.accumulation(settings.recipe.batch_size)  # says what cannot be shared out
@@ -318,6 +382,8 @@ def _train(
 ) -> TrainResult:
     recipe, precision = settings.recipe, settings.trainer.precision
     model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs, settings.start)
+    if recipe.qat:
+        fake_quantize(model)  # both held-out losses are those of the rounded model
     before = None
     if is_main_process():
         before = heldout_quality(model, inputs.data, precision)

@@ -1,0 +1,149 @@
+"""What follows pruning: instruction tuning, training aware of quantisation, chains of stages."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash.data import DataSettings, PackedData, PartSettings, Source, load_tokenizer
+from flash.errors import InputError
+from flash.model import Backbone, fake_quantize, load, save, state_to_save
+from flash.prune import fingerprint
+from flash.runs import Runs
+from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import Inputs, StageSettings, TrainResult, TrainSettings, train
+from tests.conftest import SMALL
+from tests.training.decoders import make_model
+
+TEMPLATE = Path("conf/data/chatml.jinja")
+RECIPE = RecipeSettings(
+    name="test", tokens=8 * 256, batch_size=4, lr=3e-3, calibration_tokens=256, kd_weight=0.5
+)
+TRAINER = TrainerSettings(precision=Precision.fp32)
+
+
+@pytest.fixture
+def chat(tmp_path) -> DataSettings:
+    """Conversations of very unequal length: some sequences have little to learn."""
+    path = tmp_path / "chats.jsonl"
+    rows = []
+    for i in range(60):
+        turns = [
+            {"role": "user", "content": f"return x + {i} " * (1 + i % 4)},
+            {"role": "assistant", "content": "def f(x): return x\n" * (1 + (7 * i) % 5)},
+        ]
+        rows.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    return DataSettings(
+        name="chat",
+        source=Source.chat,
+        parts=[PartSettings(path=str(path), column="messages")],
+        chat_template=str(TEMPLATE),
+        heldout_percent=20,
+        heldout_sequences=4,
+        seq_len=64,
+        lanes=2,
+        document_masks=True,
+    )
+
+
+@pytest.fixture
+def settings(backbone_settings, data_settings, tmp_path) -> TrainSettings:
+    return TrainSettings(
+        backbone=backbone_settings,
+        data=data_settings,
+        recipe=RECIPE,
+        trainer=TRAINER,
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        arch={"ffn_dim": 64, "layer_types": "F-"},
+        name="cut",
+        runs=str(tmp_path / "runs"),
+    )
+
+
+def test_the_gradient_is_the_mean_over_tokens_that_count(chat, backbone_folder, tmp_path):
+    tokenizer = load_tokenizer(backbone_folder / "tokenizer.json")
+    results = []
+    for micro_batch in (None, 1, 2):
+        data = PackedData(chat, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+        model = make_model()
+        trainer = dataclasses.replace(TRAINER, micro_batch=micro_batch)
+        done = fit(model, data, dataclasses.replace(RECIPE, kd_weight=0.0), trainer)
+        results.append((list(done.curve), model))
+    (curve, whole), *others = results
+    for found, model in others:
+        assert found == pytest.approx(curve, rel=1e-4)
+        for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_stages_follow_each_other_and_are_done_once(settings, chat, monkeypatch):
+    tuning = dataclasses.replace(RECIPE, kd_weight=0.0, tokens=4 * 256)
+    settings.then = {"ift": StageSettings(recipe=tuning, data=chat)}
+    settings.scale = 0.5
+    last = train(settings)
+    models = Path(settings.runs) / "models"
+    first = TrainResult.read(models / "cut")
+    assert (first.fit.tokens, last.fit.tokens) == (4 * 256, 2 * 256)
+    assert last.name == "cut_ift"
+    assert load(models / "cut_ift" / "checkpoint").spec == first.spec
+    assert last.settings["start"] == str(models / "cut" / "checkpoint")
+    monkeypatch.setattr("flash.training.run._train", pytest.fail)
+    assert train(dataclasses.replace(settings)) == last
+
+
+def test_a_changed_start_is_another_run(settings, tmp_path):
+    train(settings)
+    cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
+    on = dataclasses.replace(settings, arch={}, start=str(cut), name="on")
+    first = train(on)
+    model = load(cut)
+    save(cut, model.spec, state_to_save(model, torch.float32), tokenizer=cut / "tokenizer.json")
+    assert train(on).key != first.key
+
+
+def test_a_start_of_another_arch_is_refused(settings, backbone_folder):
+    settings.start = str(backbone_folder)
+    with pytest.raises(InputError, match=r"start=.*holds arch 3L .* expected 2L .*leave \+arch"):
+        train(settings)
+
+
+def test_training_aware_of_quantisation_is_of_the_rounded_model(settings):
+    train(settings)
+    cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
+    settings = dataclasses.replace(
+        settings, start=str(cut), name="qat", recipe=dataclasses.replace(RECIPE, qat=True)
+    )
+    result = train(settings)
+    model, rounded = load(cut), load(cut)
+    fake_quantize(rounded)
+    inputs = Inputs.open(
+        Backbone.open(settings.backbone),
+        settings.data,
+        RECIPE,
+        seed=0,
+        runs=Runs(Path(settings.runs)),
+    )
+    losses = [heldout_quality(each, inputs.data, Precision.fp32).loss for each in (model, rounded)]
+    assert result.before.loss == losses[1] != losses[0]
+    assert result.after.loss < result.before.loss
+    plain = load(Path(settings.runs) / "models" / "qat" / "checkpoint")
+    assert not any(hasattr(module, "weight_fake_quantizer") for module in plain.modules())
+
+
+def test_a_context_beyond_the_backbones_is_refused(settings):
+    settings.data = dataclasses.replace(settings.data, seq_len=129)
+    with pytest.raises(InputError, match=r"data\.seq_len=129: expected at most 128"):
+        train(settings)
+
+
+def test_fingerprints_cover_every_shard(tmp_path):
+    weights = state_to_save(make_model(), torch.float32)
+    save(tmp_path / "m", SMALL, weights)
+    before = fingerprint(tmp_path / "m")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save(tmp_path / "m", SMALL, weights)
+    assert fingerprint(tmp_path / "m") != before
