@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from flash.data import DataSettings, Source
 from flash.errors import InputError
 from flash.model import BackboneSettings, Decoder, cross_entropy, distillation, load
 from flash.training import (
@@ -97,8 +98,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(data, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as full:
         fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path)
+    assert full.value.filename == str(tmp_path / "last.ckpt")
     assert (tmp_path / "last.ckpt").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".json" and p.is_file()] == [
         "last.ckpt"
@@ -187,34 +189,74 @@ def test_wandb_runs_offline_without_a_key(backbone_settings, data_settings, tmp_
     assert written[0].stat().st_size > 1000
 
 
-def test_kill_9_in_the_middle_changes_nothing(data_settings, backbone_folder, tmp_path):
-    """The same job, once undisturbed and once killed for real after a checkpoint."""
-    script = textwrap.dedent(f"""
-        import sys, time
-        from flash.data import DataSettings, Source
-        from flash.model import BackboneSettings
-        from flash.training import fit, RecipeSettings, TrainerSettings, Precision
-        from flash.training.loggers import LoggerKind, LoggerSettings
-        from flash.training.run import TrainSettings, train
-        data = DataSettings(name="test", source=Source.folder, path={data_settings.path!r},
-                            heldout_percent=20, seq_len=32, heldout_sequences=8)
-        train(TrainSettings(
-            backbone=BackboneSettings(name="small", weights={str(backbone_folder)!r}),
-            data=data, recipe=RecipeSettings(name="t", tokens=60 * 128, batch_size=4, lr=3e-3),
-            trainer=TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=2),
-            logger=LoggerSettings(name="none", kind=LoggerKind.none), name="c", runs=sys.argv[1]))
-    """)
-    command = [sys.executable, "-c", script]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    subprocess.run([*command, str(calm)], check=True, capture_output=True, env=environment)
-    with subprocess.Popen(
-        [*command, str(killed)], stderr=subprocess.DEVNULL, env=environment
-    ) as child:
-        while not list(killed.rglob("last.ckpt")) and child.poll() is None:
+def _job(corpus: str, backbone: str, folder: str, every: int = 2) -> TrainSettings:
+    """A job that takes some seconds."""
+    return TrainSettings(
+        backbone=BackboneSettings(name="small", weights=backbone),
+        data=DataSettings(
+            name="test",
+            source=Source.folder,
+            path=corpus,
+            heldout_percent=20,
+            seq_len=32,
+            heldout_sequences=8,
+        ),
+        recipe=RecipeSettings(name="t", tokens=60 * 128, batch_size=4, lr=3e-3),
+        trainer=TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=every),
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        name="c",
+        runs=folder,
+    )
+
+
+def _weights(folder) -> bytes:
+    return (folder / "models" / "c" / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_a_job_that_is_killed_or_told_to_stop_goes_on_as_if_it_had_not_been(
+    data_settings, backbone_folder, tmp_path
+):
+    torch.set_num_threads(1)  # as in the processes below: sums must not depend on it
+    of = (data_settings.path, str(backbone_folder))
+    script = (
+        "import logging, sys\n"
+        "from flash.training.run import train\n"
+        "from tests.training.test_training import _job\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "train(_job(*sys.argv[1:4], every=int(sys.argv[4])))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+
+    def start(folder, every) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", script, *of, str(folder), str(every)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    calm, killed, told = (tmp_path / name for name in ("calm", "killed", "told"))
+    train(_job(*of, str(calm)))
+    with start(killed, 2) as job:
+        while not list(killed.rglob("last.ckpt")) and job.poll() is None:
             time.sleep(0.01)
-        child.send_signal(signal.SIGKILL)
-    assert not (killed / "models" / "c" / "result.json").exists()
-    subprocess.run([*command, str(killed)], check=True, capture_output=True, env=environment)
-    weights = [run / "models" / "c" / "checkpoint" / "model.safetensors" for run in (calm, killed)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+        job.kill()
+    with start(told, 1000) as job:
+        _wait_for_training(job)
+        job.terminate()
+        said = job.stderr.read()
+        assert job.wait() == 128 + signal.SIGTERM, said
+    assert "stopped by SIGTERM after step" in said
+    assert list(told.rglob("last.ckpt"))  # the only one before the end
+    for folder in (killed, told):
+        assert not (folder / "models" / "c" / "result.json").exists()
+        train(_job(*of, str(folder)))
+        assert _weights(folder) == _weights(calm)
+
+
+def _wait_for_training(job) -> None:
+    """Until the process catches SIGTERM, which it does from its first step on."""
+    until = time.monotonic() + 120
+    while job.poll() is None and time.monotonic() < until:
+        status = Path(f"/proc/{job.pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        if caught >> (signal.SIGUSR2 - 1) & 1:
+            return
+        time.sleep(0.005)
+    pytest.fail("the job never began to train")

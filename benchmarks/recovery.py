@@ -1,0 +1,147 @@
+"""What wins back the quality that pruning costs, at equal tokens, on the tiny backbone.
+
+One architecture (6 layers of width 224, two without attention), 131,072 tokens, three seeds of
+order and initialisation, the recipes of conf/recipe: `scratch` (random weights, the pretraining's
+rate), `continue` (pruned, cross-entropy), `distill` (pruned, half of it forward KL to the
+backbone).
+`loss` is held out; `margin` how much lower it is than that of the case before, seed by seed.
+
+Then 8-bit activations and 4-bit weights: `ptq` is the distilled model quantised as it is, `qat` the
+same after 65,536 more tokens with recipe=qat, `more` after as many without the rounding, quantised
+then; `rounded_loss` is their loss with the device's rounding.
+
+Runs resume (runs/recovery). Draws docs/figures/recovery.svg (by kaleido, which needs Chrome).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import plotly.graph_objects as go
+from record import Recorder
+
+import conf
+from flash.data import DataSettings
+from flash.model import Backbone, BackboneSettings, fake_quantize, load
+from flash.runs import Runs
+from flash.training import Precision, RecipeSettings, TrainerSettings, heldout_quality
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import Inputs, TrainResult, TrainSettings, train
+
+TOKENS, FURTHER = 131_072, 65_536
+SEEDS = range(3)
+ARCH = {"model_dim": 224, "ffn_dim": 448, "layer_types": "F-FF-F"}
+TRAINER = TrainerSettings(precision=Precision.fp32)
+DATA = DataSettings(name="stdlib", tokenizer=str(conf.ROOT / "backbones/tiny/tokenizer.json"))
+CASES = {"scratch": "pretrain", "continue": "continue", "distill": "distill"}
+
+
+def run(name: str, recipe: RecipeSettings, seed: int, start: str | None = None) -> TrainResult:
+    """One training; a finished one is read."""
+    backbone = conf.TINY
+    arch: dict[str, object] = {} if start else ARCH
+    if name == "scratch":
+        random = conf.group("backbone/tiny_random", BackboneSettings)
+        backbone = dataclasses.replace(random, arch={**(random.arch or {}), **ARCH})
+        arch = {}
+    return train(
+        TrainSettings(
+            backbone=backbone,
+            data=DATA,
+            recipe=recipe,
+            trainer=TRAINER,
+            logger=LoggerSettings(name="none", kind=LoggerKind.none),
+            arch=arch,
+            start=start,
+            name=f"{name}_{seed}",
+            seed=seed,
+            runs=str(conf.ROOT / "runs" / "recovery"),
+        )
+    )
+
+
+def recipe_of(name: str, tokens: int) -> RecipeSettings:
+    found = conf.group(f"recipe/{name}", RecipeSettings)
+    return dataclasses.replace(found, tokens=tokens, batch_size=4)
+
+
+def checkpoint(name: str, seed: int) -> str:
+    return str(Runs(conf.ROOT / "runs" / "recovery").model(f"{name}_{seed}") / "checkpoint")
+
+
+def rounded_loss(name: str, seed: int, inputs: Inputs) -> float:
+    """Held-out loss of a trained model once it is quantised."""
+    model = load(Path(checkpoint(name, seed)))
+    fake_quantize(model)
+    return heldout_quality(model, inputs.data, Precision.fp32).loss
+
+
+def recovery(record: Recorder) -> dict[str, list[TrainResult]]:
+    results = {
+        case: [run(case, recipe_of(recipe, TOKENS), seed) for seed in SEEDS]
+        for case, recipe in CASES.items()
+    }
+    losses = {case: [each.after.loss for each in found] for case, found in results.items()}
+    before = [each.before.loss for each in results["continue"]]
+    record.add("pruned", "loss", before, "nats/token")
+    for case, values in losses.items():
+        record.add(case, "loss", values, "nats/token")
+    for worse, better in (("scratch", "continue"), ("continue", "distill")):
+        margins = [a - b for a, b in zip(losses[worse], losses[better], strict=True)]
+        record.add(better, "margin", margins, "nats/token")
+    return results
+
+
+def quantised(record: Recorder, inputs: Inputs) -> None:
+    aware = recipe_of("qat", FURTHER)
+    for name, recipe in (("qat", aware), ("more", dataclasses.replace(aware, qat=False))):
+        for seed in SEEDS:
+            run(name, recipe, seed, start=checkpoint("distill", seed))
+    losses = {"ptq": [rounded_loss("distill", seed, inputs) for seed in SEEDS]}
+    losses |= {
+        name: [rounded_loss(name, seed, inputs) for seed in SEEDS] for name in ("more", "qat")
+    }
+    for case, values in losses.items():
+        record.add(case, "rounded_loss", values, "nats/token")
+    margins = [a - b for a, b in zip(losses["more"], losses["qat"], strict=True)]
+    record.add("qat", "margin", margins, "nats/token")
+
+
+def draw(results: dict[str, list[TrainResult]]) -> None:
+    figure = go.Figure()
+    for case, colour in zip(results, ("#8a8f98", "#e8743b", "#2f6fde"), strict=True):
+        for seed, result in enumerate(results[case]):
+            curve = result.fit.curve if case != "distill" else []
+            tokens = [TOKENS * (i + 1) / len(curve) for i in range(len(curve))]
+            tokens, values = [*tokens, TOKENS], [*curve, result.after.loss]
+            figure.add_scatter(
+                x=tokens,
+                y=values,
+                name=case,
+                legendgroup=case,
+                showlegend=seed == 0,
+                mode="lines+markers" if len(curve) == 0 else "lines",
+                line_color=colour,
+            )
+    figure.update_layout(template="plotly_white", width=760, height=440)
+    figure.update_xaxes(title="tokens")
+    figure.update_yaxes(title="loss [nats/token]")
+    figure.write_image(conf.ROOT / "docs" / "figures" / "recovery.svg")
+
+
+def main() -> None:
+    record = Recorder("recovery")
+    results = recovery(record)
+    inputs = Inputs.open(
+        Backbone.open(conf.TINY),
+        DATA,
+        recipe_of("continue", TOKENS),
+        seed=0,
+        runs=Runs(conf.ROOT / "runs" / "recovery"),
+    )
+    quantised(record, inputs)
+    draw(results)
+    record.close()
+
+
+if __name__ == "__main__":
+    main()
