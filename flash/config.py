@@ -203,6 +203,13 @@ def one_line_errors(schema: type) -> Iterator[None]:
         _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
     except slurm.JobFailed as error:
         _fail(error.line, error.code)
+    except AssertionError as error:
+        if not str(error).startswith("Unexpected type for root"):
+            raise
+        _fail(  # OmegaConf's, which does not say where
+            "an override sets a key within a value that is null; give the value as a whole, as in "
+            "'data.heldout={path: FILE}'"
+        )
     except KeyboardInterrupt:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
         sys.exit(130)

@@ -17,6 +17,8 @@ from flash.model.decoder import Decoder
 from flash.model.families import to_config
 from flash.model.weights import Weights
 
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 
 def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
     """Name and shape of every tensor in a checkpoint of `spec`; a tied head is stored once."""
@@ -92,7 +94,7 @@ def save(
         folder: Where to write; replaced as a whole if it exists.
         spec: Architecture of the weights.
         weights: Tensors by Hugging Face name, in the dtype to store.
-        tokenizer: A tokenizer.json to put beside them.
+        tokenizer: A tokenizer.json to put beside them, with its settings and chat template.
         token_ids: Special token ids to record in config.json, such as `eos_token_id`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +106,9 @@ def save(
         save_file(dict(weights), temporary / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+            for name in BESIDE_TOKENIZER:
+                if (tokenizer.parent / name).is_file():
+                    shutil.copyfile(tokenizer.parent / name, temporary / name)
         for path in temporary.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -25,6 +25,7 @@ from flash.search.settings import SearchSettings
 from flash.search.study import Study
 from flash.training import RecipeSettings, TrainerSettings, heldout_quality
 from flash.training.loggers import LoggerSettings
+from flash.training.parallel import check_devices
 from flash.training.run import Inputs, digest, importance_of, plain
 
 _MIB = 2**20
@@ -98,6 +99,12 @@ def open_job(settings: SearchJobSettings) -> Job:
     if backbone.folder is None:
         backbone.load()  # says that weights are needed
     assert backbone.folder is not None
+    if settings.trainer.devices * settings.trainer.nodes > 1:
+        raise InputError(
+            f"trainer.devices={settings.trainer.devices}: expected 1 for the trials of a search; "
+            "start more workers instead"
+        )
+    check_devices(settings.trainer)
     backbone.fetch()
     runs = Runs(Path(settings.runs))
     inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from flash.errors import InputError
 from flash.model import Decoder
 from flash.model.decoder import Layer
 from flash.training.settings import Precision, TrainerSettings
@@ -44,6 +45,23 @@ def started_from_outside() -> bool:
     """Whether Slurm or torchrun started the processes of this run, and not Lightning."""
     tasks = os.environ.get("SLURM_NTASKS", "1")
     return "TORCHELASTIC_RUN_ID" in os.environ or tasks != "1"
+
+
+def check_devices(trainer: TrainerSettings) -> None:
+    """See that this machine has the devices that it is to train on.
+
+    Raises:
+        InputError: It has not.
+    """
+    if trainer.accelerator not in {"gpu", "cuda"}:
+        return
+    found = torch.cuda.device_count()
+    if found < trainer.devices:
+        key = "devices" if found else "accelerator"
+        raise InputError(
+            f"trainer.{key}={getattr(trainer, key)}: expected {trainer.devices} CUDA device(s), "
+            f"found {found}; use fewer, or trainer=cpu"
+        )
 
 
 def make_strategy(trainer: TrainerSettings) -> Strategy | str:

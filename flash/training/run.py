@@ -32,7 +32,7 @@ from flash.prune import Importance, cached_scores, check_fits, fingerprint, prun
 from flash.runs import Runs
 from flash.training.fit import FitResult, HeldOut, fit, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.parallel import is_main_process, started_from_outside
+from flash.training.parallel import check_devices, is_main_process, started_from_outside
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,10 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
     """
     if settings.start is None:
         return arch_of(settings.arch, backbone)
-    found = Backbone.open(BackboneSettings(name="start", weights=settings.start)).spec
+    folder = Path(settings.start)
+    if not folder.is_dir():
+        raise InputError(f"start={folder}: expected the folder of a trained checkpoint, found none")
+    found = Backbone.open(BackboneSettings(name="start", weights=str(folder))).spec
     if settings.arch:
         wanted = arch_of(settings.arch, backbone)
         if found != wanted:
@@ -349,6 +352,7 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
 def _train_stage(settings: TrainSettings) -> TrainResult:
     backbone = Backbone.open(settings.backbone)
     spec = spec_of(settings, backbone)
+    check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # says what cannot be shared out
     name = settings.name or backbone.name
     if backbone.folder is None:

@@ -46,15 +46,16 @@ class LrReference:
     the square root of `batch / batch_tokens` (arXiv:2205.10287).
     """
 
-    model_dim: int
-    """Width of the model."""
-    batch_tokens: int
-    """Tokens a step."""
+    model_dim: int | None = None
+    """Width of the model; null: the rate does not depend on it."""
+    batch_tokens: int | None = None
+    """Tokens a step; null: the rate does not depend on them."""
 
     def __post_init__(self) -> None:
         for name in ("model_dim", "batch_tokens"):
             value = getattr(self, name)
-            require(value > 0, f"recipe.lr_reference.{name}", value, "a positive integer")
+            expected = "a positive integer or null"
+            require(value is None or value > 0, f"recipe.lr_reference.{name}", value, expected)
 
 
 @dataclass(kw_only=True)
@@ -89,8 +90,8 @@ class RecipeSettings:
     """Training tokens that the importance scores are averaged over."""
     qat: bool = False
     """Train with the rounding of 8da4w in the forward pass, as it will be on the device."""
-    lr_reference: LrReference | None = None
-    """Scale `lr` with width and batch from where it was found; null takes it as it is."""
+    lr_reference: LrReference = dataclasses.field(default_factory=LrReference)
+    """Where `lr` was found, to scale it with width and batch; by default it is taken as it is."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "calibration_tokens"):
@@ -111,11 +112,12 @@ class RecipeSettings:
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""
-        if self.lr_reference is None:
-            return self.lr
-        width = self.lr_reference.model_dim / model_dim
-        batch = self.batch_size * seq_len / self.lr_reference.batch_tokens
-        return self.lr * width * math.sqrt(batch)
+        rate, found = self.lr, self.lr_reference
+        if found.model_dim is not None:
+            rate *= found.model_dim / model_dim
+        if found.batch_tokens is not None:
+            rate *= math.sqrt(self.batch_size * seq_len / found.batch_tokens)
+        return rate
 
     def steps(self, seq_len: int) -> int:
         """Optimiser steps for `tokens` tokens."""

@@ -124,6 +124,8 @@ def test_the_learning_rate_scales_from_where_it_was_found():
     assert recipe.peak_lr(1280, 2000) == pytest.approx(2e-4)
     assert recipe.peak_lr(640, 2000) == pytest.approx(4e-4)
     assert RecipeSettings(name="x", tokens=1, lr=4e-4).peak_lr(640, 2000) == 4e-4
+    by_width = dataclasses.replace(recipe, lr_reference=LrReference(model_dim=1280))
+    assert by_width.peak_lr(640, 2000) == pytest.approx(8e-4)
 
 
 def test_a_run_says_how_long_it_will_take_and_what_it_will_cost(data, monkeypatch, caplog):

@@ -111,6 +111,19 @@ def test_a_start_of_another_arch_is_refused(settings, backbone_folder):
         train(settings)
 
 
+def test_devices_that_are_not_there_are_named_before_any_work(settings, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    settings.trainer = TrainerSettings(accelerator="gpu")
+    with pytest.raises(InputError, match=r"trainer\.accelerator=gpu: expected 1 CUDA device"):
+        train(settings)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    settings.trainer = TrainerSettings(accelerator="gpu", devices=4)
+    with pytest.raises(InputError, match=r"trainer\.devices=4: expected 4 CUDA device.*found 2"):
+        train(settings)
+    with pytest.raises(InputError, match=r"start=nowhere: expected the folder of a trained"):
+        train(dataclasses.replace(settings, start="nowhere"))
+
+
 def test_training_aware_of_quantisation_is_of_the_rounded_model(settings):
     train(settings)
     cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
