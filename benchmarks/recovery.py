@@ -25,7 +25,8 @@ from flash.model import Backbone, BackboneSettings, fake_quantize, load
 from flash.runs import Runs
 from flash.training import Precision, RecipeSettings, TrainerSettings, heldout_quality
 from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.run import Inputs, TrainResult, TrainSettings, train
+from flash.training.result import TrainResult
+from flash.training.run import Inputs, TrainSettings, train
 
 TOKENS, FURTHER = 131_072, 65_536
 SEEDS = range(3)

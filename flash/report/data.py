@@ -10,7 +10,7 @@ from flash.device import Point
 from flash.errors import InputError
 from flash.evaluation import ExportResult
 from flash.runs import Runs
-from flash.training.run import TrainResult
+from flash.training.result import TrainResult
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The training loss along a run, kept in its checkpoints and watched by those who may stop it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,17 @@ class Curve:
         parts = min(steps, MOST_PARTS)
         edges = [round(i * steps / parts) for i in range(parts + 1)]
         over = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b <= len(losses)]
-        return cls(tuple(fmean(losses[a:b]) for a, b in over), parts)
+        return cls(tuple(_mean(losses[a:b]) for a, b in over), parts)
 
     def points(self, tokens: int) -> list[list[float]]:
         """Tokens seen at the end of each part and its loss, for a run of `tokens` in all."""
         return [[tokens * (i + 1) / self.parts, loss] for i, loss in enumerate(self.losses)]
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Without those that are not finite: such steps were left out."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return fmean(finite) if finite else math.nan
 
 
 Watch = Callable[[Curve], None]

@@ -6,7 +6,6 @@ import signal
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -54,6 +53,15 @@ class Guard:
         self.skipped = self.in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_RECENT)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, to judge as this one would."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self._losses = deque(state["losses"], maxlen=_RECENT)
+
     def judge(self, loss: float, norm: float) -> Verdict:
         """Whether to take the step.
 
@@ -98,7 +106,6 @@ class StopBySignal(L.Callback):
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._received: int | None = None
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
@@ -106,15 +113,10 @@ class StopBySignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's
-        # Lightning has put its own in place by now; it takes them away in the end.
+        # Lightning has put its own in place by now. In the end it restores what was there before
+        # its own; a `teardown` here would come later, and put Lightning's back.
         for number in (signal.SIGTERM, signal.SIGUSR2):
-            self._before[number] = signal.getsignal(number)
             signal.signal(number, self._note)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
     def on_train_batch_end(
         self,
@@ -133,9 +135,12 @@ class StopBySignal(L.Callback):
             trainer.save_checkpoint(self.path, weights_only=False)
         number = self._received or signal.SIGTERM
         name = signal.Signals(number).name
-        log.warning(
-            "stopped by %s after step %d; go on with the same command", name, trainer.global_step
-        )
+        if trainer.is_global_zero:
+            log.warning(
+                "stopped by %s after step %d; go on with the same command",
+                name,
+                trainer.global_step,
+            )
         raise Stopped(number)
 
 
@@ -160,9 +165,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except OSError as error:
-            error.filename = error.filename or str(path)  # so that the one line can name it
-            raise
+        except (OSError, RuntimeError) as error:
+            # PyTorch closes its archive while the disk's error is on its way, and fails once more.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            where = cause.filename or str(path)  # so that the one line can name it
+            raise OSError(cause.errno, cause.strerror, where) from error
 
 
 def drop_gradients(parameters: list[Tensor]) -> None:

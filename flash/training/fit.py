@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -23,7 +24,13 @@ from flash.training.callbacks import Throughput
 from flash.training.curve import CurveRecorder, SaveOnce, Watch
 from flash.training.faults import AtomicCheckpointIO, StopBySignal, Stopped
 from flash.training.module import LanguageModelling
-from flash.training.parallel import gather, lightning_precision, make_strategy
+from flash.training.parallel import (
+    gather,
+    is_main_process,
+    lightning_precision,
+    make_strategy,
+    stop_others,
+)
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
 
 LAST = "last.ckpt"
@@ -117,7 +124,7 @@ def fit(
     what: str = "training",
     show_progress: bool = True,
 ) -> FitResult:
-    """Train `model` in place.
+    """Train `model` in place; with `fsdp` only the main process's has the trained weights after it.
 
     Args:
         model: Trained in place; with a checkpoint in `folder`, its weights come from there.
@@ -136,7 +143,7 @@ def fit(
     Raises:
         InputError: Distillation without a fitting teacher, a batch that cannot be shared out, a
             damaged checkpoint, or a loss that is no longer finite.
-        SystemExit: In processes other than the main one, when all is done.
+        SystemExit: A signal has ended the run.
     """
     seq_len = data.settings.seq_len
     steps = recipe.steps(seq_len)
@@ -151,7 +158,7 @@ def fit(
         teacher=teacher,
         last=last,
     )
-    label = what if show_progress else None
+    label = what if show_progress and is_main_process() else None
     throughput = Throughput(trainer, label, teacher.spec if teacher is not None else None)
     recorder = CurveRecorder(steps, watch)
     callbacks: list[L.Callback] = [throughput, recorder]
@@ -164,8 +171,6 @@ def fit(
     _run(lightning, module, data, last if last is not None and last.is_file() else start)
     if sharded:
         model.load_state_dict(gather(module.model), strict=lightning.is_global_zero)
-    if not lightning.is_global_zero:
-        raise SystemExit(0)  # what is left to do is the main process's
     if 2 * module.guard.in_a_row >= lightning.global_step > 0:
         raise InputError(
             f"recipe.lr={recipe.lr}: training diverged, its last {module.guard.in_a_row} of "
@@ -201,6 +206,9 @@ def _lightning(
             )
         )
     assert trainer.precision is not Precision.auto  # the settings have resolved it
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # flash.slurm does that
     # Held-out losses along the way are worth their time only on runs that have several of them.
     evaluate = loggers is not False and max_steps > trainer.eval_every_steps
     return L.Trainer(
@@ -214,7 +222,7 @@ def _lightning(
         use_distributed_sampler=False,  # the data know about ranks
         logger=loggers,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=plugins,
         enable_checkpointing=folder is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -239,6 +247,9 @@ def _run(
         warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
         try:
             lightning.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+        except OSError:
+            stop_others(lightning)  # they would wait for this one, and complain
+            raise
         except (RuntimeError, EOFError, KeyError) as error:
             if last is not None and lightning.global_step == 0:
                 raise InputError(
@@ -249,6 +260,9 @@ def _run(
             handler = signal.getsignal(stopped.number)
             if callable(handler):
                 handler(stopped.number, None)
+            if not lightning.is_global_zero:
+                # Lightning takes another code for a crash, and kills the main process.
+                raise SystemExit(0) from None
             raise
         except SystemExit:
             if lightning.interrupted:  # Lightning turns Ctrl-C into exit code 1

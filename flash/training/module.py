@@ -160,10 +160,11 @@ class LanguageModelling(L.LightningModule):
         self.log("heldout/loss", loss, batch_size=max(len(targets), 1), sync_dist=ranks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skipped_steps"] = self.guard.skipped
+        checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.guard.skipped = checkpoint["skipped_steps"]
+        if "guard" in checkpoint:  # older ones have none
+            self.guard.load_state_dict(checkpoint["guard"])
 
     def on_fit_start(self) -> None:
         teacher: Decoder | None = self._outside["teacher"]

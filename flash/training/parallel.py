@@ -1,11 +1,14 @@
 """Several devices: Lightning's strategies, and how a decoder is shared out among them."""
 
 import os
+import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
@@ -41,12 +44,6 @@ def is_main_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
-def started_from_outside() -> bool:
-    """Whether Slurm or torchrun started the processes of this run, and not Lightning."""
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    return "TORCHELASTIC_RUN_ID" in os.environ or tasks != "1"
-
-
 def check_devices(trainer: TrainerSettings) -> None:
     """See that this machine has the devices that it is to train on.
 
@@ -62,6 +59,24 @@ def check_devices(trainer: TrainerSettings) -> None:
             f"trainer.{key}={getattr(trainer, key)}: expected {trainer.devices} CUDA device(s), "
             f"found {found}; use fewer, or trainer=cpu"
         )
+
+
+def main_device(trainer: TrainerSettings) -> torch.device:
+    """Where the main process evaluates a whole model."""
+    return torch.device("cuda" if trainer.accelerator in {"gpu", "cuda"} else "cpu")
+
+
+def wait_for_others() -> None:
+    """Until all processes of the run are here; nothing to wait for where there is one."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def stop_others(lightning: L.Trainer) -> None:
+    """End the processes that this one has started."""
+    launcher = lightning.strategy.launcher
+    if launcher is not None:
+        launcher.kill(signal.SIGKILL)
 
 
 def make_strategy(trainer: TrainerSettings) -> Strategy | str:

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from flash.arch import ArchSpec, count_parameters
 from flash.data import DataSettings, PackedData, end_of_text_id, find_tokenizer, load_tokenizer
 from flash.errors import InputError, require
-from flash.files import write_text
 from flash.model import (
     Backbone,
     BackboneSettings,
@@ -30,9 +29,15 @@ from flash.model import (
 )
 from flash.prune import Importance, cached_scores, check_fits, fingerprint, prune
 from flash.runs import Runs
-from flash.training.fit import FitResult, HeldOut, fit, heldout_quality
+from flash.training.fit import fit, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.parallel import check_devices, is_main_process, started_from_outside
+from flash.training.parallel import (
+    check_devices,
+    is_main_process,
+    main_device,
+    wait_for_others,
+)
+from flash.training.result import TrainResult
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -160,65 +165,6 @@ def load_teacher(backbone: Backbone, precision: Precision) -> Decoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What `result.json` beside a trained model says.
-
-    Attributes:
-        name: Name of the run.
-        spec: The architecture.
-        parameters: Trained parameters, tied ones once.
-        before: Held-out quality of the inherited weights.
-        after: Held-out quality after training.
-        fit: Steps, tokens and speed.
-        key: Hash of all that decides the result; the run is done when it is unchanged.
-        settings: The settings, plain.
-    """
-
-    name: str
-    spec: ArchSpec
-    parameters: int
-    before: HeldOut
-    after: HeldOut
-    fit: FitResult
-    key: str
-    settings: dict[str, Any]
-
-    @property
-    def summary(self) -> str:
-        """One line for people."""
-        return (
-            f"held-out loss {self.before.loss:.3f} -> {self.after.loss:.3f} "
-            f"({self.after.bits_per_byte:.3f} bits per byte), {self.fit.tokens:,} tokens"
-        )
-
-    def write(self, folder: Path) -> None:
-        values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
-        write_text(folder / "result.json", json.dumps(values, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "TrainResult | None":
-        """The result in `folder`, or None where there is none.
-
-        Raises:
-            InputError: The file is damaged.
-        """
-        path = folder / "result.json"
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            return cls(**{
-                **values,
-                "spec": ArchSpec.from_dict(values["spec"]),
-                "before": HeldOut(**values["before"]),
-                "after": HeldOut(**values["after"]),
-                "fit": FitResult(**values["fit"]),
-            })
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to train again") from error
-
-
-@dataclasses.dataclass(frozen=True)
 class Inputs:
     """Everything a job needs before it works: opened, checked, nothing large loaded.
 
@@ -314,11 +260,6 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: Settings, backbone or data that cannot be used.
     """
-    if settings.then and started_from_outside():
-        raise InputError(
-            f"then={', '.join(settings.then)}: expected no further stages where Slurm or torchrun "
-            "start the processes; run them one by one with start=FOLDER"
-        )
     return [_train_stage(stage) for stage in _stages(settings)][-1]
 
 
@@ -376,21 +317,27 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         log.info("%s is finished: %s", name, result.summary)
         return result
     result = _train(settings, name, spec, inputs, key)
-    result.write(folder)
-    log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
+    if result is not None:
+        result.write(folder)
+        log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
+    wait_for_others()  # what follows may start from this result
+    result = TrainResult.read(folder)
+    assert result is not None
     return result
 
 
 def _train(
     settings: TrainSettings, name: str, spec: ArchSpec, inputs: Inputs, key: str
-) -> TrainResult:
+) -> TrainResult | None:
+    """The trained and saved model's result; None in processes other than the main one."""
     recipe, precision = settings.recipe, settings.trainer.precision
     model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs, settings.start)
     if recipe.qat:
         fake_quantize(model)  # both held-out losses are those of the rounded model
+    device = main_device(settings.trainer)
     before = None
     if is_main_process():
-        before = heldout_quality(model, inputs.data, precision)
+        before = heldout_quality(model.to(device), inputs.data, precision)
         log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
     logger = make_logger(
         settings.logger,
@@ -412,8 +359,9 @@ def _train(
             loggers=logger if logger is not None else False,
             what=name,
         )
-        assert before is not None  # the other processes have ended
-        after = heldout_quality(model, inputs.data, precision)
+        if before is None:
+            return None
+        after = heldout_quality(model.to(device), inputs.data, precision)
         if logger is not None:
             metrics = {
                 "heldout/loss_before": before.loss,

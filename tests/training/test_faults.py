@@ -9,6 +9,7 @@ import torch
 
 from flash.errors import InputError
 from flash.training import (
+    Curve,
     LanguageModelling,
     LrReference,
     OnSpike,
@@ -137,3 +138,16 @@ def test_a_run_says_how_long_it_will_take_and_what_it_will_cost(data, monkeypatc
     assert len(said) == 1  # the time of the first steps is too short to be worth a line
     assert said[0].startswith("small: 3,072 tokens in 24 steps on 1 device(s): about")
     assert said[0].endswith("USD")
+
+
+def test_a_resumed_run_judges_as_one_that_was_not_stopped():
+    whole, resumed = Guard(5.0, 3, 1e-3), Guard(5.0, 3, 1e-3)
+    for i in range(20):
+        whole.judge(2.0 + 0.01 * (i % 5), 1.0)
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.judge(2.5, 1.0) is whole.judge(2.5, 1.0) is Verdict.spike
+    assert (resumed.skipped, resumed.in_a_row) == (1, 1)
+
+
+def test_a_step_left_out_leaves_no_hole_in_the_curve():
+    assert Curve.of([math.nan if i == 3 else float(i // 2) for i in range(64)], 64).losses[1] == 1.0

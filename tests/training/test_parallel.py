@@ -26,6 +26,7 @@ import torch
 from flash.data import DataSettings, PackedData, Source, find_tokenizer, load_tokenizer
 from flash.model import state_to_save
 from flash.training import Strategy, fit
+from flash.training.parallel import is_main_process
 import dataclasses
 from tests.training.decoders import make_model
 from tests.training.test_parallel import RECIPE, TRAINER, teacher
@@ -40,8 +41,9 @@ trainer = dataclasses.replace(TRAINER, devices=2, strategy=Strategy[strategy],
                               activation_checkpointing=strategy == "fsdp")
 model = make_model()
 done = fit(model, packed, RECIPE, trainer, teacher=teacher(), folder=Path(folder))
-save_file(state_to_save(model, torch.float32), out)
-print(json.dumps(list(done.curve)))
+if is_main_process():
+    save_file(state_to_save(model, torch.float32), out)
+    print(json.dumps(list(done.curve)))
 """
 
 

@@ -14,7 +14,8 @@ from flash.prune import fingerprint
 from flash.runs import Runs
 from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
 from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.run import Inputs, StageSettings, TrainResult, TrainSettings, train
+from flash.training.result import TrainResult
+from flash.training.run import Inputs, StageSettings, TrainSettings, train
 from tests.conftest import SMALL
 from tests.training.decoders import make_model
 
