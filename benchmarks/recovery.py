@@ -108,24 +108,31 @@ def quantised(record: Recorder, inputs: Inputs) -> None:
 
 
 def draw(results: dict[str, list[TrainResult]]) -> None:
+    """Training losses on the way, but not of distillation, and held-out ones before and after."""
     figure = go.Figure()
     for case, colour in zip(results, ("#8a8f98", "#e8743b", "#2f6fde"), strict=True):
         for seed, result in enumerate(results[case]):
             curve = result.fit.curve if case != "distill" else []
-            tokens = [TOKENS * (i + 1) / len(curve) for i in range(len(curve))]
-            tokens, values = [*tokens, TOKENS], [*curve, result.after.loss]
             figure.add_scatter(
-                x=tokens,
-                y=values,
+                x=[TOKENS * (i + 0.5) / len(curve) for i in range(len(curve))],
+                y=list(curve),
+                mode="lines",
+                showlegend=False,
+                line={"color": colour, "width": 1},
+                opacity=0.5,
+            )
+            figure.add_scatter(
+                x=[0, TOKENS * 1.02],
+                y=[result.before.loss, result.after.loss],
+                mode="markers",
                 name=case,
                 legendgroup=case,
                 showlegend=seed == 0,
-                mode="lines+markers" if len(curve) == 0 else "lines",
-                line_color=colour,
+                marker={"color": colour, "size": 9},
             )
     figure.update_layout(template="plotly_white", width=760, height=440)
     figure.update_xaxes(title="tokens")
-    figure.update_yaxes(title="loss [nats/token]")
+    figure.update_yaxes(title="loss [nats/token]: lines training, dots held out")
     figure.write_image(conf.ROOT / "docs" / "figures" / "recovery.svg")
 
 
