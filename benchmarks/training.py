@@ -144,7 +144,7 @@ def stepper(way: str, case: str) -> Callable[[], tuple[float, float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return BATCH * SEQ_LEN / (time.perf_counter() - start), float(loss)
+        return BATCH * SEQ_LEN / (time.perf_counter() - start), float(loss.detach())
 
     return run
 
