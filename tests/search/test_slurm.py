@@ -340,7 +340,7 @@ def test_interrupted_trials_of_workers_run_again(launch, slurm, runs):
     assert said[-1].startswith(f"error: Job {jobs[0]} ")
     assert "(state: CANCELLED)" in said[-1]
     assert "other jobs go on" in said[-1]
-    wait_for(lambda: study.is_over(4), "the end of the search", 150)
+    wait_for(lambda: study.is_over(4), "the end of the search")
     assert study.attribute("crashes") == {killed[1]: 1}  # nobody is to blame for the others
     assert_each_once(study, 4, again=[number for _, number in workers.values()])
     wait_for(lambda: not running_jobs(slurm), "the end of the last worker")
