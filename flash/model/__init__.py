@@ -7,8 +7,6 @@ from flash.model.families import from_config, to_config
 from flash.model.losses import (
     LossSums,
     Operands,
-    cross_entropy,
-    distillation,
     linear_losses,
 )
 from flash.model.quantization import fake_quantize, head_operands
@@ -23,8 +21,6 @@ __all__ = [
     "Operands",
     "Weights",
     "build",
-    "cross_entropy",
-    "distillation",
     "expected_shapes",
     "fake_quantize",
     "from_config",

@@ -8,36 +8,12 @@ the three matrix products of the usual way, no more, and neither logits nor thei
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**26
 """Logits of a chunk: 256 MiB in float32, of which a distillation holds three."""
-
-
-def cross_entropy(
-    logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]
-) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood [nats a token], in float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-def distillation(
-    student: Float[Tensor, "b s vocab"],
-    teacher: Float[Tensor, "b s vocab"],
-    temperature: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Forward KL(teacher || student) a token [nats], scaled by temperature squared.
-
-    The paper distils from the unpruned backbone without stating the loss; forward KL on logits is
-    what its predecessor MobileLLM-Pro used.
-    """
-    log_student = torch.log_softmax(student.float() / temperature, dim=-1).flatten(0, 1)
-    log_teacher = torch.log_softmax(teacher.float() / temperature, dim=-1).flatten(0, 1)
-    kl = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-    return kl * temperature**2
 
 
 class Operands(NamedTuple):
@@ -69,7 +45,10 @@ def linear_losses(
     kd_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> LossSums:
-    """`cross_entropy` and `distillation` of `hidden @ weight.T`, which never exists as a whole.
+    """Cross-entropy and distillation of the logits `hidden @ weight.T`, never there as a whole.
+
+    Distillation is forward KL(teacher || student), times temperature squared. The paper distils
+    from the unpruned backbone without stating the loss; its predecessor MobileLLM-Pro used this.
 
     Products are in the dtype of autocast where that is on, else of `hidden`; everything after them,
     and the sum of the weight's gradient over chunks, in float32.

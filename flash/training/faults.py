@@ -86,6 +86,18 @@ class Guard:
             )
         return verdict
 
+    def check_end(self, steps: int) -> None:
+        """See that a run of so many steps did not end amid bad ones.
+
+        Raises:
+            InputError: The last half or more of its steps were left out.
+        """
+        if 2 * self.in_a_row >= steps > 0:
+            raise InputError(
+                f"recipe.lr={self.lr}: training diverged, its last {self.in_a_row} of {steps} "
+                "steps had to be left out; lower it"
+            )
+
     def _stands_out(self, loss: float) -> bool:
         if self.spike_factor is None or len(self._losses) < _ENOUGH:
             return False

@@ -161,21 +161,17 @@ def fit(
     label = what if show_progress and is_main_process() else None
     throughput = Throughput(trainer, label, teacher.spec if teacher is not None else None)
     recorder = CurveRecorder(steps, watch)
-    callbacks: list[L.Callback] = [throughput, recorder]
-    if folder is not None and keep_stable and recipe.stable_steps(seq_len):
-        callbacks.append(SaveOnce(recipe.stable_steps(seq_len), folder / STABLE))
-    callbacks.append(StopBySignal(last))
+    callbacks: list[L.Callback] = [throughput, recorder, StopBySignal(last)]
+    stable = recipe.stable_steps(seq_len)
+    if folder is not None and keep_stable and stable:
+        callbacks.insert(2, SaveOnce(stable, folder / STABLE))
     max_steps = min(steps, trainer.max_steps or steps)
     accumulation = trainer.accumulation(recipe.batch_size)
     lightning = _lightning(trainer, max_steps, accumulation, callbacks, folder, loggers)
     _run(lightning, module, data, last if last is not None and last.is_file() else start)
     if sharded:
         model.load_state_dict(gather(module.model), strict=lightning.is_global_zero)
-    if 2 * module.guard.in_a_row >= lightning.global_step > 0:
-        raise InputError(
-            f"recipe.lr={recipe.lr}: training diverged, its last {module.guard.in_a_row} of "
-            f"{lightning.global_step} steps had to be left out; lower it"
-        )
+    module.guard.check_end(lightning.global_step)
     return FitResult(
         steps=lightning.global_step,
         tokens=lightning.global_step * recipe.batch_size * seq_len,

@@ -14,7 +14,7 @@ import torch
 
 from flash.data import DataSettings, Source
 from flash.errors import InputError
-from flash.model import BackboneSettings, Decoder, cross_entropy, distillation, load
+from flash.model import BackboneSettings, Decoder, load
 from flash.training import (
     Precision,
     RecipeSettings,
@@ -26,6 +26,7 @@ from flash.training import (
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
 from tests.conftest import SMALL
+from tests.plain_losses import cross_entropy, distillation
 from tests.training.decoders import make_model, same_weights
 
 RECIPE = RecipeSettings(name="test", tokens=12 * 128, batch_size=4, lr=3e-3)
