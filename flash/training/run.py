@@ -307,6 +307,9 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
     backbone.fetch()
     L.seed_everything(settings.seed, verbose=False)
+    own = Path(settings.start, "tokenizer.json") if settings.start is not None else None
+    if own is not None and own.is_file() and settings.data.tokenizer is None:
+        settings.data = dataclasses.replace(settings.data, tokenizer=str(own))
     runs = Runs(Path(settings.runs))
     inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
     key = _key(settings, spec, inputs)

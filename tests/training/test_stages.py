@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash.data import DataSettings, PackedData, PartSettings, Source, load_tokenizer
+from flash.data import (
+    DataSettings,
+    PackedData,
+    PartSettings,
+    Source,
+    load_tokenizer,
+    train_tokenizer,
+)
 from flash.errors import InputError
 from flash.model import Backbone, fake_quantize, load, save, state_to_save
 from flash.prune import fingerprint
@@ -146,6 +153,17 @@ def test_training_aware_of_quantisation_is_of_the_rounded_model(settings):
     assert result.after.loss < result.before.loss
     plain = load(Path(settings.runs) / "models" / "qat" / "checkpoint")
     assert not any(hasattr(module, "weight_fake_quantizer") for module in plain.modules())
+
+
+def test_a_start_brings_its_own_tokenizer(settings, corpus):
+    train(settings)
+    cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
+    texts = [path.read_text("utf-8") for path in sorted(corpus.iterdir())]
+    other = train_tokenizer([*texts, *(f"w{i} x{i * i}" for i in range(999))], 400)
+    assert other.get_vocab_size() > SMALL.vocab_size
+    other.save(str(cut / "tokenizer.json"))
+    with pytest.raises(InputError, match=rf"data\.tokenizer={cut}.* entries: expected at most"):
+        train(dataclasses.replace(settings, arch={}, start=str(cut), name="on"))
 
 
 def test_a_context_beyond_the_backbones_is_refused(settings):
