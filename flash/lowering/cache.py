@@ -37,10 +37,19 @@ class FloatStore(nn.Module):
         return (getattr(self, name),)
 
     def attend(
-        self, q: Coded, keys: Coded, values: Coded, start: int, mask: Tensor | None
+        self,
+        q: Coded,
+        keys: Coded,
+        values: Coded,
+        start: int,
+        mask: Tensor | None,
+        causal: bool = True,
     ) -> Tensor:
-        """Attention of q: causal from key `start` on, or to what the mask `[s, keys]` shows."""
-        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
+        """Attention of the s queries q, the first at position `start`.
+
+        Causal, or each to all `start + s` keys, or to what the mask `[s, keys]` shows.
+        """
+        position = (start, None, 0.0, causal) if mask is None else (0, mask, 0.0, False)
         return torch.ops.llama.custom_sdpa(q[0], keys[0], values[0], *position)
 
 
@@ -68,10 +77,19 @@ class Int8Store(nn.Module):
         return getattr(self, name), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
 
     def attend(
-        self, q: Coded, keys: Coded, values: Coded, start: int, mask: Tensor | None
+        self,
+        q: Coded,
+        keys: Coded,
+        values: Coded,
+        start: int,
+        mask: Tensor | None,
+        causal: bool = True,
     ) -> Tensor:
-        """Attention of q: causal from key `start` on, or to what the mask `[s, keys]` shows."""
-        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
+        """Attention of the s queries q, the first at position `start`.
+
+        Causal, or each to all `start + s` keys, or to what the mask `[s, keys]` shows.
+        """
+        position = (start, None, 0.0, causal) if mask is None else (0, mask, 0.0, False)
         scales = (q[2], q[1], keys[2], keys[1], values[2], values[1])
         return torch.ops.llama.custom_quantized_sdpa(
             q[0], keys[0], values[0], *position, None, *scales
@@ -96,21 +114,35 @@ def attention_of(spec: ArchSpec, settings: LoweringSettings, sliding: bool) -> t
 
 def causal(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """Everything up to the query; slot = position."""
-    return _attend_linear(store, q, k, v, place.start, None)
+    _write_linear(store, k, v, place.start)
+    queries, keys, values = store.encode(q), store.stored("keys"), store.stored("values")
+    if place.last is None:
+        return store.attend(queries, keys, values, place.start, None)
+    plan = place.last
+    first = _part(queries, 0, plan.others)
+    others = store.attend(first, keys, values, plan.others_start, None)
+    shared = tuple(_share_keys(x, k.shape[2]) for x in _part(queries, q.shape[1] - 1, 1))
+    last = store.attend(shared, keys, values, plan.start, None, causal=False)
+    last = last.transpose(1, 2).reshape(1, 1, *q.shape[2:])
+    return torch.cat([others, last], dim=1).index_select(1, plan.order)
+
+
+def _share_keys(x: Tensor, kv_heads: int) -> Tensor:
+    """One query `[1, 1, h, d]` as h / kv_heads queries of kv_heads heads: each key is read once."""
+    return x.view(1, kv_heads, -1, x.shape[-1]).transpose(1, 2).contiguous()
 
 
 def masked(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """What the mask shows; slot = position."""
-    return _attend_linear(store, q, k, v, place.start, place.mask)
+    _write_linear(store, k, v, place.start)
+    keys, values = store.stored("keys"), store.stored("values")
+    return store.attend(store.encode(q), keys, values, place.start, place.mask)
 
 
-def _attend_linear(
-    store: Store, q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None
-) -> Tensor:
+def _write_linear(store: Store, k: Tensor, v: Tensor, start: int) -> None:
     for name, new in (("keys", k), ("values", v)):
         for value, slots in zip(store.encode(new), store.stored(name), strict=True):
             torch.ops.llama.update_cache(value, slots, start)
-    return store.attend(store.encode(q), store.stored("keys"), store.stored("values"), start, mask)
 
 
 def masked_ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:

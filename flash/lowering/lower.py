@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from flash.arch import Quantization
 from flash.errors import require
 from flash.files import atomic_write
 from flash.lowering.fast import short_passes
@@ -116,10 +115,7 @@ def serialise(
     fast: bool = True,
 ) -> bytes:
     """Delegate what XNNPACK can run and write the rest for the portable kernels."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
-        XnnpackPartitioner,
-    )
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import (
         EdgeCompileConfig,
         ExecutorchBackendConfig,
@@ -128,13 +124,11 @@ def serialise(
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-    quantized = settings.quantization is not Quantization.fp32
-    partitioner = XnnpackDynamicallyQuantizedPartitioner if quantized else XnnpackPartitioner
     started = time.perf_counter()
     with ONE_AT_A_TIME, torch.no_grad(), quiet(), short_passes() if fast else nullcontext():
         edge = to_edge_transform_and_lower(
             programs,
-            partitioner=[partitioner()],
+            partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=constants,
         )

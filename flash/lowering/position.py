@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flash.arch import ArchSpec
+from flash.arch import ArchSpec, Attention
 from flash.lowering.settings import LoweringSettings, SlidingForm
 from flash.model.decoder import rotary_table
 
@@ -48,6 +48,25 @@ class RingPlan(NamedTuple):
     """Which of (early queries, block queries, last query) is each of the s queries `[s]`."""
 
 
+class LastQuery(NamedTuple):
+    """How a call's last query, the only one in decoding, is attended to apart from the others.
+
+    All g query heads that share a key head go through the keys together, as g queries that see the
+    same n keys. `custom_sdpa` takes n from the start position of the first of them, which cannot be
+    negative: up to position g - 2 the last query stays with the others. A kind without queries
+    computes one over one key, as in `RingPlan`, and no one looks at it.
+    """
+
+    others: int
+    """Number of queries, from the first on, that are attended to one head at a time; 1 or more."""
+    others_start: int
+    """Position of the first of them."""
+    start: int
+    """Position of the first of the g queries, had they been neighbours."""
+    order: Tensor
+    """Which of (others, last) is each of the s queries `[s]`."""
+
+
 class Place(NamedTuple):
     """Where a call stands in the sequence."""
 
@@ -61,6 +80,8 @@ class Place(NamedTuple):
     """Rings: the slot of each new token `[1, s]`."""
     plan: RingPlan | None = None
     """Sliding layers of the ring form."""
+    last: LastQuery | None = None
+    """Full attention in which several query heads share a key head."""
 
 
 class Position(nn.Module):
@@ -85,6 +106,9 @@ class Position(nn.Module):
         self.max_context = settings.max_context
         self.window = spec.sliding_window if windows and not sees_all(spec, settings) else None
         self.ring = None
+        group = spec.num_heads // spec.num_kv_heads
+        full = Attention.full_attention in spec.layer_types or sees_all(spec, settings)
+        self.last_query = _Last(group, settings.max_context) if full and group > 1 else None
         self.num_slots = settings.slots(spec.sliding_window)
         if self.window is None:
             return
@@ -101,13 +125,15 @@ class Position(nn.Module):
         torch._check(start + length <= self.max_context)
         cos = self.cos.narrow(0, start, length)
         sin = self.sin.narrow(0, start, length)
+        last = self.last_query(start, length) if self.last_query is not None else None
         if self.window is None:
-            return Place(start, cos, sin)
+            return Place(start, cos, sin, last=last)
         ring_slots = None
         if self.num_slots < self.max_context:
             ring_slots = self.slot_of.narrow(0, start, length)[None]
         if self.ring is not None:
-            return Place(start, cos, sin, slots=ring_slots, plan=self.ring(start, length))
+            plan = self.ring(start, length)
+            return Place(start, cos, sin, slots=ring_slots, plan=plan, last=last)
         queries = self.slots.narrow(0, start, length)[:, None]
         if ring_slots is None:
             distance = queries - self.slots[None, :]
@@ -120,7 +146,7 @@ class Position(nn.Module):
             distance = queries - held[None, :]
             unseen = (distance < 0) | (distance >= self.window) | (held < 0)[None, :]
         mask = torch.zeros(()).masked_fill(unseen, float("-inf"))
-        return Place(start, cos, sin, mask=mask, slots=ring_slots)
+        return Place(start, cos, sin, mask=mask, slots=ring_slots, last=last)
 
 
 def sees_all(spec: ArchSpec, settings: LoweringSettings) -> bool:
@@ -136,6 +162,29 @@ def _smaller(a: int, b: int) -> int:
 
 def _larger(a: int, b: int) -> int:
     return cast(int, torch.sym_max(a, b))
+
+
+class _Last(nn.Module):
+    """`LastQuery` of a call, for `group` query heads a key head."""
+
+    count: Tensor
+
+    def __init__(self, group: int, context: int) -> None:
+        super().__init__()
+        self.group = group
+        self.register_buffer("count", torch.arange(context), persistent=False)
+
+    def forward(self, start: int, length: int) -> LastQuery:
+        last = start + length - 1
+        apart = _smaller(_larger(last - (self.group - 2), 0), 1)
+        others = _larger(length - apart, 1)
+        nth = self.count.narrow(0, 0, length)
+        return LastQuery(
+            others=others,
+            others_start=start * _smaller(length - apart, 1),
+            start=_larger(last - (self.group - 1), 0),
+            order=torch.where(nth < length - apart, nth, others),
+        )
 
 
 class _Ring(nn.Module):

@@ -9,6 +9,7 @@ from flash.errors import InputError
 from flash.lowering import LoweringSettings, lower, write
 from flash.lowering.form import Form
 from flash.lowering.lower import quantized_form
+from flash.model import Decoder
 
 
 def last_logits(form, text, chunks):
@@ -29,6 +30,23 @@ def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm
         torch.testing.assert_close(
             last_logits(form, text, chunks)[0], expected[19], atol=2e-6, rtol=1e-5
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cache", "limit"), [("fp32", 2e-6), ("int8", 0.02)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_query_heads_that_share_a_key_head(toy, settings, text, kv_heads, cache, limit):
+    """From the first position on: below `group - 1` the shared way cannot be taken."""
+    torch.manual_seed(0)
+    model = Decoder(toy("FF").spec.replace(num_kv_heads=kv_heads)).eval()
+    expected = model(text[None])[0]
+    for chunks in ([1] * 8, [2, 1, 1, 1], [3, 1, 4, 1], [4, 5]):
+        form, end = Form(model, settings("fp32", cache)), 0
+        for length in chunks:
+            out = form(text[None, end : end + length], torch.tensor([end]))[0]
+            end += length
+            error = (out - expected[end - 1]).abs().max() / expected[end - 1].abs().max()
+            assert error < limit, (chunks, end)
 
 
 LLAMA3 = RopeScaling(kind=RopeKind.llama3, factor=8.0, original_context=16)
