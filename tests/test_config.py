@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from flash.config import (
     CONF,
+    EvaluateSettings,
     ExportSettings,
     PrepareSettings,
     SearchJobSettings,
@@ -24,6 +25,7 @@ ROOTS = {
     "search": SearchJobSettings,
     "export": ExportSettings,
     "prepare": PrepareSettings,
+    "evaluate": EvaluateSettings,
 }
 NEEDS = {
     "data=folder": ["data.path=x"],
@@ -52,6 +54,10 @@ def run(monkeypatch, tmp_path, capsys):
     return call
 
 
+OF_EXPERIMENT = {"table6": "export"}
+"""Experiments of another script than train.py."""
+
+
 @pytest.mark.parametrize("script", ROOTS)
 def test_defaults_compose_and_convert(script, run):
     assert run(script)[0] == 0
@@ -71,10 +77,11 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
             defaults = yaml.safe_load((CONF / f"{script}.yaml").read_text())["defaults"]
             known = {key for entry in defaults if isinstance(entry, dict) for key in entry}
             override = f"{group}={path.stem}"
-            if group == "arch" and script in {"train", "export"}:
+            if group == "arch" and script in {"train", "export", "evaluate"}:
                 override = f"+{override}"
-            elif group == "experiment" and script == "train":
-                pass
+            elif group == "experiment":
+                if script != OF_EXPERIMENT.get(path.stem, "train"):
+                    continue
             elif group not in known:
                 continue
             settings = load(compose(script, [override, *NEEDS.get(override, [])]), schema)

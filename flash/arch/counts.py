@@ -99,24 +99,28 @@ def training_flops_per_token(spec: ArchSpec, seq_len: int) -> float:
     return 3 * (_linear_flops_per_token(spec) + head + attention)
 
 
-def weight_bytes(spec: ArchSpec, quantization: Quantization) -> int:
+def weight_bytes(
+    spec: ArchSpec, quantization: Quantization, group_size: int = GROUP, embedding_bits: int = 4
+) -> int:
     """Bytes of all weights as the lowering stores them.
 
     A tied embedding counts twice: the embedding table and the output head are different
     operators, each with a packed copy of its own in the .pte (seen in ExecuTorch 1.5).
     8da4w: half a byte a weight; for the linears a bf16 scale a group plus, as XNNPACK packs
-    nothing else, no zero points; for the embedding a float scale and an int8 zero point a group.
+    nothing else, no zero points; for the embedding a float scale and an int8 zero point a group, or
+    a byte a weight and those once a row.
     """
     counts = count_parameters(spec)
     table = spec.vocab_size * spec.model_dim
     linear = counts.attention + counts.ffn + table
     if quantization is Quantization.fp32:
         return 4 * (linear + table + counts.vectors)
-    return _packed(linear, scale_bytes=2) + _packed(table, scale_bytes=5) + 4 * counts.vectors
-
-
-def _packed(weights: int, scale_bytes: int) -> int:
-    return weights // 2 + weights // GROUP * scale_bytes
+    packed = linear // 2 + linear // group_size * 2
+    if embedding_bits == 4:
+        packed += table // 2 + table // group_size * 5
+    else:
+        packed += table + spec.vocab_size * 5
+    return packed + 4 * counts.vectors
 
 
 def kv_cache_bytes(spec: ArchSpec, context: int, cache: CacheFormat) -> int:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from flash.arch import CacheFormat, Quantization
+from flash.arch import GROUP, CacheFormat, Quantization
 from flash.device.links import AndroidSettings, SshSettings
 from flash.device.workload import Workload
 from flash.errors import require
@@ -38,6 +38,10 @@ class DeviceSettings:
     elsewhere the system's choice."""
     quantization: Quantization = Quantization.int8da4w
     """Weight format of the programs."""
+    group_size: int = GROUP
+    """Weights that share a scale in the 4-bit format; the paper's is 32."""
+    embedding_bits: int = 4
+    """Bits of a weight of the embedding: 4, or 8 with a scale a row."""
     cache: CacheFormat = CacheFormat.fp32
     """KV-cache format; int8 is for phones, on x86 its attention kernel is 5 times slower."""
     sliding: SlidingForm = SlidingForm.stock
@@ -126,6 +130,8 @@ class DeviceSettings:
         """How programs for this device are written."""
         return LoweringSettings(
             quantization=self.quantization,
+            group_size=self.group_size,
+            embedding_bits=self.embedding_bits,
             cache=self.cache,
             sliding=self.sliding,
             max_context=self.max_context,

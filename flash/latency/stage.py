@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flash.arch import ArchSpec, Attention, SearchSpace, weight_bytes
+from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.device import Device, Point, Workload
 from flash.errors import InputError, require
 from flash.latency.active import ErrorEstimate, choose, extrapolates, stop
@@ -256,7 +256,7 @@ def make_bench(
         layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2),
         tie_embeddings=True,
     )
-    weights = weight_bytes(backbone, lowering.quantization)
+    weights = lowering.weight_bytes(backbone)
     return Bench(
         reference=Subject(spec=half),
         flush_mib=min(weights // BYTES_PER_MIB, _MOST_FLUSH_MIB),

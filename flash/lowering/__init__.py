@@ -2,6 +2,7 @@
 
 from flash.lowering.blocks import Block, BlockKind, blocks_of, lower_block
 from flash.lowering.gate import GateReport, GateSettings, Stage, check_parity
+from flash.lowering.locate import locate
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
@@ -15,6 +16,7 @@ __all__ = [
     "Stage",
     "blocks_of",
     "check_parity",
+    "locate",
     "lower",
     "lower_block",
     "write",

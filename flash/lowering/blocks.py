@@ -115,7 +115,7 @@ def lower_block(block: Block, settings: LoweringSettings) -> bytes:
     x is activations `[1, s, model_dim]` in float32, or tokens `[1, s]` for the ends.
     """
     with quiet():
-        form = quantize(block_form(block, settings), settings.quantization)
+        form = quantize(block_form(block, settings), settings)
     length = min(8, settings.chunk)
     example = None if block.takes_tokens else torch.randn(1, length, block.spec.model_dim)
     return serialise(export_form(form, settings, example), settings)

@@ -80,6 +80,18 @@ class GateSettings:
         """Length of the text that the gate needs [tokens]."""
         return self.prefill_tokens + self.decode_tokens
 
+    def check_fits(self, text_tokens: int, settings: LoweringSettings) -> None:
+        """See that the gate can run; an InputError if the text or the cache is too short."""
+        require(
+            text_tokens >= self.tokens, "gate.text", text_tokens, f"at least {self.tokens} tokens"
+        )
+        require(
+            settings.max_context >= self.tokens,
+            "lowering.max_context",
+            settings.max_context,
+            f"at least {self.tokens} for a gate",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
@@ -104,6 +116,8 @@ class GateReport:
     """All stages of one gate run."""
 
     stages: list[StageResult]
+    where: str | None = None
+    """Of a failed gate: the part of the model that `locate` found."""
 
     @property
     def first_failure(self) -> Stage | None:
@@ -121,6 +135,7 @@ class GateReport:
         return {
             "passed": self.passed,
             "first_failure": failure.value if failure else None,
+            "where": self.where,
             "stages": stages,
         }
 
@@ -141,8 +156,9 @@ def check_parity(
     gate: GateSettings | None = None,
     *,
     program: bytes | None = None,
+    last: Stage = Stage.runtime,
 ) -> GateReport:
-    """Compare all stages on real text; too short a text or cache is an InputError.
+    """Compare the stages on real text; too short a text or cache is an InputError.
 
     Args:
         model: The decoder in float32.
@@ -150,27 +166,23 @@ def check_parity(
         text: Token ids of real text, at least `gate.tokens` of them.
         gate: Lengths and limits.
         program: The .pte to check; lowered here when None.
+        last: The stage to end with; nothing is lowered for those before.
     """
     gate = gate or GateSettings()
-    require(len(text) >= gate.tokens, "gate.text", len(text), f"at least {gate.tokens} tokens")
-    fits = gate.tokens <= settings.max_context
-    require(
-        fits, "lowering.max_context", settings.max_context, f"at least {gate.tokens} for a gate"
-    )
+    gate.check_fits(len(text), settings)
     text = text[: gate.tokens].long()
-    form = quantized_form(model, settings)
-    exported = export_form(form, settings)
-    if program is None:
-        program = serialise(exported, settings)
-
     positions = slice(gate.prefill_tokens - 1, None)
     reference = model(text[None])[0, positions].float()
+    form = quantized_form(model, settings)
+    steps: dict[Stage, Callable[[], Step]] = {Stage.quantized: lambda: form}
+    if last is not Stage.quantized:
+        exported = export_form(form, settings)
+        steps[Stage.exported] = exported.module
+        if last is Stage.runtime:
+            data = serialise(exported, settings) if program is None else program
+            steps[Stage.runtime] = lambda: _runtime_step(data)
     with quiet():
-        logits = {
-            Stage.quantized: _run(form, text, gate, settings),
-            Stage.exported: _run(exported.module(), text, gate, settings),
-            Stage.runtime: _run(_runtime_step(program), text, gate, settings),
-        }
+        logits = {stage: _run(step(), text, gate, settings) for stage, step in steps.items()}
     exact = settings.quantization is Quantization.fp32 and settings.cache is CacheFormat.fp32
     results, before = [], reference
     for stage, after in logits.items():

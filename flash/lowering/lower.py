@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from flash.errors import require
 from flash.files import atomic_write
 from flash.lowering.fast import short_passes
 from flash.lowering.form import Form
@@ -39,7 +39,7 @@ def lower(
 ) -> bytes:
     """The .pte of `model`: method `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
 
-    A context longer than the architecture allows is an InputError.
+    An architecture that the settings do not fit is an InputError.
 
     Args:
         model: Weights in float32; not changed. They are freed before the passes, where memory
@@ -49,12 +49,7 @@ def lower(
         eos_ids: Tokens at which stock runners stop.
         fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
     """
-    require(
-        settings.max_context <= model.spec.max_context,
-        "lowering.max_context",
-        settings.max_context,
-        f"at most arch.max_context={model.spec.max_context}",
-    )
+    settings.check_fits(model.spec)
     form = quantized_form(model, settings)
     constants = runner_constants(model, settings, bos_id, eos_ids)
     del model  # a caller that keeps no reference has the float weights freed here
@@ -64,14 +59,16 @@ def lower(
 def quantized_form(model: Decoder, settings: LoweringSettings) -> Form:
     """What gets exported, runnable in eager mode: the form with its weights quantised."""
     with quiet():
-        return quantize(Form(model, settings), settings.quantization)
+        return quantize(Form(model, settings), settings)
 
 
 def runner_constants(
     model: Decoder, settings: LoweringSettings, bos_id: int, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """Constant methods by which ExecuTorch's stock LLM runners know the model."""
+    """Constant methods: what ExecuTorch's stock LLM runners ask for, and what the file is."""
     return {
+        "flash_arch": model.spec.to_json(),
+        "flash_version": version("mobilellm-flash"),
         "get_bos_id": bos_id,
         "get_eos_ids": list(eos_ids),
         "get_vocab_size": model.spec.vocab_size,

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from flash.arch import Quantization
+from flash.lowering.settings import LoweringSettings
 from flash.model.quantization import embedding_recipe, linear_recipe
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -13,14 +14,15 @@ PART = 2**18
 """Numbers that are quantised at a time: 1 MB stays in a core's cache."""
 
 
-def quantize(form: Module, quantization: Quantization) -> Module:
+def quantize(form: Module, settings: LoweringSettings) -> Module:
     """Quantise `form` in place and return it.
 
     int8da4w is the recipe of flash.model.quantization; XNNPACK runs such a linear as one kernel.
     """
-    if quantization is Quantization.fp32:
+    if settings.quantization is Quantization.fp32:
         return form
-    linear, embedding = linear_recipe(), embedding_recipe()
+    linear = linear_recipe(settings.group_size)
+    embedding = embedding_recipe(settings.group_size, settings.embedding_bits)
     for module in form.modules():
         if isinstance(module, nn.Linear):
             _quantize_rows(module, linear)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from flash.arch import CacheFormat, Quantization
+from flash.arch import GROUP, ArchSpec, CacheFormat, Quantization, weight_bytes
 from flash.errors import require
 
 LARGEST_CHUNK = 1024
@@ -26,7 +26,11 @@ class LoweringSettings:
     """How a decoder becomes a program."""
 
     quantization: Quantization = Quantization.int8da4w
-    """Weight format; int8da4w also packs the embedding in 4 bits."""
+    """Weight format."""
+    group_size: int = GROUP
+    """int8da4w: weights that share a scale; a multiple of 32 that divides every width."""
+    embedding_bits: int = 4
+    """int8da4w: bits of a weight of the embedding, 4 or 8."""
     cache: CacheFormat = CacheFormat.fp32
     """Key and value format; the int8 attention kernel is several times slower on x86."""
     sliding: SlidingForm = SlidingForm.stock
@@ -37,6 +41,15 @@ class LoweringSettings:
     """Most tokens of one call; None becomes max_context, at most 1024; read `chunk` [tokens]."""
 
     def __post_init__(self) -> None:
+        require(
+            type(self.group_size) is int and self.group_size > 0 and self.group_size % GROUP == 0,
+            "lowering.group_size",
+            self.group_size,
+            f"a multiple of {GROUP}, which XNNPACK's kernels read at a time",
+        )
+        require(
+            self.embedding_bits in (4, 8), "lowering.embedding_bits", self.embedding_bits, "4 or 8"
+        )
         require(
             type(self.max_context) is int and self.max_context >= 2,
             "lowering.max_context",
@@ -58,6 +71,33 @@ class LoweringSettings:
         """`prefill_chunk`, which is a number once this object is made [tokens]."""
         assert self.prefill_chunk is not None
         return self.prefill_chunk
+
+    def check_fits(self, spec: ArchSpec) -> None:
+        """See that a program can be written of `spec`.
+
+        Raises:
+            InputError: The context is longer than the architecture's, or a width is no multiple of
+                the group size.
+        """
+        require(
+            self.max_context <= spec.max_context,
+            "lowering.max_context",
+            self.max_context,
+            f"at most arch.max_context={spec.max_context}",
+        )
+        if self.quantization is Quantization.fp32:
+            return
+        widths = (spec.model_dim, spec.ffn_dim, spec.num_heads * spec.head_dim)
+        require(
+            all(width % self.group_size == 0 for width in widths),
+            "lowering.group_size",
+            self.group_size,
+            f"a divisor of model_dim, ffn_dim and num_heads * head_dim, which are {widths}",
+        )
+
+    def weight_bytes(self, spec: ArchSpec) -> int:
+        """Bytes of all weights of a program of `spec`."""
+        return weight_bytes(spec, self.quantization, self.group_size, self.embedding_bits)
 
     def slots(self, window: int | None) -> int:
         """Tokens that one layer's cache holds; `window` None is full attention [tokens]."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from flash.arch import ArchSpec
@@ -109,6 +110,7 @@ def save(
             for name in BESIDE_TOKENIZER:
                 if (tokenizer.parent / name).is_file():
                     shutil.copyfile(tokenizer.parent / name, temporary / name)
+            _name_tokenizer_class(temporary, token_ids or {})
         for path in temporary.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -122,3 +124,22 @@ def save(
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_tokenizer_class(folder: Path, token_ids: Mapping[str, int]) -> None:
+    """Keep transformers from reading tokenizer.json by the rules of another one.
+
+    Where no tokenizer_config.json names a class, its `AutoTokenizer` takes that of the model's
+    class, and Qwen's puts its own pre-tokenizer in place of the file's, without a word. What the
+    file says already stays.
+    """
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    read = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    named = {
+        name.removesuffix("_id"): read.id_to_token(token_id)
+        for name, token_id in token_ids.items()
+        if name in ("bos_token_id", "eos_token_id")
+    }
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **said}
+    config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

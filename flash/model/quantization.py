@@ -1,7 +1,7 @@
 """The quantisation recipe (Sec. 4.1): one definition for lowering and for training aware of it.
 
-Every linear, the head included, gets 4-bit weights in groups of 32 and dynamic 8-bit activations a
-token; the embedding gets 4-bit rows in the same groups.
+Every linear, the head included, gets 4-bit weights in groups (of 32 in the paper) and dynamic 8-bit
+activations a token; the embedding gets 4-bit rows in the same groups.
 """
 
 from typing import Any
@@ -15,24 +15,27 @@ from flash.model.decoder import Decoder
 from flash.noise import quiet
 
 
-def linear_recipe() -> Any:
+def linear_recipe(group_size: int = GROUP) -> Any:
     """Torchao's config of a linear."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
 
     int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]  missing in torch's stubs
     return Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=int4, weight_granularity=PerGroup(GROUP)
+        weight_dtype=int4, weight_granularity=PerGroup(group_size)
     )
 
 
-def embedding_recipe() -> Any:
-    """Torchao's config of an embedding."""
+def embedding_recipe(group_size: int = GROUP, bits: int = 4) -> Any:
+    """Torchao's config of an embedding; 8 bits share a scale a row, as in ExecuTorch's exporter."""
     from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.granularity import PerAxis, PerGroup
 
     int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
-    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(GROUP))
+    return IntxWeightOnlyConfig(
+        weight_dtype=int4 if bits == 4 else torch.int8,
+        granularity=PerGroup(group_size) if bits == 4 else PerAxis(0),
+    )
 
 
 def fake_quantize(model: Decoder) -> None:

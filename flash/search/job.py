@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING
 
-from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes, weight_bytes
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes
 from flash.data import DataSettings
 from flash.device import DeviceSettings, open_device
 from flash.errors import InputError
@@ -210,7 +210,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
 
     def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
         tied = [spec.replace(tie_embeddings=True) for spec in specs]  # the programs are the same
-        size = np.array([weight_bytes(spec, lowering.quantization) for spec in tied]) / _MIB
+        size = np.array([lowering.weight_bytes(spec) for spec in tied]) / _MIB
         cache = np.array([
             kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in tied
         ])

@@ -93,8 +93,14 @@ def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
     """The backbone's architecture with `changes`.
 
     Raises:
-        InputError: An unknown key, an illegal value, or a spec that cannot be cut from it.
+        InputError: An unknown key, an illegal value, a stock baseline, or a spec that cannot be cut
+            from it.
     """
+    if "stock" in changes:
+        raise InputError(
+            f"arch.stock={changes['stock']}: expected an architecture of ours; stock baselines "
+            "have a latency but no weights, see `export.py model=random`"
+        )
     spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})
     check_fits(spec, backbone.spec)
     return spec

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flash.errors import InputError
-from flash.lowering import GateSettings, Stage, check_parity, lower
+from flash.lowering import GateSettings, Stage, check_parity, locate, lower
+from flash.model import Decoder
 
 SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
 
@@ -55,6 +57,33 @@ def test_broken_weights_fail_and_do_not_pass_as_nan(toy, settings, text):
     assert report.first_failure is Stage.quantized
 
 
+@pytest.mark.parametrize("embedding_bits", [4, 8])
+def test_other_groups_and_embeddings_run_as_in_eager_mode(toy, settings, text, embedding_bits):
+    formats = replace(settings(), group_size=64, embedding_bits=embedding_bits)
+    model = Decoder(toy("F").spec.replace(ffn_dim=128)).eval()
+    report = check_parity(model, formats, text, SHORT)
+    assert report.passed, report
+
+
 def test_short_text_is_an_error(toy, settings, text):
     with pytest.raises(InputError, match="gate.text=10: expected at least 32 tokens"):
         check_parity(toy("F"), settings(), text[:10], SHORT)
+
+
+@pytest.mark.parametrize(
+    ("layer", "where"), [(0, "layer 0, the embedding or the head"), (2, "layer 2")]
+)
+def test_the_layer_that_quantises_badly_is_found(toy, settings, text, layer, where):
+    model = toy("F---")
+    with torch.no_grad():  # a few channels so large that 8 bits leave nothing of the others
+        model.model.layers[layer].mlp.up_proj.weight[::32] *= 100
+    # Without them 0.008.
+    strict = GateSettings(prefill_tokens=24, decode_tokens=8, max_kl_quantized=0.012)
+    report = check_parity(model, settings(), text, strict, last=Stage.quantized)
+    assert report.first_failure is Stage.quantized
+    assert locate(model, settings(), text, strict, Stage.quantized) == where
+
+
+def test_a_file_of_other_weights_is_told_from_a_bad_lowering(toy, settings, text):
+    found = locate(toy("-"), settings("fp32"), text, SHORT, Stage.runtime)
+    assert found.startswith("no layer")

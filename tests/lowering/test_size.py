@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash.arch import ArchSpec, Quantization, parse_pattern, weight_bytes
+from flash.arch import ArchSpec, Quantization, parse_pattern
 from flash.lowering import LoweringSettings, lower
 from flash.model import Decoder
 
@@ -18,12 +18,20 @@ SPEC = ArchSpec(
 )
 
 
-@pytest.mark.parametrize("quantization", list(Quantization))
-def test_programs_grow_by_the_counted_bytes(quantization):
+@pytest.mark.parametrize(
+    ("quantization", "group_size", "embedding_bits"),
+    [("fp32", 32, 4), ("int8da4w", 32, 4), ("int8da4w", 64, 8)],
+)
+def test_programs_grow_by_the_counted_bytes(quantization, group_size, embedding_bits):
     """The difference of two programs: what does not depend on the sizes drops out."""
-    settings = LoweringSettings(quantization=quantization, max_context=32)
+    settings = LoweringSettings(
+        quantization=Quantization[quantization],
+        group_size=group_size,
+        embedding_bits=embedding_bits,
+        max_context=32,
+    )
     torch.manual_seed(0)
     wide = SPEC.replace(ffn_dim=1024, vocab_size=1024)
     grown = len(lower(Decoder(wide), settings)) - len(lower(Decoder(SPEC), settings))
-    counted = weight_bytes(wide, quantization) - weight_bytes(SPEC, quantization)
+    counted = settings.weight_bytes(wide) - settings.weight_bytes(SPEC)
     assert grown == pytest.approx(counted, rel=0.02)

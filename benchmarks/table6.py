@@ -1,0 +1,104 @@
+"""The paper's Table 6 on this machine: TTFT and decoding of Flash and its baselines.
+
+    python benchmarks/table6.py [CONTEXT...]        # 1024 2048
+
+Random weights in the true shapes, models one after the other in processes of their own, cheap ones
+first. `ttft_s` and `decode_tok_s` are medians over the processes' best times. What `runs/shapes`
+holds of an earlier, stopped run is not measured again; the kept file grows with every model.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import yaml
+from record import Recorder, in_fresh_process
+
+from flash.arch import ArchSpec
+from flash.device import DeviceSettings, Phase, Point
+from flash.evaluation.shapes import Shape, ShapeResult, measure_shape, shape_of
+from flash.evaluation.table6 import table6
+from flash.model import BackboneSettings
+from flash.runs import Runs
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = (
+    "flash_350m",
+    "lfm2_350m",
+    "gemma3_270m",
+    "flash_650m",
+    "lfm2_700m",
+    "qwen3_0_6b",
+    "flash_1_4b",
+    "lfm2_1_2b",
+    "llama3_2_1b",
+    "gemma3_1b",
+)
+"""Cheap ones first."""
+MEASURE = "measure"
+
+
+def device_settings(contexts: list[int]) -> DeviceSettings:
+    """As conf/experiment/table6.yaml."""
+    return DeviceSettings(
+        name="host",
+        max_context=max(contexts) + 32,
+        prefill_chunk=1024,
+        prompts=contexts,
+        contexts=contexts,
+        processes=3,
+        warmups=1,
+        runs=1,
+        run_timeout_s=600.0,
+    )
+
+
+def shape(name: str) -> Shape:
+    """The shape in conf/arch/NAME.yaml; those of ours are whole specs."""
+    arch = yaml.safe_load((ROOT / "conf" / "arch" / f"{name}.yaml").read_text("utf-8"))
+    arch.pop("defaults", None)
+    if "stock" in arch:
+        return shape_of(arch, BackboneSettings(name="none"))
+    return ArchSpec.from_dict(arch)
+
+
+def add(record: Recorder, result: ShapeResult) -> None:
+    """The lines of one model: one value a process that was not thrown away."""
+    samples = [sample for sample in result.measurement.samples if sample["accepted"]]
+    for name in result.measurement.latencies:
+        point = Point.parse(name)
+        case = f"{result.name}/{point.tokens}"
+        if point.phase is Phase.prefill:
+            times = [min(run["wall_s"] for run in sample[name]) for sample in samples]
+            record.add(case, "ttft_s", times, "s")
+        else:
+            steps = [min(min(run["steps_ms"]) for run in sample[name]) for sample in samples]
+            record.add(case, "decode_tok_s", [1e3 / step for step in steps], "tokens/s")
+
+
+def main(contexts: list[int]) -> None:
+    record, done = Recorder("table6"), []
+    for name in MODELS:
+        result = in_fresh_process(__file__, MEASURE, name, *map(str, contexts))
+        done.append(ShapeResult.read(Path(result["path"])))
+        add(record, done[-1])
+        record.close()
+        print(table6(done), file=sys.stderr, flush=True)
+
+
+def measure(name: str, contexts: list[int], answer: Path) -> None:
+    """In a process of its own, whose end returns all memory."""
+    settings, runs = device_settings(contexts), Runs(ROOT / "runs")
+    result = measure_shape(name, shape(name), settings, runs)
+    path = ShapeResult.path(runs, settings, result.name)
+    answer.write_text(json.dumps({"path": str(path)}), "utf-8")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if sys.argv[1:2] == [MEASURE]:
+        _, _, name, *contexts, answer = sys.argv
+        measure(name, list(map(int, contexts)), Path(answer))
+    else:
+        main(list(map(int, sys.argv[1:])) or [1024, 2048])
