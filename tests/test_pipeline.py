@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from flash.arch import Attention, Choices, SpaceSettings
 from flash.device import DeviceSettings
 from flash.errors import CheckFailed, InputError
 from flash.evaluation import ExportSettings, export
+from flash.evaluation.formats import Format
 from flash.latency import LatencySettings
 from flash.lowering import GateSettings
 from flash.model import BackboneSettings
@@ -176,10 +178,49 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     trained = Runs(Path(common["runs"])).model(name) / "checkpoint"
     strict = dataclasses.replace(GATE, max_kl_quantized=1e-12)
     settings = _export_settings(common, "strict", arch, gate=strict, model=str(trained))
-    with pytest.raises(CheckFailed, match="strict: the parity gate failed at stage quantized"):
+    where = "strict: the parity gate failed at stage quantized, layer 0, the embedding or the head;"
+    with pytest.raises(CheckFailed, match=where):
         export(settings)
     folder = Runs(Path(common["runs"])).export("strict")
     assert sorted(path.name for path in folder.iterdir()) == ["gate.json"]
+
+
+def test_a_finished_export_is_replaced_only_when_told(common, winner):
+    name, arch = winner
+    folder = Runs(Path(common["runs"])).export(name)
+    before = (folder / "export.json").read_text()
+    other = _export_settings(common, name, arch, new_tokens=4)
+    with pytest.raises(InputError, match=r"model\.pte: holds an export of other .*overwrite=true"):
+        export(other)
+    assert (folder / "export.json").read_text() == before
+
+
+def test_a_winner_is_written_for_stock_transformers_beside_its_program(common, winner, capsys):
+    name, arch = winner
+    folder = Runs(Path(common["runs"])).export(name)
+    before = sorted(path.name for path in folder.iterdir())
+    assert export(_export_settings(common, name, arch, format=[Format.hf])) is None
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "hf", "hf.json"])
+    assert f"{name}: {folder / 'hf'}" in capsys.readouterr().out
+
+
+def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch):
+    monkeypatch.setattr("flash.evaluation.run.load_checkpoint", pytest.fail)
+    name, arch = winner
+    new = {"model": str(Runs(Path(common["runs"])).model(name) / "checkpoint")}
+    device = dataclasses.replace(DEVICE, group_size=64)
+    cases = [
+        ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
+        ({"perplexity_tokens": 4}, r"gate\.text=4: expected at least"),
+        ({"device": device}, r"lowering\.group_size=64: expected a divisor of model_dim"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(InputError, match=message):
+            export(_export_settings(common, "new", arch, **new, **changes))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(InputError, match=r"runs=.*: 0 MiB free: expected at least \d+ MiB"):
+            export(_export_settings(common, "new", arch, **new))
 
 
 def test_an_untrained_arch_is_refused(common, searched):
