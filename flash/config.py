@@ -34,6 +34,7 @@ from flash.data.prepare import PrepareSettings
 from flash.device import DeviceError
 from flash.errors import CheckFailed, InputError, nearest
 from flash.evaluation import ExportSettings
+from flash.evaluation.suites import EvaluateSettings
 from flash.runs import Runs
 from flash.search.job import SearchJobSettings
 from flash.training.parallel import is_main_process
@@ -43,12 +44,20 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 log = logging.getLogger(__name__)
 
 
-Settings = TypeVar("Settings", TrainSettings, SearchJobSettings, ExportSettings, PrepareSettings)
+Settings = TypeVar(
+    "Settings",
+    TrainSettings,
+    SearchJobSettings,
+    ExportSettings,
+    PrepareSettings,
+    EvaluateSettings,
+)
 _ROOTS: dict[type, str] = {
     TrainSettings: "train",
     SearchJobSettings: "search",
     ExportSettings: "export",
     PrepareSettings: "prepare",
+    EvaluateSettings: "evaluate",
 }
 
 
@@ -257,7 +266,8 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
         with errors:
             settings = load(cfg, schema)
             choices = HydraConfig.get().runtime.choices
-            if isinstance(settings, TrainSettings | ExportSettings) and settings.name is None:
+            named = isinstance(settings, TrainSettings | ExportSettings | EvaluateSettings)
+            if named and settings.name is None:
                 settings.name = choices.get("arch") or settings.backbone.name
             job(settings)
 

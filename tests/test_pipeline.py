@@ -20,6 +20,7 @@ from flash.lowering import GateSettings
 from flash.model import BackboneSettings
 from flash.report import as_text, read, render
 from flash.report.__main__ import log_to_wandb
+from flash.report.table import quantisation_rows
 from flash.runs import Runs
 from flash.search import Limits, Objective, SearchSettings
 from flash.search.job import SearchJobSettings, Stage
@@ -208,24 +209,40 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
     monkeypatch.setattr("flash.evaluation.run.load_checkpoint", pytest.fail)
     name, arch = winner
     new = {"model": str(Runs(Path(common["runs"])).model(name) / "checkpoint")}
-    device = dataclasses.replace(DEVICE, group_size=64)
+    device = dataclasses.replace(DEVICE, group_size=96)
     cases = [
         ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
         ({"perplexity_tokens": 4}, r"gate\.text=4: expected at least"),
-        ({"device": device}, r"lowering\.group_size=64: expected a divisor of model_dim"),
+        ({"device": device}, r"lowering\.group_size=96: expected a divisor of model_dim"),
     ]
     for changes, message in cases:
         with pytest.raises(InputError, match=message):
             export(_export_settings(common, "new", arch, **new, **changes))
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(InputError, match=r"runs=.*: 0 MiB free: expected at least \d+ MiB"):
+        with pytest.raises(
+            InputError, match=r"runs=.* with 0\.0 MiB free: expected at least [\d.]+ MiB"
+        ):
             export(_export_settings(common, "new", arch, **new))
 
 
 def test_an_untrained_arch_is_refused(common, searched):
     with pytest.raises(InputError, match=r"expected trained weights in .*run train\.py"):
         export(_export_settings(common, "never_trained", {"ffn_dim": 64}))
+
+
+def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common, winner):
+    name, arch = winner
+    runs = Runs(Path(common["runs"]))
+    recipe = dataclasses.replace(RECIPE, qat=True)
+    start = str(runs.model(name) / "checkpoint")
+    train(TrainSettings(**common, recipe=recipe, arch=arch, name="aware", start=start))
+    aware = export(_export_settings(common, "aware", arch))
+    backbone, line = quantisation_rows(read(runs).models)
+    assert backbone[-2:] == ["-", "-"]
+    assert line[0] == name
+    assert line[-2] == f"{aware.artefact.pte_loss:.3f}"
+    assert "What rounding costs" in render(read(runs))
 
 
 def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):

@@ -100,9 +100,31 @@ class Device(ABC):
     def generate(
         self, path: Path, tokens: Sequence[int], new_tokens: int, stop: Sequence[int] = ()
     ) -> list[int]:
-        """Greedy continuation of `tokens` by the program, without them."""
-        job = {"mode": "generate", "tokens": list(tokens), "new_tokens": new_tokens}
-        return self._run_one(path, {**job, "stop": list(stop)})["tokens"]
+        """Greedy continuation of `tokens` by the program, without them and without the stop."""
+        [answer] = self.generate_many(path, [tokens], new_tokens, stop)
+        return answer[:-1] if answer and answer[-1] in stop else answer
+
+    def generate_many(
+        self,
+        path: Path,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        stop: Sequence[int] = (),
+        *,
+        reuse: bool = False,
+    ) -> list[list[int]]:
+        """Greedy continuations in one process, each up to and with its first token of `stop`.
+
+        Args:
+            path: The program.
+            prompts: Token ids of each, at least one.
+            new_tokens: Most tokens of an answer, at least one.
+            stop: Tokens that end an answer.
+            reuse: Do not read again what a prompt shares with the one before it; only for programs
+                without sliding windows.
+        """
+        job = {"mode": "generate", "prompts": [list(prompt) for prompt in prompts], "reuse": reuse}
+        return self._run_one(path, {**job, "new_tokens": new_tokens, "stop": list(stop)})["answers"]
 
     def score(
         self, path: Path, tokens: Sequence[int], *, prefill: int = 1, keep_logits: bool = False
@@ -111,15 +133,40 @@ class Device(ABC):
 
         The first `prefill` tokens go through in chunks, the others one at a time, as in use.
         """
-        job = {"mode": "score", "tokens": list(tokens), "prefill": prefill}
-        return self._run_one(path, {**job, "keep_logits": keep_logits})
+        return self.score_many(path, [(tokens, prefill)], keep_logits=keep_logits)[0]
+
+    def score_many(
+        self,
+        path: Path,
+        requests: Sequence[tuple[Sequence[int], int]],
+        *,
+        keep_logits: bool = False,
+        reuse: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Teacher-forced scores of many texts in one process.
+
+        Args:
+            path: The program.
+            requests: Tokens of each text and how many of them go through in chunks, unscored.
+            keep_logits: Whether answers have `logits` too.
+            reuse: Do not read again what a text's unscored part shares with the text before it;
+                only for programs without sliding windows.
+
+        Returns:
+            For each the `log_likelihoods` of its other tokens, and in `choices` the likeliest token
+            at each of their places.
+        """
+        texts = [{"tokens": list(tokens), "prefill": prefill} for tokens, prefill in requests]
+        job = {"mode": "score", "requests": texts, "keep_logits": keep_logits, "reuse": reuse}
+        return self._run_one(path, job)["answers"]
 
     def timeout_s(self, job: dict[str, Any]) -> float:
         """How long the process of a job may take [s]."""
         settings = self.settings
         programs = len(job["programs"])
         turns = (job.get("warmups", 0) + job.get("runs", 1)) * len(job.get("points", "1"))
-        tokens = len(job.get("tokens", ())) + job.get("new_tokens", 0)
+        texts = [*job.get("prompts", ()), *(text["tokens"] for text in job.get("requests", ()))]
+        tokens = sum(map(len, texts)) + len(texts) * job.get("new_tokens", 0)
         runs = turns * programs + tokens / 100
         return settings.start_timeout_s * programs + settings.run_timeout_s * runs
 

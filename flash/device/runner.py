@@ -6,8 +6,9 @@ one copied file measures on any board with Python. The job is one JSON object:
     COMMON = "threads": 2, "cpus": [2, 3] | null, "programs": [PROGRAM...], "prefill_chunk": 512
     {"mode": "measure", COMMON, "points": [["prefill", 512], ["decode", 512]],
      "decode_tokens": 16, "warmups": 2, "runs": 3}
-    {"mode": "generate", COMMON, "tokens": [1, 2], "new_tokens": 8, "stop": [2]}
-    {"mode": "score", COMMON, "tokens": [1, 2, 3], "keep_logits": true, "prefill": 1}
+    {"mode": "generate", COMMON, "prompts": [[1, 2]], "new_tokens": 8, "stop": [2], "reuse": false}
+    {"mode": "score", COMMON, "requests": [{"tokens": [1, 2, 3], "prefill": 1}],
+     "keep_logits": true, "reuse": false}
     PROGRAM = {"name": "x", "path": "x.pte", "input": "tokens" | "activations",
                "vocab_size": 2048, "model_dim": 256, "flush_mib": 0}
 
@@ -15,6 +16,9 @@ Prefill is the time from an empty cache to the first token's logits, the prompt 
 `prefill_chunk`. A decode step is one token at a cache position of the context and above; what the
 cache holds does not change the time, so it is not filled first. Before each timed call of a program
 with `flush_mib` that much memory is walked through, which evicts the program from the caches.
+
+With `reuse` a text that begins like the one before it is read only from where they differ. That is
+right for programs whose caches hold every position, not for those with sliding windows.
 """
 
 import ctypes
@@ -207,42 +211,75 @@ def time_decode(job, program, context):
     return {**clock.read(), "steps_ms": steps}
 
 
-def generate(job, program):
-    """Greedy continuation of the job's tokens."""
-    import torch
+class Reader:
+    """Feeds texts to a program and knows what its cache holds of them."""
 
-    tokens = list(job["tokens"])
+    def __init__(self, program, chunk, reuse):
+        self.program, self.chunk, self.reuse = program, chunk, reuse
+        self.held = []
+
+    def read(self, tokens):
+        """Logits after a text that starts at position 0."""
+        import torch
+
+        start = 0
+        if self.reuse:
+            # The last token is read in any case: it gives the logits.
+            known = min(len(self.held), len(tokens) - 1)
+            same = (self.held[i] == tokens[i] for i in range(known))
+            start = next((i for i, equal in enumerate(same) if not equal), known)
+        out: Any = None
+        for first in range(start, len(tokens), self.chunk):
+            chunk = tokens[first : first + self.chunk]
+            out = self.program.call(torch.tensor([chunk]), first)
+        self.held = list(tokens)
+        return out[0]
+
+    def step(self, token):
+        """Logits after one token more."""
+        import torch
+
+        out = self.program.call(torch.tensor([[token]]), len(self.held))
+        self.held.append(token)
+        return out[0]
+
+
+def generate(job, reader):
+    """Greedy continuations of the prompts, each up to and with its first stop token."""
     stop = set(job["stop"])
-    logits = program.prefill(torch.tensor([tokens]), job["prefill_chunk"])
-    out = []
-    while len(out) < job["new_tokens"]:
-        token = int(logits[0].argmax())
-        if token in stop:
-            break
-        out.append(token)
-        if len(out) < job["new_tokens"]:
-            logits = program.call(torch.tensor([[token]]), len(tokens) + len(out) - 1)
-    return out
+    answers = []
+    for prompt in job["prompts"]:
+        out = [int(reader.read(prompt).argmax())]
+        while out[-1] not in stop and len(out) < job["new_tokens"]:
+            out.append(int(reader.step(out[-1]).argmax()))
+        answers.append(out)
+    return answers
 
 
-def score(job, program):
-    """Log-likelihood of each token after the first `prefill`, and the logits if asked for."""
+def score(job, reader):
+    """For each request the log-likelihood of each token after the first `prefill`.
+
+    Also the token that the program finds likeliest there, and all logits if asked for.
+    """
     import torch
 
-    tokens = job["tokens"]
-    first = job["prefill"]
-    ids = torch.tensor([tokens])
-    logits = program.prefill(ids[:, :first], job["prefill_chunk"])
-    kept, scores = [], []
-    for position in range(first, len(tokens) + 1):
-        if job["keep_logits"]:
-            kept.append(logits[0].tolist())
-        if position == len(tokens):
-            break
-        scores.append(float(torch.log_softmax(logits[0].double(), dim=-1)[tokens[position]]))
-        if position < len(tokens) - 1 or job["keep_logits"]:
-            logits = program.call(ids[:, position : position + 1], position)
-    return {"log_likelihoods": scores, "logits": kept}
+    answers = []
+    for request in job["requests"]:
+        prefill = request["prefill"]
+        rest = request["tokens"][prefill:]
+        logits = reader.read(request["tokens"][:prefill])
+        kept, scores, choices = [], [], []
+        for i, token in enumerate([*rest, None]):
+            if job["keep_logits"]:
+                kept.append(logits.tolist())
+            if token is None:
+                break
+            scores.append(float(torch.log_softmax(logits.double(), dim=-1)[token]))
+            choices.append(int(logits.argmax()))
+            if i < len(rest) - 1 or job["keep_logits"]:
+                logits = reader.step(token)
+        answers.append({"log_likelihoods": scores, "choices": choices, "logits": kept})
+    return answers
 
 
 def run(job):
@@ -265,10 +302,10 @@ def run(job):
     result["load_rss_kib"] = {p.name: p.load_rss_kib for p in programs}
     if job["mode"] == "measure":
         result["samples"] = measure(job, programs)
-    elif job["mode"] == "generate":
-        result["tokens"] = generate(job, programs[0])
     else:
-        result.update(score(job, programs[0]))
+        reader = Reader(programs[0], job["prefill_chunk"], job["reuse"])
+        answer = generate if job["mode"] == "generate" else score
+        result["answers"] = answer(job, reader)
     result["peak_rss_kib"] = status_kib("VmHWM")
     result["load_average"] = os.getloadavg()[0]
     result["process"] = clock.read()

@@ -45,6 +45,7 @@ def describe(result: ExportResult, folder: Path) -> None:
         print(f"  {text}")
     print(
         f"  held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
-        f"{result.artefact.change_pct:+.1f} % on {result.artefact.tokens} tokens"
+        f"{result.artefact.change_pct:+.1f} % and {100 * result.artefact.agreement:.0f} % equal "
+        f"choices on {result.artefact.tokens} tokens"
     )
     print(f"  it writes   {result.prompt!r} -> {result.completion!r}")

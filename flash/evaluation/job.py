@@ -165,9 +165,9 @@ class Job:
         free = shutil.disk_usage(root).free
         require(
             free > needed,
-            f"runs={root}",
-            f"{free / 2**20:.0f} MiB free",
-            f"at least {needed / 2**20:.0f} MiB for {self.name}; make room or give runs=FOLDER",
+            "runs",
+            f"{root} with {free / 2**20:.1f} MiB free",
+            f"at least {needed / 2**20:.1f} MiB for {self.name}; make room or give runs=FOLDER",
         )
 
 

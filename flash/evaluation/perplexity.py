@@ -18,11 +18,13 @@ class ArtefactQuality:
         float_loss: Of the float decoder.
         pte_loss: Of the program on the device.
         tokens: How many tokens were predicted.
+        agreement: Share of them where both find the same token likeliest.
     """
 
     float_loss: float
     pte_loss: float
     tokens: int
+    agreement: float
 
     @property
     def change_pct(self) -> float:
@@ -39,13 +41,14 @@ def artefact_quality(
 
     The program decodes token by token, as it does when it writes text.
     """
-    float_sum, pte_sum, tokens = 0.0, 0.0, 0
+    float_sum, pte_sum, tokens, same = 0.0, 0.0, 0, 0
     for sequence in sequences:
         logits = model(sequence[None, :-1])[0].double()
         likelihoods = torch.log_softmax(logits, -1).gather(1, sequence[1:, None])
         float_sum -= float(likelihoods.sum())
-        scores = device.score(program, sequence.tolist(), prefill=1)["log_likelihoods"]
-        pte_sum -= sum(scores)
+        answer = device.score(program, sequence.tolist(), prefill=1)
+        pte_sum -= sum(answer["log_likelihoods"])
+        same += sum(map(int.__eq__, answer["choices"], logits.argmax(-1).tolist()))
         tokens += len(sequence) - 1
-        assert len(scores) == len(sequence) - 1
-    return ArtefactQuality(float_sum / tokens, pte_sum / tokens, tokens)
+        assert len(answer["choices"]) == len(sequence) - 1
+    return ArtefactQuality(float_sum / tokens, pte_sum / tokens, tokens, same / tokens)

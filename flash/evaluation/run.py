@@ -195,6 +195,7 @@ def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
         "export/pte_mib": result.pte_bytes / 2**20,
         "export/heldout_loss": result.quality.loss,
         "export/perplexity_change_pct": result.artefact.change_pct,
+        "export/top1_agreement": result.artefact.agreement,
     }
     logger.log_metrics(metrics)
     close_logger(logger)

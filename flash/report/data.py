@@ -9,6 +9,7 @@ from flash.arch import ArchSpec, count_parameters
 from flash.device import Point
 from flash.errors import InputError
 from flash.evaluation import ExportResult
+from flash.evaluation.suites import SuiteResult, results_folder
 from flash.runs import Runs
 from flash.training.result import TrainResult
 
@@ -55,6 +56,8 @@ class Model:
         predicted: Intervals of stage 1 by point, such as `prefill_512`.
         trained: Result of `train.py`; None for the backbone, or when it did not run yet.
         exported: Result of `export.py`, or None when it did not run yet.
+        aware: Result of `export.py` for the same architecture trained by a recipe with `qat`, or
+            None where there is none.
         backbone_quality: Held-out quality of the backbone; None for winners.
     """
 
@@ -63,6 +66,7 @@ class Model:
     predicted: dict[str, dict[str, float]]
     trained: TrainResult | None
     exported: ExportResult | None
+    aware: ExportResult | None = None
     backbone_quality: dict[str, float] | None = None
 
     @property
@@ -101,6 +105,7 @@ class ReportData:
         failed: Number of failed ones.
         models: The backbone, then the winners, fastest first.
         promotion: What longer training did to the order, or None where that was not asked.
+        evaluations: Benchmarks of the models, as far as they were run.
     """
 
     study: str
@@ -110,6 +115,7 @@ class ReportData:
     failed: int
     models: list[Model]
     promotion: Promotion | None
+    evaluations: list[SuiteResult]
 
     @property
     def backbone(self) -> Model:
@@ -152,15 +158,27 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
         if trial["state"] in {"complete", "pruned"}
     ]
     trials = [trial for trial in known if trial.reason is None]
+    models = _models(runs, search, trials)
     return ReportData(
         study=search["study"],
         search=search,
         trials=trials,
         stopped=[trial for trial in known if trial.reason is not None],
         failed=sum(trial["state"] == "fail" for trial in search["trials"]),
-        models=_models(runs, search, trials),
+        models=models,
         promotion=_promotion(path.with_name("promoted.json"), trials),
+        evaluations=_evaluations(runs, models),
     )
+
+
+def _evaluations(runs: Runs, models: list[Model]) -> list[SuiteResult]:
+    found = [
+        SuiteResult.read(path)
+        for model in models
+        for path in sorted(results_folder(runs, model.name).glob("*.json"))
+    ]
+    specs = {model.name: model.spec for model in models}
+    return [result for result in found if result.spec == specs[result.name]]
 
 
 def _trial(trial: dict[str, Any], name: str | None, winner: bool) -> TrialPoint:
@@ -198,6 +216,18 @@ def _promotion(path: Path, trials: list[TrialPoint]) -> Promotion | None:
     )
 
 
+def _aware(runs: Runs, spec: ArchSpec) -> ExportResult | None:
+    """The export of a model of `spec` whose last training saw the device's rounding."""
+    for path in sorted((runs.root / "exports").glob("*/export.json")):
+        trained = TrainResult.read(runs.model(path.parent.name))
+        if trained is None or trained.spec != spec or not trained.settings["recipe"]["qat"]:
+            continue
+        exported = ExportResult.read(path.parent)
+        if exported is not None and exported.spec == spec:
+            return exported
+    return None
+
+
 def _models(runs: Runs, search: dict[str, Any], trials: list[TrialPoint]) -> list[Model]:
     about = search["backbone"]
     backbone = Model(
@@ -222,6 +252,7 @@ def _models(runs: Runs, search: dict[str, Any], trials: list[TrialPoint]) -> lis
                 # A result of an earlier search under the same name is of another architecture.
                 trained=trained if trained and trained.spec == trial.spec else None,
                 exported=exported if exported and exported.spec == trial.spec else None,
+                aware=_aware(runs, trial.spec),
             )
         )
     return models

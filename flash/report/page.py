@@ -8,10 +8,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from flash.arch import ArchSpec, Attention
+from flash.evaluation.suites import SuiteResult
 from flash.files import write_text
 from flash.report.data import Model, ReportData
 from flash.report.figures import all_figures
-from flash.report.table import COLUMNS, rows
+from flash.report.table import COLUMNS, NONE, QUANTISATION, quantisation_rows, rows
 
 CAPTIONS = {
     "frontier": (
@@ -109,6 +110,9 @@ def render(data: ReportData) -> str:
             for model in data.models
         ],
         exported=[model for model in data.models if model.exported is not None],
+        suites=_suites(data.evaluations),
+        quantisation_columns=QUANTISATION,
+        quantisation=quantisation_rows(data.models),
         scores=_scores(data),
         machine=_machine(data.models, data.search["device"]),
         plotly_js=get_plotlyjs(),
@@ -128,6 +132,40 @@ def _scores(data: ReportData) -> list[dict[str, object]]:
         row = table.setdefault((point, predictor), {"point": point, "predictor": predictor})
         row[score] = value
     return list(table.values())
+
+
+def _suites(results: list[SuiteResult]) -> list[dict[str, object]]:
+    """A table for each suite and number of questions: our models, then the paper's."""
+    together: dict[tuple[str, int | None], list[SuiteResult]] = {}
+    for result in results:
+        together.setdefault((result.suite, result.limit), []).append(result)
+    return [_suite(*group, members) for group, members in together.items()]
+
+
+def _suite(suite: str, limit: int | None, results: list[SuiteResult]) -> dict[str, object]:
+    tasks = {row.task: row for result in results for row in result.figures}
+    lines = []
+    for result in results:
+        found = {row.task: row for row in result.figures}
+        cells = [_figure(found[task].value, found[task].stderr) if task in found else NONE
+                 for task in tasks]  # fmt: skip
+        lines.append([f"{result.name} ({result.form})", *cells, _figure(result.average)])
+    for name in dict.fromkeys(name for row in tasks.values() for name in row.paper):
+        values = [row.paper.get(name) for row in tasks.values()]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(values) > 1 else None
+        lines.append([f"{name}, paper", *map(_figure, [*values, mean])])
+    return {
+        "name": suite if limit is None else f"{suite}, the first {limit} questions of each task",
+        "columns": ["model", *(row.title for row in tasks.values()), "average"],
+        "rows": lines,
+    }
+
+
+def _figure(value: float | None, stderr: float | None = None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.1f}" if stderr is None else f"{value:.1f} +- {stderr:.1f}"
 
 
 def _machine(models: list[Model], device: dict[str, object]) -> str:

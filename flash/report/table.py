@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from flash.evaluation import ArtefactQuality
 from flash.report.data import Model
 
 COLUMNS = (
@@ -48,6 +49,36 @@ def _row(model: Model) -> list[str]:
         ]
     interval = f"{ttft['mean_ms']:.1f} [{ttft['low_ms']:.1f}, {ttft['high_ms']:.1f}]"
     return [model.name, f"{model.parameters / 1e6:.2f}M", *loss, *bits, interval, *measured]
+
+
+QUANTISATION = (
+    "model",
+    "float",
+    "8da4w after training",
+    "perplexity",
+    "8da4w with QAT",
+    "perplexity",
+)
+
+
+def quantisation_rows(models: Sequence[Model]) -> list[list[str]]:
+    """Losses of float weights and of programs on the same held-out tokens, in nats a token.
+
+    The change of perplexity is from the float model of the same weights: of those after training,
+    and of those that training aware of the rounding made of them.
+    """
+    lines = []
+    for model in models:
+        if model.exported is None:
+            continue
+        plain, aware = model.exported.artefact, model.aware
+        line = [model.name, f"{plain.float_loss:.3f}", *_rounded(plain)]
+        lines.append([*line, *(_rounded(aware.artefact) if aware else [NONE, NONE])])
+    return lines
+
+
+def _rounded(quality: ArtefactQuality) -> list[str]:
+    return [f"{quality.pte_loss:.3f}", f"{quality.change_pct:+.1f} %"]
 
 
 def as_text(models: Sequence[Model]) -> str:

@@ -82,3 +82,5 @@ def close_logger(logger: Logger | None) -> None:
     """Flush and end a run, so that the next one in this process is a new one."""
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()
+    elif logger is not None:
+        logger.save()

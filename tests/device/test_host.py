@@ -66,6 +66,33 @@ def test_file_scores_text_as_the_decoder_does(model, program, settings):
     torch.testing.assert_close(torch.tensor(scores["logits"]), logits[2:], atol=1e-4, rtol=1e-4)
 
 
+def test_many_texts_go_through_one_process(model, program, settings, monkeypatch):
+    """As one by one, also where what texts share is read once."""
+    device = HostDevice(settings)
+    jobs = []
+    run = device.run
+    monkeypatch.setattr(device, "run", lambda job, programs: jobs.append(job) or run(job, programs))
+    start = [5, 9, 33, 2, 17, 40, 8, 8, 61, 30, 3]
+    texts = [([*start, 4, 6], 11), ([*start, 7], 11), (start, 1), ([9, 5, 1], 2), (start[:4], 3)]
+    found = device.score_many(program, texts)
+    again = device.score_many(program, texts, reuse=True)
+    with torch.no_grad():
+        for (tokens, prefill), one, other in zip(texts, found, again, strict=True):
+            logits = model(torch.tensor([tokens]))[0, prefill - 1 : -1].double()
+            targets = torch.tensor(tokens[prefill:])
+            expected = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].tolist()
+            for each in (one, other):
+                assert each["log_likelihoods"] == pytest.approx(expected, abs=1e-4)
+                assert each["choices"] == logits.argmax(-1).tolist()
+    prompts = [start, start[:7], [9, 5]]
+    expected = [generate(model, torch.tensor([p]), 6)[0, len(p) :].tolist() for p in prompts]
+    assert device.generate_many(program, prompts, 6, reuse=True) == expected
+    stop = expected[0][2]
+    first = expected[0].index(stop)
+    assert device.generate_many(program, prompts[:1], 6, [stop]) == [expected[0][: first + 1]]
+    assert len(jobs) == 4
+
+
 def test_cut_off_file_is_one_clear_error(program, settings, tmp_path):
     broken = tmp_path / "broken.pte"
     broken.write_bytes(program.read_bytes()[:3000])

@@ -1,0 +1,11 @@
+"""`python -m flash.evaluation`: benchmarks of lm-evaluation-harness on a model or its program."""
+
+import sys
+
+from flash.config import entry
+from flash.evaluation.benchmark import evaluate
+from flash.evaluation.suites import EvaluateSettings
+
+if __name__ == "__main__":
+    sys.argv[0] = "-m flash.evaluation"  # how people start it again
+    entry(EvaluateSettings, evaluate)

@@ -1,0 +1,251 @@
+"""`python -m flash.evaluation`: a suite of benchmarks on a model, in one of its forms."""
+
+import dataclasses
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flash.arch import ArchSpec
+from flash.data.shards import tokenizer_digest
+from flash.device import open_device
+from flash.errors import InputError
+from flash.evaluation.artefact import ExportResult
+from flash.evaluation.suites import (
+    EvaluateSettings,
+    Figure,
+    Form,
+    SuiteResult,
+    TaskResult,
+    as_text,
+    results_folder,
+)
+from flash.evaluation.tasks import Tasks, harness_version
+from flash.evaluation.texts import Texts
+from flash.model import Backbone, BackboneSettings, load
+from flash.prune import fingerprint
+from flash.runs import Runs
+from flash.training.loggers import close_logger, make_logger
+from flash.training.parallel import check_devices, main_device
+from flash.training.run import arch_of, digest, plain
+
+if TYPE_CHECKING:
+    from flash.evaluation.harness import TextLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        settings: Of the run.
+        name: Of the model.
+        spec: Its architecture.
+        weights: Its checkpoint folder, which also has the tokenizer.
+        program: Its .pte with `form: program`.
+        texts: Its tokenizer.
+    """
+
+    settings: EvaluateSettings
+    name: str
+    spec: ArchSpec
+    weights: Path
+    program: Path | None
+    texts: Texts
+
+    @classmethod
+    def open(cls, settings: EvaluateSettings) -> "Subject":
+        """Find and check everything, load nothing large.
+
+        Raises:
+            InputError: Weights, tokenizer, program or chat template are missing or do not fit.
+        """
+        runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
+        spec = arch_of(settings.arch, backbone)
+        name = settings.name or backbone.name
+        weights = _weights(settings.model, spec, backbone, runs.model(name))
+        # Weights of random backbones have no tokenizer of their own.
+        own = (weights / "tokenizer.json").is_file() or backbone.folder is None
+        texts = Texts.open(weights if own else backbone.folder or weights)
+        entries = texts.tokenizer.get_vocab_size()
+        if entries > spec.vocab_size:
+            raise InputError(
+                f"{texts.folder}: tokenizer.json has {entries} entries: expected at most the "
+                f"model's vocabulary of {spec.vocab_size}"
+            )
+        if settings.suite.apply_chat_template:
+            texts = texts.with_chat()
+        program = None
+        if settings.form is Form.program:
+            program = _program(runs.export(name), spec)
+        else:
+            check_devices(settings.trainer)
+        return cls(settings, name, spec, weights, program, texts)
+
+    def key(self) -> dict[str, Any]:
+        """What decides the answers, apart from the questions."""
+        settings = self.settings
+        known: dict[str, Any] = {
+            "form": settings.form.value,
+            "tokenizer": tokenizer_digest(self.texts.tokenizer),
+            "ends": [self.texts.prefix_id, *self.texts.end_ids],
+        }
+        if self.program is None:
+            return {
+                **known,
+                "weights": fingerprint(self.weights),
+                "precision": settings.trainer.precision.value,
+            }
+        with self.program.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        identity = open_device(settings.device).identity()
+        return {
+            **known,
+            "program": content,
+            "context": settings.device.max_context,
+            "device": [identity["cpu"], identity["runtime"]],
+        }
+
+    def open_model(self) -> "TextLM":
+        """The model, for the harness."""
+        from flash.evaluation.harness import DecoderLM, ProgramLM
+
+        settings = self.settings
+        if self.program is not None:
+            device = open_device(settings.device)
+            return ProgramLM(device, self.program, self.texts, self.spec.layer_types)
+        model = load(self.weights).to(main_device(settings.trainer))
+        precision = settings.trainer.precision
+        return DecoderLM(model, self.texts, batch_size=settings.batch_size, precision=precision)
+
+
+def _weights(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
+    """The checkpoint folder of what is evaluated.
+
+    Raises:
+        InputError: There is none yet, or it holds another architecture.
+    """
+    if model is not None:
+        folder = Path(model)
+    elif spec == backbone.spec and backbone.folder is not None:
+        backbone.fetch()
+        folder = backbone.folder
+    else:
+        folder = trained / "checkpoint"
+        if not folder.is_dir():
+            raise InputError(
+                f"model=null: expected trained weights in {folder}; run train.py with the same "
+                "+arch first, or give model=FOLDER"
+            )
+    found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
+    if found != spec:
+        raise InputError(f"model={folder}: holds arch {found}: expected {spec}; train it again")
+    return folder
+
+
+def _program(folder: Path, spec: ArchSpec) -> Path:
+    path = folder / "model.pte"
+    exported = ExportResult.read(folder)
+    if exported is None or not path.is_file():
+        raise InputError(
+            f"form=program: expected {path}, found none; run export.py with the same +arch first"
+        )
+    if exported.spec != spec:
+        raise InputError(
+            f"form=program: {path} is of arch {exported.spec}: expected {spec}; export it again"
+        )
+    return path
+
+
+def evaluate(settings: EvaluateSettings) -> SuiteResult:
+    """Ask a model all that a suite asks; finished tasks are not asked again.
+
+    Raises:
+        InputError: Settings, weights, tasks or datasets that cannot be used.
+        DeviceError: The program's process died.
+    """
+    subject = Subject.open(settings)
+    folder = results_folder(Runs(Path(settings.runs)), subject.name)
+    results, new = _results(
+        settings, subject, folder / f"{settings.suite.name}.{settings.form.value}"
+    )
+    figures = [Figure.of(task, results[task.name]) for task in settings.suite.tasks]
+    shares = all(task.percent for task in settings.suite.tasks) and len(figures) > 1
+    result = SuiteResult(
+        name=subject.name,
+        spec=subject.spec,
+        suite=settings.suite.name,
+        form=settings.form.value,
+        limit=settings.limit or settings.suite.limit,
+        figures=figures,
+        average=sum(row.value for row in figures) / len(figures) if shares else None,
+    )
+    result.write(folder)
+    if new:
+        _log(settings, result)
+    print(f"\n{result.name}: {result.suite}, {result.form}")
+    print(as_text(result))
+    return result
+
+
+def _results(
+    settings: EvaluateSettings, subject: Subject, folder: Path
+) -> tuple[dict[str, TaskResult], bool]:
+    """The result of each task by name, and whether any of them is new."""
+    suite, limit = settings.suite, settings.limit or settings.suite.limit
+    common = {
+        **subject.key(),
+        "harness": harness_version(),
+        "include": _digest_of(Path(suite.include)) if suite.include else None,
+        "chat": subject.texts.template if suite.apply_chat_template else None,
+        "limit": limit,
+        "seed": suite.seed,
+    }
+    keys = {task.name: digest([common, task.name, task.fewshot]) for task in suite.tasks}
+    results: dict[str, TaskResult] = {}
+    for name, key in keys.items():
+        found = TaskResult.read(folder, name)
+        if found is not None and found.key == key:
+            results[name] = found
+    missing = [task for task in suite.tasks if task.name not in results]
+    if not missing:
+        log.info("%s: %s is finished", subject.name, folder)
+        return results, False
+    tasks = Tasks.open(dataclasses.replace(suite, tasks=missing))
+    loaded = {task.name: tasks.load(task) for task in missing}  # all data are there, then work
+    model = subject.open_model()
+    for task in missing:
+        log.info("%s: %s", subject.name, task.name)
+        result = tasks.run(task.name, loaded.pop(task.name), model, limit, keys[task.name])
+        result.write(folder)
+        results[task.name] = result
+    return results, True
+
+
+def _digest_of(folder: Path) -> str:
+    """Hash of the task files in a folder."""
+    hasher = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".yaml", ".py", ".jsonl", ".json"} and path.is_file():
+            hasher.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+def _log(settings: EvaluateSettings, result: SuiteResult) -> None:
+    logger = make_logger(
+        settings.logger,
+        folder=Runs(Path(settings.runs)).logs,
+        run=f"{result.name} {result.suite}",
+        job="evaluate",
+        config=plain(settings),
+    )
+    if logger is None:
+        return
+    metrics = {f"eval/{row.task}": row.value for row in result.figures}
+    if result.average is not None:
+        metrics["eval/average"] = result.average
+    logger.log_metrics(metrics)
+    close_logger(logger)

@@ -1,0 +1,371 @@
+"""Our models as models of lm-evaluation-harness: a float decoder, or a .pte in its runtime.
+
+Import this module only where a benchmark is run: the harness takes a second to import.
+"""
+
+import json
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from flash.arch import Attention
+from flash.device import Device
+from flash.errors import InputError
+from flash.evaluation.texts import Texts
+from flash.model import Decoder
+from flash.model.decoder import LayerCache
+from flash.progress import progress_bar
+from flash.training.settings import Precision
+
+MAX_NEW_TOKENS = 256
+"""Of tasks that do not say; as the harness's `hf`."""
+LOGITS_AT_ONCE = 1 << 26
+"""Logits held at a time: 256 MiB in float32."""
+TEXTS_A_PROCESS = 512
+"""Requests that one process on the device gets: loading is forgotten, progress is seen."""
+FIRST_ROUND = 64
+"""Tokens generated on the device before stop strings are looked for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text to score.
+
+    Attributes:
+        tokens: Token ids, cut from the left to what the model can read.
+        scored: How many of the last ones are scored.
+    """
+
+    tokens: tuple[int, ...]
+    scored: int
+
+
+class TextLM(TemplateLM):
+    """What both share: the harness's requests as token ids, and answers as text.
+
+    Args:
+        texts: Tokenizer and special tokens.
+        max_length: Tokens that the model can read.
+    """
+
+    def __init__(self, texts: Texts, max_length: int) -> None:
+        super().__init__()
+        self.texts, self.max_length = texts, max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.texts.end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.texts.prefix_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.texts.folder)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        return self.texts.encode(string, add_special_tokens)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.texts.render(
+            chat_history, prompt=add_generation_prompt, continued=not add_generation_prompt
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        return self._score([self._row(*tokens) for _, *tokens in requests])
+
+    def _row(self, context: list[int], continuation: list[int]) -> Row:
+        if not 0 < len(continuation) <= self.max_length:
+            raise InputError(
+                f"a continuation of {len(continuation)} tokens: expected 1 to the "
+                f"{self.max_length} that the model can read"
+            )
+        tokens = (context + continuation)[-(self.max_length + 1) :]
+        return Row(tuple(tokens), len(continuation))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        rows, owners = [], []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                rows.append(self._row(*make_disjoint_window(window)))
+                owners.append(i)
+        sums = [0.0] * len(requests)
+        for owner, (likelihood, _) in zip(owners, self._score(rows), strict=True):
+            sums[owner] += likelihood
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = defaultdict(list)
+        arguments: list[Any] = [request.args for request in requests]
+        for i, (_, asked) in enumerate(arguments):
+            groups[json.dumps(asked, sort_keys=True)].append(i)
+        answers = [""] * len(requests)
+        for members in groups.values():
+            task = str(requests[members[0]].task_name)
+            new_tokens, until = self._limits(arguments[members[0]][1], task)
+            room = self.max_length - new_tokens
+            prompts = [self.tok_encode(arguments[i][0])[-room:] for i in members]
+            prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
+            written = self._continue(prompts, new_tokens, until)
+            for i, tokens in zip(members, written, strict=True):
+                answers[i] = self.texts.answer(tokens, until)
+        return answers
+
+    def _limits(self, asked: dict[str, Any], task: str) -> tuple[int, list[str]]:
+        """Most new tokens, and stop strings."""
+        values: dict[str, Any] = dict(normalize_gen_kwargs(asked, MAX_NEW_TOKENS))
+        if values["do_sample"]:
+            raise InputError(f"task {task}: asks for sampled answers: expected greedy ones")
+        new_tokens = values["max_gen_toks"]
+        if new_tokens >= self.max_length:
+            raise InputError(
+                f"task {task}: answers of up to {new_tokens} tokens: expected fewer than the "
+                f"{self.max_length} that the model can read; raise device.max_context and export "
+                "again, or leave the task out"
+            )
+        return new_tokens, [stop for stop in values["until"] if stop]
+
+    @abstractmethod
+    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+        """For each row the log-likelihood of its scored tokens, and whether all were likeliest."""
+
+    @abstractmethod
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, until: list[str]
+    ) -> list[list[int]]:
+        """Greedy continuations that reach an end token, a stop string or `new_tokens`."""
+
+
+class DecoderLM(TextLM):
+    """A decoder in PyTorch, on the device that its weights are on.
+
+    Args:
+        model: The decoder.
+        texts: Its tokenizer.
+        batch_size: Texts at a time.
+        precision: Of its products.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        texts: Texts,
+        *,
+        batch_size: int = 8,
+        precision: Precision = Precision.fp32,
+    ) -> None:
+        super().__init__(texts, model.spec.max_context)
+        self.model, self.batch_size = model.eval(), batch_size
+        self._where = model.model.embed_tokens.weight.device
+        self._bf16 = precision is Precision.bf16
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._where.type, torch.bfloat16, enabled=self._bf16)
+
+    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+        # Answers of one token each differ in nothing that the model reads: it reads that once.
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            groups[row.tokens[:-1]].append(i)
+        inputs = sorted(groups, key=lambda tokens: (-len(tokens), tokens))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        with progress_bar("scoring", len(rows), " texts") as bar:
+            for start in range(0, len(inputs), self.batch_size):
+                batch = inputs[start : start + self.batch_size]
+                members = [[rows[i] for i in groups[tokens]] for tokens in batch]
+                found = self._score_batch(batch, members)
+                order = [i for tokens in batch for i in groups[tokens]]
+                for i, answer in zip(order, found, strict=True):
+                    answers[i] = answer
+                bar.update(len(order))
+        return answers
+
+    @torch.no_grad()
+    def _score_batch(
+        self, inputs: list[tuple[int, ...]], rows: list[list[Row]]
+    ) -> list[tuple[float, bool]]:
+        longest = len(inputs[0])
+        # Padding lies to the right, where causal attention does not look.
+        padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in inputs]
+        with self._autocast():
+            hidden = self.model.hidden(torch.tensor(padded, device=self._where))
+        flat = [(i, row) for i, members in enumerate(rows) for row in members]
+        ends = [len(tokens) for tokens in inputs]
+        chosen = torch.cat([hidden[i, ends[i] - row.scored : ends[i]] for i, row in flat])
+        targets = [token for _, row in flat for token in row.tokens[-row.scored :]]
+        likelihoods, likeliest = self._likelihoods(chosen, torch.tensor(targets).to(self._where))
+        lengths = [row.scored for _, row in flat]
+        pairs = zip(likelihoods.split(lengths), likeliest.split(lengths), strict=True)
+        return [(float(sums.double().sum()), bool(best.all())) for sums, best in pairs]
+
+    def _likelihoods(
+        self, hidden: Float[Tensor, "n c"], targets: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Log-likelihood of each target, and whether it is the likeliest token."""
+        likelihoods, likeliest = [], []
+        step = max(1, LOGITS_AT_ONCE // self.model.spec.vocab_size)
+        for part, wanted in zip(hidden.split(step), targets.split(step), strict=True):
+            with self._autocast():
+                logits = self.model.lm_head(part)
+            logits = logits.float()
+            value = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+            likelihoods.append(value.cpu())
+            likeliest.append((logits.argmax(-1) == wanted).cpu())
+        return torch.cat(likelihoods), torch.cat(likeliest)
+
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, until: list[str]
+    ) -> list[list[int]]:
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        answers: list[list[int]] = [[] for _ in prompts]
+        with progress_bar("answering", len(prompts), " texts") as bar:
+            for start in range(0, len(order), self.batch_size):
+                members = order[start : start + self.batch_size]
+                batch = [prompts[i] for i in members]
+                for i, tokens in zip(
+                    members, self._continue_batch(batch, new_tokens, until), strict=True
+                ):
+                    answers[i] = tokens
+                bar.update(len(members))
+        return answers
+
+    @torch.no_grad()
+    def _continue_batch(
+        self, prompts: list[list[int]], new_tokens: int, until: list[str]
+    ) -> list[list[int]]:
+        """All prompts advance together; where one is longer, its own tokens are what comes next."""
+        position = min(map(len, prompts))
+        answers: list[list[int]] = [[] for _ in prompts]
+        live = list(range(len(prompts)))
+        cache = self.model.empty_cache(len(prompts))
+        step = [prompt[:position] for prompt in prompts]
+        while live:
+            with self._autocast():
+                hidden = self.model.hidden(torch.tensor(step, device=self._where), cache)
+                chosen = self.model.lm_head(hidden[:, -1]).argmax(-1).tolist()
+            kept, step = [], []
+            for i, row in enumerate(live):
+                prompt, answer = prompts[row], answers[row]
+                if position < len(prompt):
+                    kept.append(i)
+                    step.append([prompt[position]])
+                    continue
+                answer.append(chosen[i])
+                if len(answer) < new_tokens and not self.texts.tail_stops(answer, until):
+                    kept.append(i)
+                    step.append([chosen[i]])
+            if len(kept) < len(live):
+                live = [live[i] for i in kept]
+                cache = [LayerCache(layer.keys[kept], layer.values[kept]) for layer in cache]
+            position += 1
+        return answers
+
+
+class ProgramLM(TextLM):
+    """A .pte in its runtime, many requests to a process.
+
+    The program gives logits for the last token of a call only, so the tokens of a continuation go
+    through one at a time, as when it writes text.
+
+    Args:
+        device: Where it runs.
+        program: The file.
+        texts: The model's tokenizer.
+        kinds: Kinds of its layers.
+    """
+
+    def __init__(
+        self, device: Device, program: Path, texts: Texts, kinds: Sequence[Attention]
+    ) -> None:
+        super().__init__(texts, device.settings.max_context)
+        self._runtime, self._program = device, program
+        # A sliding layer's cache has forgotten what a text shares with the one before it.
+        self._reuse = Attention.sliding_attention not in kinds
+
+    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+        order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)  # neighbours share most
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        with progress_bar("scoring", len(rows), " texts") as bar:
+            for start in range(0, len(order), TEXTS_A_PROCESS):
+                members = order[start : start + TEXTS_A_PROCESS]
+                asked = [(rows[i].tokens, len(rows[i].tokens) - rows[i].scored) for i in members]
+                found = self._runtime.score_many(self._program, asked, reuse=self._reuse)
+                for i, (tokens, prefill), scores in zip(members, asked, found, strict=True):
+                    greedy = scores["choices"] == list(tokens[prefill:])
+                    answers[i] = (sum(scores["log_likelihoods"]), greedy)
+                bar.update(len(members))
+        return answers
+
+    def _continue(
+        self, prompts: list[list[int]], new_tokens: int, until: list[str]
+    ) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+        with progress_bar("answering", len(prompts), " texts") as bar:
+            for start in range(0, len(order), TEXTS_A_PROCESS):
+                members = order[start : start + TEXTS_A_PROCESS]
+                found = self._continue_some([prompts[i] for i in members], new_tokens, until)
+                for i, tokens in zip(members, found, strict=True):
+                    answers[i] = tokens
+                bar.update(len(members))
+        return answers
+
+    def _continue_some(
+        self, prompts: list[list[int]], new_tokens: int, until: list[str]
+    ) -> list[list[int]]:
+        """The device knows tokens, not text.
+
+        It stops at tokens with a whole stop string in them; one made of several tokens is looked
+        for here, after rounds of growing length.
+        """
+        stop = {*self.texts.end_ids, *self.texts.containing(until)}
+        rounds = any(len(string) > 1 for string in until)
+        size = min(FIRST_ROUND, new_tokens) if rounds else new_tokens
+        answers: list[list[int]] = [[] for _ in prompts]
+        live = list(range(len(prompts)))
+        while live and size > 0:
+            texts = [prompts[i] + answers[i] for i in live]
+            found = self._runtime.generate_many(
+                self._program, texts, size, sorted(stop), reuse=self._reuse
+            )
+            for i, tokens in zip(live, found, strict=True):
+                answers[i] += tokens
+            live = [i for i in live if not self._stopped(answers[i], stop, until)]
+            done = max(map(len, answers))  # of all that are live
+            size = min(done, new_tokens - done)
+        return answers
+
+    def _stopped(self, answer: list[int], stop: set[int], until: list[str]) -> bool:
+        if answer[-1] in stop:
+            return True
+        text = self.texts.decode(answer)
+        return any(string in text for string in until)

@@ -1,0 +1,146 @@
+"""Tasks of lm-evaluation-harness: found, checked, loaded and run, with errors in one line.
+
+The harness is imported inside the functions: it takes a second, and is an optional dependency.
+"""
+
+import logging
+import math
+import os
+import random
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flash.errors import InputError, nearest
+from flash.evaluation.suites import SuiteSettings, TaskResult, TaskSettings
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+BOOTSTRAP = 1000
+"""Resamplings for the standard error of what is no mean; the harness's 100000 take minutes."""
+
+
+def harness_version() -> str:
+    """Version of the installed harness.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError:
+        raise InputError(
+            "suite: needs lm-evaluation-harness; pip install 'lm_eval>=0.4.13'"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a suite, known to the harness but not loaded.
+
+    Attributes:
+        suite: Settings.
+        manager: The harness's index.
+    """
+
+    suite: SuiteSettings
+    manager: "TaskManager"
+
+    @classmethod
+    def open(cls, suite: SuiteSettings) -> "Tasks":
+        """Look the tasks up, and see that they may run.
+
+        Raises:
+            InputError: The harness has no such task, or one executes code without permission.
+        """
+        harness_version()
+        from lm_eval.tasks import TaskManager
+
+        # Its news, such as "overwriting num_fewshot", are what was asked for.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        names = [task.name for task in suite.tasks]
+        # The harness's own 14,000 tasks take ten seconds to index.
+        manager = TaskManager(include_path=suite.include, include_defaults=False)
+        if not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=suite.include)
+        tasks = cls(suite, manager)
+        for name in names:
+            if name not in manager.all_tasks:
+                hint = nearest(name, manager.all_tasks)
+                raise InputError(f"suite.tasks: {name}: no such task of the harness; {hint}")
+            if tasks._about(name).get("unsafe_code") and not suite.allow_code_execution:
+                raise InputError(
+                    f"suite.tasks: {name}: executes code that the model writes, on this machine "
+                    "and without a sandbox; do that in a container or virtual machine, with "
+                    "suite.allow_code_execution=true"
+                )
+        return tasks
+
+    def _about(self, name: str) -> dict[str, Any]:
+        """What the task's YAML says."""
+        return self.manager.task_index[name].cfg or {}
+
+    def load(self, task: TaskSettings) -> Any:
+        """The task with its data, or a group of tasks, as the harness has it.
+
+        Raises:
+            InputError: Its dataset cannot be had.
+        """
+        from datasets.exceptions import DatasetsError
+
+        if self.suite.allow_code_execution:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric of such tasks
+        try:
+            loaded = self.manager.load([task.name])
+        except (OSError, ValueError, DatasetsError) as error:
+            dataset = self._about(task.name).get("dataset_path", "of its subtasks")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"suite.tasks: {task.name}: dataset {dataset} cannot be loaded ({reason}); it is "
+                "downloaded once, so run this with a network first, or copy the cache (HF_HOME) "
+                "of a machine that has it"
+            ) from error
+        for each in loaded["tasks"].values():
+            if task.fewshot is not None:
+                each.set_config(key="num_fewshot", value=task.fewshot)
+            elif each.get_config("num_fewshot") is None:
+                each.set_config(key="num_fewshot", value=0)
+            each.set_fewshot_seed(seed=self.suite.seed)
+        return loaded
+
+    def run(self, name: str, loaded: Any, model: "LM", limit: int | None, key: str) -> TaskResult:
+        """Ask the model all questions of a loaded task."""
+        from lm_eval.evaluator import evaluate
+
+        random.seed(self.suite.seed)
+        np.random.seed(self.suite.seed)
+        started = time.perf_counter()
+        found: Any = evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
+            apply_chat_template=self.suite.apply_chat_template,
+            fewshot_as_multiturn=self.suite.apply_chat_template,
+            confirm_run_unsafe_code=self.suite.allow_code_execution,
+        )
+        values = {**found["results"], **found.get("groups", {})}[name]
+        shots = [each.get_config("num_fewshot") for each in loaded["tasks"].values()]
+        return TaskResult(
+            name=name,
+            shots=max(shots),
+            samples=sum(counts["effective"] for counts in found["n-samples"].values()),
+            metrics={
+                metric: float(value)
+                for metric, value in values.items()
+                if "," in metric and isinstance(value, int | float) and math.isfinite(value)
+            },
+            seconds=time.perf_counter() - started,
+            key=key,
+        )

@@ -1,0 +1,109 @@
+"""A tiny model with a real tokenizer, and tasks on a few lines of text, without a network."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from flash.arch import ArchSpec, parse_pattern
+from flash.model import Decoder, save, state_to_save
+
+TOKENIZER = Path(__file__).parents[2] / "backbones" / "tiny" / "tokenizer.json"
+CONTEXT = 96
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(int(os.environ.get("FLASH_TEST_THREADS", "1")))
+
+
+def tiny_decoder(pattern: str, **changes) -> Decoder:
+    """A decoder with random weights, large enough that answers differ."""
+    torch.manual_seed(0)
+    spec = ArchSpec(
+        model_dim=64,
+        ffn_dim=96,
+        layer_types=parse_pattern(pattern),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        vocab_size=2048,
+        sliding_window=16,
+        max_context=CONTEXT,
+        tie_embeddings=False,
+        **changes,
+    )
+    model = Decoder(spec).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
+
+
+def save_decoder(model: Decoder, folder: Path) -> Path:
+    """The decoder as a checkpoint folder in float32 with the tokenizer."""
+    weights = state_to_save(model, torch.float32)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    save(folder, model.spec, weights, tokenizer=TOKENIZER, token_ids=ends)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_decoder(tiny_decoder("FF"), tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+QUESTIONS = [
+    {"question": "What is 1 + 1?", "choices": ["two", "three of them", "4"], "label": 0},
+    {"question": "def add(a, b):", "choices": ["return a", "return a + b", "pass"], "label": 1},
+    {"question": "import os ", "choices": ["os", "sys", "import sys"], "label": 2},
+    {"question": "x = [1, 2, 3]", "choices": ["x", "len(x) == 3", "print(x)"], "label": 1},
+    {"question": "for i in range(10):", "choices": ["pass", "continue", "break"], "label": 0},
+]
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory) -> Path:
+    """Tasks `choice`, `quiz` and `write` on five questions."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{**row, "answer": row["choices"][row["label"]]} for row in QUESTIONS]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    data = {"data_files": {"test": str(folder / "data.jsonl")}, "cache_dir": str(folder / "cache")}
+    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    common |= {"doc_to_text": "Q: {{question}}\nA:", "fewshot_split": "test"}
+    exact = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    write_task(
+        folder,
+        task="choice",
+        output_type="multiple_choice",
+        doc_to_target="label",
+        doc_to_choice="choices",
+        metric_list=[{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+        **common,
+    )
+    generated = {"output_type": "generate_until", "doc_to_target": "answer", "metric_list": exact}
+    write_task(
+        folder,
+        task="quiz",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 8},
+        **generated,
+        **common,
+    )
+    write_task(
+        folder,
+        task="write",
+        generation_kwargs={"until": ["):"], "max_gen_toks": 24},
+        **generated,
+        **common,
+    )
+    return folder
+
+
+def write_task(folder: Path, **values) -> None:
+    """A task file of the harness."""
+    (folder / f"{values['task']}.yaml").write_text(yaml.safe_dump(values), "utf-8")

@@ -1,0 +1,338 @@
+"""`python -m flash.evaluation` on local tasks: results, files, what is kept, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lm_eval
+import pytest
+from omegaconf import OmegaConf
+
+from flash.config import CONF
+from flash.device import AndroidSettings, DeviceKind, DeviceSettings
+from flash.errors import InputError
+from flash.evaluation.benchmark import evaluate
+from flash.evaluation.suites import (
+    EvaluateSettings,
+    Form,
+    SuiteResult,
+    SuiteSettings,
+    TaskSettings,
+    as_text,
+)
+from flash.evaluation.tasks import Tasks
+from flash.evaluation.texts import Texts
+from flash.model import BackboneSettings
+from flash.training import TrainerSettings
+from flash.training.loggers import LoggerKind, LoggerSettings
+from tests.evaluation.conftest import QUESTIONS, write_task
+
+CHOICE = TaskSettings(
+    name="choice", title="Choice", metric="acc_norm,none", paper={"A": 40.0, "B": 60.0}
+)
+QUIZ = TaskSettings(name="quiz", title="Quiz", fewshot=2, metric="exact_match,none")
+
+
+@pytest.fixture
+def settings(checkpoint, task_folder, tmp_path) -> EvaluateSettings:
+    return EvaluateSettings(
+        backbone=BackboneSettings(name="toy", weights=str(checkpoint)),
+        device=DeviceSettings(name="host", max_context=96, prompts=[20], contexts=[30], threads=1),
+        suite=SuiteSettings(name="local", tasks=[CHOICE, QUIZ], include=str(task_folder)),
+        trainer=TrainerSettings(),
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        name="toy",
+        runs=str(tmp_path / "runs"),
+    )
+
+
+def with_tasks(settings: EvaluateSettings, *tasks: TaskSettings, **changes) -> EvaluateSettings:
+    include = settings.suite.include
+    settings.suite = SuiteSettings(name="local", tasks=list(tasks), include=include, **changes)
+    return settings
+
+
+def folder_of(settings: EvaluateSettings) -> Path:
+    return Path(settings.runs) / "evaluations" / "toy"
+
+
+def test_a_suite_gives_a_table_files_and_metrics(settings, capsys):
+    settings.logger = LoggerSettings(name="csv", kind=LoggerKind.csv)
+    result = evaluate(settings)
+    choice, quiz = result.figures
+    assert (choice.shots, choice.samples, quiz.shots, quiz.samples) == (0, 5, 2, 5)
+    assert choice.value in {0, 20, 40, 60, 80, 100}
+    assert choice.stderr is not None
+    assert result.average == pytest.approx((choice.value + quiz.value) / 2)
+    assert SuiteResult.read(folder_of(settings) / "local.decoder.json") == result
+    printed = capsys.readouterr().out
+    [line] = [line.split() for line in printed.splitlines() if "Choice" in line]
+    assert line[:4] == ["Choice", "0", "5", "acc_norm"]
+    assert line[-2:] == ["40.00", "60.00"]
+    logged = (Path(settings.runs) / "logs" / "csv" / "metrics.csv").read_text()
+    assert {"eval/choice", "eval/quiz", "eval/average"} <= set(logged.splitlines()[0].split(","))
+
+
+def test_accuracy_is_that_of_the_likelihoods(settings, checkpoint):
+    """Counted by hand: from sums of log-likelihoods, without and with division by bytes."""
+    from flash.evaluation.harness import DecoderLM
+    from flash.model import load
+
+    model = DecoderLM(load(checkpoint), Texts.open(checkpoint))
+    right, right_normalised = 0, 0
+    for row in QUESTIONS:
+        pairs = [
+            model._encode_pair(f"Q: {row['question']}\nA:", f" {each}") for each in row["choices"]
+        ]
+        sums = [value for value, _ in model._loglikelihood_tokens([(None, *p) for p in pairs])]
+        mean = [s / len(each) for s, each in zip(sums, row["choices"], strict=True)]
+        right += sums.index(max(sums)) == row["label"]
+        right_normalised += mean.index(max(mean)) == row["label"]
+    evaluate(with_tasks(settings, CHOICE))
+    kept = json.loads((folder_of(settings) / "local.decoder" / "choice.json").read_text())
+    assert kept["metrics"]["acc,none"] == pytest.approx(right / 5)
+    assert kept["metrics"]["acc_norm,none"] == pytest.approx(right_normalised / 5)
+
+
+def test_an_exact_answer_counts(settings, checkpoint, tmp_path, task_folder):
+    """A task whose answers are what the model writes is solved, whatever that is."""
+    from flash.evaluation.harness import DecoderLM
+    from flash.model import load
+
+    texts = Texts.open(checkpoint)
+    model = DecoderLM(load(checkpoint), texts)
+    questions = ["def add(a, b):", "import os", "x = [1, 2"]
+    rows = []
+    for question in questions:
+        [written] = model._continue([texts.encode(question)], 8, ["\n"])
+        rows.append({"question": question, "answer": texts.answer(written, ["\n"])})
+    own = tmp_path / "own"
+    own.mkdir()
+    rows[0]["answer"] += "!"
+    (own / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write_task(
+        own,
+        task="mirror",
+        dataset_path="json",
+        dataset_kwargs={
+            "data_files": {"test": str(own / "data.jsonl")},
+            "cache_dir": str(own / "cache"),
+        },
+        test_split="test",
+        output_type="generate_until",
+        doc_to_text="question",
+        doc_to_target="answer",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 8},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    settings.suite.include = str(own)
+    mirror = TaskSettings(name="mirror", title="Mirror", metric="exact_match,none")
+    assert evaluate(with_tasks(settings, mirror)).figures[0].value == pytest.approx(200 / 3)
+
+
+def test_finished_tasks_are_kept_until_what_decides_them_changes(settings, monkeypatch):
+    asked = []
+    run = Tasks.run
+    monkeypatch.setattr(
+        Tasks, "run", lambda self, name, *rest: asked.append(name) or run(self, name, *rest)
+    )
+    first = evaluate(settings)
+    assert asked == ["choice", "quiz"]
+    assert evaluate(settings) == first
+    assert asked == ["choice", "quiz"]
+    settings.batch_size = 2
+    evaluate(settings)
+    assert asked == ["choice", "quiz"]
+    settings.limit = 3
+    assert [row.samples for row in evaluate(settings).figures] == [3, 3]
+    assert asked == ["choice", "quiz"] * 2
+    other = TaskSettings(name="quiz", title="Quiz", fewshot=1, metric="exact_match,none")
+    evaluate(with_tasks(settings, CHOICE, other))
+    assert asked == ["choice", "quiz", "choice", "quiz", "quiz"]
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(settings, monkeypatch):
+    run = Tasks.run
+
+    def killed(self, name, *rest):
+        if name == "quiz":
+            raise KeyboardInterrupt
+        return run(self, name, *rest)
+
+    monkeypatch.setattr(Tasks, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings)
+    assert [path.name for path in folder_of(settings).glob("*/*")] == ["choice.json"]
+    asked = []
+    monkeypatch.setattr(
+        Tasks, "run", lambda self, name, *rest: asked.append(name) or run(self, name, *rest)
+    )
+    assert len(evaluate(settings).figures) == 2
+    assert asked == ["quiz"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        pytest.param(
+            {"name": "chioce"},
+            "suite.tasks: chioce: no such task of the harness; did you mean",
+            marks=pytest.mark.slow,  # all of the harness's tasks are looked through
+        ),
+        ({"name": "code"}, "code: executes code that the model writes, .* without a sandbox"),
+        ({"name": "lost"}, r"lost: dataset json cannot be loaded \(.*nothing\.jsonl.*network"),
+        ({"name": "choice", "metric": "acc"}, "metric of choice=acc: expected one of acc,none"),
+    ],
+)
+def test_tasks_that_cannot_run_are_one_line(settings, task_folder, task, message, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(task_folder, own, ignore=shutil.ignore_patterns("cache"))
+    common = {"dataset_path": "json", "test_split": "test", "doc_to_text": "question"}
+    common |= {"output_type": "generate_until", "doc_to_target": "answer"}
+    missing = {"data_files": {"test": str(own / "nothing.jsonl")}}
+    write_task(own, task="code", unsafe_code=True, dataset_kwargs=missing, **common)
+    write_task(own, task="lost", dataset_kwargs=missing, **common)
+    settings.suite.include = str(own)
+    chosen = TaskSettings(**{"title": "x", "metric": "acc,none", **task})
+    with pytest.raises(InputError, match=message):
+        evaluate(with_tasks(settings, chosen))
+
+
+def test_models_that_are_not_there_are_one_line(settings, tmp_path):
+    settings.form = Form.program
+    with pytest.raises(InputError, match=r"form=program: expected .*model\.pte, found none; run"):
+        evaluate(settings)
+    settings.form, settings.arch = Form.decoder, {"ffn_dim": 64}
+    with pytest.raises(InputError, match=r"model=null: expected trained weights in"):
+        evaluate(settings)
+    settings.model = settings.backbone.weights
+    with pytest.raises(InputError, match=r"model=.*: holds arch .*: expected"):
+        evaluate(settings)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(settings.model, damaged)
+    values = json.loads((damaged / "tokenizer.json").read_text())
+    values["added_tokens"].append({**values["added_tokens"][0], "id": 2048, "content": "<more>"})
+    (damaged / "tokenizer.json").write_text(json.dumps(values))
+    settings.model, settings.arch = str(damaged), {}
+    with pytest.raises(InputError, match=r"tokenizer\.json has 2049 entries: expected at most"):
+        evaluate(settings)
+    settings.model = None
+    with pytest.raises(InputError, match=r"suite\.apply_chat_template=true: expected chat_temp"):
+        evaluate(with_tasks(settings, CHOICE, apply_chat_template=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tasks": []}, r"suite\.tasks=\[\]: expected at least one task"),
+        ({"tasks": [QUIZ, QUIZ]}, "each task once"),
+        ({"limit": 0}, r"suite\.limit=0: expected a positive integer or null"),
+        ({"include": "nowhere"}, r"suite\.include=nowhere: expected a folder"),
+    ],
+)
+def test_illegal_suites_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        SuiteSettings(**{"name": "x", "tasks": [QUIZ], **values})
+
+
+def test_illegal_settings_are_refused(settings):
+    for key, value in (("batch_size", 0), ("limit", -1)):
+        with pytest.raises(InputError, match=f"{key}={value}: expected a positive integer"):
+            EvaluateSettings(**{**vars(settings), key: value})
+    with pytest.raises(InputError, match="fewshot of quiz=-1: expected 0 or more"):
+        TaskSettings(name="quiz", title="Quiz", metric="x", fewshot=-1)
+    phone = DeviceSettings(name="phone", kind=DeviceKind.android, android=AndroidSettings())
+    assert EvaluateSettings(**{**vars(settings), "device": phone}).device is phone
+    with pytest.raises(InputError, match="device=phone: expected one whose runtime gives logits"):
+        EvaluateSettings(**{**vars(settings), "device": phone, "form": Form.program})
+
+
+def test_a_chat_template_is_used_and_ends_answers(settings, checkpoint, tmp_path, monkeypatch):
+    from flash.evaluation.harness import DecoderLM
+
+    chat = tmp_path / "chat"
+    shutil.copytree(checkpoint, chat)
+    values = json.loads((chat / "tokenizer.json").read_text())
+    # "ized" becomes the special token that ends a turn.
+    values["added_tokens"].append({**values["added_tokens"][0], "id": 2047, "content": "ized"})
+    (chat / "tokenizer.json").write_text(json.dumps(values))
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}ized\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    seen = []
+    generate = DecoderLM.generate_until
+
+    def spy(self, requests, **kwargs):
+        seen.extend(request.args[0] for request in requests)
+        assert self.texts.end_ids == (0, 2047)
+        return generate(self, requests, **kwargs)
+
+    monkeypatch.setattr(DecoderLM, "generate_until", spy)
+    settings.model = str(chat)
+    evaluate(with_tasks(settings, QUIZ, apply_chat_template=True))
+    assert len(seen) == 5
+    for prompt in seen:
+        assert prompt.count("<user>") == 3  # two examples, then the question
+        assert prompt.endswith("\nA:ized\n<assistant>")
+
+
+def test_a_begun_answer_is_gone_on_with(checkpoint, tmp_path):
+    """Tasks may put the first words into the assistant's mouth."""
+    chat = tmp_path / "chat"
+    shutil.copytree(checkpoint, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    texts = Texts.open(chat)
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    assert texts.render(asked) == "<user>Hello<end><assistant>"
+    begun = [*asked, {"role": "assistant", "content": "Here is"}]
+    text = texts.render(begun, prompt=False, continued=True)
+    assert text == "<user>Hello<end><assistant>Here is"
+
+
+FOLDERS = [
+    "hellaswag",
+    "super_glue",
+    "piqa",
+    "siqa",
+    "triviaqa",
+    "nq_open",
+    "arc",
+    "winogrande",
+    "mmlu",
+    "mbpp",
+    "humaneval",
+]
+
+
+@pytest.mark.parametrize("suite", ["paper_base", "paper_chat"])
+def test_the_papers_suites_name_tasks_and_metrics_of_the_harness(suite):
+    """Against the harness's own task files, which are read without their data."""
+    from lm_eval.tasks import TaskManager
+
+    root = Path(lm_eval.__file__).parent / "tasks"
+    manager = TaskManager(include_path=[root / name for name in FOLDERS], include_defaults=False)
+    for task in OmegaConf.load(CONF / "suite" / f"{suite}.yaml").tasks:
+        about = manager.task_index[task.name].cfg or {}
+        metric, chosen = task.metric.split(",")
+        listed = about.get("metric_list") or about["aggregate_metric_list"]
+        names = {Path(each["metric"]).name.removeprefix("utils.") for each in listed}
+        assert metric.replace("@1", "_at_k") in names
+        assert chosen in {each["name"] for each in about.get("filter_list", [{"name": "none"}])}
+        assert set(task.paper) <= {"Flash-350M", "Flash-650M", "Flash-1.4B"}
+
+
+def test_the_papers_figures_have_its_averages():
+    tasks = OmegaConf.load(CONF / "suite" / "paper_base.yaml").tasks
+    means = [sum(task.paper[model] for task in tasks) / 9 for model in tasks[0].paper]
+    assert means == pytest.approx([45.46, 48.57, 55.06], abs=0.006)
+
+
+def test_table_has_the_papers_average_only_if_all_figures_are_there(settings):
+    result = evaluate(with_tasks(settings, CHOICE, QUIZ))
+    assert as_text(result).splitlines()[-1].split()[-2:] == ["-", "-"]

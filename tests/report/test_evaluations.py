@@ -1,0 +1,70 @@
+"""Benchmarks of the study's models on the page."""
+
+from dataclasses import replace
+
+import pytest
+
+from flash.errors import InputError
+from flash.evaluation.suites import Figure, SuiteResult, results_folder
+from flash.report import read, render
+from flash.runs import Runs
+from flash.search import Sampler
+from tests.report.toy_study import write_study
+from tests.search import toy_search as toy
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory):
+    return toy.run(tmp_path_factory.mktemp("study") / "study.db", sampler=Sampler.random)
+
+
+@pytest.fixture
+def runs(tmp_path, trials):
+    runs = Runs(tmp_path)
+    write_study(runs, trials)
+    return runs
+
+
+RESULT = SuiteResult(
+    name="toy",
+    spec=toy.BACKBONE,
+    suite="base",
+    form="decoder",
+    limit=None,
+    figures=[
+        Figure("piqa", "PIQA", "acc,none", 0, 10, 71.25, 1.5, {"Flash-350M": 70.08}),
+        Figure("nq_open", "NQ-open", "exact_match,none", 5, 10, 4.0, None, {"Flash-350M": 5.9}),
+    ],
+    average=37.625,
+)
+
+
+def test_benchmarks_are_on_the_page_beside_the_papers(runs):
+    folder = results_folder(runs, "toy")
+    RESULT.write(folder)
+    replace(RESULT, form="program", figures=RESULT.figures[:1], average=None).write(folder)
+    replace(RESULT, suite="quick", limit=50).write(folder)
+    page = render(read(runs))
+    cells = ["toy (decoder)", "71.2 +- 1.5", "4.0", "37.6"]
+    assert "<td>" + "</td><td>".join(cells) + "</td>" in page
+    cells = ["toy (program)", "71.2 +- 1.5", "-", "-"]
+    assert "<td>" + "</td><td>".join(cells) + "</td>" in page
+    cells = ["Flash-350M, paper", "70.1", "5.9", "38.0"]
+    assert "<td>" + "</td><td>".join(cells) + "</td>" in page
+    assert "quick, the first 50 questions of each task" in page
+
+
+def test_results_of_another_architecture_or_model_are_left_out(runs):
+    assert "Benchmarks" not in render(read(runs))
+    other = replace(RESULT, spec=toy.BACKBONE.replace(ffn_dim=toy.BACKBONE.ffn_dim // 2))
+    other.write(results_folder(runs, "toy"))
+    replace(RESULT, name="stranger").write(results_folder(runs, "stranger"))
+    assert read(runs).evaluations == []
+
+
+def test_a_damaged_result_is_one_line(runs):
+    RESULT.write(results_folder(runs, "toy"))
+    path = results_folder(runs, "toy") / "base.decoder.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(InputError, match=r"base\.decoder\.json: damaged .* evaluate again"):
+        read(runs)
