@@ -37,7 +37,7 @@ def device(threads: int) -> HostDevice:
             prompts=[CONTEXT],
             contexts=[CONTEXT],
             decode_tokens=DECODE,
-            processes=5,
+            processes=3,
             warmups=1,
             runs=1,
             run_timeout_s=600.0,

@@ -23,6 +23,23 @@ class DeviceKind(Enum):
     """A phone, see `device.android`."""
 
 
+class Backend(Enum):
+    """What of ExecuTorch runs the large operators of a program."""
+
+    xnnpack = "xnnpack"
+    vulkan = "vulkan"
+    coreml = "coreml"
+    qnn = "qnn"
+
+
+REFUSED = {
+    Backend.vulkan: "its pattern for attention fails on custom_sdpa without a mask",
+    Backend.coreml: "its converter takes no cache position that is known only at run time",
+    Backend.qnn: "its compiler is in Qualcomm's kit, which ExecuTorch's wheel lacks",
+}
+"""Why a backend is not offered; all three were tried on our form with ExecuTorch 1.5.1."""
+
+
 @dataclass(kw_only=True)
 class DeviceSettings:
     """One device with the program format that suits it and the protocol of its measurements."""
@@ -36,6 +53,8 @@ class DeviceSettings:
     cpus: list[int] | None = None
     """CPUs that a process is pinned to; None: on the host the last `threads` that we may use,
     elsewhere the system's choice."""
+    backend: Backend = Backend.xnnpack
+    """What programs are lowered to; only XNNPACK so far."""
     quantization: Quantization = Quantization.int8da4w
     """Weight format of the programs."""
     group_size: int = GROUP
@@ -83,6 +102,8 @@ class DeviceSettings:
             self.name,
             "letters, digits, '_', '-' and '.', as it becomes a folder's name",
         )
+        why = REFUSED.get(self.backend)
+        require(why is None, "device.backend", self.backend.value, f"xnnpack, since {why}")
         for name in ("prompts", "contexts"):
             require(bool(getattr(self, name)), f"device.{name}", "[]", "at least one length")
         for name in ("processes", "runs"):

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from flash.arch import ArchSpec, count_parameters
 from flash.device import Device, DeviceSettings, Measurement, Program, open_device
 from flash.errors import InputError, require
 from flash.files import write_text
+from flash.latency.bench import RUNTIME
+from flash.latency.bench import plain as lowering_plain
 from flash.lowering import LoweringSettings, lower, write
 from flash.lowering.stock import check_stock, lower_stock
 from flash.lowering.stock_models import StockModel, stock_model
@@ -181,9 +182,9 @@ def _program(
     """The program's file and the seconds that it took to make; None if it was there."""
     decisive = {
         "shape": shape.to_dict(),
-        "lowering": plain(settings),
+        "lowering": lowering_plain(settings),
         "seed": seed,
-        "executorch": version("executorch"),
+        "runtime": RUNTIME,
     }
     path = runs.root / "shapes" / f"{name}-{digest(decisive)}.pte"
     if path.is_file():

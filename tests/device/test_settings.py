@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from flash.device import DeviceSettings, Phase, Point, Workload
+from flash.device.settings import REFUSED
 from flash.errors import InputError
 
 HOST = Path(__file__).parents[2] / "conf" / "device" / "host.yaml"
@@ -24,6 +25,12 @@ def test_host_file_fits_the_schema():
 def test_bad_values_are_named(key, value):
     with pytest.raises(InputError, match=rf"device\.{key}={value}: expected"):
         DeviceSettings(name="host", **{key: value})
+
+
+@pytest.mark.parametrize("backend", list(REFUSED))
+def test_other_backends_are_refused_with_the_reason(backend):
+    with pytest.raises(InputError, match=rf"device\.backend={backend.value}: .*{REFUSED[backend]}"):
+        DeviceSettings(name="host", backend=backend)
 
 
 def test_workload_says_what_context_it_needs():

@@ -1,6 +1,7 @@
 """ExecuTorch's own stack: shapes of the baselines, and a tiny one from shape to answer."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -183,8 +184,13 @@ def test_ctrl_c_ends_the_export(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(stock, "CHILD", child)
     path = tmp_path / "out" / "model.pte"
-    with pytest.raises(KeyboardInterrupt):
-        lower_stock_arch(TINY, FORMATS, path)
+    # A shell starts background jobs with the signal ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lower_stock_arch(TINY, FORMATS, path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(path.parent.iterdir())
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
