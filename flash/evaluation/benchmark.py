@@ -12,6 +12,7 @@ from flash.data.shards import tokenizer_digest
 from flash.device import open_device
 from flash.errors import InputError
 from flash.evaluation.artefact import ExportResult
+from flash.evaluation.job import checkpoint_of
 from flash.evaluation.suites import (
     EvaluateSettings,
     Figure,
@@ -23,7 +24,7 @@ from flash.evaluation.suites import (
 )
 from flash.evaluation.tasks import Tasks, harness_version
 from flash.evaluation.texts import Texts
-from flash.model import Backbone, BackboneSettings, load
+from flash.model import Backbone, load
 from flash.prune import fingerprint
 from flash.runs import Runs
 from flash.training.loggers import close_logger, make_logger
@@ -66,7 +67,7 @@ class Subject:
         runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
         spec = arch_of(settings.arch, backbone)
         name = settings.name or backbone.name
-        weights = _weights(settings.model, spec, backbone, runs.model(name))
+        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
         # Weights of random backbones have no tokenizer of their own.
         own = (weights / "tokenizer.json").is_file() or backbone.folder is None
         texts = Texts.open(weights if own else backbone.folder or weights)
@@ -120,30 +121,6 @@ class Subject:
         model = load(self.weights).to(main_device(settings.trainer))
         precision = settings.trainer.precision
         return DecoderLM(model, self.texts, batch_size=settings.batch_size, precision=precision)
-
-
-def _weights(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
-    """The checkpoint folder of what is evaluated.
-
-    Raises:
-        InputError: There is none yet, or it holds another architecture.
-    """
-    if model is not None:
-        folder = Path(model)
-    elif spec == backbone.spec and backbone.folder is not None:
-        backbone.fetch()
-        folder = backbone.folder
-    else:
-        folder = trained / "checkpoint"
-        if not folder.is_dir():
-            raise InputError(
-                f"model=null: expected trained weights in {folder}; run train.py with the same "
-                "+arch first, or give model=FOLDER"
-            )
-    found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
-    if found != spec:
-        raise InputError(f"model={folder}: holds arch {found}: expected {spec}; train it again")
-    return folder
 
 
 def _program(folder: Path, spec: ArchSpec) -> Path:

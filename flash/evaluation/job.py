@@ -91,7 +91,7 @@ class Job:
         backbone = Backbone.open(settings.backbone)
         spec = arch_of(settings.arch, backbone)
         name = settings.name or backbone.name
-        weights = _weights(settings, spec, backbone, runs.model(name))
+        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
         device = open_device(settings.device)
         recipe = RecipeSettings(name="export", tokens=1)
         inputs = Inputs.open(backbone, settings.data, recipe, seed=settings.seed, runs=runs)
@@ -171,14 +171,20 @@ class Job:
         )
 
 
-def _weights(settings: ExportSettings, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
-    """The checkpoint folder to export.
+def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
+    """The checkpoint folder to export or to evaluate.
+
+    Args:
+        model: The folder, if the user names one.
+        spec: What it must hold.
+        backbone: Has the weights of its own architecture.
+        trained: What `train.py` wrote under the model's name.
 
     Raises:
         InputError: There is none yet, or it holds another architecture.
     """
-    if settings.model is not None:
-        folder = Path(settings.model)
+    if model is not None:
+        folder = Path(model)
     elif spec == backbone.spec and backbone.folder is not None:
         backbone.fetch()
         folder = backbone.folder

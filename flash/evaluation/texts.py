@@ -47,7 +47,7 @@ class Texts:
             ends += found if isinstance(found, list) else [found]
         known = [end for end in dict.fromkeys(ends) if end is not None]
         end_ids = tuple(known) or (end_of_text_id(tokenizer, folder / "tokenizer.json"),)
-        # As the harness does, ask the tokenizer; ours have no settings, and config.json says it.
+        # As the harness does, ask the tokenizer's settings; where there are none, config.json.
         begin = config.get("bos_token_id")
         if settings:
             begin = _token_id(tokenizer, settings.get("bos_token"))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flash.arch import CacheFormat, Quantization
 from flash.errors import require
+from flash.lowering.check import error_of, kl_of
 from flash.lowering.form import load_custom_ops
 from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
 from flash.lowering.settings import LoweringSettings
@@ -230,8 +231,8 @@ def _runtime_step(program: bytes) -> Step:
 def _compare(
     stage: Stage, before: Tensor, after: Tensor, reference: Tensor, gate: GateSettings, exact: bool
 ) -> StageResult:
-    error = float((after - before).abs().max() / before.abs().max())
-    kl, agreement = _kl(before, after), _agreement(before, after)
+    error = error_of(before, after)
+    kl, agreement = kl_of(before, after), _agreement(before, after)
     if exact:
         passed, rule = error <= gate.max_error_fp32, f"error <= {gate.max_error_fp32:g}"
     elif stage is Stage.exported:
@@ -246,16 +247,11 @@ def _compare(
         stage=stage,
         error=error,
         kl=kl,
-        kl_to_float=_kl(reference, after),
+        kl_to_float=kl_of(reference, after),
         agreement=agreement,
         passed=bool(passed),  # NaN passes no comparison
         rule=rule,
     )
-
-
-def _kl(before: Tensor, after: Tensor) -> float:
-    p, q = torch.log_softmax(before.double(), -1), torch.log_softmax(after.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def _agreement(before: Tensor, after: Tensor) -> float:
