@@ -60,6 +60,15 @@ class Runs:
         """A search: its database, `trials/` with checkpoints, `frontier.json`."""
         return self.root / "studies" / name
 
+    def evaluation(self, name: str) -> Path:
+        """Results of a model's benchmark suites."""
+        return self.root / "evaluations" / name
+
+    @property
+    def shapes(self) -> Path:
+        """Programs of random weights, and a folder a device with their latencies."""
+        return self.root / "shapes"
+
     def export(self, name: str) -> Path:
         """An exported model."""
         return self.root / "exports" / name

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,8 @@ from flash.evaluation.suites import (
     SuiteResult,
     TaskResult,
     as_text,
-    results_folder,
 )
-from flash.evaluation.tasks import Tasks, harness_version
+from flash.evaluation.tasks import Tasks
 from flash.evaluation.texts import Texts
 from flash.model import Backbone, load
 from flash.prune import fingerprint
@@ -145,7 +145,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
         DeviceError: The program's process died.
     """
     subject = Subject.open(settings)
-    folder = results_folder(Runs(Path(settings.runs)), subject.name)
+    folder = Runs(Path(settings.runs)).evaluation(subject.name)
     results, new = _results(
         settings, subject, folder / f"{settings.suite.name}.{settings.form.value}"
     )
@@ -175,7 +175,7 @@ def _results(
     suite, limit = settings.suite, settings.limit or settings.suite.limit
     common = {
         **subject.key(),
-        "harness": harness_version(),
+        "harness": version("lm_eval"),
         "include": _digest_of(Path(suite.include)) if suite.include else None,
         "chat": subject.texts.template if suite.apply_chat_template else None,
         "limit": limit,

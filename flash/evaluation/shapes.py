@@ -166,7 +166,7 @@ def conditions_of(device: Device) -> str:
 
 
 def _folder(runs: Runs, settings: DeviceSettings) -> Path:
-    return runs.root / "shapes" / settings.name
+    return runs.shapes / settings.name
 
 
 def _check(shape: Shape, settings: LoweringSettings) -> None:
@@ -186,7 +186,7 @@ def _program(
         "seed": seed,
         "runtime": RUNTIME,
     }
-    path = runs.root / "shapes" / f"{name}-{digest(decisive)}.pte"
+    path = runs.shapes / f"{name}-{digest(decisive)}.pte"
     if path.is_file():
         return path, None
     log.info("%s: lowering, minutes for a large model", name)

@@ -14,7 +14,6 @@ from flash.device import DeviceKind, DeviceSettings
 from flash.errors import InputError, require
 from flash.files import write_text
 from flash.model import BackboneSettings
-from flash.runs import Runs
 from flash.training import TrainerSettings
 from flash.training.loggers import LoggerSettings
 
@@ -254,11 +253,6 @@ class SuiteResult:
             return cls(**{**values, **nested})
         except (KeyError, TypeError, InputError) as error:
             raise InputError(f"{path}: damaged ({error}); evaluate again") from error
-
-
-def results_folder(runs: Runs, name: str) -> Path:
-    """Where the results of a model's suites are."""
-    return runs.root / "evaluations" / name
 
 
 def table(result: SuiteResult) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness: found, checked, loaded and run, with errors in one line.
 
-The harness is imported inside the functions: it takes a second, and is an optional dependency.
+The harness is imported inside the functions: it takes a second.
 """
 
 import logging
@@ -9,7 +9,6 @@ import os
 import random
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,20 +22,6 @@ if TYPE_CHECKING:
 
 BOOTSTRAP = 1000
 """Resamplings for the standard error of what is no mean; the harness's 100000 take minutes."""
-
-
-def harness_version() -> str:
-    """Version of the installed harness.
-
-    Raises:
-        InputError: There is none.
-    """
-    try:
-        return version("lm_eval")
-    except PackageNotFoundError:
-        raise InputError(
-            "suite: needs lm-evaluation-harness; pip install 'lm_eval>=0.4.13'"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,6 @@ class Tasks:
         Raises:
             InputError: The harness has no such task, or one executes code without permission.
         """
-        harness_version()
         from lm_eval.tasks import TaskManager
 
         # Its news, such as "overwriting num_fewshot", are what was asked for.

@@ -12,10 +12,7 @@ Source: the loaders of llama.cpp, src/llama-model.cpp and src/models/.
 """
 
 import importlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -30,6 +27,7 @@ from torch import Tensor
 
 from flash.arch import ArchSpec, Attention, RopeKind
 from flash.errors import CheckFailed, InputError, require
+from flash.files import replacing
 from flash.lowering.check import FormatCheck, Limits, compare, require_text
 from flash.lowering.gguf_tokenizer import Vocabulary, read_vocabulary
 from flash.lowering.stock_hf import zero_filled
@@ -184,7 +182,7 @@ def _write(
         size = tensor.numel() // block * block_bytes
         # The type of the values that the shape counts, not of the stored bytes.
         writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, size, raw_dtype=stored)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
@@ -193,23 +191,6 @@ def _write(
                 writer.write_tensor_data(gguf.quants.quantize(tensor.numpy(), stored))
         finally:
             writer.close()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name once it is safely on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _describe(writer: GGUFWriter, name: str, spec: ArchSpec, weight_format: GgufFormat) -> None:

@@ -9,7 +9,7 @@ from flash.arch import ArchSpec, count_parameters
 from flash.device import Point
 from flash.errors import InputError
 from flash.evaluation import ExportResult
-from flash.evaluation.suites import SuiteResult, results_folder
+from flash.evaluation.suites import SuiteResult
 from flash.runs import Runs
 from flash.training.result import TrainResult
 
@@ -175,7 +175,7 @@ def _evaluations(runs: Runs, models: list[Model]) -> list[SuiteResult]:
     found = [
         SuiteResult.read(path)
         for model in models
-        for path in sorted(results_folder(runs, model.name).glob("*.json"))
+        for path in sorted(runs.evaluation(model.name).glob("*.json"))
     ]
     specs = {model.name: model.spec for model in models}
     return [result for result in found if result.spec == specs[result.name]]

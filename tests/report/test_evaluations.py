@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flash.errors import InputError
-from flash.evaluation.suites import Figure, SuiteResult, results_folder
+from flash.evaluation.suites import Figure, SuiteResult
 from flash.report import read, render
 from flash.runs import Runs
 from flash.search import Sampler
@@ -40,7 +40,7 @@ RESULT = SuiteResult(
 
 
 def test_benchmarks_are_on_the_page_beside_the_papers(runs):
-    folder = results_folder(runs, "toy")
+    folder = runs.evaluation("toy")
     RESULT.write(folder)
     replace(RESULT, form="program", figures=RESULT.figures[:1], average=None).write(folder)
     replace(RESULT, suite="quick", limit=50).write(folder)
@@ -57,14 +57,14 @@ def test_benchmarks_are_on_the_page_beside_the_papers(runs):
 def test_results_of_another_architecture_or_model_are_left_out(runs):
     assert "Benchmarks" not in render(read(runs))
     other = replace(RESULT, spec=toy.BACKBONE.replace(ffn_dim=toy.BACKBONE.ffn_dim // 2))
-    other.write(results_folder(runs, "toy"))
-    replace(RESULT, name="stranger").write(results_folder(runs, "stranger"))
+    other.write(runs.evaluation("toy"))
+    replace(RESULT, name="stranger").write(runs.evaluation("stranger"))
     assert read(runs).evaluations == []
 
 
 def test_a_damaged_result_is_one_line(runs):
-    RESULT.write(results_folder(runs, "toy"))
-    path = results_folder(runs, "toy") / "base.decoder.json"
+    RESULT.write(runs.evaluation("toy"))
+    path = runs.evaluation("toy") / "base.decoder.json"
     path.write_text(path.read_text()[:40])
     with pytest.raises(InputError, match=r"base\.decoder\.json: damaged .* evaluate again"):
         read(runs)
