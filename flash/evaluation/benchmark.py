@@ -156,7 +156,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
         spec=subject.spec,
         suite=settings.suite.name,
         form=settings.form.value,
-        limit=settings.limit or settings.suite.limit,
+        limit=settings.limit,
         figures=figures,
         average=sum(row.value for row in figures) / len(figures) if shares else None,
     )
@@ -172,7 +172,7 @@ def _results(
     settings: EvaluateSettings, subject: Subject, folder: Path
 ) -> tuple[dict[str, TaskResult], bool]:
     """The result of each task by name, and whether any of them is new."""
-    suite, limit = settings.suite, settings.limit or settings.suite.limit
+    suite, limit = settings.suite, settings.limit
     common = {
         **subject.key(),
         "harness": version("lm_eval"),

@@ -61,8 +61,6 @@ class SuiteSettings:
     tasks: list[TaskSettings] = field(default_factory=list)
     apply_chat_template: bool = False
     """Ask as a user asks an assistant, with the tokenizer's chat template."""
-    limit: int | None = None
-    """Questions of each task; null takes all."""
     include: str | None = None
     """Folder with task files of your own, in the harness's YAML."""
     seed: int = 1234
@@ -76,8 +74,6 @@ class SuiteSettings:
         require(len(set(names)) == len(names), "suite.tasks", names, "each task once")
         if self.include is not None:
             require(Path(self.include).is_dir(), "suite.include", self.include, "a folder")
-        expected = "a positive integer or null"
-        require(self.limit is None or self.limit > 0, "suite.limit", self.limit, expected)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +94,7 @@ class EvaluateSettings:
     model: str | None = None
     """Folder of trained weights; null takes what `train.py` wrote under the same name."""
     limit: int | None = None
-    """Questions of each task, for a first look; null takes the suite's."""
+    """Questions of each task, for a first look; null takes all."""
     batch_size: int = 8
     """Texts at a time with `form: decoder`; changes the speed, not the result."""
     runs: str = "runs"

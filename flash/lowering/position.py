@@ -108,7 +108,8 @@ class Position(nn.Module):
         self.ring = None
         group = spec.num_heads // spec.num_kv_heads
         full = Attention.full_attention in spec.layer_types or sees_all(spec, settings)
-        self.last_query = _Last(group, settings.max_context) if full and group > 1 else None
+        shared = full and 1 < group <= settings.max_context
+        self.last_query = _Last(group, settings.max_context) if shared else None
         self.num_slots = settings.slots(spec.sliding_window)
         if self.window is None:
             return

@@ -226,7 +226,6 @@ def test_models_that_are_not_there_are_one_line(settings, tmp_path):
     [
         ({"tasks": []}, r"suite\.tasks=\[\]: expected at least one task"),
         ({"tasks": [QUIZ, QUIZ]}, "each task once"),
-        ({"limit": 0}, r"suite\.limit=0: expected a positive integer or null"),
         ({"include": "nowhere"}, r"suite\.include=nowhere: expected a folder"),
     ],
 )
