@@ -153,7 +153,7 @@ def explain(error: BaseException, schema: type) -> str:
     if not path and isinstance(cause.object_type, type):  # in a list: it says no more than the key
         owner = cause.object_type if dataclasses.is_dataclass(cause.object_type) else owner
     fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
-    if fields and last not in fields:
+    if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
         return f"{key}: unknown key; {nearest(last, fields)}"
     return f"{key}: {_first_line(cause)}"
 

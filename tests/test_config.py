@@ -115,6 +115,11 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
         ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
         ("search", "latency=bloks", "did you mean 'blocks'?"),
         ("export", "gate.max_kl_quantised=1", "did you mean 'max_kl_quantized'?"),
+        (
+            "export",
+            "format=[executorch,onnx]",
+            "format[1]: Invalid value 'onnx', expected one of [executorch, hf, gguf]",
+        ),
         ("export", "device=hots", "did you mean 'host'?"),
         ("export", "device.max_context=100", "device.max_context=100: expected at least"),
     ],
