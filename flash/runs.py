@@ -1,7 +1,15 @@
 """The folder that holds everything a team's runs produce, and what lies where in it."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+
+def digest(decisive: Any) -> str:
+    """Short hash of plain JSON values, for names of what they decide."""
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Runs:
     def importance(self, backbone: str) -> Path:
         """Importance scores of a backbone."""
         return self.root / "importance" / f"{backbone}.safetensors"
+
+    def teacher(self, key: str) -> Path:
+        """What a teacher said about training sequences ahead."""
+        return self.root / "teachers" / key
 
     def model(self, name: str) -> Path:
         """A training run: `checkpoints/`, the finished Hugging Face folder and `result.json`."""

@@ -6,6 +6,7 @@ from flash.data.module import PackedData, find_tokenizer
 from flash.data.order import ResumableBatches, Share
 from flash.data.packed import PackedSequences, TokenStreams, tokenize
 from flash.data.settings import DataSettings, Format, PartSettings, Source, Unit
+from flash.data.taught import TaughtSequences
 from flash.data.tokenizer import (
     END_OF_TEXT,
     end_of_text_id,
@@ -26,6 +27,7 @@ __all__ = [
     "ResumableBatches",
     "Share",
     "Source",
+    "TaughtSequences",
     "TokenStreams",
     "Unit",
     "collate",

@@ -19,6 +19,7 @@ from flash.data.order import ResumableBatches, Share
 from flash.data.packed import PackedSequences
 from flash.data.settings import DataSettings, Source
 from flash.data.stream import Batches, Corpus, Stream
+from flash.data.taught import TaughtSequences
 from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from flash.errors import InputError
 from flash.files import write_text
@@ -73,6 +74,7 @@ class PackedData(L.LightningDataModule):
         digest: Hash of all texts, their order if they are streamed, and of the tokenizer.
         bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
         heldout_set: Held-out sequences, each a `Batch` without the first axis.
+        taught: The training sequences with what a teacher says; to be set where there is one.
 
     Raises:
         InputError: Data that cannot be used.
@@ -94,6 +96,7 @@ class PackedData(L.LightningDataModule):
         self.train_set: PackedSequences | Corpus = opened.train
         self.digest, self.bytes_per_token = opened.digest, token_bytes(tokenizer)
         self.heldout_set: Subset[Batch] = _spread(opened.heldout, settings.heldout_sequences)
+        self.taught: TaughtSequences | None = None
         self._steps: int | None = None
         self._places: Tensor | None = None
         self._seen: list[Tensor | None] = []
@@ -130,7 +133,7 @@ class PackedData(L.LightningDataModule):
             )
         batches = ResumableBatches(len(self.train_set), share, self.seed, self._steps)
         return DataLoader(
-            self.train_set,
+            self.taught if self.taught is not None else self.train_set,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=workers,

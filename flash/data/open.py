@@ -1,8 +1,6 @@
 """From settings to sequences: what each source needs, and every check before work starts."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from flash.data.stream import Corpus, Lane, Side
 from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
 from flash.files import atomic_write
+from flash.runs import digest
 
 if TYPE_CHECKING:
     from flash.data.parts import Part
@@ -108,7 +107,7 @@ def _open_streamed(
     if held is not None:
         part = Part(held, "data.heldout", skip_damaged=settings.skip_damaged)
         heldout = dataclasses.replace(heldout, parts=[part], side=Side.all)
-    digest = _digest({
+    key = digest({
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template,
         "source": settings.source.value,
@@ -119,10 +118,10 @@ def _open_streamed(
     })
     next(train.first(1))  # finds missing text or a wrong column now, not in a worker later
     count = settings.heldout_sequences
-    path = cache / f"heldout_{digest}_{settings.seq_len}_{count}.safetensors"
+    path = cache / f"heldout_{key}_{settings.seq_len}_{count}.safetensors"
     if not path.is_file():
         _save_heldout(heldout, settings, path)
-    return Opened(train, InMemory(Batch(**load_file(path))), digest)
+    return Opened(train, InMemory(Batch(**load_file(path))), key)
 
 
 def _encoder(
@@ -148,10 +147,6 @@ def _described(part: "Part") -> Any:
     """What decides a part's documents and their share."""
     settings = part.settings
     return [part.fingerprint, settings.column, settings.unit.value, settings.weight]
-
-
-def _digest(decisive: Any) -> str:
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _save_heldout(corpus: Corpus, settings: DataSettings, path: Path) -> None:

@@ -85,4 +85,9 @@ class ResumableBatches:
             first += share.micro_batch
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_sequences)
+        return epoch_order(self.num_sequences, self.seed, epoch)
+
+
+def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
+    """Every index once, as an epoch has them `(num_sequences,)`."""
+    return np.random.default_rng((seed, epoch)).permutation(num_sequences)

@@ -1,7 +1,6 @@
 """`python -m flash.data prepare`: a mixture tokenised ahead, into shards."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model import Backbone, BackboneSettings
 from flash.progress import progress_bar
-from flash.runs import Runs
+from flash.runs import Runs, digest
 
 if TYPE_CHECKING:
     from flash.data.parts import Part
@@ -134,7 +133,7 @@ def _manifest(
         "shard_tokens": settings.shard_tokens,
         "seed": settings.seed,
     }
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    key = digest(decisive)
     manifest = Manifest.read(folder)
     if manifest is None:
         return Manifest(key, tokenizer_digest(tokenizer), data=chosen)

@@ -26,10 +26,10 @@ from flash.evaluation.tasks import Tasks
 from flash.evaluation.texts import Texts
 from flash.model import Backbone, load
 from flash.prune import fingerprint
-from flash.runs import Runs
+from flash.runs import Runs, digest
 from flash.training.loggers import close_logger, make_logger
 from flash.training.parallel import check_devices, main_device
-from flash.training.run import arch_of, digest, plain
+from flash.training.run import arch_of, plain
 
 if TYPE_CHECKING:
     from flash.evaluation.harness import TextLM

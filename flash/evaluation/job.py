@@ -17,10 +17,10 @@ from flash.evaluation.formats import FILES, Format, FormatResult, FormatSettings
 from flash.lowering import GateSettings
 from flash.model import Backbone, BackboneSettings
 from flash.prune import fingerprint
-from flash.runs import Runs
+from flash.runs import Runs, digest
 from flash.training import RecipeSettings, TrainerSettings
 from flash.training.loggers import LoggerSettings
-from flash.training.run import Inputs, arch_of, digest, plain
+from flash.training.run import Inputs, arch_of, plain
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ from flash.lowering import LoweringSettings, lower, write
 from flash.lowering.stock import check_stock, lower_stock
 from flash.lowering.stock_models import StockModel, stock_model
 from flash.model import Backbone, BackboneSettings, Decoder
-from flash.runs import Runs
-from flash.training.run import arch_of, digest, plain
+from flash.runs import Runs, digest
+from flash.training.run import arch_of, plain
 
 log = logging.getLogger(__name__)
 

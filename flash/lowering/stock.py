@@ -22,7 +22,12 @@ CHILD = Path(__file__).with_name("stock_child.py")
 
 
 def lower_stock(
-    model: StockModel, settings: LoweringSettings, path: Path, *, seed: int = 0
+    model: StockModel,
+    settings: LoweringSettings,
+    path: Path,
+    *,
+    seed: int = 0,
+    fast: bool = True,
 ) -> None:
     """Write the .pte that `python -m executorch.extension.llm.export.export_llm` makes of `model`.
 
@@ -35,6 +40,7 @@ def lower_stock(
         settings: Formats and lengths; the same weights, embedding and cache as `lower` writes.
         path: The program.
         seed: Of the random weights.
+        fast: Without the passes' repeated work; False for the stack untouched.
 
     Raises:
         InputError: The stack has no such form.
@@ -51,6 +57,7 @@ def lower_stock(
             "params": "params.json",
             "checkpoint": "random.pt",
             "seed": seed,
+            "fast": fast,
             "arguments": _arguments(model, settings),
         }
         (folder / "job.json").write_text(json.dumps(job), "utf-8")

@@ -7,7 +7,9 @@ from flash.model.families import from_config, to_config
 from flash.model.losses import (
     LossSums,
     Operands,
+    TopLogProbs,
     linear_losses,
+    top_log_probs,
 )
 from flash.model.quantization import fake_quantize, head_operands
 from flash.model.weights import Weights, read_spec, weight_files
@@ -19,6 +21,7 @@ __all__ = [
     "LayerCache",
     "LossSums",
     "Operands",
+    "TopLogProbs",
     "Weights",
     "build",
     "expected_shapes",
@@ -31,6 +34,7 @@ __all__ = [
     "read_spec",
     "save",
     "state_to_save",
+    "top_log_probs",
     "to_config",
     "weight_files",
 ]

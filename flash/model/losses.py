@@ -23,6 +23,18 @@ class Operands(NamedTuple):
     weight: Float[Tensor, "vocab c"]
 
 
+class TopLogProbs(NamedTuple):
+    """What is kept of a teacher: its likeliest tokens at each position, softened already.
+
+    Attributes:
+        ids: Tokens.
+        log_probs: Theirs, and last that of all other tokens together [nats].
+    """
+
+    ids: Int[Tensor, "n k"]
+    log_probs: Float[Tensor, "n k+1"]
+
+
 class LossSums(NamedTuple):
     """Sums over positions [nats].
 
@@ -41,7 +53,7 @@ def linear_losses(
     student: Operands,
     targets: Int[Tensor, " n"],
     *,
-    teacher: Operands | None = None,
+    teacher: Operands | TopLogProbs | None = None,
     kd_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> LossSums:
@@ -49,6 +61,10 @@ def linear_losses(
 
     Distillation is forward KL(teacher || student), times temperature squared. The paper distils
     from the unpruned backbone without stating the loss; its predecessor MobileLLM-Pro used this.
+    With the teacher's likeliest tokens it is the KL of distributions over these and "any other
+    token": at most the whole KL, equal to it with all tokens but one, and without pull on how the
+    student shares out the rest. (Scaled up to 1 instead, what is kept would teach the student to be
+    surer than its teacher.)
 
     Products are in the dtype of autocast where that is on, else of `hidden`; everything after them,
     and the sum of the weight's gradient over chunks, in float32.
@@ -56,17 +72,37 @@ def linear_losses(
     Args:
         student: Gradients flow to both factors.
         targets: Token that follows each position.
-        teacher: Of the same vocabulary, any width; no gradients.
+        teacher: Of the same vocabulary, any width; no gradients. Or what `top_log_probs` keeps.
         kd_weight: Share of distillation in the total.
         temperature: Softens both in distillation.
     """
     hidden, weight = student
-    taught = tuple(part.detach() for part in teacher) if teacher is not None else (None, None)
     grad = torch.is_grad_enabled()
     total, ce, kd = _LinearLosses.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, weight, targets, *taught, kd_weight, temperature, grad
+        hidden, weight, targets, teacher, kd_weight, temperature, grad
     )
     return LossSums(total, ce, kd)
+
+
+@torch.no_grad()
+def top_log_probs(teacher: Operands, k: int, temperature: float = 1.0) -> TopLogProbs:
+    """The `k` likeliest tokens of each position; logits are there a part at a time.
+
+    Args:
+        teacher: Its logits are `hidden @ weight.T`.
+        k: From 1 to one less than the vocabulary.
+        temperature: That of the distillation to come.
+    """
+    hidden, weight = _as_product(*teacher)
+    rows = max(1, CHUNK_LOGITS // len(weight))
+    parts: list[TopLogProbs] = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in hidden.split(rows):
+            log_q = torch.log_softmax((chunk @ weight.T).float() / temperature, dim=-1)
+            top, ids = log_q.topk(k, dim=-1)
+            rest = log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+            parts.append(TopLogProbs(ids, torch.cat([top, rest], dim=-1)))
+    return TopLogProbs(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -76,6 +112,11 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def _as_product(hidden: Tensor, weight: Tensor) -> Operands:
+    dtype = _product_dtype(hidden)
+    return Operands(hidden.to(dtype), weight.to(dtype))
+
+
 class _LinearLosses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,34 +124,29 @@ class _LinearLosses(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        taught: Tensor | None,
-        taught_weight: Tensor | None,
+        teacher: Operands | TopLogProbs | None,
         kd_weight: float,
         temperature: float,
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _product_dtype(hidden)
         ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = _as_product(hidden, weight)
+        if isinstance(teacher, Operands):
+            teacher = _as_product(*teacher)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            if taught is not None and taught_weight is not None:
-                taught, taught_weight = taught.to(dtype), taught_weight.to(dtype)
             sums = hidden.new_zeros(2, dtype=torch.float32)
             rows = max(1, CHUNK_LOGITS // len(weight))
             if grad:
                 ctx.grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
             for start in range(0, len(hidden), rows):
                 chunk = slice(start, start + rows)
-                of_teacher = None
-                if taught is not None and taught_weight is not None:
-                    of_teacher = (taught[chunk] @ taught_weight.T).float()
                 logits = (hidden[chunk] @ weight.T).float()
                 parts, gradient = _chunk(
-                    logits, targets[chunk], of_teacher, kd_weight, temperature, grad
+                    logits, targets[chunk], _of(teacher, chunk), kd_weight, temperature, grad
                 )
                 sums += parts
                 if gradient is not None:
-                    gradient = gradient.to(dtype)
+                    gradient = gradient.to(weight.dtype)
                     ctx.grads[0][chunk] = gradient @ weight
                     _add_product(ctx.grads[1], gradient.T, hidden[chunk])
         ce, kd = sums
@@ -127,7 +163,7 @@ class _LinearLosses(torch.autograd.Function):
         of_hidden, of_weight = ctx.grads
         del ctx.grads
         of_hidden = of_hidden.mul_(total).to(ctx.dtypes[0])
-        return of_hidden, of_weight.mul_(total).to(ctx.dtypes[1]), *[None] * 6
+        return of_hidden, of_weight.mul_(total).to(ctx.dtypes[1]), *[None] * 5
 
 
 def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
@@ -137,10 +173,22 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
         to += a @ b
 
 
+def _of(
+    teacher: Operands | TopLogProbs | None, chunk: slice
+) -> Float[Tensor, "n vocab"] | TopLogProbs | None:
+    """The teacher's logits of a chunk, or what was kept of them."""
+    match teacher:
+        case Operands():
+            return (teacher.hidden[chunk] @ teacher.weight.T).float()
+        case TopLogProbs():
+            return TopLogProbs(teacher.ids[chunk], teacher.log_probs[chunk])
+    return None
+
+
 def _chunk(
     logits: Float[Tensor, "n vocab"],
     targets: Int[Tensor, " n"],
-    teacher: Float[Tensor, "n vocab"] | None,
+    teacher: Float[Tensor, "n vocab"] | TopLogProbs | None,
     kd_weight: float,
     temperature: float,
     grad: bool,
@@ -153,9 +201,13 @@ def _chunk(
         gradient = log_p.exp_().mul_(1 - kd_weight) if grad else None
     else:
         soft = log_p if temperature == 1 else torch.log_softmax(logits / temperature, dim=-1)
-        log_q = torch.log_softmax(teacher / temperature, dim=-1)
-        q = log_q.exp()
-        kd = temperature**2 * (_dot(q, log_q) - _dot(q, soft))
+        if isinstance(teacher, TopLogProbs):
+            kd, q = _top_divergence(teacher, soft)
+        else:
+            log_q = torch.log_softmax(teacher / temperature, dim=-1)
+            q = log_q.exp()
+            kd = _dot(q, log_q) - _dot(q, soft)
+        kd = temperature**2 * kd
         gradient = None
         if grad and temperature == 1:
             gradient = log_p.exp_().sub_(q, alpha=kd_weight)
@@ -166,6 +218,25 @@ def _chunk(
         ones = gradient.new_full((len(targets), 1), kd_weight - 1)
         gradient.scatter_add_(1, targets[:, None], ones)
     return torch.stack([ce, kd]), gradient
+
+
+def _top_divergence(
+    teacher: TopLogProbs, log_p: Float[Tensor, "n vocab"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n vocab"]]:
+    """KL(teacher || student) over the kept tokens and all others as one; and a `q` for gradients.
+
+    By the student's logits the gradient is `p - q`, as that of the whole KL, if `q` shares out the
+    teacher's rest as the student does.
+    """
+    ids = teacher.ids.long()
+    # They were rounded to be kept: sums to 1 again.
+    log_q = torch.log_softmax(teacher.log_probs.float(), dim=-1)
+    top_q, rest_q = log_q[:, :-1].exp(), log_q[:, -1:].exp()
+    rest = log_p.exp().scatter_(1, ids, 0.0)
+    rest_p = rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
+    kd = (top_q * (log_q[:, :-1] - log_p.gather(1, ids))).sum()
+    kd = kd + (rest_q * (log_q[:, -1:] - rest_p.log())).sum()
+    return kd, rest.mul_(rest_q / rest_p).scatter_(1, ids, top_q)
 
 
 def _dot(a: Float[Tensor, "n vocab"], b: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:

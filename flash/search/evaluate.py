@@ -12,6 +12,7 @@ from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.model import Decoder, build
 from flash.prune import Importance, prune
+from flash.runs import digest
 from flash.search.loop import EvaluationError, Quality
 from flash.search.stopping import Hopeless
 from flash.training import (
@@ -26,7 +27,8 @@ from flash.training import (
 )
 from flash.training.curve import MOST_PARTS
 from flash.training.fit import LAST
-from flash.training.run import Inputs, digest, load_teacher, plain
+from flash.training.run import Inputs, plain
+from flash.training.teacher import teacher_of
 
 
 class ShortTraining:
@@ -59,9 +61,7 @@ class ShortTraining:
         self.inputs, self.importance = inputs, importance
         self.recipe, self.trainer, self.seed = recipe, trainer, seed
         self.folder, self.shorter = folder, shorter
-        self._teacher = None
-        if recipe.kd_weight > 0:
-            self._teacher = load_teacher(inputs.backbone, trainer.precision)
+        self._teacher = teacher_of(inputs.backbone, inputs.data, recipe, trainer, inputs.runs)
 
     def checkpoints(self, spec: ArchSpec, number: int) -> Path | None:
         """Folder of a candidate's checkpoints, by all that decides what is in them."""

@@ -16,7 +16,7 @@ from flash.errors import InputError
 from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
 from flash.model import Backbone, BackboneSettings
 from flash.prune import fingerprint
-from flash.runs import Runs
+from flash.runs import Runs, digest
 from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import EvaluationError
@@ -26,7 +26,7 @@ from flash.search.study import Study
 from flash.training import RecipeSettings, TrainerSettings, heldout_quality
 from flash.training.loggers import LoggerSettings
 from flash.training.parallel import check_devices
-from flash.training.run import Inputs, digest, importance_of, plain
+from flash.training.run import Inputs, importance_of, plain
 
 _MIB = 2**20
 

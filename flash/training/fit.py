@@ -16,7 +16,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from flash.data import PackedData, collate
+from flash.data import PackedData, TaughtSequences, collate
 from flash.errors import InputError
 from flash.model import Decoder, Operands, head_operands, linear_losses
 from flash.progress import progress
@@ -32,6 +32,7 @@ from flash.training.parallel import (
     stop_others,
 )
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
+from flash.training.teacher import Teacher
 
 LAST = "last.ckpt"
 """Where a stopped run goes on."""
@@ -115,7 +116,7 @@ def fit(
     recipe: RecipeSettings,
     trainer: TrainerSettings,
     *,
-    teacher: Decoder | None = None,
+    teacher: Teacher | None = None,
     folder: Path | None = None,
     start: Path | None = None,
     keep_stable: bool = False,
@@ -131,7 +132,7 @@ def fit(
         data: Batches; its batch size and seed decide what is seen when.
         recipe: Optimiser, schedule and losses.
         trainer: Device, precision and intervals.
-        teacher: For distillation.
+        teacher: For distillation; one that spoke ahead has read the same `data`.
         folder: Where checkpoints live; a run finds its own there and resumes. None keeps none.
         start: Checkpoint of a shorter run to go on from, when there is none in `folder`.
         keep_stable: Whether to leave such a checkpoint in `folder`, where the schedule has one.
@@ -159,7 +160,8 @@ def fit(
         last=last,
     )
     label = what if show_progress and is_main_process() else None
-    throughput = Throughput(trainer, label, teacher.spec if teacher is not None else None)
+    data.taught = teacher if isinstance(teacher, TaughtSequences) else None
+    throughput = Throughput(trainer, label, teacher.spec if isinstance(teacher, Decoder) else None)
     recorder = CurveRecorder(steps, watch)
     callbacks: list[L.Callback] = [throughput, recorder, StopBySignal(last)]
     stable = recipe.stable_steps(seq_len)

@@ -9,12 +9,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from flash.data import Batch
+from flash.data import Batch, TaughtSequences
 from flash.errors import InputError
-from flash.model import Decoder, LossSums, Operands, fake_quantize, head_operands, linear_losses
+from flash.model import (
+    Decoder,
+    LossSums,
+    Operands,
+    TopLogProbs,
+    fake_quantize,
+    head_operands,
+    linear_losses,
+)
 from flash.training.faults import Guard, Verdict, drop_gradients
 from flash.training.parallel import shard, whole
 from flash.training.settings import OnSpike, RecipeSettings, TrainerSettings
+from flash.training.teacher import Teacher
 
 
 class LanguageModelling(L.LightningModule):
@@ -29,7 +38,8 @@ class LanguageModelling(L.LightningModule):
         trainer: Device, precision, and what to do about faults.
         steps: Optimiser steps that the schedule is stretched over.
         seq_len: Tokens a sequence, for the learning rate's scale.
-        teacher: The unpruned backbone; required when `recipe.kd_weight` > 0.
+        teacher: The unpruned backbone, or what it said about the batches to come; required when
+            `recipe.kd_weight` > 0.
         last: Checkpoint that a spike may rewind to.
 
     Raises:
@@ -44,7 +54,7 @@ class LanguageModelling(L.LightningModule):
         *,
         steps: int,
         seq_len: int,
-        teacher: Decoder | None = None,
+        teacher: Teacher | None = None,
         last: Path | None = None,
     ) -> None:
         super().__init__()
@@ -55,10 +65,11 @@ class LanguageModelling(L.LightningModule):
         model.checkpoint_layers = trainer.activation_checkpointing
         if recipe.qat:
             fake_quantize(model)
+        running = None
         if recipe.kd_weight > 0:
-            _check_teacher(teacher, model, recipe)
+            running = _running_teacher(teacher, model, recipe)
         # Kept out of the module tree: neither belongs in a checkpoint.
-        self._outside: dict[str, Any] = {"teacher": teacher if recipe.kd_weight > 0 else None}
+        self._outside: dict[str, Any] = {"teacher": running}
         self._parts: list[tuple[Tensor, Tensor, int]] = []
 
     def configure_model(self) -> None:
@@ -74,27 +85,31 @@ class LanguageModelling(L.LightningModule):
         """Sums over the targets of a micro-batch that count, and how many these are."""
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
         hidden = self._outside["hidden"](inputs, documents=batch.documents).flatten(0, 1)
-        teacher: Decoder | None = self._outside["teacher"]
-        taught = None
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher.hidden(inputs, documents=batch.documents).flatten(0, 1)
         count = torch.tensor(len(targets), device=targets.device)
+        learn: Any = slice(None)
         if batch.learn is not None:
             learn = batch.learn.flatten()
             hidden, targets, count = hidden[learn], targets[learn], learn.sum()
-            taught = taught[learn] if taught is not None else None
-        of_teacher = None
-        if teacher is not None and taught is not None:
-            of_teacher = Operands(taught, teacher.lm_head.weight)
         sums = linear_losses(
             Operands(*head_operands(self.model, hidden)),
             targets,
-            teacher=of_teacher,
+            teacher=self._taught(batch, learn),
             kd_weight=self.recipe.kd_weight,
             temperature=self.recipe.temperature,
         )
         return sums, count
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch, learn: Any) -> Operands | TopLogProbs | None:
+        """What the teacher says about the targets that count."""
+        if batch.top_ids is not None and batch.top_log_probs is not None:
+            ids, log_probs = batch.top_ids.flatten(0, 1), batch.top_log_probs.flatten(0, 1)
+            return TopLogProbs(ids[learn], log_probs[learn])
+        teacher: Decoder | None = self._outside["teacher"]
+        if teacher is None:
+            return None
+        hidden = teacher.hidden(batch.tokens[:, :-1], documents=batch.documents).flatten(0, 1)
+        return Operands(hidden[learn], teacher.lm_head.weight)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums, count = self.losses(batch)
@@ -190,7 +205,12 @@ class LanguageModelling(L.LightningModule):
         }
 
 
-def _check_teacher(teacher: Decoder | None, model: Decoder, recipe: RecipeSettings) -> None:
+def _running_teacher(
+    teacher: Teacher | None, model: Decoder, recipe: RecipeSettings
+) -> Decoder | None:
+    """The teacher that is run along; None where the batches bring what it says."""
+    if isinstance(teacher, TaughtSequences):
+        return None
     if teacher is None:
         raise InputError(
             f"recipe.kd_weight={recipe.kd_weight}: expected 0 without a teacher; choose a "
@@ -201,4 +221,4 @@ def _check_teacher(teacher: Decoder | None, model: Decoder, recipe: RecipeSettin
             f"backbone vocabulary={teacher.spec.vocab_size}: expected the student's "
             f"{model.spec.vocab_size}"
         )
-    teacher.requires_grad_(False).eval()
+    return teacher.requires_grad_(False).eval()

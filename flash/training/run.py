@@ -1,7 +1,6 @@
 """`train.py`: an architecture, weights inherited from the backbone, trained and saved."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -28,7 +27,7 @@ from flash.model import (
     state_to_save,
 )
 from flash.prune import Importance, cached_scores, check_fits, fingerprint, prune
-from flash.runs import Runs
+from flash.runs import Runs, digest
 from flash.training.fit import fit, heldout_quality
 from flash.training.loggers import LoggerSettings, close_logger, make_logger
 from flash.training.parallel import (
@@ -38,7 +37,8 @@ from flash.training.parallel import (
     wait_for_others,
 )
 from flash.training.result import TrainResult
-from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.training.settings import RecipeSettings, TrainerSettings
+from flash.training.teacher import check_top_k, teacher_of
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,6 @@ class TrainSettings:
 def plain(settings: Any) -> Any:
     """Settings as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(settings), default=lambda value: value.value))
-
-
-def digest(decisive: Any) -> str:
-    """Short hash of plain JSON values, for names of what they decide."""
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
@@ -160,16 +155,6 @@ def initial_model(
     return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
 
 
-def load_teacher(backbone: Backbone, precision: Precision) -> Decoder:
-    """The backbone, to learn from: in bf16 where products are in bf16 anyway, for half the memory.
-
-    Raises:
-        InputError: It has no weights, or they are damaged.
-    """
-    teacher = backbone.load()
-    return teacher.bfloat16() if precision is Precision.bf16 else teacher
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """Everything a job needs before it works: opened, checked, nothing large loaded.
@@ -201,7 +186,8 @@ class Inputs:
         """Find the tokenizer and the token streams.
 
         Raises:
-            InputError: Corpus or tokenizer cannot be used with this backbone.
+            InputError: Corpus or tokenizer cannot be used with this backbone, or its likeliest
+                tokens not be kept for this corpus.
         """
         path = find_tokenizer(data, backbone.tokenizer, runs.tokens)
         tokenizer = load_tokenizer(path)
@@ -223,6 +209,7 @@ class Inputs:
             cache=runs.tokens,
             folder=path.parent,
         )
+        check_top_k(recipe, packed, backbone.spec.vocab_size)
         return cls(runs, backbone, path, tokenizer, packed)
 
     @property
@@ -343,6 +330,7 @@ def _train(
     model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs, settings.start)
     if recipe.qat:
         fake_quantize(model)  # both held-out losses are those of the rounded model
+    teacher = teacher_of(inputs.backbone, inputs.data, recipe, settings.trainer, inputs.runs)
     device = main_device(settings.trainer)
     before = None
     if is_main_process():
@@ -362,7 +350,7 @@ def _train(
             inputs.data,
             recipe,
             settings.trainer,
-            teacher=load_teacher(inputs.backbone, precision) if recipe.kd_weight > 0 else None,
+            teacher=teacher,
             # Checkpoints carry the key: other settings start over, not from foreign ones.
             folder=folder / "checkpoints" / key,
             loggers=logger if logger is not None else False,

@@ -86,6 +86,9 @@ class RecipeSettings:
     """Weight of the distillation loss; cross-entropy gets the rest. 0 needs no teacher."""
     temperature: float = 1.0
     """Softens teacher and student in the distillation loss."""
+    kd_top_k: int | None = None
+    """Likeliest tokens of the teacher that are computed once, ahead, and kept for all students of
+    the same text; null: the teacher runs along, and counts with all its tokens."""
     calibration_tokens: int = 65536
     """Training tokens that the importance scores are averaged over."""
     qat: bool = False
@@ -108,6 +111,8 @@ class RecipeSettings:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"recipe.{name}", value, "a number from 0 to below 1")
+        k = self.kd_top_k
+        require(k is None or k > 0, "recipe.kd_top_k", k, "a positive integer or null")
         require(self.weight_decay >= 0, "recipe.weight_decay", self.weight_decay, "0 or more")
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:

@@ -76,6 +76,26 @@ def test_nothing_is_left_beside_the_program(program):
 
 
 @pytest.mark.slow
+def test_short_passes_change_no_instruction_delegate_or_weight(program, tmp_path):
+    plain = tmp_path / "plain.pte"
+    lower_stock(as_stock(TINY), FORMATS, plain, fast=False)
+    ours, theirs = _contents(program), _contents(plain)
+    assert len(ours.program.execution_plan[0].chains[0].instructions) > 40
+    assert ours == theirs
+
+
+def _contents(path):
+    """All of a program but the flag that no runtime reads."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    file = deserialize_pte_binary(path.read_bytes())
+    for value in file.program.execution_plan[0].values:
+        if hasattr(value.val, "requires_grad"):
+            value.val.requires_grad = False
+    return file
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["conv", "gemma"])
 def test_layers_that_only_the_stack_has(kind, tmp_path):
     params = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash.model import Operands, linear_losses, losses
+from flash.model import Operands, TopLogProbs, linear_losses, losses, top_log_probs
 from tests.plain_losses import cross_entropy, distillation
 
 
@@ -74,3 +74,58 @@ def test_under_autocast_products_are_bf16_and_gradients_come_in_the_weights_dtyp
     for a, b in zip(rounded, exact, strict=True):
         assert a.dtype is torch.float32
         assert 0 < (a - b).abs().max() < 0.02 * b.abs().max()
+
+
+def plain_top(student, teacher, k, temperature):
+    """Sum of KL(teacher || student) over the `k` likeliest tokens and the rest as one."""
+    p = torch.softmax(student.hidden @ student.weight.T / temperature, dim=-1)
+    q = torch.softmax(teacher.hidden @ teacher.weight.T / temperature, dim=-1)
+    ids = q.topk(k).indices
+    top_p, top_q = p.gather(1, ids), q.gather(1, ids)
+    p = torch.cat([top_p, 1 - top_p.sum(1, keepdim=True)], dim=1)
+    q = torch.cat([top_q, 1 - top_q.sum(1, keepdim=True)], dim=1)
+    return temperature**2 * (q * (q / p).log()).sum()
+
+
+@pytest.mark.parametrize("chunk", [7 * 50, 10**6])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_likeliest_tokens_give_the_loss_of_these_and_the_rest_as_one(
+    chunk, temperature, monkeypatch
+):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    student, targets = operands(scale=0.2), torch.randint(0, 50, (23,))
+    teacher = operands(width=32, scale=0.2)
+    kd = plain_top(student, teacher, 5, temperature)
+    ce = plain(student, targets, None, 0.0, 1.0)[1]
+    wanted = torch.autograd.grad(0.3 * ce + 0.7 * kd, student)
+    kept = top_log_probs(teacher, 5, temperature)
+    found = linear_losses(student, targets, teacher=kept, kd_weight=0.7, temperature=temperature)
+    torch.testing.assert_close((found.ce, found.kd), (ce, kd), rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found.total, student), wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_all_tokens_but_one_give_the_whole_divergence_and_fewer_never_more():
+    torch.manual_seed(0)
+    student, targets = operands(scale=0.3), torch.randint(0, 50, (23,))
+    teacher = operands(width=32, scale=0.3)
+    whole = linear_losses(student, targets, teacher=teacher, kd_weight=1.0)
+    values = []
+    for k in (1, 5, 20, 49):
+        kept = top_log_probs(teacher, k)
+        values.append(linear_losses(student, targets, teacher=kept, kd_weight=1.0))
+    kd = [float(each.kd) for each in values]
+    assert 0 < kd[0] < kd[1] < kd[2] < kd[3]
+    torch.testing.assert_close(values[-1].kd, whole.kd, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(whole.total, student)
+    for a, b in zip(torch.autograd.grad(values[-1].total, student), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_that_is_sure_of_the_kept_tokens_has_finite_losses():
+    student = Operands(torch.eye(4, requires_grad=True), (200 * torch.eye(50, 4)).requires_grad_())
+    kept = TopLogProbs(torch.arange(4)[:, None], torch.tensor([[-0.1, -2.3]]).repeat(4, 1))
+    found = linear_losses(student, torch.arange(4), teacher=kept, kd_weight=0.5)
+    gradients = torch.autograd.grad(found.total, student)
+    assert all(bool(value.isfinite().all()) for value in (*found, *gradients))

@@ -32,6 +32,15 @@ def evaluate(backbone_settings, data_settings, tmp_path) -> ShortTraining:
     return ShortTraining(inputs, importance, RECIPE, TRAINER, 0, tmp_path / "trials")
 
 
+def test_candidates_learn_from_a_teacher_that_spoke_ahead(evaluate, monkeypatch):
+    monkeypatch.setattr("flash.data.taught.PART_TOKENS", 8 * 32)
+    recipe = dataclasses.replace(RECIPE, kd_weight=0.9, kd_top_k=16)
+    taught = ShortTraining(evaluate.inputs, evaluate.importance, recipe, TRAINER, 0)
+    monkeypatch.setattr("flash.training.teacher.load_teacher", None)
+    again = ShortTraining(evaluate.inputs, evaluate.importance, recipe, TRAINER, 0)
+    assert taught(SPEC, 0).loss == again(SPEC, 0).loss != evaluate(SPEC, 0).loss
+
+
 def left(evaluate: ShortTraining, number: int) -> list[str]:
     """Names of a candidate's checkpoints."""
     folder = evaluate.checkpoints(SPEC, number)

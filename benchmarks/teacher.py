@@ -1,0 +1,98 @@
+"""A teacher whose likeliest tokens are kept ahead, against one that runs along.
+
+The architecture, tokens and recipe of benchmarks/recovery.py's distillation, on the tiny backbone
+(vocabulary 4,096, fp32).
+
+- `time_ratio`: seconds a step over those with the teacher running along, in turns in one process:
+  `kept` reads 16 likeliest tokens, `none` learns from the text alone. Keeping the tokens takes the
+  teacher's forward passes once, for all students; that is not in it.
+- `loss`: held out, after 131,072 tokens, three seeds; `more_loss` how much more than with the
+  teacher running along, seed by seed.
+- `bytes_per_token`: on disk.
+
+`python benchmarks/teacher.py`; finished runs are kept in runs/teacher and not done again.
+"""
+
+import dataclasses
+
+import torch
+from record import Recorder
+from recovery import ARCH, DATA, TRAINER, recipe_of
+
+import conf
+from flash.model import Backbone, Decoder
+from flash.runs import Runs
+from flash.training import RecipeSettings, fit
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import Inputs, TrainSettings, arch_of, train
+from flash.training.teacher import Teacher, teacher_of
+
+TOKENS, SEEDS = 131_072, range(3)
+TOP_K = (4, 16, 64)
+ROUNDS, STEPS, TIMED_K = 5, 12, 16
+RUNS = Runs(conf.ROOT / "runs" / "teacher")
+
+
+def loss(top_k: int | None, seed: int) -> float:
+    """Held-out loss after distillation; a finished run is read."""
+    settings = TrainSettings(
+        backbone=conf.TINY,
+        data=DATA,
+        recipe=dataclasses.replace(recipe_of("distill", TOKENS), kd_top_k=top_k),
+        trainer=TRAINER,
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        arch=ARCH,
+        name=f"top_{top_k}_{seed}",
+        seed=seed,
+        runs=str(RUNS.root),
+    )
+    return train(settings).after.loss
+
+
+def losses(record: Recorder) -> None:
+    along = [loss(None, seed) for seed in SEEDS]
+    record.add("along", "loss", along, "nats/token")
+    for k in TOP_K:
+        kept = [loss(k, seed) for seed in SEEDS]
+        record.add(f"top_{k}", "loss", kept, "nats/token")
+        more = [a - b for a, b in zip(kept, along, strict=True)]
+        record.add(f"top_{k}", "more_loss", more, "nats/token")
+        record.add(f"top_{k}", "bytes_per_token", [4 * k + 2 * (k + 1)], "bytes")
+
+
+def step_s(inputs: Inputs, teacher: Teacher | None, recipe: RecipeSettings) -> float:
+    """Median seconds of a step, data and optimiser included."""
+    spec = arch_of(ARCH, inputs.backbone)
+    torch.manual_seed(0)
+    steps = dataclasses.replace(TRAINER, max_steps=STEPS)
+    done = fit(Decoder(spec), inputs.data, recipe, steps, teacher=teacher, show_progress=False)
+    return recipe.batch_size * DATA.seq_len / done.tokens_per_s
+
+
+def times(record: Recorder) -> None:
+    along = recipe_of("distill", TOKENS)
+    kept = dataclasses.replace(along, kd_top_k=TIMED_K)
+    inputs = Inputs.open(Backbone.open(conf.TINY), DATA, along, seed=0, runs=RUNS)
+    running = teacher_of(inputs.backbone, inputs.data, along, TRAINER, RUNS)
+    taught = teacher_of(inputs.backbone, inputs.data, kept, TRAINER, RUNS)
+    plain = dataclasses.replace(along, kd_weight=0.0)
+    seconds: dict[str, list[float]] = {"along": [], "kept": [], "none": []}
+    for _ in range(ROUNDS):
+        seconds["along"].append(step_s(inputs, running, along))
+        seconds["kept"].append(step_s(inputs, taught, kept))
+        seconds["none"].append(step_s(inputs, None, plain))
+    for case, values in seconds.items():
+        record.add(case, "step_s", values, "s")
+        ratios = [a / b for a, b in zip(values, seconds["along"], strict=True)]
+        record.add(case, "time_ratio", ratios, "ratio")
+
+
+def main() -> None:
+    record = Recorder("teacher")
+    times(record)
+    losses(record)
+    record.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The teacher of a run: the backbone itself, or what it said about the run's sequences before."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flash.data import Batch, PackedData, PackedSequences, TaughtSequences, collate
+from flash.errors import InputError, require
+from flash.model import Backbone, Decoder, Operands, top_log_probs
+from flash.progress import progress_bar
+from flash.prune import fingerprint
+from flash.runs import Runs, digest
+from flash.training.parallel import main_device
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+Teacher = Decoder | TaughtSequences
+
+_AT_ONCE = 8
+"""Sequences that the teacher reads at a time, where the trainer does not say."""
+
+
+def check_top_k(recipe: RecipeSettings, data: PackedData, vocab_size: int) -> None:
+    """Check that `recipe.kd_top_k` can be had, before any work.
+
+    Raises:
+        InputError: As many tokens as the vocabulary has, or data that cannot be read by index.
+    """
+    k = recipe.kd_top_k
+    if recipe.kd_weight == 0 or k is None:
+        return
+    expected = f"below the vocabulary of {vocab_size}, or null for all"
+    require(k < vocab_size, "recipe.kd_top_k", k, expected)
+    require(
+        isinstance(data.train_set, PackedSequences),
+        "recipe.kd_top_k",
+        k,
+        f"null for data.source={data.settings.source.value}, which is streamed; make shards of it "
+        "(`python -m flash.data prepare`) and train with data=shards",
+    )
+
+
+def load_teacher(backbone: Backbone, precision: Precision) -> Decoder:
+    """The backbone, to learn from: in bf16 where products are in bf16 anyway, for half the memory.
+
+    Raises:
+        InputError: It has no weights, or they are damaged.
+    """
+    teacher = backbone.load()
+    return teacher.bfloat16() if precision is Precision.bf16 else teacher
+
+
+def teacher_of(
+    backbone: Backbone,
+    data: PackedData,
+    recipe: RecipeSettings,
+    trainer: TrainerSettings,
+    runs: Runs,
+) -> Teacher | None:
+    """What `recipe` learns from beside the text; None without distillation.
+
+    With `kd_top_k` the backbone reads the sequences of the run first, unless it has for an earlier
+    run on the same text: a candidate's or a winner's. What is there after a kill is not done again.
+    Processes of one run that exist by now (torchrun, Slurm) share the work.
+
+    Raises:
+        InputError: No weights, `check_top_k`, or no room on the disk.
+    """
+    check_top_k(recipe, data, backbone.spec.vocab_size)
+    if recipe.kd_weight == 0:
+        return None
+    if recipe.kd_top_k is None:
+        return load_teacher(backbone, trainer.precision)
+    taught = _open(backbone, data, recipe, trainer.precision, runs)
+    ahead = 1 + 2 * data.settings.workers  # what loaders have read when the run ends
+    steps = recipe.steps(data.settings.seq_len) + ahead
+    missing = taught.missing(steps * recipe.batch_size)
+    if missing:
+        _check_room(taught, missing, data.settings.seq_len, recipe.kd_top_k)
+        _write(taught, missing, backbone, recipe, trainer)
+    return taught
+
+
+def _open(
+    backbone: Backbone, data: PackedData, recipe: RecipeSettings, precision: Precision, runs: Runs
+) -> TaughtSequences:
+    assert isinstance(data.train_set, PackedSequences)
+    assert backbone.folder is not None
+    decisive = {
+        "backbone": fingerprint(backbone.folder),
+        "data": [data.digest, data.settings.seq_len, data.settings.document_masks, data.seed],
+        "distillation": [recipe.kd_top_k, recipe.temperature, precision.value],
+    }
+    return TaughtSequences(data.train_set, data.seed, runs.teacher(digest(decisive)))
+
+
+def _check_room(taught: TaughtSequences, missing: list[int], seq_len: int, k: int) -> None:
+    tokens = seq_len * sum(len(taught.members(part)) for part in missing)
+    needed = tokens * (4 * k + 2 * (k + 1))
+    taught.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(taught.folder).free
+    if needed > free:
+        raise InputError(
+            f"recipe.kd_top_k={k}: needs {needed / 2**30:.1f} GiB in {taught.folder} for "
+            f"{tokens:,} tokens, and {free / 2**30:.1f} GiB are free; expected room, a smaller k, "
+            "or null for a teacher that runs along"
+        )
+
+
+def _write(
+    taught: TaughtSequences,
+    missing: list[int],
+    backbone: Backbone,
+    recipe: RecipeSettings,
+    trainer: TrainerSettings,
+) -> None:
+    device = _own_device(trainer)
+    answer = _answers(load_teacher(backbone, trainer.precision).to(device), recipe, trainer)
+    at_once = trainer.micro_batch or min(recipe.batch_size, _AT_ONCE)
+    # Each process begins elsewhere and leaves out what another has written meanwhile.
+    first = _share_of_run() * len(missing)
+    order = missing[int(first) :] + missing[: int(first)]
+    total = sum(len(taught.members(part)) for part in missing)
+    log.info("the teacher reads %s sequences ahead -> %s", f"{total:,}", taught.folder)
+    with progress_bar("teacher", total, unit="seq") as bar:
+        for part in order:
+            if taught.path(part).is_file():
+                bar.update(len(taught.members(part)))
+                continue
+            for done in taught.write(part, answer, at_once):
+                bar.update(done)
+
+
+def _answers(
+    teacher: Decoder, recipe: RecipeSettings, trainer: TrainerSettings
+) -> Callable[[list[Batch]], tuple[Tensor, Tensor]]:
+    teacher.requires_grad_(False).eval()
+    device, k = next(teacher.parameters()).device, recipe.kd_top_k
+    assert k is not None
+    half = trainer.precision is Precision.bf16
+
+    @torch.no_grad()
+    def answer(sequences: list[Batch]) -> tuple[Tensor, Tensor]:
+        batch = collate(sequences)
+        inputs = batch.tokens[:, :-1].to(device)
+        documents = batch.documents.to(device) if batch.documents is not None else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            hidden = teacher.hidden(inputs, documents=documents).flatten(0, 1)
+            top = top_log_probs(Operands(hidden, teacher.lm_head.weight), k, recipe.temperature)
+        ids, log_probs = (part.unflatten(0, inputs.shape) for part in top)
+        return ids, log_probs
+
+    return answer
+
+
+def _own_device(trainer: TrainerSettings) -> torch.device:
+    device = main_device(trainer)
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device(device.type, int(number)) if device.type == "cuda" else device
+
+
+def _share_of_run() -> float:
+    """Where in the run's row of processes this one stands, from 0 to below 1."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    return rank / max(size, rank + 1)

@@ -1,0 +1,248 @@
+"""The teacher's likeliest tokens, computed ahead: the same as a teacher that runs along."""
+
+import dataclasses
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flash.data import DataSettings, PackedData, PartSettings, Source, load_tokenizer
+from flash.errors import InputError
+from flash.model import Backbone, Decoder, Operands, top_log_probs
+from flash.runs import Runs
+from flash.training import Precision, RecipeSettings, TrainerSettings, fit, teacher
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import TrainSettings, train
+from flash.training.teacher import teacher_of
+from tests.training.decoders import make_model, same_weights
+
+VOCAB = 320
+RECIPE = RecipeSettings(name="test", tokens=12 * 128, batch_size=4, lr=3e-3, kd_weight=0.7)
+TOP = dataclasses.replace(RECIPE, kd_top_k=8)
+TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=4)
+
+
+@pytest.fixture
+def backbone(backbone_settings) -> Backbone:
+    return Backbone.open(backbone_settings)
+
+
+@pytest.fixture
+def runs(tmp_path) -> Runs:
+    return Runs(tmp_path / "runs")
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Files of eight sequences."""
+    monkeypatch.setattr("flash.data.taught.PART_TOKENS", 8 * 32)
+
+
+@pytest.fixture
+def settings(backbone_settings, data_settings, runs) -> TrainSettings:
+    return TrainSettings(
+        backbone=backbone_settings,
+        data=data_settings,
+        recipe=TOP,
+        trainer=TRAINER,
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        arch={"ffn_dim": 64, "layer_types": "F-F"},
+        name="cut",
+        runs=str(runs.root),
+    )
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """Sequences that teachers have read ahead."""
+    read: list[int] = []
+    answers = teacher._answers
+
+    def counting(*args):
+        answer = answers(*args)
+
+        def one(sequences):
+            read.append(len(sequences))
+            return answer(sequences)
+
+        return one
+
+    monkeypatch.setattr(teacher, "_answers", counting)
+    return read
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_all_tokens_but_one_train_like_a_teacher_that_runs_along(
+    temperature, data, backbone, runs, small_parts
+):
+    models = []
+    for k in (None, VOCAB - 1):
+        recipe = dataclasses.replace(RECIPE, kd_top_k=k, temperature=temperature)
+        models.append(make_model())
+        taught = teacher_of(backbone, data, recipe, TRAINER, runs)
+        done = fit(models[-1], data, recipe, TRAINER, teacher=taught)
+        assert done.steps == 12
+    pairs = list(zip(*(model.parameters() for model in models), strict=True))
+    # Kept in half precision, so not equal; Adam's first steps are as long for any gradient.
+    apart = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+    moved = torch.cat([
+        (a - b).flatten()
+        for a, b in zip(models[0].parameters(), make_model().parameters(), strict=True)
+    ]).norm()
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_each_sequence_has_what_the_teacher_says_about_it(
+    masks, data_settings, backbone, runs, small_parts
+):
+    changed = dataclasses.replace(data_settings, document_masks=masks)
+    tokenizer = load_tokenizer(backbone.folder / "tokenizer.json")
+    data = PackedData(changed, tokenizer, batch_size=4, seed=3, cache=runs.tokens)
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    model = backbone.load()
+    data.taught = taught
+    for batch in islice(data.train_dataloader(), 12):
+        with torch.no_grad():
+            hidden = model.hidden(batch.tokens[:, :-1], documents=batch.documents).flatten(0, 1)
+            ids, log_probs = top_log_probs(Operands(hidden, model.lm_head.weight), 8)
+        assert batch.top_ids.shape == (4, 32, 8)
+        kept = batch.top_log_probs.flatten(0, 1).float()
+        torch.testing.assert_close(kept, log_probs, rtol=2e-3, atol=2e-3)
+        # Equally likely tokens may change places.
+        same = (batch.top_ids.flatten(0, 1) == ids).float().mean()
+        assert same > 0.99
+
+
+def test_a_second_student_and_a_second_start_need_no_teacher(
+    settings, counted, small_parts, monkeypatch
+):
+    first = train(settings)
+    assert (
+        sum(counted) == 56
+    )  # seven files of eight; the run has 12 steps of 4, and reads one ahead
+    monkeypatch.setattr(teacher, "load_teacher", None)
+    second = train(dataclasses.replace(settings, name="other", arch={"layer_types": "FF-"}))
+    assert sum(counted) == 56
+    assert first.key != second.key
+
+
+def test_a_longer_run_adds_what_is_missing(data, backbone, runs, counted, small_parts):
+    teacher_of(backbone, data, dataclasses.replace(TOP, tokens=6 * 128), TRAINER, runs)
+    assert sum(counted) == 32
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    assert sum(counted) == 56
+    endless = dataclasses.replace(TOP, tokens=10**6)  # several epochs: no sequence twice
+    teacher_of(backbone, data, endless, TRAINER, runs)
+    assert sum(counted) == len(data.train_set)
+    assert taught.missing(10**6) == []
+
+
+def test_after_a_kill_only_the_unfinished_file_is_done_again(
+    data, backbone, runs, counted, small_parts, monkeypatch
+):
+    answers = teacher._answers
+
+    def killed(*args):
+        answer = answers(*args)
+
+        def one(sequences):
+            if sum(counted) == 20:  # in the third file
+                raise KeyboardInterrupt
+            return answer(sequences)
+
+        return one
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "_answers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            teacher_of(backbone, data, TOP, TRAINER, runs)
+    counted.clear()
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    assert sum(counted) == 56 - 16
+    assert all(path.name.startswith("part_") for path in taught.folder.iterdir())
+
+
+def test_processes_of_a_run_begin_with_different_files(
+    data, backbone, runs, small_parts, monkeypatch
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr("flash.data.taught.save", None)
+        with pytest.raises(TypeError):
+            teacher_of(backbone, data, TOP, TRAINER, runs)
+    written = []
+    write = teacher.TaughtSequences.write
+
+    def noting(self, part, *args):
+        written.append(part)
+        return write(self, part, *args)
+
+    monkeypatch.setattr(teacher.TaughtSequences, "write", noting)
+    teacher_of(backbone, data, TOP, TRAINER, runs)
+    assert written == [3, 4, 5, 6, 0, 1, 2]
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(data, backbone, runs, tmp_path, small_parts):
+    whole, parts, resumed = make_model(), make_model(), Decoder(make_model().spec)
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    fit(whole, data, TOP, TRAINER, teacher=taught)
+    short = dataclasses.replace(TRAINER, max_steps=5)
+    fit(parts, data, TOP, short, teacher=taught, folder=tmp_path / "c")
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    fit(resumed, data, TOP, TRAINER, teacher=taught, folder=tmp_path / "c")
+    assert same_weights(whole, resumed)
+
+
+def test_another_text_k_or_temperature_is_another_folder(data, backbone, runs, small_parts):
+    changes = [{}, {"kd_top_k": 4}, {"temperature": 2.0}]
+    recipes = [dataclasses.replace(TOP, **change) for change in changes]
+    folders = {teacher_of(backbone, data, each, TRAINER, runs).folder for each in recipes}
+    data.digest = "other"
+    folders.add(teacher_of(backbone, data, TOP, TRAINER, runs).folder)
+    assert len(folders) == 4
+
+
+def test_a_damaged_file_is_named(data, backbone, runs, small_parts):
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    path = taught.path(2)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"part_00002.safetensors: missing or damaged"):
+        fit(make_model(), data, TOP, TRAINER, teacher=taught)
+    tensors = load_file(taught.path(1))
+    assert tensors["ids"].shape == (8, 32, 8)
+    assert tensors["log_probs"].shape == (8, 32, 9)
+    save_file(tensors, path)
+
+
+def test_what_cannot_be_kept_is_refused_before_work(settings, counted, tmp_path):
+    with pytest.raises(InputError, match=r"kd_top_k=320: expected below the vocabulary of 320"):
+        train(dataclasses.replace(settings, recipe=dataclasses.replace(TOP, kd_top_k=320)))
+    with pytest.raises(InputError, match=r"recipe.kd_top_k=0: expected a positive integer"):
+        dataclasses.replace(TOP, kd_top_k=0)
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "def f{i}(x): return x"}}\n' for i in range(400)))
+    streamed = DataSettings(
+        name="mix",
+        source=Source.datasets,
+        parts=[PartSettings(path=str(path))],
+        heldout_percent=20,
+        heldout_sequences=2,
+        seq_len=16,
+        lanes=1,
+    )
+    with pytest.raises(InputError, match=r"kd_top_k=8: expected null for data.source=datasets"):
+        train(dataclasses.replace(settings, data=streamed))
+    assert counted == []
+
+
+def test_a_full_disk_is_seen_before_the_teacher_is_loaded(
+    data, backbone, runs, counted, monkeypatch
+):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"kd_top_k=8: needs .* GiB in .*expected room"):
+        teacher_of(backbone, data, TOP, TRAINER, runs)
+    assert counted == []
