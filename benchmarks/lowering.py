@@ -5,8 +5,8 @@ after a warm-up. Lowering a whole model costs a fixed part and a part a layer; t
 difference of a deep and a shallow model over the difference of depths.
 
 `flash_650m`: one fresh process each with random weights, timed from its start to its end, the
-program being in a file; the stock path is ExecuTorch's `export_llm` on the same widths and layers,
-8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. Takes about 10 minutes and 10 GB.
+program being in a file; the stock way is ExecuTorch's `export_llm` on the same shape, untouched,
+8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. Takes 10 to 20 minutes and 10 GB.
 
 `python benchmarks/lowering.py smoke` does all of it at a small size and keeps nothing.
 """
@@ -25,6 +25,7 @@ from record import Recorder
 import conf
 from flash.arch import ArchSpec, parse_pattern
 from flash.lowering import LoweringSettings, lower, write
+from flash.lowering.stock import lower_stock_arch
 from flash.model import Decoder
 
 ROUNDS = 3
@@ -66,76 +67,42 @@ def per_layer(record: Recorder, rounds: int, deep: int) -> None:
     record.add("8da4w", "time_ratio_vs_stock_passes", ratios, "ratio")
 
 
-def _write_program(spec: Path, path: Path) -> None:
-    """Our path, in a process of its own."""
+def _write_program(way: str, spec: Path, path: Path) -> None:
+    """One of the two ways, in a process of its own."""
     arch = ArchSpec.from_dict(json.loads(spec.read_text("utf-8")))
-    write(path, lower(Decoder(arch), LoweringSettings(max_context=CONTEXT)))
+    settings = LoweringSettings(max_context=CONTEXT)
+    if way == "ours":
+        write(path, lower(Decoder(arch), settings))
+    else:
+        lower_stock_arch(arch, settings, path, fast=False)
 
 
-def _stock_command(spec: ArchSpec, folder: Path) -> list[str]:
-    params = {
-        "dim": spec.model_dim,
-        "hidden_dim": spec.ffn_dim,
-        "n_layers": spec.num_layers,
-        "n_heads": spec.num_heads,
-        "n_kv_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope_theta,
-        "use_qk_norm": spec.qk_norm,
-        "layer_types": [kind.value for kind in spec.layer_types],
-    }
-    path = folder / "params.json"
-    path.write_text(json.dumps(params), "utf-8")
-    return [
-        *(sys.executable, "-m", "executorch.extension.llm.export.export_llm"),
-        *("base.model_class=llama3", f"base.params={path}"),
-        *("model.use_kv_cache=True", "model.use_sdpa_with_kv_cache=True"),
-        *("model.enable_dynamic_shape=True", "backend.xnnpack.enabled=True"),
-        *("quantization.qmode=8da4w", "quantization.group_size=32"),
-        "quantization.embedding_quantize='4,32'",
-        *(f"export.max_seq_length={CONTEXT}", f"export.max_context_length={CONTEXT}"),
-        f"export.output_name={folder / 'stock.pte'}",
-    ]
-
-
-def _watch(command: list[str], folder: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory [MiB] of one process; its output goes to a file."""
-    log = folder / "output.log"
+def _watch(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident memory [MiB] of a process and of those that it waited for."""
     start = time.perf_counter()
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
-    peak = 0.0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text("ascii").splitlines()
-        for line in status:  # a process that just ended has no such line
-            if line.startswith("VmHWM:"):
-                peak = int(line.split()[1]) / 2**10
-        time.sleep(0.05)
-    seconds = time.perf_counter() - start
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        sys.exit(f"error: {command[1:4]} failed:\n{log.read_text('utf-8', 'replace')[-2000:]}")
-    return seconds, peak
+        sys.exit(f"error: {' '.join(command)} ended with code {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss / 2**10
 
 
 def whole_model(record: Recorder, case: str, spec: ArchSpec) -> None:
-    """Time and peak memory of one model, both paths."""
+    """Time and peak memory of one model, both ways."""
+    found: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         described = folder / "spec.json"
         described.write_text(json.dumps(spec.to_dict()), "utf-8")
-        script = os.fspath(Path(__file__).resolve())
-        ours = [sys.executable, script, "lower", str(described), str(folder / "ours.pte")]
-        seconds, peak = _watch(ours, folder)
-        stock_seconds, stock_peak = _watch(_stock_command(spec, folder), folder)
-        sizes = {path.stem: path.stat().st_size / 2**20 for path in folder.glob("*.pte")}
-    for path, values in (("ours", (seconds, peak)), ("stock", (stock_seconds, stock_peak))):
-        record.add(f"{case}/{path}", "start_to_file_s", [values[0]], "s")
-        record.add(f"{case}/{path}", "peak_mib", [values[1]], "MiB")
-        record.add(f"{case}/{path}", "program_mib", [sizes[path]], "MiB")
-    record.add(case, "time_ratio_vs_stock", [seconds / stock_seconds], "ratio")
-    record.add(case, "peak_ratio_vs_stock", [peak / stock_peak], "ratio")
+        for way in ("ours", "stock"):
+            path = folder / f"{way}.pte"
+            found[way] = _watch([sys.executable, __file__, way, str(described), str(path)])
+            record.add(f"{case}/{way}", "start_to_file_s", [found[way][0]], "s")
+            record.add(f"{case}/{way}", "peak_mib", [found[way][1]], "MiB")
+            record.add(f"{case}/{way}", "program_mib", [path.stat().st_size / 2**20], "MiB")
+    for number, metric in enumerate(("time_ratio_vs_stock", "peak_ratio_vs_stock")):
+        record.add(case, metric, [found["ours"][number] / found["stock"][number]], "ratio")
 
 
 def main() -> None:
@@ -151,7 +118,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["lower"]:
-        _write_program(Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1:2] in (["ours"], ["stock"]):
+        _write_program(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()

@@ -18,7 +18,7 @@ from record import Recorder
 
 import conf
 from flash.device import DeviceSettings, HostDevice, Measurement, Program
-from flash.lowering import LoweringSettings, lower, write
+from flash.lowering import lower, write
 from flash.lowering.stock import lower_stock_arch
 from flash.model import Decoder
 
@@ -51,11 +51,7 @@ def lower_one(way: str, model: str, path: Path) -> None:
     if way == "stock":
         lower_stock_arch(spec, settings, path)
     else:
-        write(path, _ours(spec, settings))
-
-
-def _ours(spec: conf.ArchSpec, settings: LoweringSettings) -> bytes:
-    return lower(Decoder(spec), settings)
+        write(path, lower(Decoder(spec), settings))
 
 
 def program(way: str, model: str) -> Program:
@@ -95,7 +91,7 @@ def compare(record: Recorder, model: str, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lower", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("models", nargs="*", default=[])
     arguments = parser.parse_args()

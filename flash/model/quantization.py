@@ -38,17 +38,25 @@ def embedding_recipe(group_size: int = GROUP, bits: int = 4) -> Any:
     )
 
 
-def fake_quantize(model: Decoder) -> None:
+def fake_quantize(model: Decoder, group_size: int = GROUP, embedding_bits: int = 4) -> None:
     """Have `model` compute, in float, what it will compute once it is quantised.
 
     Weights and activations are rounded in the forward pass and gradients pass as if they were not.
     Names of parameters stay, and tied ones stay one.
+
+    Args:
+        model: Changed in place.
+        group_size: As `LoweringSettings.group_size`.
+        embedding_bits: As `LoweringSettings.embedding_bits`.
     """
     with quiet():
         from torchao.quantization import quantize_
         from torchao.quantization.qat import QATConfig, QATStep
 
-        kinds = ((nn.Linear, linear_recipe()), (nn.Embedding, embedding_recipe()))
+        kinds = (
+            (nn.Linear, linear_recipe(group_size)),
+            (nn.Embedding, embedding_recipe(group_size, embedding_bits)),
+        )
         for kind, recipe in kinds:
             # Not their subclasses: those are fake-quantised already.
             chosen = lambda module, name, kind=kind: type(module) is kind  # noqa: E731

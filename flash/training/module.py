@@ -64,7 +64,7 @@ class LanguageModelling(L.LightningModule):
         self.step_loss = float("nan")
         model.checkpoint_layers = trainer.activation_checkpointing
         if recipe.qat:
-            fake_quantize(model)
+            fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
         running = None
         if recipe.kd_weight > 0:
             running = _running_teacher(teacher, model, recipe)

@@ -329,7 +329,8 @@ def _train(
     recipe, precision = settings.recipe, settings.trainer.precision
     model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs, settings.start)
     if recipe.qat:
-        fake_quantize(model)  # both held-out losses are those of the rounded model
+        # Both held-out losses are those of the rounded model.
+        fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
     teacher = teacher_of(inputs.backbone, inputs.data, recipe, settings.trainer, inputs.runs)
     device = main_device(settings.trainer)
     before = None

@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from flash.arch import GROUP
 from flash.errors import InputError, require
 
 
@@ -93,6 +94,10 @@ class RecipeSettings:
     """Training tokens that the importance scores are averaged over."""
     qat: bool = False
     """Train with the rounding of 8da4w in the forward pass, as it will be on the device."""
+    qat_group_size: int = GROUP
+    """Weights that share a scale, as `device.group_size`."""
+    qat_embedding_bits: int = 4
+    """Bits of a weight of the embedding, as `device.embedding_bits`."""
     lr_reference: LrReference = dataclasses.field(default_factory=LrReference)
     """Where `lr` was found, to scale it with width and batch; by default it is taken as it is."""
 
@@ -113,6 +118,11 @@ class RecipeSettings:
             require(0 <= value < 1, f"recipe.{name}", value, "a number from 0 to below 1")
         k = self.kd_top_k
         require(k is None or k > 0, "recipe.kd_top_k", k, "a positive integer or null")
+        size, bits = self.qat_group_size, self.qat_embedding_bits
+        require(
+            size > 0 and size % GROUP == 0, "recipe.qat_group_size", size, f"a multiple of {GROUP}"
+        )
+        require(bits in (4, 8), "recipe.qat_embedding_bits", bits, "4 or 8")
         require(self.weight_decay >= 0, "recipe.weight_decay", self.weight_decay, "0 or more")
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:

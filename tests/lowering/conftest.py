@@ -10,18 +10,17 @@ from flash.model import Decoder
 
 def toy_model(pattern: str, qk_norm: bool = True, **changes) -> Decoder:
     torch.manual_seed(0)
-    spec = ArchSpec(
-        model_dim=64,
-        ffn_dim=96,
-        layer_types=parse_pattern(pattern),
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        vocab_size=96,
-        sliding_window=10,
-        qk_norm=qk_norm,
-        **changes,
-    )
+    shape = {
+        "model_dim": 64,
+        "ffn_dim": 96,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 96,
+        "sliding_window": 10,
+        "qk_norm": qk_norm,
+    }
+    spec = ArchSpec(**{**shape, **changes}, layer_types=parse_pattern(pattern))
     model = Decoder(spec).eval()
     with torch.no_grad():  # larger weights than at the start of training: logits that differ
         for parameter in model.parameters():

@@ -1,5 +1,8 @@
 """What training aware of quantisation sees is what the program computes."""
 
+import dataclasses
+
+import pytest
 import torch
 
 from flash.lowering import GateSettings, check_parity
@@ -9,13 +12,15 @@ from tests.lowering.test_lower import last_logits
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("group_size", "embedding_bits"), [(32, 4), (64, 8)])
 def test_a_fake_quantised_decoder_has_the_weights_and_logits_of_the_quantised_form(
-    toy, settings, text
+    toy, settings, text, group_size, embedding_bits
 ):
-    model = toy("FS", qkv_bias=True)
+    model = toy("FS", qkv_bias=True, ffn_dim=128)
     exact = model(text[None, :20])[0, -1]
-    form = quantized_form(model, settings())
-    fake_quantize(model)
+    formats = dataclasses.replace(settings(), group_size=group_size, embedding_bits=embedding_bits)
+    form = quantized_form(model, formats)
+    fake_quantize(model, group_size, embedding_bits)
     fake = model(text[None, :20])[0, -1]
     rounding = (fake - exact).abs().max()
     _, weight = head_operands(model, exact[None, :64])
