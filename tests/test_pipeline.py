@@ -15,6 +15,7 @@ from flash.device import DeviceSettings
 from flash.errors import CheckFailed, InputError
 from flash.evaluation import ExportSettings, export
 from flash.evaluation.formats import Format
+from flash.evaluation.job import Job
 from flash.latency import LatencySettings
 from flash.lowering import GateSettings
 from flash.model import BackboneSettings
@@ -231,13 +232,18 @@ def test_an_untrained_arch_is_refused(common, searched):
         export(_export_settings(common, "never_trained", {"ffn_dim": 64}))
 
 
-def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common, winner):
+def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common, winner, caplog):
     name, arch = winner
     runs = Runs(Path(common["runs"]))
     recipe = dataclasses.replace(RECIPE, qat=True)
     start = str(runs.model(name) / "checkpoint")
     train(TrainSettings(**common, recipe=recipe, arch=arch, name="aware", start=start))
     aware = export(_export_settings(common, "aware", arch))
+    assert "was trained with" not in caplog.text
+    bytes_of_8 = dataclasses.replace(DEVICE, embedding_bits=8)
+    other = _export_settings(common, "aware", arch, device=bytes_of_8, overwrite=True)
+    Job.open(other, runs).check()
+    assert "recipe.qat_embedding_bits=4, not with device.embedding_bits=8" in caplog.text
     backbone, line = quantisation_rows(read(runs).models)
     assert backbone[-2:] == ["-", "-"]
     assert line[0] == name

@@ -1,5 +1,6 @@
 """One export: its settings, and everything that is found and checked before it works."""
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,10 @@ from flash.prune import fingerprint
 from flash.runs import Runs, digest
 from flash.training import RecipeSettings, TrainerSettings
 from flash.training.loggers import LoggerSettings
+from flash.training.result import TrainResult
 from flash.training.run import Inputs, arch_of, plain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -140,11 +144,28 @@ class Job:
         settings.gate.check_fits(tokens, settings.device.lowering)
         if Format.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
+            self._compare_rounding()
         path = self.inputs.tokenizer_path
         check_formats(settings.format, settings.formats, self.spec, path, self.token_ids)
         for kind in settings.format:
             self._keep(kind)
         self._check_room()
+
+    def _compare_rounding(self) -> None:
+        """Warn where the weights were trained for another rounding than the device's."""
+        trained = TrainResult.read(self.weights.parent)
+        recipe = RecipeSettings(name="none", tokens=1)
+        if trained is None or not trained.settings["recipe"]["qat"]:
+            return
+        for key in ("group_size", "embedding_bits"):
+            ours = getattr(self.settings.device, key)
+            theirs = trained.settings["recipe"].get(f"qat_{key}", getattr(recipe, f"qat_{key}"))
+            if ours != theirs:
+                log.warning(
+                    "%s was trained with recipe.qat_%s=%d, not with device.%s=%d: the program "
+                    "loses part of what that training won",
+                    *(self.name, key, theirs, key, ours),
+                )
 
     def _keep(self, kind: Format) -> None:
         program = kind is Format.executorch

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from flash.lowering import GateSettings, check_parity
+from flash.lowering import GateSettings, check_parity, lower
 from flash.lowering.lower import quantized_form
 from flash.model.quantization import fake_quantize, head_operands
 from tests.lowering.test_lower import last_logits
@@ -34,7 +34,10 @@ def test_the_program_of_a_fake_quantised_decoder_agrees_with_it(toy, settings, t
     fake_quantize(model)
     # Against this decoder, quantising changes nothing any more; against the float one it does.
     gate = GateSettings(prefill_tokens=24, decode_tokens=8)
-    report, before = (check_parity(each, settings(), text, gate) for each in (model, toy("F-")))
+    program = lower(model, settings())
+    report, before = (
+        check_parity(each, settings(), text, gate, program=program) for each in (model, toy("F-"))
+    )
     quantized, exported, runtime = report.stages
     assert report.passed, report
     assert quantized.kl < 0.01 * before.stages[0].kl
