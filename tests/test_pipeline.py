@@ -14,6 +14,8 @@ from flash.arch import Attention, Choices, SpaceSettings
 from flash.device import DeviceSettings
 from flash.errors import CheckFailed, InputError
 from flash.evaluation import ExportSettings, export
+from flash.evaluation.artefact import ExportResult
+from flash.evaluation.benchmark import program_of
 from flash.evaluation.formats import Format
 from flash.evaluation.job import Job
 from flash.latency import LatencySettings
@@ -173,6 +175,17 @@ def test_a_finished_export_is_not_repeated(common, winner, monkeypatch):
     monkeypatch.setattr("flash.evaluation.run._export", pytest.fail)
     name, arch = winner
     assert export(_export_settings(common, name, arch)).name == name
+
+
+def test_a_program_is_judged_only_as_that_of_its_own_weights(common, winner):
+    name, _ = winner
+    runs = Runs(Path(common["runs"]))
+    folder, trained = runs.export(name), runs.model(name) / "checkpoint"
+    spec = ExportResult.read(folder).spec
+    assert program_of(folder, spec, trained) == folder / "model.pte"
+    other = Path(common["backbone"].weights)
+    with pytest.raises(InputError, match=r"model\.pte was made of other weights than .*again"):
+        program_of(folder, spec, other)
 
 
 def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tmp_path):

@@ -36,6 +36,7 @@ class ExportResult:
         device: Identity of the device.
         lower_s: Seconds from weights to file.
         key: Hash of all that decides the result.
+        weights: Hash of the checkpoint that was exported; empty in results of older versions.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ExportResult:
     device: dict[str, Any]
     lower_s: float
     key: str
+    weights: str = ""
 
     def write(self, folder: Path) -> None:
         """Store as `export.json`, atomically."""

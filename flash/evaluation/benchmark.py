@@ -81,7 +81,7 @@ class Subject:
             texts = texts.with_chat()
         program = None
         if settings.form is Form.program:
-            program = _program(runs.export(name), spec)
+            program = program_of(runs.export(name), spec, weights)
         else:
             check_devices(settings.trainer)
         return cls(settings, name, spec, weights, program, texts)
@@ -123,7 +123,12 @@ class Subject:
         return DecoderLM(model, self.texts, batch_size=settings.batch_size, precision=precision)
 
 
-def _program(folder: Path, spec: ArchSpec) -> Path:
+def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
+    """The exported program of these weights.
+
+    Raises:
+        InputError: There is none, or one of another architecture or of other weights.
+    """
     path = folder / "model.pte"
     exported = ExportResult.read(folder)
     if exported is None or not path.is_file():
@@ -133,6 +138,11 @@ def _program(folder: Path, spec: ArchSpec) -> Path:
     if exported.spec != spec:
         raise InputError(
             f"form=program: {path} is of arch {exported.spec}: expected {spec}; export it again"
+        )
+    if exported.weights not in ("", fingerprint(weights)):
+        raise InputError(
+            f"form=program: {path} was made of other weights than {weights}: export it again "
+            "(export.py overwrite=true), or give model=FOLDER of those that it was made of"
         )
     return path
 

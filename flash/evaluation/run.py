@@ -22,6 +22,7 @@ from flash.latency import MeasurementStore, Row, SubjectKind, conditions_of, of_
 from flash.lowering import GateReport, check_parity, locate, lower, write
 from flash.model import Decoder
 from flash.model import load as load_checkpoint
+from flash.prune import fingerprint
 from flash.runs import Runs
 from flash.training import heldout_quality
 from flash.training.loggers import close_logger, make_logger
@@ -111,6 +112,7 @@ def _export(job: Job) -> ExportResult:
         device=job.device.identity(),
         lower_s=lower_s,
         key=job.key,
+        weights=fingerprint(job.weights),
     )
 
 
