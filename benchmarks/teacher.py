@@ -28,7 +28,7 @@ from flash.training.run import Inputs, TrainSettings, arch_of, train
 from flash.training.teacher import Teacher, teacher_of
 
 TOKENS, SEEDS = 131_072, range(3)
-TOP_K = (4, 16, 64)
+TOP_K = (4, 16)
 ROUNDS, STEPS, TIMED_K = 5, 12, 16
 RUNS = Runs(conf.ROOT / "runs" / "teacher")
 
