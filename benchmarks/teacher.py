@@ -1,7 +1,7 @@
 """A teacher whose likeliest tokens are kept ahead, against one that runs along.
 
 The architecture, tokens and recipe of benchmarks/recovery.py's distillation, on the tiny backbone
-(vocabulary 4,096, fp32).
+(vocabulary 2,048, fp32).
 
 - `time_ratio`: seconds a step over those with the teacher running along, in turns in one process:
   `kept` reads 16 likeliest tokens, `none` learns from the text alone. Keeping the tokens takes the

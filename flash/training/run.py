@@ -189,6 +189,7 @@ class Inputs:
             InputError: Corpus or tokenizer cannot be used with this backbone, or its likeliest
                 tokens not be kept for this corpus.
         """
+        check_top_k(recipe, data, backbone.spec.vocab_size)
         path = find_tokenizer(data, backbone.tokenizer, runs.tokens)
         tokenizer = load_tokenizer(path)
         if tokenizer.get_vocab_size() > backbone.spec.vocab_size:
@@ -209,7 +210,6 @@ class Inputs:
             cache=runs.tokens,
             folder=path.parent,
         )
-        check_top_k(recipe, packed, backbone.spec.vocab_size)
         return cls(runs, backbone, path, tokenizer, packed)
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flash.data import Batch, PackedData, PackedSequences, TaughtSequences, collate
+from flash.data import Batch, DataSettings, PackedData, PackedSequences, TaughtSequences, collate
 from flash.errors import InputError, require
 from flash.model import Backbone, Decoder, Operands, top_log_probs
 from flash.progress import progress_bar
@@ -25,7 +25,7 @@ _AT_ONCE = 8
 """Sequences that the teacher reads at a time, where the trainer does not say."""
 
 
-def check_top_k(recipe: RecipeSettings, data: PackedData, vocab_size: int) -> None:
+def check_top_k(recipe: RecipeSettings, data: DataSettings, vocab_size: int) -> None:
     """Check that `recipe.kd_top_k` can be had, before any work.
 
     Raises:
@@ -37,10 +37,10 @@ def check_top_k(recipe: RecipeSettings, data: PackedData, vocab_size: int) -> No
     expected = f"below the vocabulary of {vocab_size}, or null for all"
     require(k < vocab_size, "recipe.kd_top_k", k, expected)
     require(
-        isinstance(data.train_set, PackedSequences),
+        not data.streamed,
         "recipe.kd_top_k",
         k,
-        f"null for data.source={data.settings.source.value}, which is streamed; make shards of it "
+        f"null for data.source={data.source.value}, which is streamed; make shards of it "
         "(`python -m flash.data prepare`) and train with data=shards",
     )
 
@@ -71,7 +71,7 @@ def teacher_of(
     Raises:
         InputError: No weights, `check_top_k`, or no room on the disk.
     """
-    check_top_k(recipe, data, backbone.spec.vocab_size)
+    check_top_k(recipe, data.settings, backbone.spec.vocab_size)
     if recipe.kd_weight == 0:
         return None
     if recipe.kd_top_k is None:
