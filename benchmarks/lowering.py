@@ -25,7 +25,8 @@ from record import Recorder
 import conf
 from flash.arch import ArchSpec, parse_pattern
 from flash.lowering import LoweringSettings, lower, write
-from flash.lowering.stock import lower_stock_arch
+from flash.lowering.stock import lower_stock
+from flash.lowering.stock_models import as_stock
 from flash.model import Decoder
 
 ROUNDS = 3
@@ -74,7 +75,7 @@ def _write_program(way: str, spec: Path, path: Path) -> None:
     if way == "ours":
         write(path, lower(Decoder(arch), settings))
     else:
-        lower_stock_arch(arch, settings, path, fast=False)
+        lower_stock(as_stock(arch), settings, path, fast=False)
 
 
 def _watch(command: list[str]) -> tuple[float, float]:
