@@ -6,7 +6,7 @@ difference of a deep and a shallow model over the difference of depths.
 
 `flash_650m`: one fresh process each with random weights, timed from its start to its end, the
 program being in a file; the stock way is ExecuTorch's `export_llm` on the same shape, untouched,
-8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. Takes 10 to 20 minutes and 10 GB.
+8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. Takes about 15 minutes and 4 GB.
 
 `python benchmarks/lowering.py smoke` does all of it at a small size and keeps nothing.
 """

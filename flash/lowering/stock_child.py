@@ -6,7 +6,7 @@
 
 It makes a checkpoint of the shape that `params` describe and then is
 `python -m executorch.extension.llm.export.export_llm ARGUMENTS`, without the repeated work of its
-passes if `"fast": true`: the same instructions, delegates and weights in a third of the time
+passes if `"fast": true`: the same instructions, delegates and weights in about half the time
 (tests/lowering/test_stock.py).
 """
 

@@ -66,6 +66,20 @@ def main_device(trainer: TrainerSettings) -> torch.device:
     return torch.device("cuda" if trainer.accelerator in {"gpu", "cuda"} else "cpu")
 
 
+def own_device(trainer: TrainerSettings) -> torch.device:
+    """Where this process works on a whole model, before Lightning has begun."""
+    device = main_device(trainer)
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device(device.type, int(number)) if device.type == "cuda" else device
+
+
+def share_of_run() -> float:
+    """Where in the run's row of processes this one stands, from 0 to below 1."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    return rank / max(size, rank + 1)
+
+
 def wait_for_others() -> None:
     """Until all processes of the run are here; nothing to wait for where there is one."""
     if dist.is_initialized():

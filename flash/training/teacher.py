@@ -1,7 +1,6 @@
 """The teacher of a run: the backbone itself, or what it said about the run's sequences before."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from flash.model import Backbone, Decoder, Operands, top_log_probs
 from flash.progress import progress_bar
 from flash.prune import fingerprint
 from flash.runs import Runs, digest
-from flash.training.parallel import main_device
+from flash.training.parallel import own_device, share_of_run
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -119,11 +118,11 @@ def _write(
     recipe: RecipeSettings,
     trainer: TrainerSettings,
 ) -> None:
-    device = _own_device(trainer)
+    device = own_device(trainer)
     answer = _answers(load_teacher(backbone, trainer.precision).to(device), recipe, trainer)
     at_once = trainer.micro_batch or min(recipe.batch_size, _AT_ONCE)
     # Each process begins elsewhere and leaves out what another has written meanwhile.
-    first = _share_of_run() * len(missing)
+    first = share_of_run() * len(missing)
     order = missing[int(first) :] + missing[: int(first)]
     total = sum(len(taught.members(part)) for part in missing)
     log.info("the teacher reads %s sequences ahead -> %s", f"{total:,}", taught.folder)
@@ -156,16 +155,3 @@ def _answers(
         return ids, log_probs
 
     return answer
-
-
-def _own_device(trainer: TrainerSettings) -> torch.device:
-    device = main_device(trainer)
-    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return torch.device(device.type, int(number)) if device.type == "cuda" else device
-
-
-def _share_of_run() -> float:
-    """Where in the run's row of processes this one stands, from 0 to below 1."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    return rank / max(size, rank + 1)

@@ -1,6 +1,23 @@
 import pytest
 
 from flash.data import PackedData, find_tokenizer, load_tokenizer
+from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.run import TrainSettings
+
+
+@pytest.fixture
+def settings(request, backbone_settings, data_settings, tmp_path) -> TrainSettings:
+    """A cut of the backbone, trained by the RECIPE and TRAINER of the test's module."""
+    return TrainSettings(
+        backbone=backbone_settings,
+        data=data_settings,
+        recipe=request.module.RECIPE,
+        trainer=request.module.TRAINER,
+        logger=LoggerSettings(name="none", kind=LoggerKind.none),
+        arch={"ffn_dim": 64, "layer_types": "F-"},
+        name="cut",
+        runs=str(tmp_path / "runs"),
+    )
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ from flash.model import Backbone, fake_quantize, load, save, state_to_save
 from flash.prune import fingerprint
 from flash.runs import Runs
 from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
-from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.result import TrainResult
-from flash.training.run import Inputs, StageSettings, TrainSettings, train
+from flash.training.run import Inputs, StageSettings, train
 from tests.conftest import SMALL
 from tests.training.decoders import make_model
 
@@ -55,20 +54,6 @@ def chat(tmp_path) -> DataSettings:
         seq_len=64,
         lanes=2,
         document_masks=True,
-    )
-
-
-@pytest.fixture
-def settings(backbone_settings, data_settings, tmp_path) -> TrainSettings:
-    return TrainSettings(
-        backbone=backbone_settings,
-        data=data_settings,
-        recipe=RECIPE,
-        trainer=TRAINER,
-        logger=LoggerSettings(name="none", kind=LoggerKind.none),
-        arch={"ffn_dim": 64, "layer_types": "F-"},
-        name="cut",
-        runs=str(tmp_path / "runs"),
     )
 
 
