@@ -9,7 +9,7 @@ from flash.arch import GROUP, CacheFormat, Quantization
 from flash.device.links import AndroidSettings, SshSettings
 from flash.device.workload import Workload
 from flash.errors import require
-from flash.lowering.settings import LoweringSettings, SlidingForm
+from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 
 
 class DeviceKind(Enum):
@@ -63,13 +63,17 @@ class DeviceSettings:
     """Bits of a weight of the embedding: 4, or 8 with a scale a row."""
     cache: CacheFormat = CacheFormat.fp32
     """KV-cache format; int8 is for phones, on x86 its attention kernel is 5 times slower."""
+    attention: AttentionForm = AttentionForm.matmul
+    """What attends to the cache in prefill: matrix products in XNNPACK, faster on x86 but holding
+    the scores of a call, or ExecuTorch's `custom_sdpa`."""
     sliding: SlidingForm = SlidingForm.stock
     """Form of sliding-window layers: the stock ring buffer, or the ring that computes no more than
     the window."""
     max_context: int = 1024
     """Cache slots of the programs [tokens]."""
     prefill_chunk: int | None = None
-    """Most tokens of one prefill call; None means max_context, at most 1024 [tokens]."""
+    """Most tokens of one prefill call; None means max_context, at most 256 with `attention: matmul`
+    and 1024 with `sdpa` [tokens]."""
     prompts: list[int] = field(default_factory=lambda: [512])
     """Prompt lengths whose TTFT is timed; the search works on the first [tokens]."""
     contexts: list[int] = field(default_factory=lambda: [512])
@@ -154,6 +158,7 @@ class DeviceSettings:
             group_size=self.group_size,
             embedding_bits=self.embedding_bits,
             cache=self.cache,
+            attention=self.attention,
             sliding=self.sliding,
             max_context=self.max_context,
             prefill_chunk=self.prefill_chunk,

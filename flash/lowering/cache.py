@@ -36,6 +36,10 @@ class FloatStore(nn.Module):
         """All slots of "keys" or "values"."""
         return (getattr(self, name),)
 
+    def first(self, name: str, count: int) -> Tensor:
+        """The first slots of "keys" or "values" as numbers `[count, kv heads, d]`."""
+        return self.stored(name)[0].narrow(1, 0, count)[0]
+
     def attend(
         self,
         q: Coded,
@@ -75,6 +79,14 @@ class Int8Store(nn.Module):
     def stored(self, name: str) -> Coded:
         """All slots of "keys" or "values"."""
         return getattr(self, name), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
+
+    def first(self, name: str, count: int) -> Tensor:
+        """The first slots of "keys" or "values" as numbers `[count, kv heads, d]`."""
+        value, scale, zero = (x.narrow(1, 0, count)[0] for x in self.stored(name))
+        # The operator subtracts in the zero point's type.
+        return torch.ops.quantized_decomposed.dequantize_per_token(
+            value, scale, zero.to(torch.int64), -128, 127, torch.int8, torch.float32
+        )
 
     def attend(
         self,
@@ -116,15 +128,36 @@ def causal(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tenso
     """Everything up to the query; slot = position."""
     _write_linear(store, k, v, place.start)
     queries, keys, values = store.encode(q), store.stored("keys"), store.stored("values")
-    if place.last is None:
-        return store.attend(queries, keys, values, place.start, None)
     plan = place.last
-    first = _part(queries, 0, plan.others)
-    others = store.attend(first, keys, values, plan.others_start, None)
+    if plan is None:
+        return store.attend(queries, keys, values, place.start, None)
+    heads, size = q.shape[2:]
+    if plan.bias is None:
+        first = _part(queries, 0, plan.others)
+        others = store.attend(first, keys, values, plan.others_start, None)
+        others = others.view(-1, heads * size)
+    else:
+        first_keys, first_values = store.first("keys", plan.keys), store.first("values", plan.keys)
+        first_queries = q.view(-1, heads, size).narrow(0, 0, plan.others)
+        others = _products(first_queries, first_keys, first_values, plan.bias)
     shared = tuple(_share_keys(x, k.shape[2]) for x in _part(queries, q.shape[1] - 1, 1))
     last = store.attend(shared, keys, values, plan.start, None, causal=False)
-    last = last.transpose(1, 2).reshape(1, 1, *q.shape[2:])
-    return torch.cat([others, last], dim=1).index_select(1, plan.order)
+    last = last.transpose(1, 2).reshape(1, heads * size)
+    return torch.cat([others, last]).index_select(0, plan.order)[None]
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of q `[s, h, d]` to k and v `[n, kv heads, d]` in matrix products: `[s, h * d]`.
+
+    Query heads that share a key head are more rows of one product. Tensors have at most three
+    dimensions, since ExecuTorch asks of four whether they are an image, which it cannot tell while
+    the lengths are symbols.
+    """
+    heads, size = q.shape[1:]
+    rows = (q * size**-0.5).transpose(0, 1).reshape(k.shape[1], -1, size)
+    scores = torch.bmm(rows, k.permute(1, 2, 0)) + bias
+    out = torch.bmm(torch.softmax(scores, -1), v.transpose(0, 1))
+    return out.view(heads, -1, size).transpose(0, 1).reshape(-1, heads * size)
 
 
 def _share_keys(x: Tensor, kv_heads: int) -> Tensor:

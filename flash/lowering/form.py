@@ -53,9 +53,11 @@ class Norm(nn.Module):
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = _share(norm.weight), norm.eps
+        width = norm.weight.numel()
+        self.register_buffer("mean", torch.full((1, width), 1.0 / width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        return x * torch.rsqrt(F.linear(x * x, self.mean) + self.eps) * self.weight
 
 
 def _head_norm(norm: RMSNorm | nn.Identity) -> nn.Module:

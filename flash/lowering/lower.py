@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from flash.lowering.fast import short_passes
 from flash.lowering.form import Form
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
+from flash.lowering.symbols import delegated_symbols
 from flash.model import Decoder
 from flash.noise import quiet
 
@@ -122,7 +123,11 @@ def serialise(
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
     started = time.perf_counter()
-    with ONE_AT_A_TIME, torch.no_grad(), quiet(), short_passes() if fast else nullcontext():
+    with ExitStack() as stack:
+        for context in (ONE_AT_A_TIME, torch.no_grad(), quiet(), delegated_symbols()):
+            stack.enter_context(context)
+        if fast:
+            stack.enter_context(short_passes())
         edge = to_edge_transform_and_lower(
             programs,
             partitioner=[XnnpackPartitioner()],

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
-from flash.lowering.settings import LoweringSettings, SlidingForm
+from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 from flash.model.decoder import rotary_table
 
+HIDDEN = -1e6
+"""Added to a score that does not count. The exponential of the difference to any score is 0."""
 BLOCK = 64
 """Most queries of one block of `RingPlan` [tokens]."""
 
@@ -55,16 +57,22 @@ class LastQuery(NamedTuple):
     same n keys. `custom_sdpa` takes n from the start position of the first of them, which cannot be
     negative: up to position g - 2 the last query stays with the others. A kind without queries
     computes one over one key, as in `RingPlan`, and no one looks at it.
+
+    The others go through `custom_sdpa`, or, with a `bias`, through matrix products.
     """
 
     others: int
-    """Number of queries, from the first on, that are attended to one head at a time; 1 or more."""
+    """Number of queries, from the first on, that are attended to; 1 or more."""
     others_start: int
     """Position of the first of them."""
     start: int
     """Position of the first of the g queries, had they been neighbours."""
     order: Tensor
     """Which of (others, last) is each of the s queries `[s]`."""
+    keys: int
+    """Number of keys, from the first on, up to the last of the others; 1 or more."""
+    bias: Tensor | None
+    """`[g * others, keys]`, added to the scores of one key head: 0, or what hides a later key."""
 
 
 class Place(NamedTuple):
@@ -81,7 +89,7 @@ class Place(NamedTuple):
     plan: RingPlan | None = None
     """Sliding layers of the ring form."""
     last: LastQuery | None = None
-    """Full attention in which several query heads share a key head."""
+    """Full attention with matrix products, or in which several query heads share a key head."""
 
 
 class Position(nn.Module):
@@ -108,8 +116,9 @@ class Position(nn.Module):
         self.ring = None
         group = spec.num_heads // spec.num_kv_heads
         full = Attention.full_attention in spec.layer_types or sees_all(spec, settings)
-        shared = full and 1 < group <= settings.max_context
-        self.last_query = _Last(group, settings.max_context) if shared else None
+        matmul = settings.attention is AttentionForm.matmul
+        apart = full and group <= settings.max_context and (matmul or group > 1)
+        self.last_query = _Last(group, settings) if apart else None
         self.num_slots = settings.slots(spec.sliding_window)
         if self.window is None:
             return
@@ -165,27 +174,57 @@ def _larger(a: int, b: int) -> int:
     return cast(int, torch.sym_max(a, b))
 
 
+def _simple(number: int, most: int) -> int:
+    """The same number from 1 to `most`, in an export under a symbol of its own.
+
+    Both the exporter and ExecuTorch have to see that a shape made of it is not empty. They see that
+    of a symbol with bounds, not of an expression with minima and maxima.
+    """
+    symbol = cast(int, torch.full((1,), number, dtype=torch.long).item())
+    torch._check(symbol >= 1)
+    torch._check(symbol <= most)
+    return symbol
+
+
 class _Last(nn.Module):
     """`LastQuery` of a call, for `group` query heads a key head."""
 
     count: Tensor
+    number: Tensor
 
-    def __init__(self, group: int, context: int) -> None:
+    def __init__(self, group: int, settings: LoweringSettings) -> None:
         super().__init__()
-        self.group = group
-        self.register_buffer("count", torch.arange(context), persistent=False)
+        self.group, self.chunk = group, settings.chunk
+        self.matmul = settings.attention is AttentionForm.matmul
+        count = torch.arange(settings.max_context)
+        self.register_buffer("count", count, persistent=False)
+        if self.matmul:
+            self.register_buffer("number", count.float(), persistent=False)
 
     def forward(self, start: int, length: int) -> LastQuery:
         last = start + length - 1
         apart = _smaller(_larger(last - (self.group - 2), 0), 1)
         others = _larger(length - apart, 1)
+        others_start = start * _smaller(length - apart, 1)
+        keys, bias = others_start + others, None
+        if self.matmul:
+            keys = _simple(keys, len(self.number))
+            others = _simple(others, self.chunk)
+            bias = self._bias(others_start, others, keys)
         nth = self.count.narrow(0, 0, length)
         return LastQuery(
             others=others,
-            others_start=start * _smaller(length - apart, 1),
+            others_start=others_start,
             start=_larger(last - (self.group - 1), 0),
             order=torch.where(nth < length - apart, nth, others),
+            keys=keys,
+            bias=bias,
         )
+
+    def _bias(self, start: int, queries: int, keys: int) -> Tensor:
+        query = self.number.narrow(0, start, queries).expand(self.group, -1).reshape(-1, 1)
+        key = self.number.narrow(0, 0, keys)[None, :]
+        return (key - query).clamp(0, 1) * HIDDEN  # operators that XNNPACK has, unlike comparisons
 
 
 class _Ring(nn.Module):

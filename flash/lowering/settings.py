@@ -6,8 +6,26 @@ from enum import Enum
 from flash.arch import GROUP, ArchSpec, CacheFormat, Quantization, weight_bytes
 from flash.errors import require
 
-LARGEST_CHUNK = 1024
-"""Longest default prefill chunk [tokens]; 1024 beat 512 on the host, as in the paper."""
+
+class AttentionForm(Enum):
+    """What attends to the cache in prefill.
+
+    A call's last query, the only one in decoding, always goes through `sdpa`, and so do sliding
+    layers.
+    """
+
+    sdpa = "sdpa"
+    """ExecuTorch's `custom_sdpa`: holds no scores, works on no key that a block of queries does not
+    see."""
+    matmul = "matmul"
+    """Matrix products and a softmax in XNNPACK: holds the scores `[heads, chunk, keys]` of a call,
+    works on all keys up to the call's last. ExecuTorch's wheel for x86 builds `custom_sdpa` without
+    AVX; XNNPACK picks its kernels on the device."""
+
+
+LARGEST_CHUNK = {AttentionForm.sdpa: 1024, AttentionForm.matmul: 256}
+"""Longest default prefill chunk [tokens]. With `sdpa`, 1024 beat 512 on the host, as in the paper;
+with `matmul`, longer chunks work on more keys in vain: 256 and 128 took 0.92 of 1024's time."""
 
 
 class SlidingForm(Enum):
@@ -33,12 +51,15 @@ class LoweringSettings:
     """int8da4w: bits of a weight of the embedding, 4 or 8."""
     cache: CacheFormat = CacheFormat.fp32
     """Key and value format; the int8 attention kernel is several times slower on x86."""
+    attention: AttentionForm = AttentionForm.matmul
+    """What attends to the cache in prefill."""
     sliding: SlidingForm = SlidingForm.stock
     """Form of sliding-window layers."""
     max_context: int = 2048
     """Cache slots: the longest prompt and answer together [tokens]."""
     prefill_chunk: int | None = None
-    """Most tokens of one call; None becomes max_context, at most 1024; read `chunk` [tokens]."""
+    """Most tokens of one call; None becomes max_context, at most 256 with matmul and 1024 with
+    sdpa; read `chunk` [tokens]."""
 
     def __post_init__(self) -> None:
         require(
@@ -57,7 +78,7 @@ class LoweringSettings:
             "an integer of at least 2",
         )
         if self.prefill_chunk is None:
-            chunk = min(self.max_context, LARGEST_CHUNK)
+            chunk = min(self.max_context, LARGEST_CHUNK[self.attention])
             object.__setattr__(self, "prefill_chunk", chunk)
         require(
             type(self.prefill_chunk) is int and 2 <= self.prefill_chunk <= self.max_context,

@@ -1,4 +1,6 @@
 import os
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,14 @@ def toy_model(pattern: str, qk_norm: bool = True, **changes) -> Decoder:
             if name.endswith("bias"):  # zero at the start of training
                 parameter.normal_()
     return model
+
+
+def read_program(data: bytes) -> Any:
+    """A .pte as ExecuTorch's objects."""
+    with warnings.catch_warnings(action="ignore"):  # ExecuTorch's at its first import
+        from executorch.exir._serialize._program import deserialize_pte_binary
+
+        return deserialize_pte_binary(data)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,16 +6,35 @@ import torch
 
 from flash.errors import InputError
 from flash.lowering import GateSettings, Stage, check_parity, locate, lower
+from flash.lowering.settings import AttentionForm
 from flash.model import Decoder
+from tests.lowering.conftest import read_program
 
 SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
 
 
-@pytest.mark.parametrize("pattern", ["F-", pytest.param("FS", marks=pytest.mark.slow)])
-def test_fp32_program_equals_the_decoder(toy, settings, text, pattern):
-    report = check_parity(toy(pattern), settings("fp32"), text, SHORT)
+@pytest.mark.parametrize(
+    ("pattern", "attention"),
+    [
+        ("F-", AttentionForm.matmul),
+        ("F-", AttentionForm.sdpa),
+        pytest.param("FS", AttentionForm.matmul, marks=pytest.mark.slow),
+    ],
+)
+def test_fp32_program_equals_the_decoder(toy, settings, text, pattern, attention):
+    formats = replace(settings("fp32"), attention=attention)
+    report = check_parity(toy(pattern), formats, text, SHORT)
     assert report.passed, report
     assert all(result.error < 1e-5 for result in report.stages)
+
+
+def test_prefill_runs_in_xnnpack(toy, settings):
+    """Products, softmax and norms: outside it they would be portable loops, ten times slower."""
+    program = read_program(lower(toy("F-"), settings())).program
+    [plan] = [plan for plan in program.execution_plan if plan.name == "forward"]
+    outside = {operator.name.removeprefix("aten::") for operator in plan.operators}
+    assert not outside & {"bmm", "_softmax", "mean", "linear", "mul", "sigmoid", "permute_copy"}
+    assert "llama::custom_sdpa" in outside
 
 
 def test_quantised_program_equals_its_eager_form(toy, settings, text):

@@ -1,5 +1,6 @@
 import importlib
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from flash.errors import InputError
 from flash.lowering import LoweringSettings, lower, write
 from flash.lowering.form import Form
 from flash.lowering.lower import quantized_form
+from flash.lowering.settings import AttentionForm
 from flash.model import Decoder
 
 
@@ -21,12 +23,13 @@ def last_logits(form, text, chunks):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", AttentionForm)
 @pytest.mark.parametrize(("pattern", "qk_norm"), [("F-", True), ("S-S", True), ("FS", False)])
-def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm):
+def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm, attention):
     model = toy(pattern, qk_norm)
-    form = Form(model, settings("fp32"))
+    form = Form(model, replace(settings("fp32"), attention=attention))
     expected = model(text[None, :20])[0]
-    for chunks in ([9, 7, 1, 1, 1, 1], [20], [1] * 20):
+    for chunks in ([9, 7, 1, 1, 1, 1], [16, 4], [1] * 20):
         torch.testing.assert_close(
             last_logits(form, text, chunks)[0], expected[19], atol=2e-6, rtol=1e-5
         )
@@ -34,14 +37,15 @@ def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm
 
 @torch.no_grad()
 @pytest.mark.parametrize(("cache", "limit"), [("fp32", 2e-6), ("int8", 0.02)])
+@pytest.mark.parametrize("attention", AttentionForm)
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_query_heads_that_share_a_key_head(toy, settings, text, kv_heads, cache, limit):
+def test_query_heads_that_share_a_key_head(toy, settings, text, kv_heads, attention, cache, limit):
     """From the first position on: below `group - 1` the shared way cannot be taken."""
     torch.manual_seed(0)
     model = Decoder(toy("FF").spec.replace(num_kv_heads=kv_heads)).eval()
     expected = model(text[None])[0]
     for chunks in ([1] * 8, [2, 1, 1, 1], [3, 1, 4, 1], [4, 5]):
-        form, end = Form(model, settings("fp32", cache)), 0
+        form, end = Form(model, replace(settings("fp32", cache), attention=attention)), 0
         for length in chunks:
             out = form(text[None, end : end + length], torch.tensor([end]))[0]
             end += length
@@ -128,7 +132,9 @@ def test_settings_name_the_bad_value():
         LoweringSettings(max_context=64, prefill_chunk=100)
     with pytest.raises(InputError, match="lowering.max_context=0: expected"):
         LoweringSettings(max_context=0)
-    assert LoweringSettings(max_context=4096).prefill_chunk == 1024
+    assert LoweringSettings(max_context=4096).prefill_chunk == 256
+    sdpa = LoweringSettings(max_context=4096, attention=AttentionForm.sdpa)
+    assert sdpa.prefill_chunk == 1024
     assert LoweringSettings(max_context=64).prefill_chunk == 64
 
 

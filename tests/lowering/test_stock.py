@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 
@@ -14,6 +13,7 @@ from flash.errors import CheckFailed, InputError
 from flash.lowering import LoweringSettings, SlidingForm, stock
 from flash.lowering.stock import check_stock, lower_stock, lower_stock_arch
 from flash.lowering.stock_models import STOCK_MODELS, StockModel, as_stock, stock_model
+from tests.lowering.conftest import read_program
 
 TINY = ArchSpec(
     model_dim=64,
@@ -87,10 +87,7 @@ def test_short_passes_change_no_instruction_delegate_or_weight(program, tmp_path
 
 def _contents(path):
     """All of a program but the flag that no runtime reads."""
-    with warnings.catch_warnings(action="ignore"):  # ExecuTorch's at its first import
-        from executorch.exir._serialize._program import deserialize_pte_binary
-
-        file = deserialize_pte_binary(path.read_bytes())
+    file = read_program(path.read_bytes())
     for value in file.program.execution_plan[0].values:
         if hasattr(value.val, "requires_grad"):
             value.val.requires_grad = False
