@@ -20,9 +20,10 @@ from flash.evaluation.suites import (
     Form,
     SuiteResult,
     TaskResult,
+    TaskSettings,
     as_text,
 )
-from flash.evaluation.tasks import Tasks
+from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
 from flash.evaluation.texts import Texts
 from flash.model import Backbone, load
 from flash.prune import fingerprint
@@ -159,8 +160,8 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     results, new = _results(
         settings, subject, folder / f"{settings.suite.name}.{settings.form.value}"
     )
-    figures = [Figure.of(task, results[task.name]) for task in settings.suite.tasks]
-    shares = all(task.percent for task in settings.suite.tasks) and len(figures) > 1
+    figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]
+    shares = all(task.percent for task in settings.suite.chosen) and len(figures) > 1
     result = SuiteResult(
         name=subject.name,
         spec=subject.spec,
@@ -186,22 +187,25 @@ def _results(
     common = {
         **subject.key(),
         "harness": version("lm_eval"),
-        "include": _digest_of(Path(suite.include)) if suite.include else None,
+        "include": _digest_of(_task_files(Path(suite.include))) if suite.include else None,
         "chat": subject.texts.template if suite.apply_chat_template else None,
         "limit": limit,
         "seed": suite.seed,
     }
-    keys = {task.name: digest([common, task.name, task.fewshot]) for task in suite.tasks}
+    keys = {
+        task.name: digest([common, task.name, task.fewshot, *_own_questions(task)])
+        for task in suite.chosen
+    }
     results: dict[str, TaskResult] = {}
     for name, key in keys.items():
         found = TaskResult.read(folder, name)
         if found is not None and found.key == key:
             results[name] = found
-    missing = [task for task in suite.tasks if task.name not in results]
+    missing = [task for task in suite.chosen if task.name not in results]
     if not missing:
         log.info("%s: %s is finished", subject.name, folder)
         return results, False
-    tasks = Tasks.open(dataclasses.replace(suite, tasks=missing))
+    tasks = Tasks.open(dataclasses.replace(suite, tasks=missing, leave_out=[]))
     loaded = {task.name: tasks.load(task) for task in missing}  # all data are there, then work
     model = subject.open_model()
     for task in missing:
@@ -212,12 +216,26 @@ def _results(
     return results, True
 
 
-def _digest_of(folder: Path) -> str:
-    """Hash of the task files in a folder."""
+def _own_questions(task: TaskSettings) -> list[str]:
+    """Hash of a task's data files and of our task files, if it has any."""
+    if not task.files:
+        return []
+    data = [Path(path) for paths in data_files(task).values() for path in paths]
+    return [_digest_of(data), _digest_of(_task_files(OWN_TASKS))]
+
+
+def _task_files(folder: Path) -> list[Path]:
+    kinds = {".yaml", ".py", ".jsonl", ".json"}
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+
+
+def _digest_of(paths: list[Path]) -> str:
+    """Hash of names and contents of files."""
     hasher = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in {".yaml", ".py", ".jsonl", ".json"} and path.is_file():
-            hasher.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    for path in paths:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        hasher.update(f"{path.name} {content}\n".encode())
     return hasher.hexdigest()[:16]
 
 

@@ -39,6 +39,8 @@ class TaskSettings:
     """The harness's key of the figure to show: `metric,filter`, as in `acc_norm,none`."""
     fewshot: int | None = None
     """Solved examples in front of each question; null takes the task's own number."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Data files of its splits, patterns allowed, in place of those that the task names."""
     percent: bool = True
     """Whether the figure is a share, to be shown in percent."""
     paper: dict[str, float] = field(default_factory=dict)
@@ -61,8 +63,12 @@ class SuiteSettings:
     tasks: list[TaskSettings] = field(default_factory=list)
     apply_chat_template: bool = False
     """Ask as a user asks an assistant, with the tokenizer's chat template."""
+    leave_out: list[str] = field(default_factory=list)
+    """Names of tasks not to run."""
     include: str | None = None
     """Folder with task files of your own, in the harness's YAML."""
+    data: str = "datasets"
+    """Folder for data that no hub has; tasks refer to it in their `files`."""
     seed: int = 1234
     """Decides which examples are shown; the default is the harness's."""
     allow_code_execution: bool = False
@@ -72,8 +78,16 @@ class SuiteSettings:
         names = [task.name for task in self.tasks]
         require(bool(names), "suite.tasks", names, "at least one task")
         require(len(set(names)) == len(names), "suite.tasks", names, "each task once")
+        unknown = set(self.leave_out) - set(names)
+        require(not unknown, "suite.leave_out", self.leave_out, f"some of {names}")
+        require(bool(self.chosen), "suite.leave_out", self.leave_out, "at least one task left")
         if self.include is not None:
             require(Path(self.include).is_dir(), "suite.include", self.include, "a folder")
+
+    @property
+    def chosen(self) -> list[TaskSettings]:
+        """The tasks to run."""
+        return [task for task in self.tasks if task.name not in self.leave_out]
 
 
 @dataclass(kw_only=True)

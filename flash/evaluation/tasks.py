@@ -9,6 +9,8 @@ import os
 import random
 import time
 from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +22,27 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
+OWN_TASKS = Path(__file__).parent / "harness_tasks"
+"""Tasks of the paper that the harness lacks."""
 BOOTSTRAP = 1000
 """Resamplings for the standard error of what is no mean; the harness's 100000 take minutes."""
+
+
+def data_files(task: TaskSettings) -> dict[str, list[str]]:
+    """The files of each split that a task's settings name.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = {}
+    for split, pattern in task.files.items():
+        found[split] = sorted(glob(pattern, recursive=True))
+        if not found[split]:
+            raise InputError(
+                f"suite.tasks: files of {task.name}: {split}={pattern}: no such file; download the "
+                f"data from its authors, or leave the task out: suite.leave_out=[{task.name}]"
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,8 @@ class Tasks:
         """Look the tasks up, and see that they may run.
 
         Raises:
-            InputError: The harness has no such task, or one executes code without permission.
+            InputError: The harness has no such task, one executes code without permission, or its
+                data files are not there.
         """
         from lm_eval.tasks import TaskManager
 
@@ -49,11 +71,14 @@ class Tasks:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [task.name for task in suite.tasks]
         # The harness's own 14,000 tasks take ten seconds to index.
-        manager = TaskManager(include_path=suite.include, include_defaults=False)
+        folders = [OWN_TASKS, *([suite.include] if suite.include else [])]
+        manager = TaskManager(include_path=folders, include_defaults=False)
         if not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=suite.include)
+            manager = TaskManager(include_path=folders)
         tasks = cls(suite, manager)
-        for name in names:
+        for task in suite.tasks:
+            name = task.name
+            data_files(task)
             if name not in manager.all_tasks:
                 hint = nearest(name, manager.all_tasks)
                 raise InputError(f"suite.tasks: {name}: no such task of the harness; {hint}")
@@ -61,13 +86,21 @@ class Tasks:
                 raise InputError(
                     f"suite.tasks: {name}: executes code that the model writes, on this machine "
                     "and without a sandbox; do that in a container or virtual machine, with "
-                    "suite.allow_code_execution=true"
+                    f"suite.allow_code_execution=true, or leave it out: suite.leave_out=[{name}]"
                 )
         return tasks
 
     def _about(self, name: str) -> dict[str, Any]:
         """What the task's YAML says."""
         return self.manager.task_index[name].cfg or {}
+
+    def _request(self, task: TaskSettings) -> str | dict[str, Any]:
+        """What the harness's loader is asked for; it lets groups change what a task's file says."""
+        if not task.files:
+            return task.name
+        data = {**self._about(task.name).get("dataset_kwargs", {}), "data_files": data_files(task)}
+        changed = {"task": task.name, "dataset_kwargs": data}
+        return {"group": "with_files", "task": [changed]}
 
     def load(self, task: TaskSettings) -> Any:
         """The task with its data, or a group of tasks, as the harness has it.
@@ -80,7 +113,7 @@ class Tasks:
         if self.suite.allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric of such tasks
         try:
-            loaded = self.manager.load([task.name])
+            loaded = self.manager.load([self._request(task)])
         except (OSError, ValueError, DatasetsError) as error:
             dataset = self._about(task.name).get("dataset_path", "of its subtasks")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -89,6 +122,8 @@ class Tasks:
                 "downloaded once, so run this with a network first, or copy the cache (HF_HOME) "
                 "of a machine that has it"
             ) from error
+        if task.files:
+            loaded = {"tasks": loaded["tasks"]}  # without the group of `_request`
         for each in loaded["tasks"].values():
             if task.fewshot is not None:
                 each.set_config(key="num_fewshot", value=task.fewshot)

@@ -32,9 +32,8 @@ def tiny_decoder(pattern: str, **changes) -> Decoder:
         head_dim=32,
         vocab_size=2048,
         sliding_window=16,
-        max_context=CONTEXT,
         tie_embeddings=False,
-        **changes,
+        **{"max_context": CONTEXT, **changes},
     )
     model = Decoder(spec).eval()
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """`python -m flash.evaluation` on local tasks: results, files, what is kept, what is refused."""
 
+import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,12 +22,12 @@ from flash.evaluation.suites import (
     TaskSettings,
     as_text,
 )
-from flash.evaluation.tasks import Tasks
+from flash.evaluation.tasks import OWN_TASKS, Tasks
 from flash.evaluation.texts import Texts
 from flash.model import BackboneSettings
 from flash.training import TrainerSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
-from tests.evaluation.conftest import QUESTIONS, write_task
+from tests.evaluation.conftest import QUESTIONS, save_decoder, tiny_decoder, write_task
 
 CHOICE = TaskSettings(
     name="choice", title="Choice", metric="acc_norm,none", paper={"A": 40.0, "B": 60.0}
@@ -227,6 +229,8 @@ def test_models_that_are_not_there_are_one_line(settings, tmp_path):
         ({"tasks": []}, r"suite\.tasks=\[\]: expected at least one task"),
         ({"tasks": [QUIZ, QUIZ]}, "each task once"),
         ({"include": "nowhere"}, r"suite\.include=nowhere: expected a folder"),
+        ({"leave_out": ["quizz"]}, r"suite\.leave_out=\['quizz'\]: expected some of \['quiz'\]"),
+        ({"leave_out": ["quiz"]}, "expected at least one task left"),
     ],
 )
 def test_illegal_suites_are_refused(values, message):
@@ -294,6 +298,107 @@ def test_a_begun_answer_is_gone_on_with(checkpoint, tmp_path):
     assert text == "<user>Hello<end><assistant>Here is"
 
 
+def write_rewrites(path: Path, targets: list[str]) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.DictWriter(file, ["task", "comment", "source", "target"])
+        rows.writeheader()
+        for source, target in zip(("def add(a, b):", "import os"), targets, strict=True):
+            row = {"task": "x", "comment": "Go on", "source": f'{source}, "yes"', "target": target}
+            rows.writerow(row)
+
+
+@pytest.fixture
+def writing(tmp_path) -> list[TaskSettings]:
+    """The paper's two tasks without data on a hub, on rows in the format of their authors."""
+    data = tmp_path / "data"
+    (data / "tldr9plus" / "datasets-m0").mkdir(parents=True)
+    write_rewrites(data / "openrewriteeval_aaai24.csv", ["return self.a", "os, self"])
+    posts = [
+        {
+            "id": f"test-{i}",
+            "document": f"My {name}.</s><s>It broke.",
+            "summary": f"{name} the self",
+        }
+        for i, name in enumerate(("bike", "car", "boat"))
+    ]
+    lines = "".join(json.dumps(post) + "\n" for post in posts)
+    (data / "tldr9plus" / "datasets-m0" / "test.0.json").write_text(lines)
+    config = OmegaConf.create({"suite": OmegaConf.load(CONF / "suite" / "paper_chat.yaml")})
+    config.suite.data = str(data)
+    tasks = OmegaConf.to_container(config.suite, resolve=True)["tasks"]  # type: ignore[index]
+    return [TaskSettings(**task) for task in tasks if task.get("files")]
+
+
+def test_the_papers_writing_tasks_are_scored_by_rouge_l(
+    settings, writing, checkpoint, tmp_path, monkeypatch
+):
+    from torchmetrics.functional.text import rouge_score
+
+    from flash.evaluation.harness import DecoderLM
+
+    chat = save_decoder(tiny_decoder("FF", max_context=1024), tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    seen: dict[str, list] = {}
+    generate = DecoderLM.generate_until
+
+    def spy(self, requests, **kwargs):
+        answers = generate(self, requests, **kwargs)
+        for request, answer in zip(requests, answers, strict=True):
+            seen.setdefault(request.task_name, []).append((request.args[0], request.doc, answer))
+        return answers
+
+    monkeypatch.setattr(DecoderLM, "generate_until", spy)
+    settings.backbone = BackboneSettings(name="toy", weights=str(chat))
+    result = evaluate(with_tasks(settings, *writing, apply_chat_template=True))
+    assert [(row.shots, row.samples) for row in result.figures] == [(0, 2), (1, 3)]
+    for row, column in zip(result.figures, ("target", "summary"), strict=True):
+        scores = [
+            float(rouge_score(answer, doc[column], rouge_keys="rougeL")["rougeL_fmeasure"])
+            for _, doc, answer in seen[row.task]
+        ]
+        assert row.value == pytest.approx(100 * sum(scores) / len(scores), abs=1e-3)
+    # References that begin as the answers do; only this task is asked again.
+    answers = [answer for _, _, answer in seen["openrewrite"]]
+    path = Path(writing[0].files["test"])
+    write_rewrites(path, [" ".join([*answer.split(), "x y z"]) for answer in answers])
+    again = evaluate(settings)
+    assert 90 < again.figures[0].value < 100
+    assert again.figures[1] == result.figures[1]
+    for prompt, _, _ in seen["tldr9plus"]:
+        assert prompt.count("<assistant>") == 2  # the example's summary, then the answer
+        assert "It broke." in prompt
+        assert "</s>" not in prompt
+
+
+def test_data_that_is_not_there_is_one_line_and_may_be_left_out(settings, writing, tmp_path):
+    rewrite, tldr = writing
+    lost = dataclasses.replace(rewrite, files={"test": str(tmp_path / "nowhere" / "*.csv")})
+    message = r"files of openrewrite: test=.*nowhere.*: no such file; .* suite.leave_out=\[openrewr"
+    with pytest.raises(InputError, match=message):
+        evaluate(with_tasks(settings, lost, CHOICE))
+    left = evaluate(with_tasks(settings, lost, CHOICE, leave_out=["openrewrite"]))
+    assert [row.task for row in left.figures] == ["choice"]
+    assert Path(tldr.files["test"]).parts[-2:] == ("**", "test*.json")
+
+
+def test_other_data_is_asked_again(settings, task_folder, tmp_path, monkeypatch):
+    asked = []
+    run = Tasks.run
+    monkeypatch.setattr(
+        Tasks, "run", lambda self, name, *rest: asked.append(name) or run(self, name, *rest)
+    )
+    own = tmp_path / "questions.jsonl"
+    shutil.copy(task_folder / "data.jsonl", own)
+    task = dataclasses.replace(CHOICE, files={"test": str(own)})
+    assert evaluate(with_tasks(settings, task)).figures[0].samples == 5
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[:4]))
+    assert evaluate(with_tasks(settings, task)).figures[0].samples == 4
+    assert asked == ["choice", "choice"]
+
+
 FOLDERS = [
     "hellaswag",
     "super_glue",
@@ -315,7 +420,8 @@ def test_the_papers_suites_name_tasks_and_metrics_of_the_harness(suite):
     from lm_eval.tasks import TaskManager
 
     root = Path(lm_eval.__file__).parent / "tasks"
-    manager = TaskManager(include_path=[root / name for name in FOLDERS], include_defaults=False)
+    folders = [OWN_TASKS, *(root / name for name in FOLDERS)]
+    manager = TaskManager(include_path=folders, include_defaults=False)
     for task in OmegaConf.load(CONF / "suite" / f"{suite}.yaml").tasks:
         about = manager.task_index[task.name].cfg or {}
         metric, chosen = task.metric.split(",")
