@@ -21,6 +21,7 @@ from flash.errors import CheckFailed, InputError, require
 from flash.files import write_text
 from flash.lowering.check import FormatCheck, Limits
 from flash.lowering.gguf_file import LIMITS, GgufFormat, check_gguf, check_gguf_form, write_gguf
+from flash.lowering.locate import locate_gguf
 from flash.lowering.stock_hf import check_hf, write_hf, zero_spec
 from flash.model import Decoder
 
@@ -189,7 +190,13 @@ def _write_gguf(path: Path, source: Source, settings: FormatSettings) -> FormatC
         token_ids=source.token_ids,
         weight_format=settings.gguf,
     )
-    return check_gguf(path, source.model, source.text, settings.limits())
+    check = check_gguf(path, source.model, source.text, settings.limits())
+    if check.passed:
+        return check
+    where = locate_gguf(
+        source.model, source.text, settings.limits(), settings.gguf, folder=path.parent
+    )
+    return dataclasses.replace(check, worst_layer=where)
 
 
 _WRITERS: dict[Format, Callable[[Path, Source, FormatSettings], FormatCheck]] = {

@@ -1,12 +1,16 @@
 """Which layer makes a gate fail: the same gate on the first layers of the model only."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from flash.lowering.check import Limits
 from flash.lowering.gate import GateSettings, Stage, check_parity
+from flash.lowering.gguf_file import GgufFormat, check_gguf, write_gguf
 from flash.lowering.settings import LoweringSettings
 from flash.model import Decoder, build
 
@@ -20,24 +24,57 @@ def locate(
     gate: GateSettings,
     stage: Stage,
 ) -> str:
-    """The part of `model` with which `stage` begins to fail, found by halving the depth.
+    """The part of `model` with which `stage` begins to fail.
 
     Each step but those of the first stage lowers a model again.
     """
-    passes, fails = 0, model.spec.num_layers + 1  # the sound model's depth, and the failing one's
-    while fails - passes > 1:
-        depth = (passes + fails) // 2
-        log.info("parity gate: trying the first %d layers", depth)
-        report = check_parity(first_layers(model, depth), settings, text, gate, last=stage)
-        if report.passed:
-            passes = depth
+
+    def passes(depth: int) -> bool:
+        part = first_layers(model, depth)
+        return check_parity(part, settings, text, gate, last=stage).passed
+
+    where = _first_failure(model.spec.num_layers, passes)
+    return where or "no layer: a program lowered anew passes, so the file is not of these weights"
+
+
+def locate_gguf(
+    model: Decoder,
+    text: Int[Tensor, " n"],
+    limits: Limits,
+    weight_format: GgufFormat,
+    folder: Path,
+) -> str | None:
+    """The part of `model` with which its GGUF file begins to fail; None: a new file passes.
+
+    Each step writes the first layers as a file in `folder` and removes it; llama.cpp itself shows
+    nothing between tokens and logits.
+    """
+    path = folder / ".part.gguf"
+
+    def passes(depth: int) -> bool:
+        part = first_layers(model, depth)
+        write_gguf(path, part, tokenizer=None, token_ids={}, weight_format=weight_format)
+        return check_gguf(path, part, text, limits).passed
+
+    try:
+        return _first_failure(model.spec.num_layers, passes)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _first_failure(num_layers: int, passes: Callable[[int], bool]) -> str | None:
+    """Halves the depth; `passes` tells of the first layers of a model whether they are sound."""
+    sound, failing = 0, num_layers + 1
+    while failing - sound > 1:
+        depth = (sound + failing) // 2
+        log.info("looking for the layer: the first %d", depth)
+        if passes(depth):
+            sound = depth
         else:
-            fails = depth
-    if fails > model.spec.num_layers:
-        return "no layer: a program lowered anew passes, so the file is not of these weights"
-    if fails == 1:
-        return "layer 0, the embedding or the head"
-    return f"layer {fails - 1}"
+            failing = depth
+    if failing > num_layers:
+        return None
+    return f"layer {failing - 1}" if failing > 1 else "layer 0, the embedding or the head"
 
 
 @torch.no_grad()

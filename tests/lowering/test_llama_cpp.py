@@ -9,8 +9,11 @@ import torch
 
 from flash.data import load_tokenizer
 from flash.errors import CheckFailed
+from flash.evaluation.formats import Format, FormatSettings, Source, publish
+from flash.lowering import gguf_file
 from flash.lowering.check import Limits
 from flash.lowering.gguf_file import LIMITS, GgufFormat, check_gguf
+from flash.lowering.locate import locate_gguf
 from flash.model import load
 from tests.lowering.test_gguf import (
     LINEAR,
@@ -98,3 +101,20 @@ def test_a_file_that_llama_cpp_does_not_load_fails(tmp_path, prompt):
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(CheckFailed, match="llama.cpp does not load it"):
         check_gguf(path, decoder("F"), prompt, Limits())
+
+
+def test_the_layer_that_is_written_wrongly_is_found(tmp_path, prompt, monkeypatch):
+    model, form = load(TINY), GgufFormat.f32
+    assert locate_gguf(model, prompt, LIMITS[form], form, tmp_path) is None
+    tensors = gguf_file._tensors
+
+    def wrong(*args):
+        for name, tensor in tensors(*args):
+            yield name, -tensor if name == "blk.2.ffn_down.weight" else tensor
+
+    monkeypatch.setattr(gguf_file, "_tensors", wrong)
+    source = Source(model=model, text=prompt, tokenizer=TINY / "tokenizer.json", token_ids={})
+    settings = FormatSettings(gguf=form, gguf_tokenizer=False)
+    with pytest.raises(CheckFailed, match=r"gate of format gguf failed in layer 2; nothing"):
+        publish(Format.gguf, tmp_path / "export", source, settings, "key")
+    assert not any(tmp_path.rglob("*.gguf"))
