@@ -38,7 +38,7 @@ from flash.lowering.gguf_file import GgufFormat, write_gguf
 from flash.model import Decoder
 
 PROMPT, CONTEXTS, STEPS, PROCESSES = 512, (128, 2048), 16, 3
-SETTINGS = LoweringSettings(max_context=2080, prefill_chunk=512)
+SETTINGS = LoweringSettings(max_context=2080)
 FOLDER = Path("runs/limits")
 
 

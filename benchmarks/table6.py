@@ -44,7 +44,6 @@ def device_settings(contexts: list[int]) -> DeviceSettings:
     return DeviceSettings(
         name="host",
         max_context=max(contexts) + 32,
-        prefill_chunk=1024,
         prompts=contexts,
         contexts=contexts,
         processes=2,

@@ -18,6 +18,7 @@ from flash.files import write_text
 from flash.latency.bench import RUNTIME
 from flash.latency.bench import plain as lowering_plain
 from flash.lowering import LoweringSettings, lower, write
+from flash.lowering.settings import AttentionForm
 from flash.lowering.stock import check_stock, lower_stock
 from flash.lowering.stock_models import StockModel, stock_model
 from flash.model import Backbone, BackboneSettings, Decoder
@@ -119,9 +120,10 @@ def measure_shape(
         CheckFailed: ExecuTorch's export failed.
         DeviceError: A process on the device died or took too long.
     """
+    conditions = conditions_of(open_device(settings))
+    settings = _for_shape(shape, settings)
     _check(shape, settings.lowering)
     device = open_device(settings)
-    conditions = conditions_of(device)
     key = digest({"shape": shape.to_dict(), "conditions": conditions, "seed": seed})
     path = ShapeResult.path(runs, settings, name)
     if path.is_file():
@@ -163,6 +165,13 @@ def shape_results(runs: Runs, settings: DeviceSettings) -> list[ShapeResult]:
 def conditions_of(device: Device) -> str:
     """Hash of device, runtime and settings: what makes two latencies comparable."""
     return digest({"device": device.identity(), "settings": plain(device.settings)})
+
+
+def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:
+    """ExecuTorch's own export has one form of attention, and a default chunk that goes with it."""
+    if isinstance(shape, StockModel):
+        return dataclasses.replace(settings, attention=AttentionForm.sdpa)
+    return settings
 
 
 def _folder(runs: Runs, settings: DeviceSettings) -> Path:
