@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from flash.arch import ArchSpec, Attention
 from flash.device import Phase, Point
 from flash.lowering import LoweringSettings, SlidingForm
+from flash.lowering.settings import AttentionForm
 
 Values = Float[np.ndarray, " n"]
 
@@ -158,7 +159,11 @@ _GEMM = 7e7
 _STREAM = 2e7
 """Packed weights read from memory a ms."""
 _ATTENTION = 1.5e7
-"""Multiply-adds of scores and weighted sums a ms."""
+"""Multiply-adds of scores and weighted sums in `custom_sdpa` a ms."""
+_PRODUCTS = 4.4e7
+"""The same in XNNPACK's products a ms."""
+_SCORES = 1.3e6
+"""Scores a ms that XNNPACK adds a bias to and takes the softmax of."""
 _CACHE = 8e5
 """Keys and values, as numbers, read from the cache a ms."""
 _ELEMENTS = 2e5
@@ -176,12 +181,13 @@ def counted(
     """Work by kind (`WORK`), each in ms on a nominal device, of every spec at this point.
 
     Source: the operators of flash/lowering/form.py. `custom_sdpa` computes the causal triangle
-    for full attention, in chunks too; given a mask it computes every slot of the cache.
+    for full attention, in chunks too; given a mask it computes every slot of the cache. Matrix
+    products compute all keys up to a call's last for each of its queries.
 
     Args:
         table: Architectures.
         point: What is timed.
-        lowering: Form and slots of sliding layers.
+        lowering: Forms of attention, slots of sliding layers.
         chunk: Most prompt tokens of one call.
     """
     decode = point.phase is Phase.decode
@@ -203,6 +209,11 @@ def counted(
         return 2 * pairs * table.q_dim / _ATTENTION + read + elements
 
     full = attend(_pairs(np.array(last), first, tokens), np.array(last))
+    if lowering.attention is AttentionForm.matmul and not decode:
+        ends = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
+        pairs = float(np.diff(ends, prepend=0) @ ends)
+        full = attend(np.array(0), np.array(ends.mean()))
+        full = full + pairs * (2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES)
     if lowering.sliding is SlidingForm.ring:
         seen = np.minimum(window, lowering.max_context)
         slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last))

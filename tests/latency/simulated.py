@@ -14,6 +14,7 @@ import numpy as np
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings
 from flash.device import Phase, Point
 from flash.lowering import LoweringSettings, SlidingForm
+from flash.lowering.settings import AttentionForm
 
 BACKBONE = ArchSpec(
     model_dim=2048,
@@ -65,6 +66,7 @@ class SimulatedDevice:
     gemm: float = 9e7
     stream: float = 1.1e7
     attention: float = 1.2e7
+    products: float = 3.5e7
     elements: float = 6e5
     operator_ms: float = 0.002
     quirk: float = 0.01
@@ -122,6 +124,11 @@ class SimulatedDevice:
         window = spec.sliding_window
         sliding = kind is Attention.sliding_attention
         firsts = np.arange(start, start + length, 32)
+        if not sliding and length > 1 and lowering.attention is AttentionForm.matmul:
+            pairs = length * (start + length)
+            copied = 6 * (start + length) * spec.num_kv_heads * spec.head_dim
+            products = 2 * pairs * spec.num_heads * spec.head_dim / self.products
+            return products + pairs * spec.num_heads / self.elements + copied / self.stream
         if not sliding:
             keys = np.minimum(firsts + 32, start + length)
         elif lowering.sliding is SlidingForm.ring:
