@@ -19,8 +19,7 @@ from record import Recorder
 
 import conf
 from flash.device import DeviceSettings, HostDevice, Measurement, Program
-from flash.lowering import lower, write
-from flash.lowering.settings import AttentionForm
+from flash.lowering import AttentionForm, lower, write
 from flash.lowering.stock import lower_stock_arch
 from flash.model import Decoder
 

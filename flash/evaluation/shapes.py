@@ -17,8 +17,7 @@ from flash.errors import InputError, require
 from flash.files import write_text
 from flash.latency.bench import RUNTIME
 from flash.latency.bench import plain as lowering_plain
-from flash.lowering import LoweringSettings, lower, write
-from flash.lowering.settings import AttentionForm
+from flash.lowering import AttentionForm, LoweringSettings, lower, write
 from flash.lowering.stock import check_stock, lower_stock
 from flash.lowering.stock_models import StockModel, stock_model
 from flash.model import Backbone, BackboneSettings, Decoder

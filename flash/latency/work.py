@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 
 from flash.arch import ArchSpec, Attention
 from flash.device import Phase, Point
-from flash.lowering import LoweringSettings, SlidingForm
-from flash.lowering.settings import AttentionForm
+from flash.lowering import AttentionForm, LoweringSettings, SlidingForm
 
 Values = Float[np.ndarray, " n"]
 

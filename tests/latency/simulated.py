@@ -7,14 +7,13 @@ has a quirk of its own that no feature explains (about 1 %), and each measuremen
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings
 from flash.device import Phase, Point
-from flash.lowering import LoweringSettings, SlidingForm
-from flash.lowering.settings import AttentionForm
+from flash.lowering import AttentionForm, LoweringSettings, SlidingForm
 
 BACKBONE = ArchSpec(
     model_dim=2048,
@@ -54,6 +53,7 @@ TINY = SearchSpace(
     SMALL,
 )
 LOWERING = LoweringSettings(max_context=2304)
+SDPA = replace(LOWERING, attention=AttentionForm.sdpa, prefill_chunk=1024)
 PREFILL_512, PREFILL_2048 = Point(Phase.prefill, 512), Point(Phase.prefill, 2048)
 DECODE_512 = Point(Phase.decode, 512)
 POINTS = (PREFILL_512, PREFILL_2048, DECODE_512)

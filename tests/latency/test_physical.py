@@ -12,7 +12,6 @@ from flash.latency.prediction import Prediction, score
 from flash.latency.proxies import PowerLaw
 from flash.latency.work import WORK, SpecTable, counted, parameters
 from flash.lowering import LoweringSettings, SlidingForm
-from flash.lowering.settings import AttentionForm
 from tests.latency.simulated import (
     BACKBONE,
     DECODE_512,
@@ -20,6 +19,7 @@ from tests.latency.simulated import (
     LOWERING,
     POINTS,
     PREFILL_512,
+    SDPA,
     TINY,
     SimulatedDevice,
 )
@@ -32,7 +32,6 @@ DEVICES = {
     ),
 }
 RING = LoweringSettings(max_context=2304, sliding=SlidingForm.ring)
-SDPA = LoweringSettings(max_context=2304, attention=AttentionForm.sdpa)
 
 
 def work_of(spec, point, lowering=LOWERING):

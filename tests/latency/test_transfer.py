@@ -10,8 +10,8 @@ from tests.latency.simulated import (
     BACKBONE,
     DECODE_512,
     FLASH,
-    LOWERING,
     PREFILL_512,
+    SDPA,
     SimulatedDevice,
 )
 
@@ -27,15 +27,15 @@ SECOND = {
 def scores_of(predictor, device, point, num, seed):
     rng = np.random.default_rng(seed)
     specs = [BACKBONE, *FLASH.stratified(rng, num - 1)]
-    predictor.fit(specs, device.measure(specs, point, rng))
+    predictor.fit(specs, device.measure(specs, point, rng, SDPA))
     unseen = FLASH.stratified(rng, 80)
-    return score(predictor.predict(unseen), device.measure(unseen, point, rng))
+    return score(predictor.predict(unseen), device.measure(unseen, point, rng, SDPA))
 
 
 def source(point, seed=0):
     rng = np.random.default_rng(seed)
     specs = [BACKBONE, *FLASH.stratified(rng, 32)]
-    return Physical(point, LOWERING).fit(specs, FIRST.measure(specs, point, rng))
+    return Physical(point, SDPA).fit(specs, FIRST.measure(specs, point, rng, SDPA))
 
 
 @pytest.mark.parametrize("point", [PREFILL_512, DECODE_512], ids=str)
@@ -46,7 +46,7 @@ def test_transfer_is_no_worse_than_starting_anew(device, point):
     for num in (4, 8, 20):
         transferred, anew = (
             [scores_of(make(), device, point, num, seed) for seed in range(5)]
-            for make in (lambda: Transferred(known), lambda: Physical(point, LOWERING))
+            for make in (lambda: Transferred(known), lambda: Physical(point, SDPA))
         )
         errors.append(np.mean([s.mape_pct for s in transferred]))
         errors_anew.append(np.mean([s.mape_pct for s in anew]))

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from flash.errors import InputError
-from flash.lowering import GateSettings, Stage, check_parity, locate, lower
-from flash.lowering.settings import AttentionForm
+from flash.lowering import AttentionForm, GateSettings, Stage, check_parity, locate, lower
 from flash.model import Decoder
 from tests.lowering.conftest import read_program
 

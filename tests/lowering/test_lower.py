@@ -7,10 +7,9 @@ import torch
 
 from flash.arch import RopeKind, RopeScaling
 from flash.errors import InputError
-from flash.lowering import LoweringSettings, lower, write
+from flash.lowering import AttentionForm, LoweringSettings, lower, write
 from flash.lowering.form import Form
 from flash.lowering.lower import quantized_form
-from flash.lowering.settings import AttentionForm
 from flash.model import Decoder
 
 
