@@ -70,7 +70,7 @@ def main() -> None:
         )
         parts_ms = dict(zip(grid.parts(), all_ms[: len(parts)].tolist(), strict=True))
         values, errors = all_ms[len(parts) :], errors[len(parts) :]
-        table = BlockTable(point, backbone, grid, parts_ms)
+        table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
 
         def physical(point: Point = point) -> Physical:
             return Physical(point, bench.lowering, bench.workload.prefill_chunk)

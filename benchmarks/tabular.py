@@ -30,7 +30,7 @@ from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
 from flash.data import DataSettings
 from flash.device import Point
 from flash.latency.work import SpecTable, counted
-from flash.lowering import LoweringSettings, SlidingForm
+from flash.lowering import AttentionForm, LoweringSettings, SlidingForm
 from flash.model import Backbone
 from flash.progress import progress_bar
 from flash.runs import Runs
@@ -94,7 +94,8 @@ def done() -> set[tuple[ArchSpec, int]]:
 
 def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str, float]:
     """Latencies of one core at nominal rates."""
-    lowering = LoweringSettings(sliding=form)
+    # The forms that the table was made with.
+    lowering = LoweringSettings(sliding=form, attention=AttentionForm.sdpa, skip_unread=False)
     return {
         f"{point.phase.value}_ms": float(
             counted(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()

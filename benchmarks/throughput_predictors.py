@@ -37,7 +37,7 @@ def _blocks() -> BlockPredictor:
         kinds=SPACE.kinds,
     )
     parts_ms = {part: 1e-3 * part.model_dim * (part.ffn_dim or 64) ** 0.5 for part in grid.parts()}
-    return BlockPredictor(BlockTable(POINT, BACKBONE, grid, parts_ms))
+    return BlockPredictor(BlockTable(POINT, BACKBONE, grid, parts_ms, LoweringSettings()))
 
 
 def _rate(call: Callable[[], object]) -> float:

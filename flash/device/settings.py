@@ -69,6 +69,9 @@ class DeviceSettings:
     sliding: SlidingForm = SlidingForm.stock
     """Form of sliding-window layers: the stock ring buffer, or the ring that computes no more than
     the window."""
+    skip_unread: bool = True
+    """Whether prefill computes, from the last layer with attention on, only keys and values of all
+    tokens and the rest of the last one: what nothing reads is left out, and logits are the same."""
     max_context: int = 1024
     """Cache slots of the programs [tokens]."""
     prefill_chunk: int | None = None
@@ -160,6 +163,7 @@ class DeviceSettings:
             cache=self.cache,
             attention=self.attention,
             sliding=self.sliding,
+            skip_unread=self.skip_unread,
             max_context=self.max_context,
             prefill_chunk=self.prefill_chunk,
         )

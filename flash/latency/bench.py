@@ -31,7 +31,7 @@ from flash.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-LOWERING_VERSION = 2
+LOWERING_VERSION = 3
 """To be raised when flash.lowering writes other programs for the same spec and settings, so that
 old programs are not taken from the cache nor old latencies from the store."""
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from flash.arch import ArchSpec, Attention
-from flash.device import Point
+from flash.device import Phase, Point
 from flash.errors import InputError
-from flash.latency.work import Specs, SpecTable, Values
+from flash.latency.work import Specs, SpecTable, Values, last_half_share
+from flash.lowering import LoweringSettings
 
 FIXED = (
     "num_heads",
@@ -106,12 +107,18 @@ class BlockTable:
         base: A spec with the fixed sizes that the parts were measured with.
         grid: The measured points.
         values_ms: Latency of each part of the grid [ms].
+        lowering: Of the programs, which tells what whole models leave out of a prompt.
     """
 
     def __init__(
-        self, point: Point, base: ArchSpec, grid: Grid, values_ms: Mapping[Part, float]
+        self,
+        point: Point,
+        base: ArchSpec,
+        grid: Grid,
+        values_ms: Mapping[Part, float],
+        lowering: LoweringSettings,
     ) -> None:
-        self.point = point
+        self.point, self._lowering = point, lowering
         self.grid = grid
         self.smallest_ms = min(values_ms[part] for part in grid.parts())
         sliding = Attention.sliding_attention.value
@@ -145,8 +152,27 @@ class BlockTable:
         for kind, numbers in counts.items():
             if kind is not Attention.skip_attention and numbers.any():
                 total += numbers * self._interpolate(kind.value, model_dims)
+        if self._lowering.skip_unread and self.point.phase is Phase.prefill:
+            total -= self._unread(table, model_dims, ffn_dims)
         num_masks = np.maximum(counts[Attention.sliding_attention] - 1, 0)
         return Composition(total, 1 + depths + table.num_attending, num_masks)
+
+    def _unread(self, table: SpecTable, model_dims: Values, ffn_dims: Values) -> Values:
+        """What the parts, measured on all tokens, cost more than in a model's tail.
+
+        An FFN there sees one token a call. The last attention half keeps the share that keys and
+        values have in its work on paper.
+        """
+        tokens, chunk = self.point.tokens, self._lowering.chunk
+        one_token = -(-tokens // chunk) / tokens
+        ffns = table.column("num_tail") * self._interpolate(FFN, model_dims, ffn_dims)
+        unread = (1 - one_token) * ffns
+        kept = last_half_share(table, self.point, self._lowering)
+        for kind in (Attention.full_attention, Attention.sliding_attention):
+            last = table.column(f"last_{kind.value.removesuffix('_attention')}")
+            if last.any():
+                unread += last * (1 - kept) * self._interpolate(kind.value, model_dims)
+        return unread
 
     def _interpolate(self, name: str, x: Values, y: Values | None = None) -> Values:
         table = self._tables[name]

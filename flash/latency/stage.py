@@ -314,7 +314,7 @@ def _fit(
         table = None
         if grid is not None:
             parts_ms = dict(zip(grid.parts(), all_ms.tolist(), strict=False))
-            table = BlockTable(point, backbone, grid, parts_ms)
+            table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
         scores[point] = {}
         for kind in dict.fromkeys((chosen, PredictorKind.params, PredictorKind.flops)):
             make = _maker(kind, point, bench, table)

@@ -6,7 +6,7 @@ specs again and again makes the table once and hands over that.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -33,18 +33,23 @@ SIZES = (
 )
 """Attributes of a spec that a table holds as they are."""
 _sizes = attrgetter(*SIZES)
-_COLUMN = {name: i for i, name in enumerate((*SIZES, "num_layers", "num_full", "num_sliding"))}
+_COUNTS = ("num_layers", "num_full", "num_sliding", "num_tail", "last_full", "last_sliding")
+_COLUMN = {name: i for i, name in enumerate((*SIZES, *_COUNTS))}
 
 
 @dataclass(frozen=True)
 class SpecTable:
-    """The sizes of n architectures that latency depends on; where a layer stands is left out.
+    """The sizes of n architectures that latency depends on.
+
+    Where a layer stands is left out but for the tail: the layers from the last one with attention
+    on, all of them where none has attention.
 
     Attributes:
-        values: `SIZES`, then the number of layers, of full and of sliding ones.
+        values: `SIZES`, then the number of layers, of full and of sliding ones, of layers in the
+            tail; whether the last one with attention is full, and whether it is sliding.
     """
 
-    values: Int[np.ndarray, "n 13"]
+    values: Int[np.ndarray, "n 16"]
 
     @classmethod
     def of(cls, specs: "Specs") -> "SpecTable":
@@ -55,7 +60,10 @@ class SpecTable:
         rows: list[tuple[int, ...]] = []
         for spec in specs:
             kinds = spec.layer_types
-            rows.append((*_sizes(spec), len(kinds), kinds.count(full), kinds.count(sliding)))
+            last = max((i for i, kind in enumerate(kinds) if kind.attends), default=0)
+            counts = (len(kinds), kinds.count(full), kinds.count(sliding), len(kinds) - last)
+            ends = (kinds[last] is full, kinds[last] is sliding)
+            rows.append((*_sizes(spec), *counts, *ends))
         return cls(np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)))
 
     def __len__(self) -> int:
@@ -66,7 +74,7 @@ class SpecTable:
         return SpecTable(self.values[index])
 
     def column(self, name: str) -> Int[np.ndarray, " n"]:
-        """One size of every spec: a name in `SIZES`, `num_layers`, `num_full`, `num_sliding`."""
+        """One size of every spec: a name in `SIZES`, or a count."""
         return self.values[:, _COLUMN[name]]
 
     @property
@@ -89,6 +97,11 @@ class SpecTable:
         """Weights of all attention projections."""
         per_layer = self.column("model_dim") * 2 * (self.q_dim + self.kv_dim)
         return self.num_attending * per_layer
+
+    @property
+    def query_weights(self) -> Int[np.ndarray, " n"]:
+        """Weights of the projections of queries and outputs."""
+        return self.num_attending * self.column("model_dim") * 2 * self.q_dim
 
     @property
     def ffn_weights(self) -> Int[np.ndarray, " n"]:
@@ -186,7 +199,7 @@ def counted(
     Args:
         table: Architectures.
         point: What is timed.
-        lowering: Forms of attention, slots of sliding layers.
+        lowering: Forms of attention, slots of sliding layers, what is left out of a prompt.
         chunk: Most prompt tokens of one call.
     """
     decode = point.phase is Phase.decode
@@ -198,7 +211,12 @@ def counted(
     attending, sliding = table.num_attending, table.column("num_sliding")
     window = table.column("sliding_window")
 
-    def gemm(weights: np.ndarray, rows: int) -> np.ndarray:
+    skips = lowering.skip_unread and not decode
+    tail = table.column("num_tail") * skips
+    ends = {kind: table.column(f"last_{kind}") * skips for kind in ("full", "sliding")}
+    lasts = ends["full"] + ends["sliding"]
+
+    def gemm(weights: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
         return weights * (rows / _GEMM + calls / _STREAM)
 
     def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -208,28 +226,33 @@ def counted(
         return 2 * pairs * table.q_dim / _ATTENTION + read + elements
 
     full = attend(_pairs(np.array(last), first, tokens), np.array(last))
+    # Of each call one query, over all keys up to the call's end.
+    asked = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
+    last_full = attend(np.array(asked.sum()), np.array(asked.mean()))
     if lowering.attention is AttentionForm.matmul and not decode:
-        ends = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
-        pairs = float(np.diff(ends, prepend=0) @ ends)
-        full = attend(np.array(0), np.array(ends.mean()))
+        pairs = float(np.diff(asked, prepend=0) @ asked)
+        full = attend(np.array(0), np.array(asked.mean()))
         full = full + pairs * (2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES)
     if lowering.sliding is SlidingForm.ring:
         seen = np.minimum(window, lowering.max_context)
         slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last))
+        last_slide = attend(calls * seen, seen)
         mask = np.zeros(len(table))
     else:
         slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
         slide = attend(tokens * slots, slots)
+        last_slide = attend(calls * slots, slots)
         mask = (sliding > 0) * tokens * slots / _ELEMENTS
     operators = _FFN_OPERATORS * layers + _ATTENTION_OPERATORS * attending
     columns = {
-        "ffn_gemm": gemm(table.ffn_weights, tokens),
-        "attention_gemm": gemm(table.attention_weights, tokens),
+        "ffn_gemm": gemm(table.ffn_weights, _rows(tokens, calls, tail, layers)),
+        "attention_gemm": gemm(table.query_weights, _rows(tokens, calls, lasts, attending))
+        + gemm(table.attention_weights - table.query_weights, tokens),
         "head": gemm(table.head_weights, calls),
-        "ffn_elements": tokens * layers * table.column("ffn_dim") / _ELEMENTS,
-        "model_elements": tokens * (1 + layers + attending) * model_dim / _ELEMENTS,
-        "full": table.column("num_full") * full,
-        "sliding": sliding * slide,
+        "ffn_elements": tokens * (layers - tail) * table.column("ffn_dim") / _ELEMENTS,
+        "model_elements": tokens * (1 + layers - tail + attending) * model_dim / _ELEMENTS,
+        "full": (table.column("num_full") - ends["full"]) * full + ends["full"] * last_full,
+        "sliding": (sliding - ends["sliding"]) * slide + ends["sliding"] * last_slide,
         "mask": mask,
         "operators": calls * operators / _OPERATORS,
         "call": np.full(len(table), calls * _CALL),
@@ -237,9 +260,30 @@ def counted(
     return np.stack([columns[name] for name in WORK], axis=1)
 
 
-def shape_features(table: SpecTable) -> Float[np.ndarray, "n 5"]:
-    """Logs of depth, model_dim and ffn_dim; shares of full and of sliding layers."""
+def last_half_share(
+    table: SpecTable, point: Point, lowering: LoweringSettings
+) -> Float[np.ndarray, " n"]:
+    """Work of a prompt that is left of a model's last attention half, over that of all of it."""
+    names = [WORK.index(name) for name in ("attention_gemm", "full", "sliding")]
+    kinds = np.stack([table.column("last_full"), table.column("last_sliding")], axis=1)
+    values = table.values.copy()
+    values[:, [_COLUMN["num_full"], _COLUMN["num_sliding"]]] = kinds  # one half, the last one
+    one = SpecTable(values)
+    left, whole = (
+        counted(one, point, replace(lowering, skip_unread=skip), lowering.chunk)[:, names].sum(1)
+        for skip in (True, False)
+    )
+    return left / np.maximum(whole, 1e-12)
+
+
+def _rows(tokens: int, calls: int, tail: np.ndarray, all_: np.ndarray) -> np.ndarray:
+    """Mean rows of a product of all layers, if those of the tail see one token of each call."""
+    return tokens + (calls - tokens) * tail / np.maximum(all_, 1)
+
+
+def shape_features(table: SpecTable) -> Float[np.ndarray, "n 6"]:
+    """Logs of depth, model_dim and ffn_dim; shares of full, sliding and tail layers."""
     depth = table.column("num_layers")
     sizes = [np.log(table.column(name)) for name in ("num_layers", "model_dim", "ffn_dim")]
-    shares = [table.column(name) / depth for name in ("num_full", "num_sliding")]
+    shares = [table.column(name) / depth for name in ("num_full", "num_sliding", "num_tail")]
     return np.stack([*sizes, *shares], axis=1)

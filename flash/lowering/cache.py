@@ -110,7 +110,8 @@ class Int8Store(nn.Module):
 
 Store = FloatStore | Int8Store
 Attend = Callable[[Store, Tensor, Tensor, Tensor, Place], Tensor]
-"""Stores k and v `[1, s, kv heads, d]` and returns the attention of q `[1, s, heads, d]`."""
+"""Stores k and v `[1, s, kv heads, d]` and returns the attention of q `[1, s, heads, d]`, or of the
+last query alone `[1, 1, heads, d]`."""
 
 
 def attention_of(spec: ArchSpec, settings: LoweringSettings, sliding: bool) -> tuple[Store, Attend]:
@@ -128,11 +129,14 @@ def causal(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tenso
     """Everything up to the query; slot = position."""
     _write_linear(store, k, v, place.start)
     queries, keys, values = store.encode(q), store.stored("keys"), store.stored("values")
-    plan = place.last
+    alone, plan = _is_last(q), place.last
     if plan is None:
-        return store.attend(queries, keys, values, place.start, None)
+        start = place.start + k.shape[1] - 1 if alone else place.start
+        return store.attend(queries, keys, values, start, None)
     heads, size = q.shape[2:]
-    if plan.bias is None:
+    if alone:
+        others = store.attend(queries, keys, values, plan.alone_start, None).view(1, heads * size)
+    elif plan.bias is None:
         first = _part(queries, 0, plan.others)
         others = store.attend(first, keys, values, plan.others_start, None)
         others = others.view(-1, heads * size)
@@ -143,7 +147,12 @@ def causal(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tenso
     shared = tuple(_share_keys(x, k.shape[2]) for x in _part(queries, q.shape[1] - 1, 1))
     last = store.attend(shared, keys, values, plan.start, None, causal=False)
     last = last.transpose(1, 2).reshape(1, heads * size)
-    return torch.cat([others, last]).index_select(0, plan.order)[None]
+    return torch.cat([others, last]).index_select(0, plan.apart if alone else plan.order)[None]
+
+
+def _is_last(q: Tensor) -> bool:
+    """Whether q is the last query alone, whatever the length of the call."""
+    return isinstance(q.shape[1], int) and q.shape[1] == 1
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -169,7 +178,12 @@ def masked(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tenso
     """What the mask shows; slot = position."""
     _write_linear(store, k, v, place.start)
     keys, values = store.stored("keys"), store.stored("values")
-    return store.attend(store.encode(q), keys, values, place.start, place.mask)
+    return store.attend(store.encode(q), keys, values, place.start, _mask(q, place))
+
+
+def _mask(q: Tensor, place: Place) -> Tensor:
+    assert place.mask is not None
+    return place.mask[-1:] if _is_last(q) else place.mask
 
 
 def _write_linear(store: Store, k: Tensor, v: Tensor, start: int) -> None:
@@ -184,7 +198,7 @@ def masked_ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> 
     _write(store, "keys", store.encode(k), place.start, place.slots)
     _write(store, "values", store.encode(v), place.start, place.slots)
     keys, values = store.stored("keys"), store.stored("values")
-    return store.attend(store.encode(q), keys, values, 0, place.mask)
+    return store.attend(store.encode(q), keys, values, 0, _mask(q, place))
 
 
 def ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
@@ -194,6 +208,10 @@ def ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     plan, start, slots = place.plan, place.start, place.slots
     queries, keys, values = store.encode(q), store.encode(k), store.encode(v)
     all_keys, all_values = store.stored("keys"), store.stored("values")
+    if _is_last(q):
+        _write(store, "keys", keys, start, slots)
+        _write(store, "values", values, start, slots)
+        return store.attend(queries, all_keys, all_values, plan.last_start, None)
 
     # Looked up first: from here on new tokens replace old ones.
     later = store.attend(
@@ -205,17 +223,27 @@ def ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     )
     later = later.view(1, -1, *later.shape[2:])
 
-    first = slots.narrow(1, 0, plan.early)
+    first = _after(later, slots.narrow(1, 0, plan.early))
     _write(store, "keys", _part(keys, 0, plan.early), start, first)
     _write(store, "values", _part(values, 0, plan.early), start, first)
     early_queries = _part(queries, 0, plan.early)
     early = store.attend(early_queries, all_keys, all_values, plan.early_start, None)
 
+    slots = _after(early, slots)
     _write(store, "keys", keys, start, slots)
     _write(store, "values", values, start, slots)
     last_query = _part(queries, q.shape[1] - 1, 1)
     last = store.attend(last_query, all_keys, all_values, plan.last_start, None)
     return torch.cat([early, later, last], dim=1).index_select(1, plan.order)
+
+
+def _after(read: Tensor, slots: Tensor) -> Tensor:
+    """The same slots, known only once `read` is.
+
+    In an exported graph every write makes a new value, in a program they share one buffer: only
+    what a write needs is sure to happen before it.
+    """
+    return torch.where(read.reshape(-1)[:1] > 0, slots, slots)
 
 
 def _write(store: Store, name: str, new: Coded, start: int, slots: Tensor) -> None:

@@ -74,12 +74,23 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class AttentionHalf(nn.Module):
-    """Norm, projections, rotary embedding, cache, attention, residual."""
+    """Norm, projections, rotary embedding, cache, attention, residual.
+
+    The `last` one of a model, whose output only the answer is made of, stores the keys and values
+    of all tokens and goes on with the last one: `[1, s, c] -> [1, 1, c]`.
+    """
 
     def __init__(
-        self, norm: RMSNorm, attention: SelfAttention, spec: ArchSpec, settings: LoweringSettings
+        self,
+        norm: RMSNorm,
+        attention: SelfAttention,
+        spec: ArchSpec,
+        settings: LoweringSettings,
+        *,
+        last: bool = False,
     ) -> None:
         super().__init__()
+        self.last = last
         self.norm = Norm(norm)
         self.q_proj = _linear(attention.q_proj.weight, attention.q_proj.bias)
         self.k_proj = _linear(attention.k_proj.weight, attention.k_proj.bias)
@@ -94,11 +105,14 @@ class AttentionHalf(nn.Module):
     def forward(self, x: Tensor, place: Place) -> Tensor:
         length = x.shape[1]
         y = self.norm(x)
-        q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
         k = self.k_norm(self.k_proj(y).view(1, length, *self.kv_shape))
         v = self.v_proj(y).view(1, length, *self.kv_shape)
-        q, k = _rotate(q, place.cos, place.sin), _rotate(k, place.cos, place.sin)
-        out = self.attend(self.cache, q, k, v, place)
+        k = _rotate(k, place.cos, place.sin)
+        cos, sin = place.cos, place.sin
+        if self.last:
+            x, y, cos, sin, length = x[:, -1:], y[:, -1:], cos[-1:], sin[-1:], 1
+        q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
+        out = self.attend(self.cache, _rotate(q, cos, sin), k, v, place)
         return x + self.o_proj(out.reshape(1, length, -1))
 
 
@@ -147,17 +161,21 @@ class Form(nn.Module):
             if spec.attention_layers
             else None
         )
+        attending = [i for i, kind in enumerate(kinds) if kind.attends]
+        last = attending[-1] if attending and settings.skip_unread else None
+        self.reads_all = bool(attending) or not settings.skip_unread
         self.halves = nn.ModuleList()
-        for layer in cast(Iterable[Layer], model.model.layers):
+        for i, layer in enumerate(cast(Iterable[Layer], model.model.layers)):
             if layer.kind is not Attention.skip_attention:
-                half = AttentionHalf(layer.input_layernorm, layer.self_attn, spec, settings)
+                norm, attention = layer.input_layernorm, layer.self_attn
+                half = AttentionHalf(norm, attention, spec, settings, last=i == last)
                 self.halves.append(half)
             self.halves.append(FfnHalf(layer.post_attention_layernorm, layer.mlp))
         self.head = Head(model.model.norm, model.lm_head.weight)
         self.eval()
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.embedding(tokens if self.reads_all else tokens[:, -1:])
         place = self.position(input_pos, tokens.shape[1]) if self.position is not None else None
         for half in self.halves:
             x = half(x, place) if isinstance(half, AttentionHalf) else half(x)

@@ -69,6 +69,10 @@ class LastQuery(NamedTuple):
     """Position of the first of the g queries, had they been neighbours."""
     order: Tensor
     """Which of (others, last) is each of the s queries `[s]`."""
+    alone_start: int
+    """Where the last query is without the others: its position where it stays with them, or 0."""
+    apart: Tensor
+    """Whether the last query does not stay with the others, as an index `[1]`."""
     keys: int
     """Number of keys, from the first on, up to the last of the others; 1 or more."""
     bias: Tensor | None
@@ -217,6 +221,8 @@ class _Last(nn.Module):
             others_start=others_start,
             start=_larger(last - (self.group - 1), 0),
             order=torch.where(nth < length - apart, nth, others),
+            alone_start=last * (1 - apart),
+            apart=torch.full((1,), apart, dtype=torch.long),
             keys=keys,
             bias=bias,
         )

@@ -55,6 +55,9 @@ class LoweringSettings:
     """What attends to the cache in prefill."""
     sliding: SlidingForm = SlidingForm.stock
     """Form of sliding-window layers."""
+    skip_unread: bool = True
+    """Whether a prompt's tokens leave out what nothing reads: from the last layer with attention on
+    all but its keys and values, save for the last token."""
     max_context: int = 2048
     """Cache slots: the longest prompt and answer together [tokens]."""
     prefill_chunk: int | None = None

@@ -53,7 +53,7 @@ TINY = SearchSpace(
     SMALL,
 )
 LOWERING = LoweringSettings(max_context=2304)
-SDPA = replace(LOWERING, attention=AttentionForm.sdpa, prefill_chunk=1024)
+SDPA = replace(LOWERING, attention=AttentionForm.sdpa, prefill_chunk=1024, skip_unread=False)
 PREFILL_512, PREFILL_2048 = Point(Phase.prefill, 512), Point(Phase.prefill, 2048)
 DECODE_512 = Point(Phase.decode, 512)
 POINTS = (PREFILL_512, PREFILL_2048, DECODE_512)
@@ -98,14 +98,19 @@ class SimulatedDevice:
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         ffn = 2 * self._product(length, d, f) + self._product(length, f, d)
         ffn += length * (7 * f + 5 * d) / self.elements / 5 + 10 * self.operator_ms
-        total = spec.num_layers * ffn + 0.03
-        for kind in spec.layer_types:
-            if kind is Attention.skip_attention:
-                continue
-            total += self._product(length, d, q) + 2 * self._product(length, d, kv)
-            total += self._product(length, q, d) + 22 * self.operator_ms
-            total += length * (5 * d + 6 * (q + kv)) / self.elements / 5
-            total += self._attend(spec, kind, start, length, lowering)
+        one = 2 * self._product(1, d, f) + self._product(1, f, d) + 10 * self.operator_ms
+        total = 0.03
+        attending = [i for i, kind in enumerate(spec.layer_types) if kind.attends]
+        for i, kind in enumerate(spec.layer_types):
+            tail = lowering.skip_unread and length > 1 and not any(j > i for j in attending)
+            if kind is not Attention.skip_attention:
+                total += 2 * self._product(length, d, kv) + 22 * self.operator_ms
+                asked = 1 if tail else length
+                total += self._product(asked, d, q) + self._product(asked, q, d)
+                total += length * (5 * d + 6 * (q + kv)) / self.elements / 5
+                first = start + length - asked
+                total += self._attend(spec, kind, first, asked, lowering)
+            total += one if tail else ffn
         if (
             Attention.sliding_attention in spec.layer_types
             and lowering.sliding is SlidingForm.stock

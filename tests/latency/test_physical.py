@@ -1,8 +1,11 @@
 """Counted work, and the predictors made of it, on a simulated device of another form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from flash.arch import Attention
 from flash.device import Phase, Point
 from flash.errors import InputError
 from flash.latency.contexts import Interpolated
@@ -70,6 +73,23 @@ def test_attention_of_a_prompt_grows_with_its_square_and_a_mask_costs_every_slot
     assert work_of(masked, PREFILL_512, SDPA)["sliding"] > 3 * full["full"]
     assert work_of(masked, PREFILL_512, RING)["sliding"] < full["full"]
     assert work_of(masked, PREFILL_512, RING)["mask"] == 0
+
+
+def test_the_tail_of_a_model_sees_one_token_of_a_prompt():
+    full, skip = Attention.full_attention, Attention.skip_attention
+    tailed, short = (
+        BACKBONE.replace(layer_types=kinds)
+        for kinds in ((full, skip, full, skip, skip), (full, skip))
+    )
+    whole = replace(LOWERING, skip_unread=False)
+    left, all_of_it, body = (
+        work_of(spec, PREFILL_512, lowering)
+        for spec, lowering in ((tailed, LOWERING), (tailed, whole), (short, whole))
+    )
+    assert body["ffn_gemm"] < left["ffn_gemm"] < 1.05 * body["ffn_gemm"] + all_of_it["head"]
+    assert body["full"] < left["full"] < 0.6 * all_of_it["full"]
+    assert left["head"] == all_of_it["head"]
+    assert work_of(tailed, DECODE_512, LOWERING) == work_of(tailed, DECODE_512, whole)
 
 
 def test_a_prompt_in_chunks_reads_the_weights_once_a_chunk():

@@ -54,6 +54,8 @@ GRID = Grid(
 
 
 POINT = Point(Phase.prefill, 64)
+WHOLE = LoweringSettings(max_context=64, skip_unread=False)
+"""Every part of a prompt is computed."""
 
 
 def part_ms(part):
@@ -79,7 +81,7 @@ def table(rng=None, noise=0.0):
     values = {part: part_ms(part) for part in GRID.parts()}
     if rng is not None:
         values = {part: v * np.exp(noise * rng.standard_normal()) for part, v in values.items()}
-    return BlockTable(POINT, BACKBONE, GRID, values)
+    return BlockTable(POINT, BACKBONE, GRID, values, WHOLE)
 
 
 def truth(specs):
@@ -97,6 +99,24 @@ def test_composition_is_exact_for_a_bilinear_device():
     np.testing.assert_allclose(table().compose(specs).total_ms, truth(specs), rtol=1e-12)
 
 
+def test_composition_leaves_out_what_a_prompt_does_not_read():
+    full, skip = FULL, Attention.skip_attention
+    lowering = LoweringSettings(max_context=64, prefill_chunk=32)
+    values = {part: part_ms(part) for part in GRID.parts()}
+    unread = BlockTable(POINT, BACKBONE, GRID, values, lowering)
+    tailed = BACKBONE.replace(layer_types=(full, full, skip, full, skip, skip))
+    [whole], [left] = (each.compose([tailed]).total_ms for each in (table(), unread))
+    ffn = part_ms(Part(name="ffn", model_dim=tailed.model_dim, ffn_dim=tailed.ffn_dim))
+    half = part_ms(Part(name=full.value, model_dim=tailed.model_dim))
+    tail = 3 * ffn * (1 - 2 / 64)  # two calls of 32 tokens, one token each
+    assert whole - tail - half < left < whole - tail - 0.3 * half
+    decode = BlockTable(Point(Phase.decode, 64), BACKBONE, GRID, values, lowering)
+    assert decode.compose([tailed]).total_ms == table().compose([tailed]).total_ms
+    [nothing] = unread.compose([BACKBONE.replace(layer_types=(skip,) * 4)]).total_ms
+    ends = part_ms(Part(name="ends", model_dim=tailed.model_dim))
+    assert nothing == pytest.approx(ends + 4 * ffn * 2 / 64)
+
+
 def test_composition_goes_on_linearly_beyond_the_grid():
     wider = BACKBONE.replace(model_dim=320, ffn_dim=1280)
     np.testing.assert_allclose(table().compose([wider]).total_ms, truth([wider]), rtol=1e-12)
@@ -112,7 +132,7 @@ def test_composition_counts_parts_and_masks():
 
 def test_grid_of_one_width_is_constant_in_it():
     grid = Grid(model_dims=(256,), ffn_dims=GRID.ffn_dims, kinds=SPACE.kinds)
-    lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()})
+    lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()}, WHOLE)
     np.testing.assert_allclose(lone.compose([BACKBONE]).total_ms, truth([BACKBONE]))
 
 
@@ -123,7 +143,7 @@ def test_blocks_of_other_heads_are_refused():
 
 def test_kind_without_a_measured_block_is_refused():
     grid = Grid(model_dims=(256,), ffn_dims=(1024,), kinds=(FULL,))
-    lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()})
+    lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()}, WHOLE)
     with pytest.raises(InputError, match="sliding_attention"):
         lone.compose([BACKBONE.replace(layer_types=(FULL, SLIDING))])
 

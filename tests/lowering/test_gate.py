@@ -15,8 +15,8 @@ SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
 @pytest.mark.parametrize(
     ("pattern", "attention"),
     [
-        ("F-", AttentionForm.matmul),
-        ("F-", AttentionForm.sdpa),
+        ("FF-", AttentionForm.matmul),  # the last one goes on with one token
+        ("FF", AttentionForm.sdpa),
         pytest.param("FS", AttentionForm.matmul, marks=pytest.mark.slow),
     ],
 )
@@ -29,7 +29,7 @@ def test_fp32_program_equals_the_decoder(toy, settings, text, pattern, attention
 
 def test_prefill_runs_in_xnnpack(toy, settings):
     """Products, softmax and norms: outside it they would be portable loops, ten times slower."""
-    program = read_program(lower(toy("F-"), settings())).program
+    program = read_program(lower(toy("FF"), settings())).program
     [plan] = [plan for plan in program.execution_plan if plan.name == "forward"]
     outside = {operator.name.removeprefix("aten::") for operator in plan.operators}
     assert not outside & {"bmm", "_softmax", "mean", "linear", "mul", "sigmoid", "permute_copy"}
@@ -37,8 +37,8 @@ def test_prefill_runs_in_xnnpack(toy, settings):
 
 
 def test_quantised_program_equals_its_eager_form(toy, settings, text):
-    # The sliding layer also covers the additive mask; biases stay beside quantised weights.
-    model = toy("S-", qkv_bias=True)
+    # The sliding layers also cover the additive mask; biases stay beside quantised weights.
+    model = toy("SS", qkv_bias=True)
     report = check_parity(model, settings(), text, SHORT)
     quantized, exported, runtime = report.stages
     assert report.passed, report

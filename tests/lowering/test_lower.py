@@ -8,7 +8,7 @@ import torch
 from flash.arch import RopeKind, RopeScaling
 from flash.errors import InputError
 from flash.lowering import AttentionForm, LoweringSettings, lower, write
-from flash.lowering.form import Form
+from flash.lowering.form import FfnHalf, Form
 from flash.lowering.lower import quantized_form
 from flash.model import Decoder
 
@@ -23,10 +23,17 @@ def last_logits(form, text, chunks):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", AttentionForm)
-@pytest.mark.parametrize(("pattern", "qk_norm"), [("F-", True), ("S-S", True), ("FS", False)])
-def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm, attention):
+@pytest.mark.parametrize("skip_unread", [True, False])
+@pytest.mark.parametrize(
+    ("pattern", "qk_norm"),
+    [("F-", True), ("S-S", True), ("FS", False), ("-FF", True), ("--", False)],
+)
+def test_form_equals_decoder_at_every_step(
+    toy, settings, text, pattern, qk_norm, skip_unread, attention
+):
     model = toy(pattern, qk_norm)
-    form = Form(model, replace(settings("fp32"), attention=attention))
+    formats = replace(settings("fp32"), attention=attention, skip_unread=skip_unread)
+    form = Form(model, formats)
     expected = model(text[None, :20])[0]
     for chunks in ([9, 7, 1, 1, 1, 1], [16, 4], [1] * 20):
         torch.testing.assert_close(
@@ -37,7 +44,7 @@ def test_form_equals_decoder_at_every_step(toy, settings, text, pattern, qk_norm
 @torch.no_grad()
 @pytest.mark.parametrize(("cache", "limit"), [("fp32", 2e-6), ("int8", 0.02)])
 @pytest.mark.parametrize("attention", AttentionForm)
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kv_heads", [1, 4])  # of the two layers the last goes on with one token
 def test_query_heads_that_share_a_key_head(toy, settings, text, kv_heads, attention, cache, limit):
     """From the first position on: below `group - 1` the shared way cannot be taken."""
     torch.manual_seed(0)
@@ -143,3 +150,20 @@ def test_write_replaces_the_file_as_a_whole(tmp_path):
     write(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["model.pte"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip_unread", [True, False])
+@pytest.mark.parametrize(("pattern", "whole"), [("F-F--", 2), ("----", 0), ("FF", 1)])
+def test_what_nothing_reads_is_left_out_of_a_prompt(
+    toy, settings, text, pattern, whole, skip_unread
+):
+    """From the last layer with attention on, FFNs see the last token only."""
+    form = Form(toy(pattern), replace(settings("fp32"), skip_unread=skip_unread))
+    lengths = []
+    for half in form.halves:
+        if isinstance(half, FfnHalf):
+            half.register_forward_hook(lambda *args: lengths.append(args[1][0].shape[1]))
+    form(text[None, :12], torch.tensor([0]))
+    read_by_others = whole if skip_unread else len(pattern)
+    assert lengths == [12] * read_by_others + [1] * (len(pattern) - read_by_others)
