@@ -219,28 +219,29 @@ def counted(
     def gemm(weights: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
         return weights * (rows / _GEMM + calls / _STREAM)
 
-    def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One layer: pairs of query and key, keys read in each call, work on each token."""
-        elements = tokens * (table.q_dim + 2 * table.kv_dim) / _ELEMENTS
-        read = 2 * calls * keys * table.kv_dim / _CACHE
-        return 2 * pairs * table.q_dim / _ATTENTION + read + elements
+    elements = tokens * (table.q_dim + 2 * table.kv_dim) / _ELEMENTS
 
-    full = attend(_pairs(np.array(last), first, tokens), np.array(last))
+    def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """One layer: pairs of query and key, keys read in each call."""
+        read = 2 * calls * keys * table.kv_dim / _CACHE
+        return 2 * pairs * table.q_dim / _ATTENTION + read
+
+    full = attend(_pairs(np.array(last), first, tokens), np.array(last)) + elements
     # Of each call one query, over all keys up to the call's end.
     asked = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
     last_full = attend(np.array(asked.sum()), np.array(asked.mean()))
     if lowering.attention is AttentionForm.matmul and not decode:
         pairs = float(np.diff(asked, prepend=0) @ asked)
-        full = attend(np.array(0), np.array(asked.mean()))
+        full = attend(np.array(0), np.array(asked.mean())) + elements
         full = full + pairs * (2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES)
     if lowering.sliding is SlidingForm.ring:
         seen = np.minimum(window, lowering.max_context)
-        slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last))
+        slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last)) + elements
         last_slide = attend(calls * seen, seen)
         mask = np.zeros(len(table))
     else:
         slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
-        slide = attend(tokens * slots, slots)
+        slide = attend(tokens * slots, slots) + elements
         last_slide = attend(calls * slots, slots)
         mask = (sliding > 0) * tokens * slots / _ELEMENTS
     operators = _FFN_OPERATORS * layers + _ATTENTION_OPERATORS * attending
@@ -250,7 +251,9 @@ def counted(
         + gemm(table.attention_weights - table.query_weights, tokens),
         "head": gemm(table.head_weights, calls),
         "ffn_elements": tokens * (layers - tail) * table.column("ffn_dim") / _ELEMENTS,
-        "model_elements": tokens * (1 + layers - tail + attending) * model_dim / _ELEMENTS,
+        "model_elements": tokens
+        * ((1 + layers - tail + attending) * model_dim + lasts * 2 * table.kv_dim)
+        / _ELEMENTS,
         "full": (table.column("num_full") - ends["full"]) * full + ends["full"] * last_full,
         "sliding": (sliding - ends["sliding"]) * slide + ends["sliding"] * last_slide,
         "mask": mask,
@@ -281,9 +284,9 @@ def _rows(tokens: int, calls: int, tail: np.ndarray, all_: np.ndarray) -> np.nda
     return tokens + (calls - tokens) * tail / np.maximum(all_, 1)
 
 
-def shape_features(table: SpecTable) -> Float[np.ndarray, "n 6"]:
-    """Logs of depth, model_dim and ffn_dim; shares of full, sliding and tail layers."""
+def shape_features(table: SpecTable) -> Float[np.ndarray, "n 5"]:
+    """Logs of depth, model_dim and ffn_dim; shares of full and of sliding layers."""
     depth = table.column("num_layers")
     sizes = [np.log(table.column(name)) for name in ("num_layers", "model_dim", "ffn_dim")]
-    shares = [table.column(name) / depth for name in ("num_full", "num_sliding", "num_tail")]
+    shares = [table.column(name) / depth for name in ("num_full", "num_sliding")]
     return np.stack([*sizes, *shares], axis=1)

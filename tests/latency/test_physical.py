@@ -53,7 +53,7 @@ def scores_of(predictor, device, space, point, lowering, seed, num):
 
 def test_work_adds_up_over_layers():
     one, two = (
-        work_of(FLASH.make(1024, 2048, BACKBONE.layer_types[:depth]), PREFILL_512)
+        work_of(FLASH.make(1024, 2048, BACKBONE.layer_types[:depth]), PREFILL_512, SDPA)
         for depth in (1, 2)
     )
     for name in ("ffn_gemm", "attention_gemm", "full", "operators"):
@@ -87,7 +87,7 @@ def test_the_tail_of_a_model_sees_one_token_of_a_prompt():
         for spec, lowering in ((tailed, LOWERING), (tailed, whole), (short, whole))
     )
     assert body["ffn_gemm"] < left["ffn_gemm"] < 1.05 * body["ffn_gemm"] + all_of_it["head"]
-    assert body["full"] < left["full"] < 0.6 * all_of_it["full"]
+    assert body["full"] < left["full"] < 0.7 * all_of_it["full"]
     assert left["head"] == all_of_it["head"]
     assert work_of(tailed, DECODE_512, LOWERING) == work_of(tailed, DECODE_512, whole)
 

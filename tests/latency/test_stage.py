@@ -48,7 +48,7 @@ SPACE = SearchSpace(
     BACKBONE,
 )
 PREFILL, DECODE = WORKLOAD.points
-LOWERING = LoweringSettings(max_context=128)
+LOWERING = LoweringSettings(max_context=128, skip_unread=False)
 BLOCKS = LatencySettings()
 SETTINGS = replace(BLOCKS, group_size=5)
 ACTIVE = LatencySettings(predictor=PredictorKind.physical, group_size=5, whole_models=25)
