@@ -58,7 +58,7 @@ class Norm(nn.Module):
         super().__init__()
         self.weight, self.eps = _share(norm.weight), norm.eps
         width = norm.weight.numel()
-        self.register_buffer("mean", torch.full((1, width), 1.0 / width))
+        self.register_buffer("mean", torch.full((1, width), 1.0 / width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(F.linear(x * x, self.mean) + self.eps) * self.weight

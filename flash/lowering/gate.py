@@ -178,7 +178,8 @@ def check_parity(
     steps: dict[Stage, Callable[[], Step]] = {Stage.quantized: lambda: form}
     if last is not Stage.quantized:
         exported = export_form(form, settings)
-        steps[Stage.exported] = exported.module
+        module = exported.module()  # before the passes, which drop the buffers that no layer uses
+        steps[Stage.exported] = lambda: module
         if last is Stage.runtime:
             data = serialise(exported, settings) if program is None else program
             steps[Stage.runtime] = lambda: _runtime_step(data)

@@ -201,10 +201,9 @@ class _Last(nn.Module):
         self.group, self.chunk = group, settings.chunk
         self.matmul = settings.attention is AttentionForm.matmul
         count = torch.arange(settings.max_context)
-        # Persistent, as an export keeps only such buffers if no layer uses them.
-        self.register_buffer("count", count)
+        self.register_buffer("count", count, persistent=False)
         if self.matmul:
-            self.register_buffer("number", count.float())
+            self.register_buffer("number", count.float(), persistent=False)
 
     def forward(self, start: int, length: int) -> LastQuery:
         last = start + length - 1
