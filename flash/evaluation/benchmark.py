@@ -230,12 +230,12 @@ def _task_files(folder: Path) -> list[Path]:
 
 
 def _digest_of(paths: list[Path]) -> str:
-    """Hash of names and contents of files."""
+    """Hash of paths and contents of files."""
     hasher = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        hasher.update(f"{path.name} {content}\n".encode())
+        hasher.update(f"{path} {content}\n".encode())
     return hasher.hexdigest()[:16]
 
 

@@ -202,48 +202,16 @@ def counted(
         lowering: Forms of attention, slots of sliding layers, what is left out of a prompt.
         chunk: Most prompt tokens of one call.
     """
-    decode = point.phase is Phase.decode
-    tokens = 1 if decode else point.tokens
-    first = point.tokens if decode else 0
-    calls = 1 if decode else -(-point.tokens // chunk)
-    last = first + tokens
+    tokens, _, calls = _lengths(point, chunk)
     layers, model_dim = table.column("num_layers"), table.column("model_dim")
-    attending, sliding = table.num_attending, table.column("num_sliding")
-    window = table.column("sliding_window")
-
-    skips = lowering.skip_unread and not decode
+    attending = table.num_attending
+    skips = lowering.skip_unread and point.phase is Phase.prefill
     tail = table.column("num_tail") * skips
-    ends = {kind: table.column(f"last_{kind}") * skips for kind in ("full", "sliding")}
-    lasts = ends["full"] + ends["sliding"]
+    lasts = (table.column("last_full") + table.column("last_sliding")) * skips
 
     def gemm(weights: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
         return weights * (rows / _GEMM + calls / _STREAM)
 
-    elements = tokens * (table.q_dim + 2 * table.kv_dim) / _ELEMENTS
-
-    def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One layer: pairs of query and key, keys read in each call."""
-        read = 2 * calls * keys * table.kv_dim / _CACHE
-        return 2 * pairs * table.q_dim / _ATTENTION + read
-
-    full = attend(_pairs(np.array(last), first, tokens), np.array(last)) + elements
-    # Of each call one query, over all keys up to the call's end.
-    asked = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
-    last_full = attend(np.array(asked.sum()), np.array(asked.mean()))
-    if lowering.attention is AttentionForm.matmul and not decode:
-        pairs = float(np.diff(asked, prepend=0) @ asked)
-        full = attend(np.array(0), np.array(asked.mean())) + elements
-        full = full + pairs * (2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES)
-    if lowering.sliding is SlidingForm.ring:
-        seen = np.minimum(window, lowering.max_context)
-        slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last)) + elements
-        last_slide = attend(calls * seen, seen)
-        mask = np.zeros(len(table))
-    else:
-        slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
-        slide = attend(tokens * slots, slots) + elements
-        last_slide = attend(calls * slots, slots)
-        mask = (sliding > 0) * tokens * slots / _ELEMENTS
     operators = _FFN_OPERATORS * layers + _ATTENTION_OPERATORS * attending
     columns = {
         "ffn_gemm": gemm(table.ffn_weights, _rows(tokens, calls, tail, layers)),
@@ -254,13 +222,58 @@ def counted(
         "model_elements": tokens
         * ((1 + layers - tail + attending) * model_dim + lasts * 2 * table.kv_dim)
         / _ELEMENTS,
-        "full": (table.column("num_full") - ends["full"]) * full + ends["full"] * last_full,
-        "sliding": (sliding - ends["sliding"]) * slide + ends["sliding"] * last_slide,
-        "mask": mask,
+        **_attention(table, point, lowering, chunk),
         "operators": calls * operators / _OPERATORS,
         "call": np.full(len(table), calls * _CALL),
     }
     return np.stack([columns[name] for name in WORK], axis=1)
+
+
+def _lengths(point: Point, chunk: int) -> tuple[int, int, int]:
+    """Tokens that go through, position of the first, calls."""
+    if point.phase is Phase.decode:
+        return 1, point.tokens, 1
+    return point.tokens, 0, -(-point.tokens // chunk)
+
+
+def _attention(
+    table: SpecTable, point: Point, lowering: LoweringSettings, chunk: int
+) -> dict[str, np.ndarray]:
+    """The columns `full`, `sliding` and `mask` of `counted`."""
+    tokens, first, calls = _lengths(point, chunk)
+    last, prefill = first + tokens, point.phase is Phase.prefill
+    window, sliding = table.column("sliding_window"), table.column("num_sliding")
+    elements = tokens * (table.q_dim + 2 * table.kv_dim) / _ELEMENTS
+
+    def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """One layer: pairs of query and key, keys read in each call."""
+        read = 2 * calls * keys * table.kv_dim / _CACHE
+        return 2 * pairs * table.q_dim / _ATTENTION + read
+
+    full = attend(_pairs(np.array(last), first, tokens), np.array(last))
+    # Of each call one query, over all keys up to the call's end.
+    asked = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
+    last_full = attend(np.array(asked.sum()), np.array(asked.mean()))
+    if lowering.attention is AttentionForm.matmul and prefill:
+        pairs = float(np.diff(asked, prepend=0) @ asked)
+        full = attend(np.array(0), np.array(asked.mean()))
+        full = full + pairs * (2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES)
+    if lowering.sliding is SlidingForm.ring:
+        seen = np.minimum(window, lowering.max_context)
+        slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last))
+        last_slide, mask = attend(calls * seen, seen), np.zeros(len(table))
+    else:
+        slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
+        slide, last_slide = attend(tokens * slots, slots), attend(calls * slots, slots)
+        mask = (sliding > 0) * tokens * slots / _ELEMENTS
+    skips = lowering.skip_unread and prefill
+    ends = {kind: table.column(f"last_{kind}") * skips for kind in ("full", "sliding")}
+    whole = table.column("num_full") - ends["full"]
+    return {
+        "full": whole * (full + elements) + ends["full"] * last_full,
+        "sliding": (sliding - ends["sliding"]) * (slide + elements) + ends["sliding"] * last_slide,
+        "mask": mask,
+    }
 
 
 def last_half_share(

@@ -1,14 +1,19 @@
 """A tiny model with a real tokenizer, and tasks on a few lines of text, without a network."""
 
+import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from flash.arch import ArchSpec, parse_pattern
+from flash.config import CONF
+from flash.evaluation.suites import TaskSettings
 from flash.model import Decoder, save, state_to_save
 
 TOKENIZER = Path(__file__).parents[2] / "backbones" / "tiny" / "tokenizer.json"
@@ -106,3 +111,48 @@ def task_folder(tmp_path_factory) -> Path:
 def write_task(folder: Path, **values) -> None:
     """A task file of the harness."""
     (folder / f"{values['task']}.yaml").write_text(yaml.safe_dump(values), "utf-8")
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """By its definition: the F-measure of the longest common subsequence of words."""
+    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, reference))
+    longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, word in enumerate(a, 1):
+        for j, other in enumerate(b, 1):
+            longest[i][j] = (
+                longest[i - 1][j - 1] + 1
+                if word == other
+                else max(longest[i - 1][j], longest[i][j - 1])
+            )
+    return 2 * longest[-1][-1] / (len(a) + len(b))
+
+
+def write_rewrites(path: Path, targets: list[str]) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.DictWriter(file, ["task", "comment", "source", "target"])
+        rows.writeheader()
+        for source, target in zip(("def add(a, b):", "import os"), targets, strict=True):
+            row = {"task": "x", "comment": "Go on", "source": f'{source}, "yes"', "target": target}
+            rows.writerow(row)
+
+
+@pytest.fixture
+def writing(tmp_path) -> list[TaskSettings]:
+    """The paper's two tasks without data on a hub, on rows in the format of their authors."""
+    data = tmp_path / "data"
+    (data / "tldr9plus" / "datasets-m0").mkdir(parents=True)
+    write_rewrites(data / "openrewriteeval_aaai24.csv", ["return self.a", "os, self"])
+    posts = [
+        {
+            "id": f"test-{i}",
+            "document": f"My {name}.</s><s>It broke.",
+            "summary": f"{name} the self",
+        }
+        for i, name in enumerate(("bike", "car", "boat"))
+    ]
+    lines = "".join(json.dumps(post) + "\n" for post in posts)
+    (data / "tldr9plus" / "datasets-m0" / "test.0.json").write_text(lines)
+    config = OmegaConf.create({"suite": OmegaConf.load(CONF / "suite" / "paper_chat.yaml")})
+    config.suite.data = str(data)
+    tasks = OmegaConf.to_container(config.suite, resolve=True)["tasks"]  # type: ignore[index]
+    return [TaskSettings(**task) for task in tasks if task.get("files")]

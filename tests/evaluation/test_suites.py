@@ -1,9 +1,7 @@
 """`python -m flash.evaluation` on local tasks: results, files, what is kept, what is refused."""
 
-import csv
 import dataclasses
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -28,7 +26,14 @@ from flash.evaluation.texts import Texts
 from flash.model import BackboneSettings
 from flash.training import TrainerSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
-from tests.evaluation.conftest import QUESTIONS, save_decoder, tiny_decoder, write_task
+from tests.evaluation.conftest import (
+    QUESTIONS,
+    rouge_l,
+    save_decoder,
+    tiny_decoder,
+    write_rewrites,
+    write_task,
+)
 
 CHOICE = TaskSettings(
     name="choice", title="Choice", metric="acc_norm,none", paper={"A": 40.0, "B": 60.0}
@@ -297,51 +302,6 @@ def test_a_begun_answer_is_gone_on_with(checkpoint, tmp_path):
     begun = [*asked, {"role": "assistant", "content": "Here is"}]
     text = texts.render(begun, prompt=False, continued=True)
     assert text == "<user>Hello<end><assistant>Here is"
-
-
-def rouge_l(answer: str, reference: str) -> float:
-    """By its definition: the F-measure of the longest common subsequence of words."""
-    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, reference))
-    longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, word in enumerate(a, 1):
-        for j, other in enumerate(b, 1):
-            longest[i][j] = (
-                longest[i - 1][j - 1] + 1
-                if word == other
-                else max(longest[i - 1][j], longest[i][j - 1])
-            )
-    return 2 * longest[-1][-1] / (len(a) + len(b))
-
-
-def write_rewrites(path: Path, targets: list[str]) -> None:
-    with path.open("w", newline="") as file:
-        rows = csv.DictWriter(file, ["task", "comment", "source", "target"])
-        rows.writeheader()
-        for source, target in zip(("def add(a, b):", "import os"), targets, strict=True):
-            row = {"task": "x", "comment": "Go on", "source": f'{source}, "yes"', "target": target}
-            rows.writerow(row)
-
-
-@pytest.fixture
-def writing(tmp_path) -> list[TaskSettings]:
-    """The paper's two tasks without data on a hub, on rows in the format of their authors."""
-    data = tmp_path / "data"
-    (data / "tldr9plus" / "datasets-m0").mkdir(parents=True)
-    write_rewrites(data / "openrewriteeval_aaai24.csv", ["return self.a", "os, self"])
-    posts = [
-        {
-            "id": f"test-{i}",
-            "document": f"My {name}.</s><s>It broke.",
-            "summary": f"{name} the self",
-        }
-        for i, name in enumerate(("bike", "car", "boat"))
-    ]
-    lines = "".join(json.dumps(post) + "\n" for post in posts)
-    (data / "tldr9plus" / "datasets-m0" / "test.0.json").write_text(lines)
-    config = OmegaConf.create({"suite": OmegaConf.load(CONF / "suite" / "paper_chat.yaml")})
-    config.suite.data = str(data)
-    tasks = OmegaConf.to_container(config.suite, resolve=True)["tasks"]  # type: ignore[index]
-    return [TaskSettings(**task) for task in tasks if task.get("files")]
 
 
 def test_the_papers_writing_tasks_are_scored_by_rouge_l(
