@@ -3,7 +3,7 @@
 from functools import partial
 
 from flash.config import SearchJobSettings, entry
-from flash.report import study_figures
+from flash.report.figures import study_figures
 from flash.search.run import run_search
 
 if __name__ == "__main__":

@@ -18,26 +18,19 @@ from record import Recorder
 
 import conf
 from flash.arch import ArchSpec, Quantization, SearchSpace, weight_bytes
-from flash.device import Point
-from flash.latency.work import SpecTable, counted
-from flash.lowering import LoweringSettings
+from flash.device.workload import Point
+from flash.latency.cost_model import SpecTable, counted
+from flash.lowering.settings import LoweringSettings
 from flash.progress import progress
-from flash.search import (
-    Objective,
-    Problem,
-    Quality,
-    Sampler,
-    SearchSettings,
-    Study,
-    Trial,
-    open_study,
-    propose,
-    search,
-    space_fingerprint,
-    study,
-    write_report,
-)
-from flash.training import Curve, Watch
+from flash.search import study
+from flash.search.fingerprint import space_fingerprint
+from flash.search.frontier import write_report
+from flash.search.loop import Quality, search
+from flash.search.objectives import Objective, Problem
+from flash.search.sampler import propose
+from flash.search.settings import Sampler, SearchSettings
+from flash.search.study import Study, Trial, open_study
+from flash.training.loss_curve import Curve, Watch
 
 MANY = 10_000
 

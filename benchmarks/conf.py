@@ -7,8 +7,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
-from flash.device import DeviceSettings
-from flash.model import Backbone, BackboneSettings
+from flash.device.settings import DeviceSettings
+from flash.model.backbone import Backbone, BackboneSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))

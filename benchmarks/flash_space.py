@@ -16,18 +16,14 @@ from pathlib import Path
 
 import conf
 from flash.arch import ArchSpec, Attention
-from flash.device import Device, DeviceSettings, open_device
+from flash.device.base import Device
+from flash.device.factory import open_device
 from flash.device.host import HostDevice
-from flash.latency import (
-    Bench,
-    LatencySettings,
-    MeasurementStore,
-    Subject,
-    grid_subjects,
-    make_bench,
-    make_grid,
-    whole_models,
-)
+from flash.device.settings import DeviceSettings
+from flash.latency.fit import grid_subjects, make_bench, make_grid, whole_models
+from flash.latency.profiler import Profiler, Subject
+from flash.latency.settings import LatencySettings
+from flash.latency.store import MeasurementStore
 
 STORE = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
 MODELS = 24
@@ -58,7 +54,7 @@ class Recorded(HostDevice):
 
 def open_bench(
     device: Device, store: Path, cache_dir: Path = conf.ROOT / "runs" / "lowered"
-) -> Bench:
+) -> Profiler:
     """A bench over a store."""
     return make_bench(
         backbone=conf.flash_backbone(),
@@ -71,7 +67,7 @@ def open_bench(
     )
 
 
-def recorded() -> Bench:
+def recorded() -> Profiler:
     """The dataset, which was measured beside one layer of the backbone."""
     one_layer = conf.flash_backbone().replace(
         layer_types=(Attention.full_attention,), tie_embeddings=True

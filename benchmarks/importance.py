@@ -14,12 +14,15 @@ import torch
 from record import Recorder
 
 from flash.arch import ArchSpec
-from flash.data import DataSettings
-from flash.model import Backbone, BackboneSettings, build
-from flash.prune import Importance, prune
-from flash.runs import Runs
-from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
+from flash.data.settings import DataSettings
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.checkpoint import build
+from flash.paths import Runs
+from flash.prune.importance import Importance
+from flash.prune.pruning import prune
+from flash.training.fit import fit, validate
 from flash.training.run import Inputs, importance_of
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 RECIPE = RecipeSettings(name="recovery", tokens=32768, batch_size=2, lr=1e-3, warmup_ratio=0.1)
 SEEDS = (0, 1, 2)
@@ -63,7 +66,7 @@ def main() -> None:
         "random": [_random(scores, seed) for seed in SEEDS],
         "reversed": [_map(scores, torch.neg)],
     }
-    whole = heldout_quality(backbone.load(), inputs.data, Precision.bf16)
+    whole = validate(backbone.load(), inputs.data, Precision.bf16)
     record.add("none", "heldout_loss", [whole.loss], "nats/token")
     for cut, spec in _cuts(backbone.spec).items():
         for way, choices in ways.items():
@@ -71,9 +74,9 @@ def main() -> None:
             for choice in choices:
                 L.seed_everything(0, verbose=False)
                 model = build(spec, prune(backbone.folder, choice, spec))
-                before.append(heldout_quality(model, inputs.data, Precision.bf16).loss)
+                before.append(validate(model, inputs.data, Precision.bf16).loss)
                 fit(model, inputs.data, RECIPE, TrainerSettings(), show_progress=False)
-                after.append(heldout_quality(model, inputs.data, Precision.bf16).loss)
+                after.append(validate(model, inputs.data, Precision.bf16).loss)
             record.add(f"{cut}/{way}", "heldout_loss", before, "nats/token")
             record.add(f"{cut}/{way}/recovered", "heldout_loss", after, "nats/token")
     record.close()

@@ -32,10 +32,13 @@ from record import Recorder, in_fresh_process
 
 import conf
 from flash.arch import ArchSpec, CacheFormat, count_parameters, kv_cache_bytes
-from flash.device import DeviceSettings, HostDevice, Program
-from flash.lowering import LoweringSettings, lower, write
-from flash.lowering.gguf_file import GgufFormat, write_gguf
-from flash.model import Decoder
+from flash.device.host import HostDevice
+from flash.device.measurement import Program
+from flash.device.settings import DeviceSettings
+from flash.interop.gguf import GgufFormat, write_gguf
+from flash.lowering.lower import lower, write
+from flash.lowering.settings import LoweringSettings
+from flash.model.decoder import Decoder
 
 PROMPT, CONTEXTS, STEPS, PROCESSES = 512, (128, 2048), 16, 3
 SETTINGS = LoweringSettings(max_context=2080)

@@ -28,7 +28,7 @@ from record import Recorder, in_fresh_process, peak_rss_mib, rss_mib
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flash.model import Operands, linear_losses
+from flash.model.losses import Operands, linear_losses
 
 SIZES = {"full": (1280, 2048, 4096, 202_048), "smoke": (64, 96, 256, 8192)}
 ROUNDS = 3

@@ -24,10 +24,11 @@ from record import Recorder
 
 import conf
 from flash.arch import ArchSpec, parse_pattern
-from flash.lowering import LoweringSettings, lower, write
-from flash.lowering.stock import lower_stock
-from flash.lowering.stock_models import as_stock
-from flash.model import Decoder
+from flash.interop.baselines import as_stock
+from flash.interop.export_llm import lower_stock
+from flash.lowering.lower import lower, write
+from flash.lowering.settings import LoweringSettings
+from flash.model.decoder import Decoder
 
 ROUNDS = 3
 SHALLOW, DEEP = 2, 6

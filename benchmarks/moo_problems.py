@@ -54,9 +54,9 @@ from numpy.typing import NDArray
 from record import Recorder
 
 from flash.progress import progress
-from flash.search import hypervolume
 from flash.search.acquisition import greedy_batch
-from flash.search.quality import draw
+from flash.search.pareto import hypervolume
+from flash.search.surrogate import draw
 
 SEEDS = 20
 POINTS = 1024

@@ -15,36 +15,27 @@ from record import Recorder
 
 import conf
 from flash.arch import ArchSpec
-from flash.device import Point
-from flash.latency import (
-    Bench,
-    BlockPredictor,
-    BlockTable,
-    GaussianProcess,
-    LatencySettings,
-    Physical,
-    PowerLaw,
-    Predictor,
-    Row,
-    Subject,
-    choose,
-    comparable,
-    cross_predict,
-    device_s,
-    grid_subjects,
-    make_grid,
-    score,
-)
-from flash.latency.prediction import Prediction
-from flash.latency.work import flops, parameters
+from flash.device.workload import Point
+from flash.latency.active_learning import choose
+from flash.latency.analytical import AnalyticalPredictor
+from flash.latency.blocks import BlockPredictor
+from flash.latency.composition import BlockTable
+from flash.latency.cost_model import flops, parameters
+from flash.latency.fit import grid_subjects, make_grid
+from flash.latency.gp import GaussianProcess
+from flash.latency.power_law import PowerLaw
+from flash.latency.prediction import Prediction, Predictor, cross_predict, score
+from flash.latency.profiler import Profiler, Subject, comparable, device_s
+from flash.latency.settings import LatencySettings
+from flash.latency.store import StoredLatency
 
 PAPER_MODELS = 800
 CALIBRATION_MODELS = LatencySettings().calibration_models
 
 
-def cost_s(bench: Bench, subjects: Iterable[Subject]) -> float:
+def cost_s(bench: Profiler, subjects: Iterable[Subject]) -> float:
     """Seconds of lowering and device time that all latencies of the subjects took."""
-    rows: list[Row] = []
+    rows: list[StoredLatency] = []
     lowering_s = 0.0
     for subject in subjects:
         mine = [row for point in bench.workload.points for row in bench.attempts(subject, point)]
@@ -72,8 +63,8 @@ def main() -> None:
         values, errors = all_ms[len(parts) :], errors[len(parts) :]
         table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
 
-        def physical(point: Point = point) -> Physical:
-            return Physical(point, bench.lowering, bench.workload.prefill_chunk)
+        def physical(point: Point = point) -> AnalyticalPredictor:
+            return AnalyticalPredictor(point, bench.lowering, bench.workload.prefill_chunk)
 
         makers: dict[str, tuple[Callable[[], Predictor], float]] = {
             "physical": (physical, whole_s),
@@ -100,7 +91,7 @@ def main() -> None:
     record.close()
 
 
-def _pick(unfitted: Physical, models: list[ArchSpec], num: int) -> list[int]:
+def _pick(unfitted: AnalyticalPredictor, models: list[ArchSpec], num: int) -> list[int]:
     """Indices of the backbone and of what is chosen before anything is measured."""
     chosen = {models[-1], *choose(unfitted, [models[-1]], models, num - 1)}
     return [i for i, spec in enumerate(models) if spec in chosen]

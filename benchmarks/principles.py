@@ -35,14 +35,18 @@ from scipy import stats
 
 import conf
 from flash.arch import ArchSpec, Attention, SearchSpace, count_parameters
-from flash.data import DataSettings
-from flash.lowering import SlidingForm
-from flash.model import Backbone, Decoder, build
+from flash.data.settings import DataSettings
+from flash.lowering.settings import SlidingForm
+from flash.model.backbone import Backbone
+from flash.model.checkpoint import build
+from flash.model.decoder import Decoder
+from flash.paths import Runs
 from flash.progress import progress
-from flash.prune import Importance, prune
-from flash.runs import Runs
-from flash.training import RecipeSettings, Schedule, TrainerSettings, fit, heldout_quality
+from flash.prune.importance import Importance
+from flash.prune.pruning import prune
+from flash.training.fit import fit, validate
 from flash.training.run import Inputs, importance_of
+from flash.training.settings import RecipeSettings, Schedule, TrainerSettings
 
 DATA = conf.ROOT / "benchmarks" / "data" / "principles.jsonl"
 FIGURES = conf.ROOT / "docs" / "figures"
@@ -123,7 +127,7 @@ class Trained:
             assert folder is not None
             model = build(spec, prune(folder, _scores(), spec))
         done = fit(model, inputs.data, chosen, trainer, show_progress=False)
-        loss = heldout_quality(model, inputs.data, trainer.precision).loss
+        loss = validate(model, inputs.data, trainer.precision).loss
         return loss, [round(part, 4) for part in done.curve]
 
 

@@ -8,8 +8,8 @@ import flash_space
 from record import Recorder
 from scipy import stats
 
-from flash.latency import SpecTable, Subject, comparable
-from flash.latency.work import flops, parameters
+from flash.latency.cost_model import SpecTable, flops, parameters
+from flash.latency.profiler import Subject, comparable
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 import conf
 from flash.arch import ArchSpec
-from flash.model import to_config
 from flash.model.checkpoint import expected_shapes
-from flash.prune import Importance, prune
+from flash.model.families import to_config
+from flash.prune.importance import Importance
+from flash.prune.pruning import prune
 
 
 def _specs() -> tuple[ArchSpec, ArchSpec]:

@@ -20,13 +20,16 @@ import plotly.graph_objects as go
 from record import Recorder
 
 import conf
-from flash.data import DataSettings
-from flash.model import Backbone, BackboneSettings, fake_quantize, load
-from flash.runs import Runs
-from flash.training import Precision, RecipeSettings, TrainerSettings, heldout_quality
+from flash.data.settings import DataSettings
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.checkpoint import load
+from flash.model.quantization import fake_quantize
+from flash.paths import Runs
+from flash.training.fit import validate
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.result import TrainResult
 from flash.training.run import Inputs, TrainSettings, train
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 TOKENS, FURTHER = 131_072, 65_536
 SEEDS = range(3)
@@ -73,7 +76,7 @@ def rounded_loss(name: str, seed: int, inputs: Inputs) -> float:
     """Held-out loss of a trained model once it is quantised."""
     model = load(Path(checkpoint(name, seed)))
     fake_quantize(model)
-    return heldout_quality(model, inputs.data, Precision.fp32).loss
+    return validate(model, inputs.data, Precision.fp32).loss
 
 
 def recovery(record: Recorder) -> dict[str, list[TrainResult]]:

@@ -11,7 +11,7 @@ machine has made, each with the one before.
 Cases are `prefill` and `decode` for `space=tiny`, `flash/prefill_512` and so on for the other.
 `disagreement_pct` is of latencies as predictors get them, corrected for what the machine was slower
 by than at its best, as the reference program that took turns tells
-(flash.latency.bench.comparable); `raw_disagreement_pct` is of the smallest times as they were.
+(flash.latency.profiler.comparable); `raw_disagreement_pct` is of the smallest times as they were.
 
 Cases `dataset/...` tell why the reference is a whole model and how far to trust it: measurements of
 benchmarks/data/flash_space.jsonl, half an hour and more apart, `raw_pct`, and divided by how much
@@ -31,17 +31,12 @@ from record import Recorder
 
 import conf
 from flash.arch import ArchSpec
-from flash.device import Point, open_device
-from flash.latency import (
-    Bench,
-    LatencySettings,
-    MeasurementStore,
-    Row,
-    Subject,
-    comparable,
-    make_bench,
-    whole_models,
-)
+from flash.device.factory import open_device
+from flash.device.workload import Point
+from flash.latency.fit import make_bench, whole_models
+from flash.latency.profiler import Profiler, Subject, comparable
+from flash.latency.settings import LatencySettings
+from flash.latency.store import MeasurementStore, StoredLatency
 
 DATA = flash_space.STORE.parent
 APART_S = 1800
@@ -58,7 +53,7 @@ def models(space: str) -> list[ArchSpec]:
     return whole_models(conf.space("tiny"), backbone, ARCHITECTURES, seed=0)[:ARCHITECTURES]
 
 
-def bench(space: str, store: Path) -> Bench:
+def bench(space: str, store: Path) -> Profiler:
     """What measures a space."""
     device, settings = conf.host(), LatencySettings()
     if space == "flash":
@@ -103,7 +98,7 @@ def stand_in(record: Recorder, point: Point) -> None:
     dataset = flash_space.recorded()
     rows = {spec: dataset.attempts(Subject(spec=spec), point) for spec in flash_space.models()}
     best = {spec: min(map(_ms, of)) for spec, of in rows.items()}
-    groups: dict[str, dict[ArchSpec, Row]] = {}
+    groups: dict[str, dict[ArchSpec, StoredLatency]] = {}
     for spec, of in rows.items():
         for row in of:
             groups.setdefault(_group(row), {})[spec] = row
@@ -125,12 +120,12 @@ def stand_in(record: Recorder, point: Point) -> None:
         record.add(f"dataset/{point.name}", f"stand_in_{noise:.2f}_pct", differences, "%")
 
 
-def _group(row: Row) -> str:
+def _group(row: StoredLatency) -> str:
     """Tells measurements that were taken in the same processes."""
     return str([each["started"] for each in row.result["conditions"]])
 
 
-def _ms(row: Row) -> float:
+def _ms(row: StoredLatency) -> float:
     return row.result["ms"]
 
 
@@ -138,11 +133,11 @@ def _apart_pct(a: float, b: float) -> float:
     return 200 * abs(a - b) / (a + b)
 
 
-def _smallest_ms(rows: list[Row]) -> float:
+def _smallest_ms(rows: list[StoredLatency]) -> float:
     return min(map(_ms, rows))
 
 
-def _time_s(row: Row) -> float:
+def _time_s(row: StoredLatency) -> float:
     return datetime.fromisoformat(row.time_utc).timestamp()
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from record import Recorder
 
-from flash.device import DeviceSettings, HostDevice, Program
+from flash.device.host import HostDevice
 from flash.device.llama_main import STATISTICS, Prompts, parse
+from flash.device.measurement import Program
+from flash.device.settings import DeviceSettings
 from flash.device.stock_runner import generate_text
 from flash.files import atomic_write
-from flash.lowering import lower
-from flash.model import Backbone, BackboneSettings
+from flash.lowering.lower import lower
+from flash.model.backbone import Backbone, BackboneSettings
 
 BACKBONE = Path(__file__).parent.parent / "backbones" / "tiny"
 PROMPT, STEPS, PROCESSES = 512, 64, 9

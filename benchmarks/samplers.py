@@ -23,16 +23,11 @@ from record import Recorder
 
 from flash.arch import ArchSpec
 from flash.progress import progress
-from flash.search import (
-    Objective,
-    Problem,
-    Sampler,
-    SearchSettings,
-    Trial,
-    hypervolume,
-    propose,
-)
-from flash.search.sampler import largest
+from flash.search.objectives import Objective, Problem
+from flash.search.pareto import hypervolume
+from flash.search.sampler import largest, propose
+from flash.search.settings import Sampler, SearchSettings
+from flash.search.study import Trial
 
 SEEDS = 20
 BUDGETS = (25, 50, 100, 200)

@@ -18,10 +18,13 @@ from pathlib import Path
 from record import Recorder
 
 import conf
-from flash.device import DeviceSettings, HostDevice, Measurement, Program
-from flash.lowering import AttentionForm, lower, write
-from flash.lowering.stock import lower_stock_arch
-from flash.model import Decoder
+from flash.device.host import HostDevice
+from flash.device.measurement import Measurement, Program
+from flash.device.settings import DeviceSettings
+from flash.interop.export_llm import lower_stock_arch
+from flash.lowering.lower import lower, write
+from flash.lowering.settings import AttentionForm
+from flash.model.decoder import Decoder
 
 MODELS = ("flash_350m", "flash_650m")
 CONTEXT, DECODE, TURNS = 2048, 16, 3

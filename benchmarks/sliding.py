@@ -14,9 +14,12 @@ from pathlib import Path
 from record import Recorder
 
 from flash.arch import ArchSpec, Attention
-from flash.device import DeviceSettings, HostDevice, Program
+from flash.device.host import HostDevice
+from flash.device.measurement import Program
+from flash.device.settings import DeviceSettings
 from flash.files import atomic_write
-from flash.lowering import Block, BlockKind, LoweringSettings, SlidingForm, lower_block
+from flash.lowering.blocks import Block, BlockKind, lower_block
+from flash.lowering.settings import LoweringSettings, SlidingForm
 
 SPEC = ArchSpec(
     model_dim=1280,

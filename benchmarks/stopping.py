@@ -1,4 +1,4 @@
-"""Early stopping of trials (flash.search.stopping) on real curves: what it saves, how it errs.
+"""Early stopping of trials (flash.search.pruner) on real curves: what it saves, how it errs.
 
 Replays the trainings of benchmarks/data/principles.jsonl as searches: the candidates come in random
 orders, each is judged at its rungs by those before it, and is never really stopped, so that what it
@@ -15,9 +15,10 @@ import tabular
 from optuna.trial import TrialState
 from record import Recorder
 
-from flash.search import Objective, Problem, Trial
-from flash.search.stopping import Hopeless, judge
-from flash.training import Curve
+from flash.search.objectives import Objective, Problem
+from flash.search.pruner import TrialPruned, judge
+from flash.search.study import Trial
+from flash.training.loss_curve import Curve
 
 ERRORS = (0.01, 0.05, 0.1, 0.2)
 ORDERS = 200
@@ -46,7 +47,7 @@ def ended_after(trial: Trial, before: list[Trial], problem: Problem, error: floa
     for done in range(1, parts + 1):
         try:
             judge(trial, Curve(tuple(trial.curve[:done]), parts), before, problem, error)
-        except Hopeless:
+        except TrialPruned:
             return done
     return None
 

@@ -16,11 +16,12 @@ import yaml
 from record import Recorder, in_fresh_process
 
 from flash.arch import ArchSpec
-from flash.device import DeviceSettings, Phase, Point
-from flash.evaluation.shapes import Shape, ShapeResult, measure_shape, shape_of
-from flash.evaluation.table6 import table6
-from flash.model import BackboneSettings
-from flash.runs import Runs
+from flash.device.settings import DeviceSettings
+from flash.device.workload import Phase, Point
+from flash.export.random_weights import Shape, ShapeResult, measure_shape, shape_of
+from flash.export.table6 import table6
+from flash.model.backbone import BackboneSettings
+from flash.paths import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = (

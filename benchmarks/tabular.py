@@ -11,9 +11,9 @@ which tells how much of a loss is chance.
 A line holds `spec`, `seed`, `loss` (nats a token, or null with a `reason`), `prefill_ms`,
 `decode_ms`, `tokens`, `precision`, `seconds`. Lines without a precision were computed in bf16;
 fp32, for processors that bf16 is slow on, gives the same losses to 0.0007 nats, a tenth of what
-another seed changes. The latencies are the work that the lowered program would do,
-counted by flash.latency.work at a prompt and a context of 2048 tokens with ring caches, summed at
-the rates of a nominal core: a fixed function of the spec, so that the truth depends on no device.
+another seed changes. The latencies are the work that the lowered program would do, counted by
+flash.latency.cost_model at a prompt and a context of 2048 tokens with ring caches, summed at the
+rates of a nominal core: a fixed function of the spec, so that the truth depends on no device.
 """
 
 import argparse
@@ -27,17 +27,17 @@ import rows
 
 import conf
 from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
-from flash.data import DataSettings
-from flash.device import Point
-from flash.latency.work import SpecTable, counted
-from flash.lowering import AttentionForm, LoweringSettings, SlidingForm
-from flash.model import Backbone
+from flash.data.settings import DataSettings
+from flash.device.workload import Point
+from flash.latency.cost_model import SpecTable, counted
+from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
+from flash.model.backbone import Backbone
+from flash.paths import Runs
 from flash.progress import progress_bar
-from flash.runs import Runs
 from flash.search.evaluate import ShortTraining
 from flash.search.loop import EvaluationError
-from flash.training import Precision, RecipeSettings, TrainerSettings
 from flash.training.run import Inputs, importance_of
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 TABLE = conf.ROOT / "benchmarks" / "data" / "tiny_tabular.jsonl"
 SPACE = SpaceSettings(

@@ -20,11 +20,13 @@ from record import Recorder
 from recovery import ARCH, DATA, TRAINER, recipe_of
 
 import conf
-from flash.model import Backbone, Decoder
-from flash.runs import Runs
-from flash.training import RecipeSettings, fit
+from flash.model.backbone import Backbone
+from flash.model.decoder import Decoder
+from flash.paths import Runs
+from flash.training.fit import fit
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import Inputs, TrainSettings, arch_of, train
+from flash.training.settings import RecipeSettings
 from flash.training.teacher import Teacher, teacher_of
 
 TOKENS, SEEDS = 131_072, range(3)

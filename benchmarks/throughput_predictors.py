@@ -13,15 +13,15 @@ from record import Recorder
 
 import conf
 from flash.arch import prefill_flops
-from flash.device import Phase, Point
+from flash.device.workload import Phase, Point
+from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockTable, Grid, grid_points
+from flash.latency.cost_model import SpecTable, flops, parameters
 from flash.latency.gp import GaussianProcess
-from flash.latency.physical import Physical
+from flash.latency.power_law import PowerLaw
 from flash.latency.prediction import Predictor
-from flash.latency.proxies import PowerLaw
-from flash.latency.work import SpecTable, flops, parameters
-from flash.lowering import LoweringSettings
+from flash.lowering.settings import LoweringSettings
 
 ROUNDS = 5
 NUM_SPECS = 100_000
@@ -58,7 +58,7 @@ def main() -> None:
     predictors: dict[str, Predictor] = {
         "blocks": _blocks(),
         "gp": GaussianProcess(),
-        "physical": Physical(POINT, LoweringSettings()),
+        "physical": AnalyticalPredictor(POINT, LoweringSettings()),
         "params": PowerLaw(parameters),
         "flops": PowerLaw(lambda counted: flops(counted, POINT)),
     }

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash.arch import ArchSpec, count_parameters, parse_pattern
-from flash.model import Decoder, linear_losses, to_config
-from flash.model.losses import Operands
-from flash.training import Precision
-from flash.training.settings import native_precision
+from flash.model.decoder import Decoder
+from flash.model.families import to_config
+from flash.model.losses import Operands, linear_losses
+from flash.training.settings import Precision, native_precision
 
 ROUNDS = 7
 BATCH, SEQ_LEN, VOCAB = 2, 512, 49_152

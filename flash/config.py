@@ -31,13 +31,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flash import slurm
 from flash.data.prepare import PrepareSettings
-from flash.device import DeviceError
+from flash.device.base import DeviceError
 from flash.errors import CheckFailed, InputError, nearest
-from flash.evaluation import ExportSettings
 from flash.evaluation.suites import EvaluateSettings
-from flash.runs import Runs
+from flash.export.job import ExportSettings
+from flash.paths import Runs
 from flash.search.job import SearchJobSettings
-from flash.training.parallel import is_main_process
+from flash.training.distributed import is_main_process
 from flash.training.run import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -279,4 +279,4 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
     if is_main_process():  # the others of a run have found the same
         print(f"error: {message}", file=sys.stderr)
-    raise slurm.Stop(message, code)
+    raise slurm.CommandExit(message, code)

@@ -43,7 +43,7 @@ DEFAULTS = {
 """Values of the launcher that suit workers, in place of the plugin's; see docs/search.md."""
 
 
-class Stop(SystemExit):
+class CommandExit(SystemExit):
     """The end of a script that has printed its one line."""
 
     def __init__(self, line: str, code: int) -> None:
@@ -100,7 +100,7 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
     for a preemption, Slurm itself queues it again.
 
     Args:
-        one_line_errors: Turns what a user can mend into `Stop`.
+        one_line_errors: Turns what a user can mend into `CommandExit`.
 
     Raises:
         JobFailed: Any error.
@@ -129,7 +129,7 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
                     queue_again(signal.SIGUSR2, None)  # raises if it was too often
                 # No result: the job may run again, and else Slurm knows what became of it.
                 sys.exit(128 + (received or [signal.SIGINT])[0])
-    except Stop as error:
+    except CommandExit as error:
         _fail(error.line, int(error.code or 1))
     except Exception as error:  # a pickled exception has no traceback
         log.exception("the job failed")

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from flash.arch import ArchSpec, parse_pattern
-from flash.data import DataSettings, Source, train_tokenizer
-from flash.model import BackboneSettings, Decoder, save, state_to_save
+from flash.data.settings import DataKind, DataSettings
+from flash.data.tokenizer import train_tokenizer
+from flash.model.backbone import BackboneSettings
+from flash.model.checkpoint import save, state_to_save
+from flash.model.decoder import Decoder
 
 SMALL = ArchSpec(
     model_dim=64,
@@ -36,7 +39,7 @@ def corpus(tmp_path_factory) -> Path:
 def data_settings(corpus) -> DataSettings:
     return DataSettings(
         name="test",
-        source=Source.folder,
+        source=DataKind.folder,
         path=str(corpus),
         heldout_percent=20,
         seq_len=32,

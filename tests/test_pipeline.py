@@ -11,26 +11,28 @@ import yaml
 from omegaconf import MISSING
 
 from flash.arch import Attention, Choices, SpaceSettings
-from flash.device import DeviceSettings
+from flash.device.settings import DeviceSettings
 from flash.errors import CheckFailed, InputError
-from flash.evaluation import ExportSettings, export
-from flash.evaluation.artefact import ExportResult
-from flash.evaluation.benchmark import program_of
-from flash.evaluation.formats import Format
-from flash.evaluation.job import Job
-from flash.latency import LatencySettings
-from flash.lowering import GateSettings
-from flash.model import BackboneSettings
-from flash.report import as_text, read, render
+from flash.evaluation.run import program_of
+from flash.export.formats import ExportFormat
+from flash.export.job import ExportJob, ExportSettings
+from flash.export.result import ExportResult
+from flash.export.run import export
+from flash.latency.settings import LatencySettings
+from flash.lowering.gate import GateSettings
+from flash.model.backbone import BackboneSettings
+from flash.paths import Runs
 from flash.report.__main__ import log_to_wandb
-from flash.report.table import quantisation_rows
-from flash.runs import Runs
-from flash.search import Limits, Objective, SearchSettings
-from flash.search.job import SearchJobSettings, Stage
+from flash.report.data import read
+from flash.report.page import render
+from flash.report.table import as_text, quantisation_rows
+from flash.search.job import SearchJobSettings, SearchStage
+from flash.search.objectives import Objective
 from flash.search.run import run_search
-from flash.training import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.search.settings import SearchLimits, SearchSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
+from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
 from tests.conftest import SMALL
 
 SPACE = SpaceSettings(
@@ -63,11 +65,11 @@ GATE = GateSettings(prefill_tokens=8, decode_tokens=4, min_agreement_quantized=0
 
 @pytest.fixture(scope="module")
 def common(corpus, backbone_folder, tmp_path_factory):
-    from flash.data import DataSettings, Source
+    from flash.data.settings import DataKind, DataSettings
 
     data = DataSettings(
         name="test",
-        source=Source.folder,
+        source=DataKind.folder,
         path=str(corpus),
         heldout_percent=20,
         seq_len=32,
@@ -149,8 +151,8 @@ def test_trials_keep_their_curves_and_those_of_the_frontier_their_checkpoints(co
 
 def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeypatch):
     monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
-    monkeypatch.setattr("flash.device.HostDevice.measure", pytest.fail)
-    monkeypatch.setattr("flash.latency.bench.lower", pytest.fail)
+    monkeypatch.setattr("flash.device.host.HostDevice.measure", pytest.fail)
+    monkeypatch.setattr("flash.latency.profiler.lower", pytest.fail)
     again = run_search(_search_settings(common))
     assert again["trials"] == searched["trials"]
     assert again["winners"] == searched["winners"]
@@ -172,7 +174,7 @@ def test_the_export_proves_and_measures_the_program(common, winner):
 
 
 def test_a_finished_export_is_not_repeated(common, winner, monkeypatch):
-    monkeypatch.setattr("flash.evaluation.run._export", pytest.fail)
+    monkeypatch.setattr("flash.export.run._export", pytest.fail)
     name, arch = winner
     assert export(_export_settings(common, name, arch)).name == name
 
@@ -214,13 +216,13 @@ def test_a_winner_is_written_for_stock_transformers_beside_its_program(common, w
     name, arch = winner
     folder = Runs(Path(common["runs"])).export(name)
     before = sorted(path.name for path in folder.iterdir())
-    assert export(_export_settings(common, name, arch, format=[Format.hf])) is None
+    assert export(_export_settings(common, name, arch, format=[ExportFormat.hf])) is None
     assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "hf", "hf.json"])
     assert f"{name}: {folder / 'hf'}" in capsys.readouterr().out
 
 
 def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch):
-    monkeypatch.setattr("flash.evaluation.run.load_checkpoint", pytest.fail)
+    monkeypatch.setattr("flash.export.run.load_checkpoint", pytest.fail)
     name, arch = winner
     new = {"model": str(Runs(Path(common["runs"])).model(name) / "checkpoint")}
     device = dataclasses.replace(DEVICE, group_size=96)
@@ -255,7 +257,7 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     assert "was trained with" not in caplog.text
     bytes_of_8 = dataclasses.replace(DEVICE, embedding_bits=8)
     other = _export_settings(common, "aware", arch, device=bytes_of_8, overwrite=True)
-    Job.open(other, runs).check()
+    ExportJob.open(other, runs).check()
     assert "recipe.qat_embedding_bits=4, not with device.embedding_bits=8" in caplog.text
     backbone, line = quantisation_rows(read(runs).models)
     assert backbone[-2:] == ["-", "-"]
@@ -302,7 +304,7 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
     settings = _search_settings(common)
     shape = {"name": "small", "arch": SMALL.to_dict()}
     settings = dataclasses.replace(
-        settings, stage=Stage.latency, backbone=BackboneSettings(**shape), data=MISSING
+        settings, stage=SearchStage.latency, backbone=BackboneSettings(**shape), data=MISSING
     )
     report = run_search(settings)
     assert report["metrics"]["latency/prefill_32/blocks/n"] == 3
@@ -318,7 +320,7 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
 
 def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatch):
     monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
-    monkeypatch.setattr("flash.device.HostDevice.measure", pytest.fail)
+    monkeypatch.setattr("flash.device.host.HostDevice.measure", pytest.fail)
     sizes = sorted(trial["costs"]["size_mib"] for trial in searched["trials"])
     settings = _search_settings(common)
     settings.search = dataclasses.replace(
@@ -326,7 +328,7 @@ def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatc
         study="small",
         from_study="t",
         objectives=[Objective.size, Objective.quality],
-        limits=Limits(size_mib=sizes[2]),
+        limits=SearchLimits(size_mib=sizes[2]),
     )
     report = run_search(settings)
     assert report["objectives"] == ["loss", "size_mib"]
@@ -361,7 +363,7 @@ def test_a_baseline_is_trained_once_and_sets_the_reference_point(common, searche
 
 def test_the_best_trials_are_trained_longer_once(common, searched, monkeypatch):
     settings = _search_settings(common)
-    settings.stage = Stage.promote
+    settings.stage = SearchStage.promote
     settings.search = dataclasses.replace(settings.search, promote=2, promote_tokens=512)
     with pytest.raises(InputError, match=r"promote_tokens=512: expected more than"):
         run_search(settings)

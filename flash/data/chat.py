@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from flash.data.encode import Encoded
+from flash.data.encoders import Encoded
 from flash.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from flash.data.batch import Batch, collate
-from flash.data.corpus import find_documents, read_text
-from flash.data.open import InMemory, open_source
-from flash.data.order import ResumableBatches, Share
+from flash.data.factory import InMemory, open_source
+from flash.data.files import find_documents, read_text
 from flash.data.packed import PackedSequences
-from flash.data.settings import DataSettings, Source
+from flash.data.sampler import ResumableBatches, Share
+from flash.data.settings import DataKind, DataSettings
 from flash.data.stream import Batches, Corpus, Stream
-from flash.data.taught import TaughtSequences
+from flash.data.teacher_cache import TaughtSequences
 from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from flash.errors import InputError
 from flash.files import write_text
@@ -38,7 +38,7 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
     if path is not None:
         load_tokenizer(path)
         return path
-    if settings.source not in {Source.stdlib, Source.folder}:
+    if settings.source not in {DataKind.stdlib, DataKind.folder}:
         raise InputError(
             f"data.tokenizer=null: expected a tokenizer.json for data.source="
             f"{settings.source.value}, as the backbone has none"

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, document_numbers
-from flash.data.corpus import Document, find_documents, read_text
+from flash.data.files import Document, find_documents, read_text
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError

@@ -11,20 +11,20 @@ import numpy as np
 from omegaconf import MISSING
 from tokenizers import Tokenizer
 
-from flash.data.encode import TextEncoder
+from flash.data.encoders import TextEncoder
 from flash.data.module import find_tokenizer
 from flash.data.packed import token_type
-from flash.data.settings import DataSettings, Source
+from flash.data.settings import DataKind, DataSettings
 from flash.data.shards import Manifest, Shard, tokenizer_digest, write_shard
 from flash.data.stream import Corpus, Mixture, Side
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
-from flash.model import Backbone, BackboneSettings
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.paths import Runs, digest
 from flash.progress import progress_bar
-from flash.runs import Runs, digest
 
 if TYPE_CHECKING:
-    from flash.data.parts import Part
+    from flash.data.sources import TextSource
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ def prepare(settings: PrepareSettings) -> Path:
         InputError: Settings, tokenizer or data that cannot be used, or a folder of other shards.
     """
     data = settings.data
-    require(data.source is Source.datasets, "data.source", data.source.value, "datasets")
+    require(data.source is DataKind.datasets, "data.source", data.source.value, "datasets")
     runs = Runs(Path(settings.runs))
     backbone = Backbone.open(settings.backbone)
     tokenizer = load_tokenizer(find_tokenizer(data, backbone.tokenizer, runs.tokens))
-    from flash.data.parts import open_parts  # takes a second to import
+    from flash.data.sources import open_parts  # takes a second to import
 
     parts = open_parts(data)
     folder = Path(settings.out) if settings.out else runs.root / "shards" / data.name
@@ -98,7 +98,7 @@ def prepare(settings: PrepareSettings) -> Path:
     return folder
 
 
-def _corpus(settings: PrepareSettings, parts: "list[Part]", tokenizer: Tokenizer) -> Corpus:
+def _corpus(settings: PrepareSettings, parts: "list[TextSource]", tokenizer: Tokenizer) -> Corpus:
     """What goes into the training shards: all in one lane."""
     data, encoder = settings.data, TextEncoder(tokenizer)
     return Corpus(
@@ -114,7 +114,7 @@ def _corpus(settings: PrepareSettings, parts: "list[Part]", tokenizer: Tokenizer
 
 
 def _manifest(
-    settings: PrepareSettings, parts: "list[Part]", tokenizer: Tokenizer, folder: Path
+    settings: PrepareSettings, parts: "list[TextSource]", tokenizer: Tokenizer, folder: Path
 ) -> Manifest:
     """What is there of these very shards, or an empty manifest.
 
@@ -147,9 +147,9 @@ def _manifest(
 
 def _write_heldout(folder: Path, corpus: Corpus, data: DataSettings, dtype: type) -> Shard:
     if data.heldout is not None:
-        from flash.data.parts import Part
+        from flash.data.sources import TextSource
 
-        part = Part(data.heldout, "data.heldout", skip_damaged=data.skip_damaged)
+        part = TextSource(data.heldout, "data.heldout", skip_damaged=data.skip_damaged)
         source = dataclasses.replace(corpus, parts=[part], side=Side.all, once=True)
     else:
         source = dataclasses.replace(corpus, side=Side.heldout, once=True)

@@ -6,7 +6,7 @@ from enum import Enum
 from flash.errors import InputError, require
 
 
-class Source(Enum):
+class DataKind(Enum):
     """Where a corpus comes from."""
 
     stdlib = "stdlib"
@@ -21,7 +21,7 @@ class Source(Enum):
     """Conversations in `data.parts`, for instruction tuning."""
 
 
-class Format(Enum):
+class FileFormat(Enum):
     """Kind of the files of a part."""
 
     parquet = "parquet"
@@ -29,7 +29,7 @@ class Format(Enum):
     txt = "txt"
 
 
-class Unit(Enum):
+class DocumentUnit(Enum):
     """What a document is in a text file."""
 
     document = "document"
@@ -40,7 +40,7 @@ class Unit(Enum):
 
 
 @dataclass(kw_only=True)
-class PartSettings:
+class TextSourceSettings:
     """One part of a mixture: files, or a data set of the Hugging Face hub."""
 
     path: str
@@ -51,11 +51,11 @@ class PartSettings:
     """Branch, tag or commit; only for the hub. Null is the newest: name one for long runs."""
     split: str = "train"
     """Only for the hub."""
-    format: Format | None = None
+    format: FileFormat | None = None
     """Kind of the files; null goes by their suffix."""
     column: str = "text"
     """Holds the text or, for `source: chat`, the list of messages."""
-    unit: Unit = Unit.document
+    unit: DocumentUnit = DocumentUnit.document
     """What a document is; only for text files."""
     weight: float = 1.0
     """Share of the tokens, relative to the other parts."""
@@ -66,14 +66,14 @@ class DataSettings:
     """Config group `data`."""
 
     name: str
-    source: Source = Source.stdlib
+    source: DataKind = DataKind.stdlib
     path: str | None = None
     """Folder of the corpus, for `source: folder`, or of the shards, for `source: shards`."""
     pattern: str = "*.py"
     """Files that belong to the corpus, matched below the folder at any depth."""
-    parts: list[PartSettings] = field(default_factory=list)
+    parts: list[TextSourceSettings] = field(default_factory=list)
     """The mixture, for `source: datasets` and `source: chat`."""
-    heldout: PartSettings | None = None
+    heldout: TextSourceSettings | None = None
     """Held-out text; null holds out a share of the training text. Only where there are parts."""
     heldout_percent: int = 5
     """Share kept out of training and calibration [%]: of the files, by a hash of their path, or of
@@ -127,11 +127,11 @@ class DataSettings:
     @property
     def streamed(self) -> bool:
         """Whether the corpus is `parts`."""
-        return self.source in {Source.datasets, Source.chat}
+        return self.source in {DataKind.datasets, DataKind.chat}
 
     def _check_source(self) -> None:
         source = f"data.source={self.source.value}"
-        if self.source in {Source.folder, Source.shards}:
+        if self.source in {DataKind.folder, DataKind.shards}:
             if self.path is None:
                 raise InputError(f"data.path=null: expected a folder for {source}; set it")
         elif self.path is not None:
@@ -141,7 +141,7 @@ class DataSettings:
         if not self.streamed and (self.parts or self.heldout is not None):
             key = "parts" if self.parts else "heldout"
             raise InputError(f"data.{key}: has no effect with {source}; use data.source=datasets")
-        if self.chat_template is not None and self.source is not Source.chat:
+        if self.chat_template is not None and self.source is not DataKind.chat:
             raise InputError(
                 f"data.chat_template={self.chat_template}: has no effect with {source}"
             )

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flash.data.batch import Batch, collate, document_numbers
-from flash.data.encode import Encoded, Encoder, is_held_out
-from flash.data.order import Share
+from flash.data.encoders import Encoded, Encoder, is_held_out
+from flash.data.sampler import Share
 from flash.errors import InputError
 
 if TYPE_CHECKING:
-    from flash.data.parts import Part
+    from flash.data.sources import TextSource
 
 _BLOCK = 128
 """Documents of a lane that are shuffled among themselves, and read at a time."""
@@ -64,7 +64,7 @@ class Corpus:
         once: Whether every document is read just once, and weights decide nothing but the order.
     """
 
-    parts: "list[Part]"
+    parts: "list[TextSource]"
     encoder: Encoder
     seq_len: int
     end_of_text: int
@@ -215,7 +215,7 @@ class Mixture:
 
     @staticmethod
     def _shuffled(
-        source: "Part", piece: Piece, seed: tuple[int, ...], start: int
+        source: "TextSource", piece: Piece, seed: tuple[int, ...], start: int
     ) -> Iterator[tuple[int, Any]]:
         """Rows of a piece, shuffled block by block, without the first `start`; each with its end.
 

@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flash.device import probe
+from flash.device import system_info
 from flash.device.base import Device, DeviceError, check_files, check_loaded
 from flash.device.measurement import Program
-from flash.noise import is_noise
+from flash.log_filters import is_noise
 
 RUNNER = Path(__file__).with_name("runner.py")
 
@@ -104,4 +104,4 @@ def exit_reason(code: int, stderr: str) -> str:
 
 @cache
 def _probed() -> dict[str, str | int]:
-    return probe.probe()
+    return system_info.probe()

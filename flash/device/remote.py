@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from flash.device.base import Device, DeviceError
-from flash.device.links import AndroidSettings, SshSettings
+from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
 

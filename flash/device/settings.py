@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from flash.arch import GROUP, CacheFormat, Quantization
-from flash.device.links import AndroidSettings, SshSettings
+from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.workload import Workload
 from flash.errors import require
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm

@@ -17,7 +17,7 @@ from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
 
-PROBE = Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
+PROBE = Path(__file__).with_name("system_info.py").read_text(encoding="utf-8")
 """Asked of the board's Python once; old versions must understand it."""
 
 # Its stdin ends when our ssh does: by Ctrl-C, kill or a cut cable. No orphan then heats the board.

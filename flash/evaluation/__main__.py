@@ -3,7 +3,7 @@
 import sys
 
 from flash.config import entry
-from flash.evaluation.benchmark import evaluate
+from flash.evaluation.run import evaluate
 from flash.evaluation.suites import EvaluateSettings
 
 if __name__ == "__main__":

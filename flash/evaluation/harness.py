@@ -20,11 +20,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from flash.arch import Attention
-from flash.device import Device
+from flash.device.base import Device
 from flash.errors import InputError
-from flash.evaluation.texts import Texts
-from flash.model import Decoder
-from flash.model.decoder import LayerCache
+from flash.evaluation.tokenization import Texts
+from flash.model.decoder import Decoder, LayerCache
 from flash.progress import progress_bar
 from flash.training.settings import Precision
 
@@ -39,7 +38,7 @@ FIRST_ROUND = 64
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """A text to score.
 
     Attributes:
@@ -95,14 +94,14 @@ class TextLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         return self._score([self._row(*tokens) for _, *tokens in requests])
 
-    def _row(self, context: list[int], continuation: list[int]) -> Row:
+    def _row(self, context: list[int], continuation: list[int]) -> TokenRow:
         if not 0 < len(continuation) <= self.max_length:
             raise InputError(
                 f"a continuation of {len(continuation)} tokens: expected 1 to the "
                 f"{self.max_length} that the model can read"
             )
         tokens = (context + continuation)[-(self.max_length + 1) :]
-        return Row(tuple(tokens), len(continuation))
+        return TokenRow(tuple(tokens), len(continuation))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -155,7 +154,7 @@ class TextLM(TemplateLM):
         return new_tokens, [stop for stop in values["until"] if stop]
 
     @abstractmethod
-    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+    def _score(self, rows: list[TokenRow]) -> list[tuple[float, bool]]:
         """For each row the log-likelihood of its scored tokens, and whether all were likeliest."""
 
     @abstractmethod
@@ -191,7 +190,7 @@ class DecoderLM(TextLM):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._where.type, torch.bfloat16, enabled=self._bf16)
 
-    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+    def _score(self, rows: list[TokenRow]) -> list[tuple[float, bool]]:
         # Answers of one token each differ in nothing that the model reads: it reads that once.
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
@@ -211,7 +210,7 @@ class DecoderLM(TextLM):
 
     @torch.no_grad()
     def _score_batch(
-        self, inputs: list[tuple[int, ...]], rows: list[list[Row]]
+        self, inputs: list[tuple[int, ...]], rows: list[list[TokenRow]]
     ) -> list[tuple[float, bool]]:
         longest = len(inputs[0])
         # Padding lies to the right, where causal attention does not look.
@@ -311,7 +310,7 @@ class ProgramLM(TextLM):
         # A sliding layer's cache has forgotten what a text shares with the one before it.
         self._reuse = Attention.sliding_attention not in kinds
 
-    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+    def _score(self, rows: list[TokenRow]) -> list[tuple[float, bool]]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)  # neighbours share most
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         with progress_bar("scoring", len(rows), " texts") as bar:

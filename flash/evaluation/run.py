@@ -1,203 +1,257 @@
-"""`export.py`: weights -> .pte, parity gate, measurement on the device, text from the artefact."""
+"""`python -m flash.evaluation`: a suite of benchmarks on a model, in one of its forms."""
 
 import dataclasses
-import json
+import hashlib
 import logging
-import time
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flash.arch import ArchSpec, count_parameters
-from flash.device import Measurement, Program
-from flash.errors import CheckFailed
-from flash.evaluation.artefact import ExportResult
-from flash.evaluation.describe import describe, describe_format
-from flash.evaluation.formats import Format, Source, publish
-from flash.evaluation.job import ExportSettings, Job
-from flash.evaluation.perplexity import artefact_quality
-from flash.evaluation.shapes import RANDOM, measure_shape, shape_of, shape_results
-from flash.evaluation.table6 import table6
-from flash.files import write_text
-from flash.latency import MeasurementStore, Row, SubjectKind, conditions_of, of_point
-from flash.lowering import GateReport, check_parity, locate, lower, write
-from flash.model import Decoder
-from flash.model import load as load_checkpoint
-from flash.prune import fingerprint
-from flash.runs import Runs
-from flash.training import heldout_quality
+from flash.arch import ArchSpec
+from flash.data.shards import tokenizer_digest
+from flash.device.factory import open_device
+from flash.errors import InputError
+from flash.evaluation.suites import (
+    EvaluateSettings,
+    Figure,
+    ModelFormat,
+    SuiteResult,
+    TaskResult,
+    TaskSettings,
+    as_text,
+)
+from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
+from flash.evaluation.tokenization import Texts
+from flash.export.job import checkpoint_of
+from flash.export.result import ExportResult
+from flash.model.backbone import Backbone
+from flash.model.checkpoint import load
+from flash.paths import Runs, digest
+from flash.prune.importance import fingerprint
+from flash.training.distributed import check_devices, main_device
 from flash.training.loggers import close_logger, make_logger
-from flash.training.run import plain
+from flash.training.run import arch_of, plain
+
+if TYPE_CHECKING:
+    from flash.evaluation.harness import TextLM
 
 log = logging.getLogger(__name__)
 
 
-def export(settings: ExportSettings) -> ExportResult | None:
-    """Export, prove and measure one model, or return the finished result of the same export.
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """What is evaluated.
 
-    Returns:
-        What was found about the program; None where none was asked for.
+    Attributes:
+        settings: Of the run.
+        name: Of the model.
+        spec: Its architecture.
+        weights: Its checkpoint folder, which also has the tokenizer.
+        program: Its .pte with `form: program`.
+        texts: Its tokenizer.
+    """
+
+    settings: EvaluateSettings
+    name: str
+    spec: ArchSpec
+    weights: Path
+    program: Path | None
+    texts: Texts
+
+    @classmethod
+    def open(cls, settings: EvaluateSettings) -> "EvaluatedModel":
+        """Find and check everything, load nothing large.
+
+        Raises:
+            InputError: Weights, tokenizer, program or chat template are missing or do not fit.
+        """
+        runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
+        spec = arch_of(settings.arch, backbone)
+        name = settings.name or backbone.name
+        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        # Weights of random backbones have no tokenizer of their own.
+        own = (weights / "tokenizer.json").is_file() or backbone.folder is None
+        texts = Texts.open(weights if own else backbone.folder or weights)
+        entries = texts.tokenizer.get_vocab_size()
+        if entries > spec.vocab_size:
+            raise InputError(
+                f"{texts.folder}: tokenizer.json has {entries} entries: expected at most the "
+                f"model's vocabulary of {spec.vocab_size}"
+            )
+        if settings.suite.apply_chat_template:
+            texts = texts.with_chat()
+        program = None
+        if settings.form is ModelFormat.program:
+            program = program_of(runs.export(name), spec, weights)
+        else:
+            check_devices(settings.trainer)
+        return cls(settings, name, spec, weights, program, texts)
+
+    def key(self) -> dict[str, Any]:
+        """What decides the answers, apart from the questions."""
+        settings = self.settings
+        known: dict[str, Any] = {
+            "form": settings.form.value,
+            "tokenizer": tokenizer_digest(self.texts.tokenizer),
+            "ends": [self.texts.prefix_id, *self.texts.end_ids],
+        }
+        if self.program is None:
+            return {
+                **known,
+                "weights": fingerprint(self.weights),
+                "precision": settings.trainer.precision.value,
+            }
+        with self.program.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        identity = open_device(settings.device).identity()
+        return {
+            **known,
+            "program": content,
+            "context": settings.device.max_context,
+            "device": [identity["cpu"], identity["runtime"]],
+        }
+
+    def open_model(self) -> "TextLM":
+        """The model, for the harness."""
+        from flash.evaluation.harness import DecoderLM, ProgramLM
+
+        settings = self.settings
+        if self.program is not None:
+            device = open_device(settings.device)
+            return ProgramLM(device, self.program, self.texts, self.spec.layer_types)
+        model = load(self.weights).to(main_device(settings.trainer))
+        precision = settings.trainer.precision
+        return DecoderLM(model, self.texts, batch_size=settings.batch_size, precision=precision)
+
+
+def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
+    """The exported program of these weights.
 
     Raises:
-        InputError: Settings or weights that cannot be used.
-        CheckFailed: A format's answers differ from the model's; names the first bad stage.
+        InputError: There is none, or one of another architecture or of other weights.
     """
-    runs = Runs(Path(settings.runs))
-    if settings.model == RANDOM:
-        _measure_shape(settings, runs)
-        return None
-    job = Job.open(settings, runs)
-    job.check()
-    others = [kind for kind in settings.format if kind is not Format.executorch]
-    if others:
-        _publish(job, others)
-    if Format.executorch not in settings.format:
-        return None
-    result, path = ExportResult.read(job.folder), job.folder / "model.pte"
-    if result is not None and result.key == job.key and path.is_file():
-        log.info("%s is finished: %s", job.name, path)
-    else:
-        result = _export(job)
-        result.write(job.folder)
-        _log(settings, result, runs)
-    describe(result, job.folder)
+    path = folder / "model.pte"
+    exported = ExportResult.read(folder)
+    if exported is None or not path.is_file():
+        raise InputError(
+            f"form=program: expected {path}, found none; run export.py with the same +arch first"
+        )
+    if exported.spec != spec:
+        raise InputError(
+            f"form=program: {path} is of arch {exported.spec}: expected {spec}; export it again"
+        )
+    if exported.weights not in ("", fingerprint(weights)):
+        raise InputError(
+            f"form=program: {path} was made of other weights than {weights}: export it again "
+            "(export.py overwrite=true), or give model=FOLDER of those that it was made of"
+        )
+    return path
+
+
+def evaluate(settings: EvaluateSettings) -> SuiteResult:
+    """Ask a model all that a suite asks; finished tasks are not asked again.
+
+    Raises:
+        InputError: Settings, weights, tasks or datasets that cannot be used.
+        DeviceError: The program's process died.
+    """
+    subject = EvaluatedModel.open(settings)
+    folder = Runs(Path(settings.runs)).evaluation(subject.name)
+    results, new = _results(
+        settings, subject, folder / f"{settings.suite.name}.{settings.form.value}"
+    )
+    figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]
+    shares = all(task.percent for task in settings.suite.chosen) and len(figures) > 1
+    result = SuiteResult(
+        name=subject.name,
+        spec=subject.spec,
+        suite=settings.suite.name,
+        form=settings.form.value,
+        limit=settings.limit,
+        figures=figures,
+        average=sum(row.value for row in figures) / len(figures) if shares else None,
+    )
+    result.write(folder)
+    if new:
+        _log(settings, result)
+    print(f"\n{result.name}: {result.suite}, {result.form}")
+    print(as_text(result))
     return result
 
 
-def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
-    shape = shape_of(settings.arch, settings.backbone, settings.model)
-    name = settings.name or settings.backbone.name
-    measure_shape(name, shape, settings.device, runs, seed=settings.seed)
-    print(f"\n{table6(shape_results(runs, settings.device))}")
-
-
-def _publish(job: Job, kinds: list[Format]) -> None:
-    """Write and prove the formats other than the program."""
-    model = load_checkpoint(job.weights)
-    path = job.inputs.tokenizer_path
-    source = Source(model=model, text=job.texts[0], tokenizer=path, token_ids=job.token_ids)
-    for kind in kinds:
-        result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
-        describe_format(job.name, kind, result, job.folder)
-
-
-def _export(job: Job) -> ExportResult:
-    settings, name, inputs = job.settings, job.name, job.inputs
-    model = load_checkpoint(job.weights)
-    log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
-    start = time.perf_counter()
-    end = inputs.end_of_text
-    program = lower(model, settings.device.lowering, bos_id=end, eos_ids=(end,))
-    lower_s = time.perf_counter() - start
-    report = _prove(job, model, program)
-    path = job.folder / "model.pte"
-    write(path, program)
-    log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
-    measurement, speedups = _measure(job, model)
-    prompt = inputs.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
-    ids = job.device.generate(path, prompt, settings.new_tokens, stop=(end,))
-    return ExportResult(
-        name=name,
-        spec=model.spec,
-        parameters=count_parameters(model.spec).total,
-        quality=heldout_quality(model, inputs.data, settings.trainer.precision),
-        artefact=artefact_quality(model, path, job.device, job.texts),
-        pte_bytes=len(program),
-        gate=report.to_dict(),
-        measurement=measurement,
-        reference=job.reference.name if job.reference else None,
-        speedups=speedups,
-        predicted=_predicted(inputs.runs, name, model.spec),
-        prompt=settings.prompt,
-        completion=inputs.tokenizer.decode(ids),
-        device=job.device.identity(),
-        lower_s=lower_s,
-        key=job.key,
-        weights=fingerprint(job.weights),
-    )
-
-
-def _prove(job: Job, model: Decoder, program: bytes) -> GateReport:
-    """The gate's report, kept as gate.json; a failure is looked into and raised as CheckFailed."""
-    lowering, gate = job.settings.device.lowering, job.settings.gate
-    path = job.folder / "gate.json"
-    report = check_parity(model, lowering, job.texts[0], gate, program=program)
-    write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
-    stage = report.first_failure
-    if stage is None:
-        return report
-    where = locate(model, lowering, job.texts[0], gate, stage)
-    report = dataclasses.replace(report, where=where)
-    write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
-    raise CheckFailed(
-        f"{job.name}: the parity gate failed at stage {stage.value}, {where}; nothing was "
-        f"published, see {path}\n{report}"
-    )
-
-
-def _measure(job: Job, model: Decoder) -> tuple[Measurement, dict[str, float]]:
-    """Latencies, and how many times faster than the reference program of the same processes."""
-    settings, device, runs = job.settings, job.device, job.inputs.runs
-    vocab_size = model.spec.vocab_size
-    other = None
-    if job.reference is not None:
-        path = runs.export(job.reference.name) / "model.pte"
-        other = Program(name="reference", path=path, vocab_size=vocab_size)
-    subject = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    measured = device.measure([subject], settings.device.workload, other)[0]
-    store = MeasurementStore(runs.measurements)
-    workload, lowering = settings.device.workload, settings.device.lowering
-    spec = model.spec.replace(tie_embeddings=True)  # tied or not, the programs are the same
-    for point in workload.points:
-        row = Row(
-            kind=SubjectKind.model,
-            subject=spec.to_dict(),
-            conditions=conditions_of(device, workload, point, lowering),
-            result={**of_point(measured, point), "reference": None, "lower_s": None},
-        )
-        store.append(row)
-    if other is None:
-        return measured, {}
-    kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
-    speedups = {
-        name: min(conditions["reference_ms"][name] for conditions in kept) / latency.ms
-        for name, latency in measured.latencies.items()
+def _results(
+    settings: EvaluateSettings, subject: EvaluatedModel, folder: Path
+) -> tuple[dict[str, TaskResult], bool]:
+    """The result of each task by name, and whether any of them is new."""
+    suite, limit = settings.suite, settings.limit
+    common = {
+        **subject.key(),
+        "harness": version("lm_eval"),
+        "include": _digest_of(_task_files(Path(suite.include))) if suite.include else None,
+        "chat": subject.texts.template if suite.apply_chat_template else None,
+        "limit": limit,
+        "seed": suite.seed,
     }
-    return measured, speedups
+    keys = {
+        task.name: digest([common, task.name, task.fewshot, *_own_questions(task)])
+        for task in suite.chosen
+    }
+    results: dict[str, TaskResult] = {}
+    for name, key in keys.items():
+        found = TaskResult.read(folder, name)
+        if found is not None and found.key == key:
+            results[name] = found
+    missing = [task for task in suite.chosen if task.name not in results]
+    if not missing:
+        log.info("%s: %s is finished", subject.name, folder)
+        return results, False
+    tasks = Tasks.open(dataclasses.replace(suite, tasks=missing, leave_out=[]))
+    loaded = {task.name: tasks.load(task) for task in missing}  # all data are there, then work
+    model = subject.open_model()
+    for task in missing:
+        log.info("%s: %s", subject.name, task.name)
+        result = tasks.run(task.name, loaded.pop(task.name), model, limit, keys[task.name])
+        result.write(folder)
+        results[task.name] = result
+    return results, True
 
 
-def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
-    """What the search that found this arch, or that had this backbone, predicted for it."""
-    for path in sorted((runs.root / "studies").glob("*/frontier.json")):
-        found = json.loads(path.read_text("utf-8"))
-        by_number = {trial["number"]: trial for trial in found["trials"]}
-        for number, stem in found["names"].items():
-            if stem == name and by_number[int(number)]["spec"] == spec.to_dict():
-                return found["predicted"][number]
-        backbone = found["backbone"]
-        if backbone["name"] == name and backbone["spec"] == spec.to_dict():
-            return backbone["predicted"]
-    return None
+def _own_questions(task: TaskSettings) -> list[str]:
+    """Hash of a task's data files and of our task files, if it has any."""
+    if not task.files:
+        return []
+    data = [Path(path) for paths in data_files(task).values() for path in paths]
+    return [_digest_of(data), _digest_of(_task_files(OWN_TASKS))]
 
 
-def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
+def _task_files(folder: Path) -> list[Path]:
+    kinds = {".yaml", ".py", ".jsonl", ".json"}
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+
+
+def _digest_of(paths: list[Path]) -> str:
+    """Hash of paths and contents of files."""
+    hasher = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        hasher.update(f"{path} {content}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
+def _log(settings: EvaluateSettings, result: SuiteResult) -> None:
     logger = make_logger(
         settings.logger,
-        folder=runs.logs,
-        run=result.name,
-        job="export",
-        config={**plain(settings), "spec": result.spec.to_dict()},
+        folder=Runs(Path(settings.runs)).logs,
+        run=f"{result.name} {result.suite}",
+        job="evaluate",
+        config=plain(settings),
     )
     if logger is None:
         return
-    measured = result.measurement
-    metrics = {
-        **{f"export/{name}_ms": latency.ms for name, latency in measured.latencies.items()},
-        **{f"export/{name}_se_ms": latency.se_ms for name, latency in measured.latencies.items()},
-        **{f"export/{name}_speedup": value for name, value in result.speedups.items()},
-        "export/pte_mib": result.pte_bytes / 2**20,
-        "export/heldout_loss": result.quality.loss,
-        "export/perplexity_change_pct": result.artefact.change_pct,
-        "export/top1_agreement": result.artefact.agreement,
-    }
+    metrics = {f"eval/{row.task}": row.value for row in result.figures}
+    if result.average is not None:
+        metrics["eval/average"] = result.average
     logger.log_metrics(metrics)
     close_logger(logger)

@@ -10,15 +10,15 @@ from typing import Any
 from omegaconf import MISSING
 
 from flash.arch import ArchSpec
-from flash.device import DeviceKind, DeviceSettings
+from flash.device.settings import DeviceKind, DeviceSettings
 from flash.errors import InputError, require
 from flash.files import write_text
-from flash.model import BackboneSettings
-from flash.training import TrainerSettings
+from flash.model.backbone import BackboneSettings
 from flash.training.loggers import LoggerSettings
+from flash.training.settings import TrainerSettings
 
 
-class Form(Enum):
+class ModelFormat(Enum):
     """What of a model is evaluated."""
 
     decoder = "decoder"
@@ -100,7 +100,7 @@ class EvaluateSettings:
     suite: SuiteSettings = MISSING
     trainer: TrainerSettings = MISSING
     logger: LoggerSettings = MISSING
-    form: Form = Form.decoder
+    form: ModelFormat = ModelFormat.decoder
     arch: dict[str, Any] = field(default_factory=dict)
     """What to evaluate, as for `export.py`; nothing is the backbone itself."""
     name: str | None = None
@@ -118,7 +118,7 @@ class EvaluateSettings:
         expected = "a positive integer"
         require(self.batch_size > 0, "batch_size", self.batch_size, expected)
         require(self.limit is None or self.limit > 0, "limit", self.limit, f"{expected} or null")
-        if isinstance(self.device, DeviceSettings) and self.form is Form.program:
+        if isinstance(self.device, DeviceSettings) and self.form is ModelFormat.program:
             require(
                 self.device.kind is not DeviceKind.android,
                 "device",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flash.errors import InputError
 from flash.latency.store import MeasurementStore
-from flash.runs import Runs
+from flash.paths import Runs
 
 
 def main() -> int:

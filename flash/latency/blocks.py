@@ -13,8 +13,8 @@ from typing import Self
 import numpy as np
 
 from flash.latency.composition import BlockTable, Composition
+from flash.latency.cost_model import Specs, Values
 from flash.latency.prediction import Prediction, from_logs, t_quantile
-from flash.latency.work import Specs, Values
 
 
 class Calibration(Enum):

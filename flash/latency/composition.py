@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from flash.arch import ArchSpec, Attention
-from flash.device import Phase, Point
+from flash.device.workload import Phase, Point
 from flash.errors import InputError
-from flash.latency.work import Specs, SpecTable, Values, last_half_share
-from flash.lowering import LoweringSettings
+from flash.latency.cost_model import Specs, SpecTable, Values, last_half_share
+from flash.lowering.settings import LoweringSettings
 
 FIXED = (
     "num_heads",
@@ -31,7 +31,7 @@ FIXED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class BlockShape:
     """One measurable part of a decoder.
 
     Attributes:
@@ -63,14 +63,18 @@ class Grid:
     ffn_dims: tuple[int, ...]
     kinds: tuple[Attention, ...]
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[BlockShape]:
         """All parts to measure."""
         attending = [kind for kind in self.kinds if kind is not Attention.skip_attention]
         return [
-            *(Part(name=ENDS, model_dim=d) for d in self.model_dims),
-            *(Part(name=kind.value, model_dim=d) for kind in attending for d in self.model_dims),
+            *(BlockShape(name=ENDS, model_dim=d) for d in self.model_dims),
             *(
-                Part(name=FFN, model_dim=d, ffn_dim=f)
+                BlockShape(name=kind.value, model_dim=d)
+                for kind in attending
+                for d in self.model_dims
+            ),
+            *(
+                BlockShape(name=FFN, model_dim=d, ffn_dim=f)
                 for d in self.model_dims
                 for f in self.ffn_dims
             ),
@@ -115,7 +119,7 @@ class BlockTable:
         point: Point,
         base: ArchSpec,
         grid: Grid,
-        values_ms: Mapping[Part, float],
+        values_ms: Mapping[BlockShape, float],
         lowering: LoweringSettings,
     ) -> None:
         self.point, self._lowering = point, lowering

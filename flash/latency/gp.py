@@ -12,9 +12,9 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float
 
+from flash.latency.cost_model import Specs, SpecTable, Values, shape_features
 from flash.latency.prediction import Prediction
 from flash.latency.regression import GaussianRegression
-from flash.latency.work import Specs, SpecTable, Values, shape_features
 
 
 class GaussianProcess:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from flash.arch import ArchSpec
-from flash.latency.work import Specs, Values
+from flash.latency.cost_model import Specs, Values
 
 LEVEL = 0.9
 """Probability that an interval of a `Prediction` is meant to hold."""

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from scipy import linalg, optimize
 
 from flash.errors import InputError
+from flash.latency.cost_model import Values
 from flash.latency.prediction import Prediction, from_logs, t_quantile
-from flash.latency.work import Values
 
 Matrix = Float[np.ndarray, "n k"]
 Square = Float[np.ndarray, "n m"]

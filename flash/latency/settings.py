@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from flash.device import Phase
+from flash.device.workload import Phase
 from flash.errors import require
 
 

@@ -25,7 +25,7 @@ from flash.errors import InputError
 from flash.files import write_text
 
 SCHEMA_VERSION = 2
-"""Raised whenever a field of `Row` changes its meaning; stores of other versions are refused."""
+"""Raised whenever a field of `StoredLatency` changes its meaning; other versions are refused."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _now() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class StoredLatency:
     """One latency of one subject.
 
     Attributes:
@@ -103,7 +103,7 @@ class Row:
         return json.dumps(values | {"kind": self.kind.value}, separators=(",", ":"))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Row":
+    def from_dict(cls, values: dict[str, Any]) -> "StoredLatency":
         """Inverse of `to_json` once parsed; `schema` and `key` are ignored."""
         known = {f.name: values[f.name] for f in fields(cls)}
         known["kind"] = SubjectKind(values["kind"])
@@ -126,7 +126,7 @@ class MeasurementStore:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._rows: dict[str, list[Row]] = {}  # attempts, in order
+        self._rows: dict[str, list[StoredLatency]] = {}  # attempts, in order
         self._end = 0  # bytes that have been read, always whole lines
         self._lines = 0
         self.refresh()
@@ -134,19 +134,19 @@ class MeasurementStore:
     def __len__(self) -> int:
         return sum(len(attempts) for attempts in self._rows.values())
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[StoredLatency]:
         return itertools.chain.from_iterable(self._rows.values())
 
-    def get(self, key: str) -> Row | None:
+    def get(self, key: str) -> StoredLatency | None:
         """The last measurement with this key, or None."""
         attempts = self._rows.get(key)
         return attempts[-1] if attempts else None
 
-    def attempts(self, key: str) -> tuple[Row, ...]:
+    def attempts(self, key: str) -> tuple[StoredLatency, ...]:
         """All measurements with this key, nearly always none or one, first to last."""
         return tuple(self._rows.get(key, ()))
 
-    def append(self, row: Row) -> bool:
+    def append(self, row: StoredLatency) -> bool:
         """Write one measurement to disk.
 
         Returns False, writing nothing, if its key is there with this attempt or a later one.
@@ -229,12 +229,12 @@ class MeasurementStore:
             self.refresh()
             yield
 
-    def _keep(self, row: Row) -> None:
+    def _keep(self, row: StoredLatency) -> None:
         attempts = self._rows.setdefault(row.key, [])
         if not attempts or attempts[-1].attempt < row.attempt:
             attempts.append(row)
 
-    def _parse(self, line: bytes) -> Row:
+    def _parse(self, line: bytes) -> StoredLatency:
         where = f"measurement store {self.path}, line {self._lines}"
         try:
             values = json.loads(line)
@@ -247,12 +247,12 @@ class MeasurementStore:
                 "away to measure anew, or use the version of flash that wrote it"
             )
         try:
-            return Row.from_dict(values)
+            return StoredLatency.from_dict(values)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{where}: not a measurement; remove or repair the line") from error
 
 
-def _record(row: Row) -> dict[str, Any]:
+def _record(row: StoredLatency) -> dict[str, Any]:
     """One measurement as columns; a block has the spec of its one layer."""
     subject = row.subject if row.kind is SubjectKind.model else row.subject["spec"]
     spec = ArchSpec.from_dict(subject)

@@ -10,10 +10,10 @@ from typing import Self
 import numpy as np
 from scipy.special import softmax
 
-from flash.latency.physical import Physical
+from flash.latency.analytical import AnalyticalPredictor
+from flash.latency.cost_model import WORK, Specs, SpecTable, Values, shape_features
 from flash.latency.prediction import Prediction
 from flash.latency.regression import Matrix, NonNegativeRegression
-from flash.latency.work import WORK, Specs, SpecTable, Values, shape_features
 
 _LEAST = 0.1
 """A kind of work that cost the first device nothing is believed to cost the second this share of
@@ -23,15 +23,16 @@ what it costs a nominal one."""
 class Transferred:
     """Two of `NonNegativeRegression`, from the first device and from a nominal one.
 
-    One starts from the other device's coefficients and smooth factor, the other, as `Physical`
-    does, from nominal coefficients; they are averaged on the logarithmic scale with their posterior
-    probabilities. A first device that is quite unlike the second thus does no lasting harm.
+    One starts from the other device's coefficients and smooth factor, the other, as
+    `AnalyticalPredictor` does, from nominal coefficients; they are averaged on the logarithmic
+    scale with their posterior probabilities. A first device that is quite unlike the second thus
+    does no lasting harm.
 
     Args:
         source: Fitted to the first device, at the same point.
     """
 
-    def __init__(self, source: Physical) -> None:
+    def __init__(self, source: AnalyticalPredictor) -> None:
         self._source = source
 
     def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:

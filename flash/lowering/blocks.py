@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
-from flash.lowering.form import AttentionHalf, FfnHalf, Head, load_custom_ops
+from flash.log_filters import quiet
+from flash.lowering.attention_plan import CallPlan
 from flash.lowering.lower import export_form, serialise
-from flash.lowering.position import Position
+from flash.lowering.modules import AttentionHalf, FfnHalf, Head, load_custom_ops
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
-from flash.noise import quiet
 
 
 class BlockKind(Enum):
@@ -142,7 +142,7 @@ class _Attention(nn.Module):
     def __init__(self, spec: ArchSpec, settings: LoweringSettings) -> None:
         super().__init__()
         kind = spec.layer_types[0]
-        self.position = Position(spec, settings, kind is Attention.sliding_attention)
+        self.position = CallPlan(spec, settings, kind is Attention.sliding_attention)
         norm = RMSNorm(spec.model_dim, spec.norm_eps)
         self.part = AttentionHalf(norm, SelfAttention(spec, kind), spec, settings)
 

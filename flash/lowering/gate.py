@@ -17,12 +17,12 @@ from torch import Tensor
 
 from flash.arch import CacheFormat, Quantization
 from flash.errors import require
-from flash.lowering.check import error_of, kl_of
-from flash.lowering.form import load_custom_ops
+from flash.log_filters import quiet
 from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
+from flash.lowering.modules import load_custom_ops
+from flash.lowering.parity_metrics import error_of, kl_of
 from flash.lowering.settings import LoweringSettings
-from flash.model import Decoder
-from flash.noise import quiet
+from flash.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 """`(tokens [1, s], input_pos [1]) -> logits [1, vocab]`."""
 
 
-class Stage(Enum):
+class ParityStage(Enum):
     """Where a difference arises."""
 
     quantized = "quantized"
@@ -98,7 +98,7 @@ class GateSettings:
 class StageResult:
     """One stage against the stage before it."""
 
-    stage: Stage
+    stage: ParityStage
     error: float
     """Largest difference of a logit over the largest logit."""
     kl: float
@@ -121,7 +121,7 @@ class GateReport:
     """Of a failed gate: the part of the model that `locate` found."""
 
     @property
-    def first_failure(self) -> Stage | None:
+    def first_failure(self) -> ParityStage | None:
         """The first stage that made too large a difference."""
         return next((result.stage for result in self.stages if not result.passed), None)
 
@@ -157,7 +157,7 @@ def check_parity(
     gate: GateSettings | None = None,
     *,
     program: bytes | None = None,
-    last: Stage = Stage.runtime,
+    last: ParityStage = ParityStage.runtime,
 ) -> GateReport:
     """Compare the stages on real text; too short a text or cache is an InputError.
 
@@ -175,14 +175,14 @@ def check_parity(
     positions = slice(gate.prefill_tokens - 1, None)
     reference = model(text[None])[0, positions].float()
     form = quantized_form(model, settings)
-    steps: dict[Stage, Callable[[], Step]] = {Stage.quantized: lambda: form}
-    if last is not Stage.quantized:
+    steps: dict[ParityStage, Callable[[], Step]] = {ParityStage.quantized: lambda: form}
+    if last is not ParityStage.quantized:
         exported = export_form(form, settings)
         module = exported.module()  # before the passes, which drop the buffers that no layer uses
-        steps[Stage.exported] = lambda: module
-        if last is Stage.runtime:
+        steps[ParityStage.exported] = lambda: module
+        if last is ParityStage.runtime:
             data = serialise(exported, settings) if program is None else program
-            steps[Stage.runtime] = lambda: _runtime_step(data)
+            steps[ParityStage.runtime] = lambda: _runtime_step(data)
     with quiet():
         logits = {stage: _run(step(), text, gate, settings) for stage, step in steps.items()}
     exact = settings.quantization is Quantization.fp32 and settings.cache is CacheFormat.fp32
@@ -230,16 +230,21 @@ def _runtime_step(program: bytes) -> Step:
 
 
 def _compare(
-    stage: Stage, before: Tensor, after: Tensor, reference: Tensor, gate: GateSettings, exact: bool
+    stage: ParityStage,
+    before: Tensor,
+    after: Tensor,
+    reference: Tensor,
+    gate: GateSettings,
+    exact: bool,
 ) -> StageResult:
     error = error_of(before, after)
     kl, agreement = kl_of(before, after), _agreement(before, after)
     if exact:
         passed, rule = error <= gate.max_error_fp32, f"error <= {gate.max_error_fp32:g}"
-    elif stage is Stage.exported:
+    elif stage is ParityStage.exported:
         passed, rule = error <= gate.max_error_exported, f"error <= {gate.max_error_exported:g}"
     else:
-        runtime = stage is Stage.runtime
+        runtime = stage is ParityStage.runtime
         most = gate.max_kl_runtime if runtime else gate.max_kl_quantized
         least = gate.min_agreement_runtime if runtime else gate.min_agreement_quantized
         passed = kl <= most and agreement >= least

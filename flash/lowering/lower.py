@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from flash.files import atomic_write
-from flash.lowering.fast import short_passes
-from flash.lowering.form import Form
+from flash.log_filters import quiet
+from flash.lowering.modules import ExportableDecoder
+from flash.lowering.patches.export_passes import short_passes
+from flash.lowering.patches.partitioner import delegated_symbols
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
-from flash.lowering.symbols import delegated_symbols
-from flash.model import Decoder
-from flash.noise import quiet
+from flash.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def lower(
     return serialise(export_form(form, settings), settings, constants=constants, fast=fast)
 
 
-def quantized_form(model: Decoder, settings: LoweringSettings) -> Form:
+def quantized_form(model: Decoder, settings: LoweringSettings) -> ExportableDecoder:
     """What gets exported, runnable in eager mode: the form with its weights quantised."""
     with quiet():
-        return quantize(Form(model, settings), settings)
+        return quantize(ExportableDecoder(model, settings), settings)
 
 
 def runner_constants(

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flash.arch import GROUP
+from flash.log_filters import quiet
 from flash.model.decoder import Decoder
-from flash.noise import quiet
 
 
 def linear_recipe(group_size: int = GROUP) -> Any:

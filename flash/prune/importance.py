@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from flash.errors import InputError
 from flash.files import atomic_write
-from flash.model import Decoder, weight_files
-from flash.model.decoder import Layer, RMSNorm
+from flash.model.decoder import Decoder, Layer, RMSNorm
+from flash.model.weights import weight_files
 from flash.progress import progress
 
 

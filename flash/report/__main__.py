@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flash.errors import InputError
+from flash.paths import Runs
 from flash.report.data import ReportData, read
 from flash.report.figures import all_figures
 from flash.report.page import write_page
 from flash.report.table import COLUMNS, as_text, rows
-from flash.runs import Runs
 from flash.training.loggers import has_wandb_key
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
-from flash.device import Point
+from flash.device.workload import Point
 from flash.errors import InputError
-from flash.evaluation import ExportResult
 from flash.evaluation.suites import SuiteResult
-from flash.runs import Runs
+from flash.export.result import ExportResult
+from flash.paths import Runs
 from flash.training.result import TrainResult
 
 

@@ -2,12 +2,12 @@
 
 import plotly.graph_objects as go
 
+from flash.paths import Runs
 from flash.report.data import ReportData, read
 from flash.report.pattern_figures import kinds, patterns
 from flash.report.search_figures import frontier, hypervolume, parallel_coordinates
 from flash.report.style import GREY, ORANGE, latency_name, layout
 from flash.report.training_figures import learning_curves, promotion, recovery
-from flash.runs import Runs
 
 
 def predicted_against_measured(data: ReportData) -> go.Figure:

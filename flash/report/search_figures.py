@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from flash.arch import Attention
 from flash.report.data import ReportData, TrialPoint
 from flash.report.style import BLUE, GREEN, GREY, ORANGE, about, cost_axis, cost_name, layout
-from flash.search import Objective
+from flash.search.objectives import Objective
 
 _BEST_TO_WORST = [[0.0, "#123f8c"], [0.5, "#8a6fc0"], [1.0, "#f0a35e"]]
 

@@ -3,9 +3,9 @@
 import plotly.graph_objects as go
 
 from flash.arch import Attention
-from flash.device import Phase, Point
+from flash.device.workload import Phase, Point
 from flash.report.data import ReportData, TrialPoint
-from flash.search import Objective
+from flash.search.objectives import Objective
 
 INK, GREY, BLUE, ORANGE, GREEN = "#1f2933", "#9aa5b1", "#2f6fde", "#e8743b", "#2e9e6b"
 KINDS = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flash.evaluation import ArtefactQuality
+from flash.export.perplexity import ProgramQuality
 from flash.report.data import Model
 
 COLUMNS = (
@@ -77,7 +77,7 @@ def quantisation_rows(models: Sequence[Model]) -> list[list[str]]:
     return lines
 
 
-def _rounded(quality: ArtefactQuality) -> list[str]:
+def _rounded(quality: ProgramQuality) -> list[str]:
     return [f"{quality.pte_loss:.3f}", f"{quality.change_pct:+.1f} %"]
 
 

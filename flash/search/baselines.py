@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.search.acquisition import greedy_batch
-from flash.search.request import Request
+from flash.search.proposal import Request
 from flash.search.settings import Sampler
 
 KEPT = 4
@@ -154,8 +154,8 @@ class AdditiveScores:
     def best_patterns(self, depth: int) -> list[tuple[Attention, ...]]:
         """The best legal patterns for every number of layers of each kind, by dynamic programming.
 
-        Known figures depend on a pattern through these numbers alone (flash.latency.work), so that
-        the best loss at any cost is among them. `KEPT` patterns stay for each.
+        Known figures depend on a pattern through these numbers alone (flash.latency.cost_model), so
+        that the best loss at any cost is among them. `KEPT` patterns stay for each.
         """
         space = self._space
         slots = self._scores[-space.depths[-1] * len(space.kinds) :].reshape(-1, len(space.kinds))

@@ -10,24 +10,17 @@ import torch
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
-from flash.model import Decoder, build
-from flash.prune import Importance, prune
-from flash.runs import digest
+from flash.model.checkpoint import build
+from flash.model.decoder import Decoder
+from flash.paths import digest
+from flash.prune.importance import Importance
+from flash.prune.pruning import prune
 from flash.search.loop import EvaluationError, Quality
-from flash.search.stopping import Hopeless
-from flash.training import (
-    STABLE,
-    Curve,
-    FitResult,
-    RecipeSettings,
-    TrainerSettings,
-    Watch,
-    fit,
-    heldout_quality,
-)
-from flash.training.curve import MOST_PARTS
-from flash.training.fit import LAST
+from flash.search.pruner import TrialPruned
+from flash.training.fit import LAST, STABLE, FitResult, fit, validate
+from flash.training.loss_curve import MOST_PARTS, Curve, Watch
 from flash.training.run import Inputs, plain
+from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
 
 
@@ -87,7 +80,7 @@ class ShortTraining:
         folder = self.checkpoints(spec, number)
         try:
             quality = self._evaluate(spec, number, watch)
-        except (Hopeless, EvaluationError):
+        except (TrialPruned, EvaluationError):
             _remove(folder)
             raise
         except (MemoryError, RuntimeError) as error:
@@ -112,12 +105,12 @@ class ShortTraining:
         }
         try:
             done = self._fit(model, spec, number, watch)
-        except Hopeless as hopeless:
+        except TrialPruned as hopeless:
             hopeless.info |= about
             raise
         except InputError as error:
             raise EvaluationError(str(error)) from error
-        after = heldout_quality(model, self.inputs.data, self.trainer.precision)
+        after = validate(model, self.inputs.data, self.trainer.precision)
         return Quality(
             after.loss,
             {
@@ -134,7 +127,7 @@ class ShortTraining:
             try:
                 if watch is not None:
                     watch(curve)
-            except Hopeless as hopeless:
+            except TrialPruned as hopeless:
                 seen = self._points(curve.losses)
                 hopeless.info |= {"curve": seen, "tokens": int(seen[-1][0])}
                 raise

@@ -10,28 +10,32 @@ import numpy as np
 from omegaconf import MISSING
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes
-from flash.data import DataSettings
-from flash.device import DeviceSettings, open_device
+from flash.data.settings import DataSettings
+from flash.device.factory import open_device
+from flash.device.settings import DeviceSettings
 from flash.errors import InputError
-from flash.latency import LatencyModel, LatencySettings, MeasurementStore, collect
-from flash.model import Backbone, BackboneSettings
-from flash.prune import fingerprint
-from flash.runs import Runs, digest
+from flash.latency.fit import LatencyModel, collect
+from flash.latency.settings import LatencySettings
+from flash.latency.store import MeasurementStore
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.paths import Runs, digest
+from flash.prune.importance import fingerprint
 from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import EvaluationError
 from flash.search.objectives import Costs, Objective, Problem, high
 from flash.search.settings import SearchSettings
 from flash.search.study import Study
-from flash.training import RecipeSettings, TrainerSettings, heldout_quality
+from flash.training.distributed import check_devices
+from flash.training.fit import validate
 from flash.training.loggers import LoggerSettings
-from flash.training.parallel import check_devices
 from flash.training.run import Inputs, importance_of, plain
+from flash.training.settings import RecipeSettings, TrainerSettings
 
 _MIB = 2**20
 
 
-class Stage(Enum):
+class SearchStage(Enum):
     """How far `search.py` goes."""
 
     latency = "latency"
@@ -46,7 +50,7 @@ class Stage(Enum):
 class SearchJobSettings:
     """Root of `search.py`."""
 
-    stage: Stage = Stage.search
+    stage: SearchStage = SearchStage.search
     """Where to stop."""
 
     backbone: BackboneSettings = MISSING
@@ -67,7 +71,7 @@ class SearchJobSettings:
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchJob:
     """A search that was checked and opened."""
 
     settings: SearchJobSettings
@@ -92,7 +96,7 @@ class Job:
         return self.settings.search.storage or self.inputs.runs.study(name) / "study.db"
 
 
-def open_job(settings: SearchJobSettings) -> Job:
+def open_job(settings: SearchJobSettings) -> SearchJob:
     backbone = Backbone.open(settings.backbone)
     space = SearchSpace(settings.space, backbone.spec)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
@@ -120,7 +124,7 @@ def open_job(settings: SearchJobSettings) -> Job:
         "seed": settings.seed,
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
-    return Job(settings, space, inputs, identity, objectives, baseline)
+    return SearchJob(settings, space, inputs, identity, objectives, baseline)
 
 
 def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:
@@ -159,7 +163,7 @@ def latency_of(settings: SearchJobSettings, space: SearchSpace, backbone: Backbo
     )
 
 
-def problem_of(job: Job, study: Study, latency: LatencyModel) -> Problem:
+def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
     """Objectives, limits and reference; the baseline's quality is computed once and kept.
 
     Raises:
@@ -168,9 +172,7 @@ def problem_of(job: Job, study: Study, latency: LatencyModel) -> Problem:
     settings, backbone = job.settings, job.inputs.backbone
     loss = study.remember(
         "backbone_quality",
-        lambda: plain(
-            heldout_quality(backbone.load(), job.inputs.data, settings.trainer.precision)
-        ),
+        lambda: plain(validate(backbone.load(), job.inputs.data, settings.trainer.precision)),
     )["loss"]
     if job.baseline != backbone.spec:
         loss = study.remember(
@@ -187,7 +189,7 @@ def problem_of(job: Job, study: Study, latency: LatencyModel) -> Problem:
     )
 
 
-def _baseline_loss(job: Job) -> float:
+def _baseline_loss(job: SearchJob) -> float:
     """Held-out loss of the baseline, trained as a trial is.
 
     Raises:
@@ -223,7 +225,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
     return costs
 
 
-def evaluation_of(job: Job, folder: Path | None) -> ShortTraining:
+def evaluation_of(job: SearchJob, folder: Path | None) -> ShortTraining:
     """How trials are evaluated; their checkpoints are kept in `folder`."""
     settings, inputs = job.settings, job.inputs
     return ShortTraining(

@@ -13,11 +13,11 @@ from flash.arch import ArchSpec, SearchSpace
 from flash.progress import progress_bar
 from flash.search.objectives import Problem
 from flash.search.pareto import hypervolume, non_dominated
+from flash.search.pruner import TrialPruned, judge
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
-from flash.search.stopping import Hopeless, judge
 from flash.search.study import Study, Trial
-from flash.training import Curve, Watch
+from flash.training.loss_curve import Curve, Watch
 
 _log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def _evaluate(
     try:
         with study.heartbeat(trial):
             quality = evaluate(trial.spec, trial.number, watch)
-    except Hopeless as hopeless:
+    except TrialPruned as hopeless:
         info = {"estimate": hopeless.estimate, "chance": hopeless.chance, **hopeless.info}
         return study.stop(trial, str(hopeless), info)
     except EvaluationError as error:

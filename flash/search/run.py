@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, SearchSpace, count_parameters
-from flash.device import open_device
+from flash.device.factory import open_device
 from flash.errors import InputError, require
 from flash.files import write_text
-from flash.latency import LatencyModel, MeasurementStore
-from flash.model import Backbone
-from flash.runs import Runs
+from flash.latency.fit import LatencyModel
+from flash.latency.store import MeasurementStore
+from flash.model.backbone import Backbone
+from flash.paths import Runs
 from flash.search.evaluate import ShortTraining, tidy
 from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
 from flash.search.job import (
-    Job,
+    SearchJob,
     SearchJobSettings,
-    Stage,
+    SearchStage,
     evaluation_of,
     latency_of,
     open_job,
@@ -56,7 +57,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
     Raises:
         InputError: Settings, backbone, data or study that cannot be used.
     """
-    if settings.stage is Stage.latency:
+    if settings.stage is SearchStage.latency:
         return _stage_one(settings)
     job = open_job(settings)
     log.info(
@@ -79,7 +80,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
         with study.lock():  # one worker measures; the others then find it done
             latency = latency_of(settings, job.space, job.inputs.backbone)
             problem = problem_of(job, study, latency)
-        if settings.stage is Stage.promote:
+        if settings.stage is SearchStage.promote:
             return _promote(job, study, problem)
         report = _stage_two(job, study, latency, problem, figures)
     _describe(job, report)
@@ -120,7 +121,7 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
 
 
 def _stage_two(
-    job: Job, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
+    job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
 ) -> dict[str, Any]:
     settings, runs, name = job.settings, job.inputs.runs, job.settings.search.study
     trials = study.trials()
@@ -164,7 +165,7 @@ def _stage_two(
     return report
 
 
-def _promote(job: Job, study: Study, problem: Problem) -> dict[str, Any]:
+def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
     """Train the best trials longer; prints and stores whether their order holds."""
     settings, inputs = job.settings, job.inputs
     require(
@@ -200,7 +201,7 @@ _OF_THE_DEVICE = ("device", "workload", "space", "objectives")
 """Parts of a fingerprint that no loss depends on."""
 
 
-def _rescore(job: Job, source: str) -> dict[str, Any]:
+def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     """The frontier that finished trials make under other limits, objectives or device.
 
     Raises:
@@ -225,7 +226,7 @@ def _rescore(job: Job, source: str) -> dict[str, Any]:
 
 
 def _write(
-    job: Job, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
+    job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
 ) -> dict[str, Any]:
     """`frontier.json`, the arch YAML of every frontier member, and the names of the winners."""
     settings, runs = job.settings, job.inputs.runs
@@ -282,7 +283,7 @@ def _write(
     )
 
 
-def _describe(job: Job, report: dict[str, Any]) -> None:
+def _describe(job: SearchJob, report: dict[str, Any]) -> None:
     """The frontier on the terminal, and what to type next."""
     by_number = {trial["number"]: trial for trial in report["trials"]}
     failed = sum(trial["state"] == "fail" for trial in report["trials"])

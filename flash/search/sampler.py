@@ -23,10 +23,10 @@ from flash.search.acquisition import greedy_batch
 from flash.search.baselines import ask_additive, ask_optuna
 from flash.search.objectives import Problem, limited
 from flash.search.pareto import non_dominated
-from flash.search.quality import draw_losses
-from flash.search.request import Request
+from flash.search.proposal import Request
 from flash.search.settings import Sampler, SearchSettings
 from flash.search.study import Trial
+from flash.search.surrogate import draw_losses
 
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ class Sampler(Enum):
 
 
 @dataclass(kw_only=True)
-class Limits:
+class SearchLimits:
     """The most that known figures of a candidate may be; null sets no limit."""
 
     prefill_ms: float | None = None
@@ -73,7 +73,7 @@ class SearchSettings:
     objectives: list[Objective] | None = None
     """What to minimise: quality and any of prefill, decode, memory, size. null is quality and the
     latency that `latency.objective` names."""
-    limits: Limits = field(default_factory=Limits)
+    limits: SearchLimits = field(default_factory=SearchLimits)
     """Only candidates that obey these are proposed. Latencies count by the upper ends of their 90 %
     intervals, so that a measured one is rarely above its limit."""
     baseline: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class SearchSettings:
     """How often a trial starts again whose process died, before it counts as failed."""
     stop_error: float = 0.05
     """Early stopping: the greatest chance at which a trial that would have reached the frontier
-    may be ended before its training is over; 0 ends none (flash/search/stopping.py)."""
+    may be ended before its training is over; 0 ends none (flash/search/pruner.py)."""
     from_study: str | None = None
     """Name of a study whose trials are judged anew by the present objectives, limits and device.
     No trial is trained; backbone, data, recipe and seed must be those of that study."""

@@ -9,7 +9,7 @@ import torch
 
 from flash.arch import ArchSpec, training_flops_per_token
 from flash.progress import progress_bar
-from flash.training.module import LanguageModelling
+from flash.training.lightning_module import LanguageModelling
 from flash.training.settings import Precision, TrainerSettings
 
 log = logging.getLogger(__name__)

@@ -16,22 +16,26 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from flash.data import PackedData, TaughtSequences, collate
+from flash.data.batch import collate
+from flash.data.module import PackedData
+from flash.data.teacher_cache import TaughtSequences
 from flash.errors import InputError
-from flash.model import Decoder, Operands, head_operands, linear_losses
+from flash.model.decoder import Decoder
+from flash.model.losses import Operands, linear_losses
+from flash.model.quantization import head_operands
 from flash.progress import progress
 from flash.training.callbacks import Throughput
-from flash.training.curve import CurveRecorder, SaveOnce, Watch
-from flash.training.faults import AtomicCheckpointIO, StopBySignal, Stopped
-from flash.training.module import LanguageModelling
-from flash.training.parallel import (
+from flash.training.distributed import (
     gather,
     is_main_process,
     lightning_precision,
     make_strategy,
     stop_others,
 )
+from flash.training.lightning_module import LanguageModelling
+from flash.training.loss_curve import CurveRecorder, SaveOnce, Watch
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
+from flash.training.stability import AtomicCheckpointIO, StopBySignal, Stopped
 from flash.training.teacher import Teacher
 
 LAST = "last.ckpt"
@@ -45,7 +49,7 @@ _AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationMetrics:
     """Quality on held-out text.
 
     Attributes:
@@ -61,7 +65,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def heldout_quality(model: Decoder, data: PackedData, precision: Precision) -> HeldOut:
+def validate(model: Decoder, data: PackedData, precision: Precision) -> ValidationMetrics:
     """Held-out loss of `model`, on all of the data module's held-out sequences."""
     total, tokens, num_bytes = 0.0, 0, 0
     device = next(model.parameters()).device
@@ -81,7 +85,7 @@ def heldout_quality(model: Decoder, data: PackedData, precision: Precision) -> H
         tokens += targets.numel()
         num_bytes += int(data.bytes_per_token[targets.cpu().numpy()].sum())
     bits = total / math.log(2)
-    return HeldOut(total / tokens, bits / num_bytes, tokens)
+    return ValidationMetrics(total / tokens, bits / num_bytes, tokens)
 
 
 @dataclass(frozen=True)

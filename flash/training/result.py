@@ -8,7 +8,7 @@ from typing import Any
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.files import write_text
-from flash.training.fit import FitResult, HeldOut
+from flash.training.fit import FitResult, ValidationMetrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TrainResult:
     name: str
     spec: ArchSpec
     parameters: int
-    before: HeldOut
-    after: HeldOut
+    before: ValidationMetrics
+    after: ValidationMetrics
     fit: FitResult
     key: str
     settings: dict[str, Any]
@@ -62,8 +62,8 @@ class TrainResult:
             return cls(**{
                 **values,
                 "spec": ArchSpec.from_dict(values["spec"]),
-                "before": HeldOut(**values["before"]),
-                "after": HeldOut(**values["after"]),
+                "before": ValidationMetrics(**values["before"]),
+                "after": ValidationMetrics(**values["after"]),
                 "fit": FitResult(**values["fit"]),
             })
         except (ValueError, KeyError, TypeError) as error:

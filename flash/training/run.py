@@ -14,28 +14,25 @@ from omegaconf import MISSING
 from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec, count_parameters
-from flash.data import DataSettings, PackedData, end_of_text_id, find_tokenizer, load_tokenizer
+from flash.data.module import PackedData, find_tokenizer
+from flash.data.settings import DataSettings
+from flash.data.tokenizer import end_of_text_id, load_tokenizer
 from flash.errors import InputError, require
-from flash.model import (
-    Backbone,
-    BackboneSettings,
-    Decoder,
-    build,
-    fake_quantize,
-    load,
-    save,
-    state_to_save,
-)
-from flash.prune import Importance, cached_scores, check_fits, fingerprint, prune
-from flash.runs import Runs, digest
-from flash.training.fit import fit, heldout_quality
-from flash.training.loggers import LoggerSettings, close_logger, make_logger
-from flash.training.parallel import (
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.checkpoint import build, load, save, state_to_save
+from flash.model.decoder import Decoder
+from flash.model.quantization import fake_quantize
+from flash.paths import Runs, digest
+from flash.prune.importance import Importance, cached_scores, fingerprint
+from flash.prune.pruning import check_fits, prune
+from flash.training.distributed import (
     check_devices,
     is_main_process,
     main_device,
     wait_for_others,
 )
+from flash.training.fit import fit, validate
+from flash.training.loggers import LoggerSettings, close_logger, make_logger
 from flash.training.result import TrainResult
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import check_top_k, teacher_of
@@ -335,7 +332,7 @@ def _train(
     device = main_device(settings.trainer)
     before = None
     if is_main_process():
-        before = heldout_quality(model.to(device), inputs.data, precision)
+        before = validate(model.to(device), inputs.data, precision)
         log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
     logger = make_logger(
         settings.logger,
@@ -359,7 +356,7 @@ def _train(
         )
         if before is None:
             return None
-        after = heldout_quality(model.to(device), inputs.data, precision)
+        after = validate(model.to(device), inputs.data, precision)
         if logger is not None:
             metrics = {
                 "heldout/loss_before": before.loss,

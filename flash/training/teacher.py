@@ -7,13 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flash.data import Batch, DataSettings, PackedData, PackedSequences, TaughtSequences, collate
+from flash.data.batch import Batch, collate
+from flash.data.module import PackedData
+from flash.data.packed import PackedSequences
+from flash.data.settings import DataSettings
+from flash.data.teacher_cache import TaughtSequences
 from flash.errors import InputError, require
-from flash.model import Backbone, Decoder, Operands, top_log_probs
+from flash.model.backbone import Backbone
+from flash.model.decoder import Decoder
+from flash.model.losses import Operands, top_log_probs
+from flash.paths import Runs, digest
 from flash.progress import progress_bar
-from flash.prune import fingerprint
-from flash.runs import Runs, digest
-from flash.training.parallel import own_device, share_of_run
+from flash.prune.importance import fingerprint
+from flash.training.distributed import own_device, share_of_run
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)

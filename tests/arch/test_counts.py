@@ -14,7 +14,7 @@ from flash.arch import (
     weight_bytes,
 )
 from flash.config import CONF
-from flash.model import Decoder
+from flash.model.decoder import Decoder
 
 SPEC = ArchSpec(
     model_dim=64,

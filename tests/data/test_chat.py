@@ -7,8 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from flash.data import DataSettings, PackedData, PartSettings, Source, train_tokenizer
 from flash.data.chat import ChatEncoder, read_template
+from flash.data.module import PackedData
+from flash.data.settings import DataKind, DataSettings, TextSourceSettings
+from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 
 CHATML = Path("conf/data/chatml.jinja").read_text("utf-8")
@@ -83,8 +85,8 @@ def settings(tmp_path) -> DataSettings:
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return DataSettings(
         name="chat",
-        source=Source.chat,
-        parts=[PartSettings(path=str(tmp_path / "chats.jsonl"), column="messages")],
+        source=DataKind.chat,
+        parts=[TextSourceSettings(path=str(tmp_path / "chats.jsonl"), column="messages")],
         heldout_percent=20,
         chat_template="conf/data/chatml.jinja",
         seq_len=120,

@@ -3,19 +3,12 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from flash.data import (
-    DataSettings,
-    PackedData,
-    PackedSequences,
-    ResumableBatches,
-    Share,
-    Source,
-    find_documents,
-    find_tokenizer,
-    load_tokenizer,
-    token_bytes,
-    tokenize,
-)
+from flash.data.files import find_documents
+from flash.data.module import PackedData, find_tokenizer
+from flash.data.packed import PackedSequences, tokenize
+from flash.data.sampler import ResumableBatches, Share
+from flash.data.settings import DataKind, DataSettings
+from flash.data.tokenizer import load_tokenizer, token_bytes
 from flash.errors import InputError
 
 
@@ -123,15 +116,15 @@ def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
 
 
 def test_bad_corpora_are_named(tmp_path, data_settings):
-    missing = DataSettings(name="x", source=Source.folder, path=str(tmp_path / "none"))
+    missing = DataSettings(name="x", source=DataKind.folder, path=str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"data\.path=.*none: expected a folder"):
         find_documents(missing)
     (tmp_path / "empty").mkdir()
-    empty = DataSettings(name="x", source=Source.folder, path=str(tmp_path / "empty"))
+    empty = DataSettings(name="x", source=DataKind.folder, path=str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"expected files that match \*\.py, found none"):
         find_documents(empty)
     with pytest.raises(InputError, match=r"data\.path=null"):
-        DataSettings(name="x", source=Source.folder)
+        DataSettings(name="x", source=DataKind.folder)
     with pytest.raises(InputError, match=r"data\.heldout_percent=100"):
         DataSettings(name="x", heldout_percent=100)
 

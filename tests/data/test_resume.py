@@ -12,7 +12,10 @@ import lightning as L
 import pytest
 import torch
 
-from flash.data import Batch, DataSettings, PackedData, PartSettings, Share, Source
+from flash.data.batch import Batch
+from flash.data.module import PackedData
+from flash.data.sampler import Share
+from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 
@@ -44,15 +47,15 @@ def settings_of(folder: Path, kind: str, workers: int = 0) -> DataSettings:
         rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (folder / "texts.jsonl").write_text(rows, "utf-8")
         source = {
-            "source": Source.datasets,
-            "parts": [PartSettings(path=str(folder / "texts.jsonl"))],
+            "source": DataKind.datasets,
+            "parts": [TextSourceSettings(path=str(folder / "texts.jsonl"))],
         }
     else:
         texts = folder / "texts"
         texts.mkdir(exist_ok=True)
         for i, line in enumerate(lines):
             (texts / f"{i}.py").write_text(line, "utf-8")
-        source = {"source": Source.folder, "path": str(texts)}
+        source = {"source": DataKind.folder, "path": str(texts)}
     return DataSettings(
         name="t", seq_len=16, heldout_sequences=6, lanes=4, workers=workers, **source
     )

@@ -11,10 +11,12 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from flash.config import entry
-from flash.data import DataSettings, PackedData, PartSettings, Source, load_tokenizer
-from flash.data.encode import is_held_out
+from flash.data.encoders import is_held_out
+from flash.data.module import PackedData
 from flash.data.prepare import PrepareSettings, prepare
+from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.shards import Manifest, ShardedTokens, open_shards
+from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError
 
 TEXTS = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" for i in range(700)]
@@ -32,8 +34,8 @@ def files(tmp_path_factory):
 def settings(files, backbone_settings, tmp_path) -> PrepareSettings:
     data = DataSettings(
         name="texts",
-        source=Source.datasets,
-        parts=[PartSettings(path=str(files))],
+        source=DataKind.datasets,
+        parts=[TextSourceSettings(path=str(files))],
         heldout_percent=10,
     )
     return PrepareSettings(
@@ -101,7 +103,7 @@ def test_weights_decide_how_many_tokens(settings, tmp_path, tokenizer):
         "".join(json.dumps({"text": f"# note {i}"}) + "\n" for i in range(50)), "utf-8"
     )
     settings.data.parts[0].weight = 3.0
-    settings.data.parts.append(PartSettings(path=str(tmp_path / "b.jsonl")))
+    settings.data.parts.append(TextSourceSettings(path=str(tmp_path / "b.jsonl")))
     settings.tokens = 12_000
     folder = prepare(settings)
     manifest = Manifest.read(folder)
@@ -117,7 +119,9 @@ def test_weights_decide_how_many_tokens(settings, tmp_path, tokenizer):
 
 
 def opened(folder, tokenizer, tmp_path, **options) -> PackedData:
-    settings = DataSettings(name="s", source=Source.shards, path=str(folder), seq_len=32, **options)
+    settings = DataSettings(
+        name="s", source=DataKind.shards, path=str(folder), seq_len=32, **options
+    )
     return PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path / "cache")
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from flash.data import DataSettings, PackedData, PartSettings, Share, Source, Unit, train_tokenizer
-from flash.data.encode import TextEncoder, is_held_out
-from flash.data.open import open_source
-from flash.data.parts import Part
+from flash.data.encoders import TextEncoder, is_held_out
+from flash.data.factory import open_source
+from flash.data.module import PackedData
+from flash.data.sampler import Share
+from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSourceSettings
+from flash.data.sources import TextSource
 from flash.data.stream import Batches, Corpus, Side, Stream, pieces_of
+from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 
 SEQ_LEN = 16
@@ -46,8 +49,8 @@ def files(tmp_path_factory):
 
 
 def corpus_of(files, tokenizer, parts=None, **changes) -> Corpus:
-    settings = parts or [PartSettings(path=str(files / "*.parquet"))]
-    opened = [Part(p, f"data.parts[{i}]", skip_damaged=False) for i, p in enumerate(settings)]
+    settings = parts or [TextSourceSettings(path=str(files / "*.parquet"))]
+    opened = [TextSource(p, f"data.parts[{i}]", skip_damaged=False) for i, p in enumerate(settings)]
     encoder = TextEncoder(tokenizer)
     values = {"lanes": 12, "seed": 5, **changes}
     return Corpus(opened, encoder, SEQ_LEN, encoder.end_of_text, **values)
@@ -136,8 +139,8 @@ def test_ranks_and_workers_change_nothing(files, tokenizer, world_size, workers)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_runs_go_on_with_other_numbers_of_ranks_and_workers(files, tokenizer):
     parts = [
-        PartSettings(path=str(files / "*.parquet"), weight=2.0),
-        PartSettings(path=str(files / "code.jsonl"), column="content"),
+        TextSourceSettings(path=str(files / "*.parquet"), weight=2.0),
+        TextSourceSettings(path=str(files / "code.jsonl"), column="content"),
     ]
     corpus = corpus_of(files, tokenizer, parts)
     whole, _ = take(corpus, 1, 0, steps=20)
@@ -162,9 +165,9 @@ def test_resuming_tokenises_one_document_again_at_most(files, tokenizer, monkeyp
 
 def test_mixtures_keep_their_weights_in_tokens(files, tokenizer):
     parts = [
-        PartSettings(path=str(files / "*.parquet"), weight=0.7),
-        PartSettings(path=str(files / "code.jsonl"), column="content", weight=0.2),
-        PartSettings(path=str(files / "lines.txt"), unit=Unit.line, weight=0.1),
+        TextSourceSettings(path=str(files / "*.parquet"), weight=0.7),
+        TextSourceSettings(path=str(files / "code.jsonl"), column="content", weight=0.2),
+        TextSourceSettings(path=str(files / "lines.txt"), unit=DocumentUnit.line, weight=0.1),
     ]
     corpus = corpus_of(files, tokenizer, parts, lanes=1)
     batches, _ = take(corpus, 1, 0, steps=1, batch_size=6000)
@@ -180,8 +183,8 @@ def test_mixtures_keep_their_weights_in_tokens(files, tokenizer):
 def test_held_out_documents_are_never_trained_on(files, tokenizer, tmp_path):
     settings = DataSettings(
         name="t",
-        source=Source.datasets,
-        parts=[PartSettings(path=str(files / "*.parquet"))],
+        source=DataKind.datasets,
+        parts=[TextSourceSettings(path=str(files / "*.parquet"))],
         heldout_percent=20,
         seq_len=SEQ_LEN,
         heldout_sequences=10_000,
@@ -204,9 +207,9 @@ def test_held_out_documents_are_never_trained_on(files, tokenizer, tmp_path):
 def test_held_out_text_can_be_a_part_of_its_own(files, tokenizer, tmp_path):
     settings = DataSettings(
         name="t",
-        source=Source.datasets,
-        parts=[PartSettings(path=str(files / "*.parquet"))],
-        heldout=PartSettings(path=str(files / "lines.txt"), unit=Unit.line),
+        source=DataKind.datasets,
+        parts=[TextSourceSettings(path=str(files / "*.parquet"))],
+        heldout=TextSourceSettings(path=str(files / "lines.txt"), unit=DocumentUnit.line),
         seq_len=SEQ_LEN,
         heldout_sequences=0,
         lanes=1,
@@ -232,8 +235,8 @@ def test_documents_are_numbered_for_masks(files, tokenizer):
 def test_calibration_reads_the_training_stream(files, tokenizer, tmp_path):
     settings = DataSettings(
         name="t",
-        source=Source.datasets,
-        parts=[PartSettings(path=str(files / "*.parquet"))],
+        source=DataKind.datasets,
+        parts=[TextSourceSettings(path=str(files / "*.parquet"))],
         seq_len=SEQ_LEN,
         heldout_sequences=2,
         lanes=4,
@@ -258,7 +261,7 @@ def test_lanes_that_ranks_and_workers_cannot_share_are_named(files, tokenizer):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_lanes_without_documents_are_named(tmp_path, tokenizer, workers):
     (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', "utf-8")
-    corpus = corpus_of(None, tokenizer, [PartSettings(path=str(tmp_path / "few.jsonl"))])
+    corpus = corpus_of(None, tokenizer, [TextSourceSettings(path=str(tmp_path / "few.jsonl"))])
     batches = Batches(Stream(corpus, Share(12), 0, corpus.first_places()), workers)
     with pytest.raises(InputError, match=r"data\.parts\[0\]\.path=.*lane 2 of 12.*lower data\.lan"):
         next(iter(batches))
@@ -266,7 +269,7 @@ def test_lanes_without_documents_are_named(tmp_path, tokenizer, workers):
 
 def test_bad_parts_are_named(files, tmp_path):
     def opened(**changes):
-        return Part(PartSettings(**changes), "data.parts[1]", skip_damaged=False)
+        return TextSource(TextSourceSettings(**changes), "data.parts[1]", skip_damaged=False)
 
     with pytest.raises(InputError, match=r"data\.parts\[1\]\.column=txt: .*id, text"):
         opened(path=str(files / "*.parquet"), column="txt")
@@ -289,7 +292,7 @@ def test_bad_parts_are_named(files, tmp_path):
 
 
 def test_columns_of_another_kind_are_named(files, tokenizer):
-    part = PartSettings(path=str(files / "*.parquet"), column="id")
+    part = TextSourceSettings(path=str(files / "*.parquet"), column="id")
     with pytest.raises(InputError, match=r"data\.parts\[0\]\.column=id: expected text, found int"):
         next(corpus_of(files, tokenizer, [part]).first(1))
 
@@ -298,8 +301,8 @@ def test_nothing_held_out_is_named(tmp_path, tokenizer):
     (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', "utf-8")
     settings = DataSettings(
         name="t",
-        source=Source.datasets,
-        parts=[PartSettings(path=str(tmp_path / "few.jsonl"))],
+        source=DataKind.datasets,
+        parts=[TextSourceSettings(path=str(tmp_path / "few.jsonl"))],
         heldout_percent=1,
         seq_len=4,
         lanes=1,
@@ -320,10 +323,10 @@ def test_damaged_files_are_named_and_left_out_only_if_told(tmp_path, tokenizer, 
     else:
         content[20:200] = bytes(180)
     path.write_bytes(content)
-    settings = PartSettings(path=str(tmp_path / "*.parquet"))
+    settings = TextSourceSettings(path=str(tmp_path / "*.parquet"))
 
     def read(skip_damaged):
-        part = Part(settings, "data.parts[0]", skip_damaged=skip_damaged)
+        part = TextSource(settings, "data.parts[0]", skip_damaged=skip_damaged)
         return [v for file in range(part.num_files) for v in part.values(file, 0, 1, 0)]
 
     with pytest.raises(InputError, match=r"part1\.parquet is damaged.*skip_damaged"):
@@ -335,7 +338,7 @@ def test_damaged_files_are_named_and_left_out_only_if_told(tmp_path, tokenizer, 
 def test_rows_are_strided_across_batches_of_a_file(tmp_path):
     rows = [str(i) for i in range(2500)]
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=700)
-    part = Part(PartSettings(path=str(tmp_path / "a.parquet")), "k", skip_damaged=False)
+    part = TextSource(TextSourceSettings(path=str(tmp_path / "a.parquet")), "k", skip_damaged=False)
     assert list(part.values(0, 3, 7, 0)) == rows[3::7]
     assert list(part.values(0, 3, 7, 200)) == rows[3::7][200:]
     assert list(islice(part.values(0, 0, 1, 1234), 3)) == rows[1234:1237]

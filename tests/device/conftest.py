@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from flash.arch import ArchSpec, Quantization, parse_pattern
-from flash.device import DeviceSettings
-from flash.lowering import LoweringSettings, lower, write
-from flash.model import Decoder
+from flash.device.settings import DeviceSettings
+from flash.lowering.lower import lower, write
+from flash.lowering.settings import LoweringSettings
+from flash.model.decoder import Decoder
 
 VOCAB = 64
 FORMATS = LoweringSettings(quantization=Quantization.fp32, max_context=64, prefill_chunk=8)

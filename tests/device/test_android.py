@@ -11,19 +11,15 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from flash.device import (
-    AndroidSettings,
-    DeviceError,
-    DeviceKind,
-    Measurement,
-    Program,
-    Workload,
-    llama_main,
-    open_device,
-    thermal,
-)
+from flash.device import llama_main, thermal
 from flash.device.android import AndroidDevice
+from flash.device.base import DeviceError
+from flash.device.connections import AndroidSettings
+from flash.device.factory import open_device
+from flash.device.measurement import Measurement, Program
 from flash.device.remote import content_name
+from flash.device.settings import DeviceKind
+from flash.device.workload import Workload
 from flash.errors import InputError
 from tests.device.adbd import Phone
 

@@ -11,8 +11,11 @@ import psutil
 import pytest
 import torch
 
-from flash.device import DeviceError, HostDevice, Measurement, Program, open_device, probe
-from flash.device.host import run_process
+from flash.device import system_info
+from flash.device.base import DeviceError
+from flash.device.factory import open_device
+from flash.device.host import HostDevice, run_process
+from flash.device.measurement import Measurement, Program
 from flash.errors import InputError
 from flash.model.decoder import generate
 
@@ -177,7 +180,7 @@ def test_a_processor_is_told_from_others_of_its_name(monkeypatch, tmp_path):
     known = tmp_path / "cpuinfo"
     known.write_text(lines)
     monkeypatch.setattr("builtins.open", lambda path: known.open())
-    assert probe.processor() == "AMD EPYC (avx2 avx512f)"
+    assert system_info.processor() == "AMD EPYC (avx2 avx512f)"
 
 
 def test_identity_holds_what_changes_times(settings):

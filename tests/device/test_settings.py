@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flash.device import DeviceSettings, Phase, Point, Workload
-from flash.device.settings import REFUSED
+from flash.device.settings import REFUSED, DeviceSettings
+from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError
 
 HOST = Path(__file__).parents[2] / "conf" / "device" / "host.yaml"

@@ -12,15 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flash.device import (
-    DeviceError,
-    DeviceKind,
-    HostDevice,
-    Program,
-    SshSettings,
-    open_device,
-)
+from flash.device.base import DeviceError
+from flash.device.connections import SshSettings
+from flash.device.factory import open_device
+from flash.device.host import HostDevice
+from flash.device.measurement import Program
 from flash.device.remote import content_name
+from flash.device.settings import DeviceKind
 from flash.device.ssh import WATCHED, SshDevice
 from flash.errors import InputError
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from flash.arch import ArchSpec, parse_pattern
 from flash.config import CONF
 from flash.evaluation.suites import TaskSettings
-from flash.model import Decoder, save, state_to_save
+from flash.model.checkpoint import save, state_to_save
+from flash.model.decoder import Decoder
 
 TOKENIZER = Path(__file__).parents[2] / "backbones" / "tiny" / "tokenizer.json"
 CONTEXT = 96

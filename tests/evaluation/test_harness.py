@@ -8,12 +8,13 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from flash.arch import Attention, Quantization
-from flash.device import DeviceSettings, HostDevice
+from flash.device.host import HostDevice
+from flash.device.settings import DeviceSettings
 from flash.errors import InputError
 from flash.evaluation.harness import DecoderLM, ProgramLM, TextLM
-from flash.evaluation.texts import Texts
-from flash.lowering import lower, write
-from flash.model import load
+from flash.evaluation.tokenization import Texts
+from flash.lowering.lower import lower, write
+from flash.model.checkpoint import load
 from tests.evaluation.conftest import CONTEXT, TOKENIZER, save_decoder, tiny_decoder
 
 LONG = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(30))

@@ -10,22 +10,23 @@ import pytest
 from omegaconf import OmegaConf
 
 from flash.config import CONF
-from flash.device import AndroidSettings, DeviceKind, DeviceSettings
+from flash.device.connections import AndroidSettings
+from flash.device.settings import DeviceKind, DeviceSettings
 from flash.errors import InputError
-from flash.evaluation.benchmark import evaluate
+from flash.evaluation.run import evaluate
 from flash.evaluation.suites import (
     EvaluateSettings,
-    Form,
+    ModelFormat,
     SuiteResult,
     SuiteSettings,
     TaskSettings,
     as_text,
 )
 from flash.evaluation.tasks import OWN_TASKS, Tasks
-from flash.evaluation.texts import Texts
-from flash.model import BackboneSettings
-from flash.training import TrainerSettings
+from flash.evaluation.tokenization import Texts
+from flash.model.backbone import BackboneSettings
 from flash.training.loggers import LoggerKind, LoggerSettings
+from flash.training.settings import TrainerSettings
 from tests.evaluation.conftest import (
     QUESTIONS,
     rouge_l,
@@ -84,7 +85,7 @@ def test_a_suite_gives_a_table_files_and_metrics(settings, capsys):
 def test_accuracy_is_that_of_the_likelihoods(settings, checkpoint):
     """Counted by hand: from sums of log-likelihoods, without and with division by bytes."""
     from flash.evaluation.harness import DecoderLM
-    from flash.model import load
+    from flash.model.checkpoint import load
 
     model = DecoderLM(load(checkpoint), Texts.open(checkpoint))
     right, right_normalised = 0, 0
@@ -105,7 +106,7 @@ def test_accuracy_is_that_of_the_likelihoods(settings, checkpoint):
 def test_an_exact_answer_counts(settings, checkpoint, tmp_path, task_folder):
     """A task whose answers are what the model writes is solved, whatever that is."""
     from flash.evaluation.harness import DecoderLM
-    from flash.model import load
+    from flash.model.checkpoint import load
 
     texts = Texts.open(checkpoint)
     model = DecoderLM(load(checkpoint), texts)
@@ -207,10 +208,10 @@ def test_tasks_that_cannot_run_are_one_line(settings, task_folder, task, message
 
 
 def test_models_that_are_not_there_are_one_line(settings, tmp_path):
-    settings.form = Form.program
+    settings.form = ModelFormat.program
     with pytest.raises(InputError, match=r"form=program: expected .*model\.pte, found none; run"):
         evaluate(settings)
-    settings.form, settings.arch = Form.decoder, {"ffn_dim": 64}
+    settings.form, settings.arch = ModelFormat.decoder, {"ffn_dim": 64}
     with pytest.raises(InputError, match=r"model=null: expected trained weights in"):
         evaluate(settings)
     settings.model = settings.backbone.weights
@@ -253,7 +254,7 @@ def test_illegal_settings_are_refused(settings):
     phone = DeviceSettings(name="phone", kind=DeviceKind.android, android=AndroidSettings())
     assert EvaluateSettings(**{**vars(settings), "device": phone}).device is phone
     with pytest.raises(InputError, match="device=phone: expected one whose runtime gives logits"):
-        EvaluateSettings(**{**vars(settings), "device": phone, "form": Form.program})
+        EvaluateSettings(**{**vars(settings), "device": phone, "form": ModelFormat.program})
 
 
 def test_a_chat_template_is_used_and_ends_answers(settings, checkpoint, tmp_path, monkeypatch):

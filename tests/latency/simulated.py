@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings
-from flash.device import Phase, Point
-from flash.lowering import AttentionForm, LoweringSettings, SlidingForm
+from flash.device.workload import Phase, Point
+from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 
 BACKBONE = ArchSpec(
     model_dim=2048,

@@ -15,16 +15,16 @@ from flash.arch import (
     decode_flops,
     prefill_flops,
 )
-from flash.device import Phase, Point
+from flash.device.workload import Phase, Point
 from flash.errors import InputError
+from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.blocks import BlockPredictor, Calibration, _boxed_least_squares
-from flash.latency.composition import BlockTable, Grid, Part, grid_points
+from flash.latency.composition import BlockShape, BlockTable, Grid, grid_points
+from flash.latency.cost_model import SpecTable, flops, parameters
 from flash.latency.gp import GaussianProcess
-from flash.latency.physical import Physical
+from flash.latency.power_law import PowerLaw
 from flash.latency.prediction import Prediction, cross_validate
-from flash.latency.proxies import PowerLaw
-from flash.latency.work import SpecTable, flops, parameters
-from flash.lowering import LoweringSettings
+from flash.lowering.settings import LoweringSettings
 
 FULL, SLIDING = Attention.full_attention, Attention.sliding_attention
 BACKBONE = ArchSpec(
@@ -69,11 +69,11 @@ def part_ms(part):
 
 
 def model_ms(spec):
-    parts = [Part(name="ends", model_dim=spec.model_dim)]
+    parts = [BlockShape(name="ends", model_dim=spec.model_dim)]
     for kind in spec.layer_types:
-        parts.append(Part(name="ffn", model_dim=spec.model_dim, ffn_dim=spec.ffn_dim))
+        parts.append(BlockShape(name="ffn", model_dim=spec.model_dim, ffn_dim=spec.ffn_dim))
         if kind is not Attention.skip_attention:
-            parts.append(Part(name=kind.value, model_dim=spec.model_dim))
+            parts.append(BlockShape(name=kind.value, model_dim=spec.model_dim))
     return sum(part_ms(part) for part in parts)
 
 
@@ -106,14 +106,14 @@ def test_composition_leaves_out_what_a_prompt_does_not_read():
     unread = BlockTable(POINT, BACKBONE, GRID, values, lowering)
     tailed = BACKBONE.replace(layer_types=(full, full, skip, full, skip, skip))
     [whole], [left] = (each.compose([tailed]).total_ms for each in (table(), unread))
-    ffn = part_ms(Part(name="ffn", model_dim=tailed.model_dim, ffn_dim=tailed.ffn_dim))
-    half = part_ms(Part(name=full.value, model_dim=tailed.model_dim))
+    ffn = part_ms(BlockShape(name="ffn", model_dim=tailed.model_dim, ffn_dim=tailed.ffn_dim))
+    half = part_ms(BlockShape(name=full.value, model_dim=tailed.model_dim))
     tail = 3 * ffn * (1 - 2 / 64)  # two calls of 32 tokens, one token each
     assert whole - tail - half < left < whole - tail - 0.3 * half
     decode = BlockTable(Point(Phase.decode, 64), BACKBONE, GRID, values, lowering)
     assert decode.compose([tailed]).total_ms == table().compose([tailed]).total_ms
     [nothing] = unread.compose([BACKBONE.replace(layer_types=(skip,) * 4)]).total_ms
-    ends = part_ms(Part(name="ends", model_dim=tailed.model_dim))
+    ends = part_ms(BlockShape(name="ends", model_dim=tailed.model_dim))
     assert nothing == pytest.approx(ends + 4 * ffn * 2 / 64)
 
 
@@ -299,7 +299,7 @@ def test_interval_of_a_power_law_holds():
     [
         BlockPredictor(table()),
         GaussianProcess(),
-        Physical(POINT, LoweringSettings(max_context=64)),
+        AnalyticalPredictor(POINT, LoweringSettings(max_context=64)),
         PowerLaw(parameters),
         PowerLaw(lambda table: flops(table, POINT)),
     ],

@@ -12,7 +12,7 @@ import pytest
 from flash.arch import ArchSpec, parse_pattern
 from flash.errors import InputError
 from flash.latency.__main__ import main
-from flash.latency.store import Conditions, MeasurementStore, Row, SubjectKind
+from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
 
 CONDITIONS = Conditions(
     point={"phase": "prefill", "tokens": 128},
@@ -24,7 +24,7 @@ CONDITIONS = Conditions(
 
 
 def row(number, value=1.0, conditions=CONDITIONS):
-    return Row(
+    return StoredLatency(
         kind=SubjectKind.block,
         subject={"number": number},
         conditions=conditions,

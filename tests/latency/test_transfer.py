@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flash.latency.physical import Physical
+from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.prediction import score
 from flash.latency.transfer import Transferred
 from tests.latency.simulated import (
@@ -35,7 +35,7 @@ def scores_of(predictor, device, point, num, seed):
 def source(point, seed=0):
     rng = np.random.default_rng(seed)
     specs = [BACKBONE, *FLASH.stratified(rng, 32)]
-    return Physical(point, SDPA).fit(specs, FIRST.measure(specs, point, rng, SDPA))
+    return AnalyticalPredictor(point, SDPA).fit(specs, FIRST.measure(specs, point, rng, SDPA))
 
 
 @pytest.mark.parametrize("point", [PREFILL_512, DECODE_512], ids=str)
@@ -46,7 +46,7 @@ def test_transfer_is_no_worse_than_starting_anew(device, point):
     for num in (4, 8, 20):
         transferred, anew = (
             [scores_of(make(), device, point, num, seed) for seed in range(5)]
-            for make in (lambda: Transferred(known), lambda: Physical(point, SDPA))
+            for make in (lambda: Transferred(known), lambda: AnalyticalPredictor(point, SDPA))
         )
         errors.append(np.mean([s.mape_pct for s in transferred]))
         errors_anew.append(np.mean([s.mape_pct for s in anew]))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flash.arch import ArchSpec, CacheFormat, Quantization, parse_pattern
-from flash.lowering import LoweringSettings
-from flash.model import Decoder
+from flash.lowering.settings import LoweringSettings
+from flash.model.decoder import Decoder
 
 
 def toy_model(pattern: str, qk_norm: bool = True, **changes) -> Decoder:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from flash.arch import ArchSpec, parse_pattern
-from flash.lowering import Block, BlockKind, blocks_of, lower_block
+from flash.lowering.blocks import Block, BlockKind, blocks_of, lower_block
 
 SPEC = ArchSpec(
     model_dim=64,

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from flash.errors import InputError
-from flash.lowering import AttentionForm, GateSettings, Stage, check_parity, locate, lower
-from flash.model import Decoder
+from flash.lowering.bisect_layers import locate
+from flash.lowering.gate import GateSettings, ParityStage, check_parity
+from flash.lowering.lower import lower
+from flash.lowering.settings import AttentionForm
+from flash.model.decoder import Decoder
 from tests.lowering.conftest import read_program
 
 SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
@@ -61,7 +64,7 @@ def test_gate_names_the_stage_that_changed_the_answer(toy, settings, text):
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.5)  # after the file was written
     report = check_parity(other, settings("fp32"), text, SHORT, program=program)
-    assert report.first_failure is Stage.runtime
+    assert report.first_failure is ParityStage.runtime
     assert [r.passed for r in report.stages] == [True, True, False]
     assert "runtime    FAIL" in str(report)
 
@@ -72,7 +75,7 @@ def test_broken_weights_fail_and_do_not_pass_as_nan(toy, settings, text):
         model.model.norm.weight.fill_(float("nan"))
     program = lower(toy("-"), settings("fp32"))
     report = check_parity(model, settings("fp32"), text, SHORT, program=program)
-    assert report.first_failure is Stage.quantized
+    assert report.first_failure is ParityStage.quantized
 
 
 @pytest.mark.parametrize("embedding_bits", [4, 8])
@@ -97,11 +100,11 @@ def test_the_layer_that_quantises_badly_is_found(toy, settings, text, layer, whe
         model.model.layers[layer].mlp.up_proj.weight[::32] *= 100
     # Without them 0.008.
     strict = GateSettings(prefill_tokens=24, decode_tokens=8, max_kl_quantized=0.012)
-    report = check_parity(model, settings(), text, strict, last=Stage.quantized)
-    assert report.first_failure is Stage.quantized
-    assert locate(model, settings(), text, strict, Stage.quantized) == where
+    report = check_parity(model, settings(), text, strict, last=ParityStage.quantized)
+    assert report.first_failure is ParityStage.quantized
+    assert locate(model, settings(), text, strict, ParityStage.quantized) == where
 
 
 def test_a_file_of_other_weights_is_told_from_a_bad_lowering(toy, settings, text):
-    found = locate(toy("-"), settings("fp32"), text, SHORT, Stage.runtime)
+    found = locate(toy("-"), settings("fp32"), text, SHORT, ParityStage.runtime)
     assert found.startswith("no layer")

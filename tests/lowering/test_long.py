@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from flash.arch import Quantization
-from flash.lowering import LoweringSettings, lower
 from flash.lowering.gate import _runtime_step
+from flash.lowering.lower import lower
+from flash.lowering.settings import LoweringSettings
 
 
 @torch.no_grad()

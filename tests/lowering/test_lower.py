@@ -7,10 +7,10 @@ import torch
 
 from flash.arch import RopeKind, RopeScaling
 from flash.errors import InputError
-from flash.lowering import AttentionForm, LoweringSettings, lower, write
-from flash.lowering.form import FfnHalf, Form
-from flash.lowering.lower import quantized_form
-from flash.model import Decoder
+from flash.lowering.lower import lower, quantized_form, write
+from flash.lowering.modules import ExportableDecoder, FfnHalf
+from flash.lowering.settings import AttentionForm, LoweringSettings
+from flash.model.decoder import Decoder
 
 
 def last_logits(form, text, chunks):
@@ -33,7 +33,7 @@ def test_form_equals_decoder_at_every_step(
 ):
     model = toy(pattern, qk_norm)
     formats = replace(settings("fp32"), attention=attention, skip_unread=skip_unread)
-    form = Form(model, formats)
+    form = ExportableDecoder(model, formats)
     expected = model(text[None, :20])[0]
     for chunks in ([9, 7, 1, 1, 1, 1], [16, 4], [1] * 20):
         torch.testing.assert_close(
@@ -51,7 +51,10 @@ def test_query_heads_that_share_a_key_head(toy, settings, text, kv_heads, attent
     model = Decoder(toy("FF").spec.replace(num_kv_heads=kv_heads)).eval()
     expected = model(text[None])[0]
     for chunks in ([1] * 8, [2, 1, 1, 1], [3, 1, 4, 1], [4, 5]):
-        form, end = Form(model, replace(settings("fp32", cache), attention=attention)), 0
+        form, end = (
+            ExportableDecoder(model, replace(settings("fp32", cache), attention=attention)),
+            0,
+        )
         for length in chunks:
             out = form(text[None, end : end + length], torch.tensor([end]))[0]
             end += length
@@ -69,13 +72,13 @@ def test_form_has_the_biases_and_the_scaled_rotary_embedding(toy, settings, text
     plain.load_state_dict(model.state_dict(), strict=False)
     expected = model(text[None, :20])[0, -1]
     assert (plain(text[None, :20])[0, -1] - expected).abs().max() > 0.01
-    out = last_logits(Form(model, settings("fp32")), text, [9, 7, 1, 1, 1, 1])
+    out = last_logits(ExportableDecoder(model, settings("fp32")), text, [9, 7, 1, 1, 1, 1])
     torch.testing.assert_close(out[0], expected, atol=2e-6, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_position_zero_starts_a_new_sequence(toy, settings, text):
-    form = Form(toy("FS"), settings("fp32"))
+    form = ExportableDecoder(toy("FS"), settings("fp32"))
     first = last_logits(form, text, [6, 1]).clone()
     last_logits(form, text.flip(0), [16, 16])
     torch.testing.assert_close(last_logits(form, text, [6, 1]), first)
@@ -84,7 +87,7 @@ def test_position_zero_starts_a_new_sequence(toy, settings, text):
 @torch.no_grad()
 def test_int8_cache_stays_close_to_float(toy, settings, text):
     model = toy("FS")
-    form = Form(model, settings("fp32", "int8"))
+    form = ExportableDecoder(model, settings("fp32", "int8"))
     expected = model(text[None, :20])[0, -1]
     error = (last_logits(form, text, [16, 3, 1])[0] - expected).abs().max() / expected.abs().max()
     assert 0 < error < 0.02
@@ -103,7 +106,7 @@ def test_lowering_leaves_the_decoder_as_it_was(toy, settings):
 
 def test_form_shares_the_decoders_memory(toy, settings):
     model = toy("F-")
-    form = Form(model, settings("fp32"))
+    form = ExportableDecoder(model, settings("fp32"))
     owned = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in form.parameters()} <= owned
 
@@ -159,7 +162,7 @@ def test_what_nothing_reads_is_left_out_of_a_prompt(
     toy, settings, text, pattern, whole, skip_unread
 ):
     """From the last layer with attention on, FFNs see the last token only."""
-    form = Form(toy(pattern), replace(settings("fp32"), skip_unread=skip_unread))
+    form = ExportableDecoder(toy(pattern), replace(settings("fp32"), skip_unread=skip_unread))
     lengths = []
     for half in form.halves:
         if isinstance(half, FfnHalf):

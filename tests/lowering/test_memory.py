@@ -2,7 +2,7 @@
 
 import gc
 
-from flash.lowering import lower
+from flash.lowering.lower import lower
 
 
 def _alive() -> int:

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from flash.lowering import GateSettings, check_parity, lower
-from flash.lowering.lower import quantized_form
+from flash.lowering.gate import GateSettings, check_parity
+from flash.lowering.lower import lower, quantized_form
 from flash.model.quantization import fake_quantize, head_operands
 from tests.lowering.test_lower import last_logits
 

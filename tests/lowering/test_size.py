@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from flash.arch import ArchSpec, Quantization, parse_pattern
-from flash.lowering import LoweringSettings, lower
-from flash.model import Decoder
+from flash.lowering.lower import lower
+from flash.lowering.settings import LoweringSettings
+from flash.model.decoder import Decoder
 
 SPEC = ArchSpec(
     model_dim=64,

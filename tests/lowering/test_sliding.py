@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from flash.arch import CacheFormat, Quantization
-from flash.lowering import GateSettings, LoweringSettings, SlidingForm, check_parity, lower
-from flash.lowering.form import Form
-from flash.lowering.gate import _runtime_step
+from flash.lowering.gate import GateSettings, _runtime_step, check_parity
+from flash.lowering.lower import lower
+from flash.lowering.modules import ExportableDecoder
+from flash.lowering.settings import LoweringSettings, SlidingForm
 
 WINDOW = 10  # of the toy model
 CHUNKS = [
@@ -59,9 +60,11 @@ def test_sliding_form_equals_decoder(toy, text, sliding, cache, skip_unread):
     expected = model(text[None])[0]
     limit = 2e-6 if cache == "fp32" else 0.02
     for chunks in CHUNKS:
-        form = Form(model, settings(sliding, cache=cache, skip_unread=skip_unread))
+        form = ExportableDecoder(model, settings(sliding, cache=cache, skip_unread=skip_unread))
         assert largest_error(form, text, expected, chunks) < limit
-    short = Form(model, settings(sliding, chunk=4, cache=cache, skip_unread=skip_unread))
+    short = ExportableDecoder(
+        model, settings(sliding, chunk=4, cache=cache, skip_unread=skip_unread)
+    )
     assert largest_error(short, text, expected, [4, 4, 3, 4, *[1] * 20, 2, 4]) < limit
 
 
@@ -70,7 +73,7 @@ def test_window_beyond_the_context_needs_no_ring(toy, text):
     model = toy("S")
     wide = type(model)(model.spec.replace(sliding_window=100)).eval()
     wide.load_state_dict(model.state_dict())
-    form = Form(wide, settings("ring"))
+    form = ExportableDecoder(wide, settings("ring"))
     assert largest_error(form, text, wide(text[None])[0], [16, 16, 16, 15, 1]) < 2e-6
 
 

@@ -15,17 +15,10 @@ from transformers import (
 
 from flash.arch import ArchSpec, parse_pattern
 from flash.errors import InputError
-from flash.model import (
-    Decoder,
-    build,
-    from_config,
-    generate,
-    load,
-    read_spec,
-    save,
-    state_to_save,
-    to_config,
-)
+from flash.model.checkpoint import build, load, save, state_to_save
+from flash.model.decoder import Decoder, generate
+from flash.model.families import from_config, to_config
+from flash.model.weights import read_spec
 
 COMMON = {
     "hidden_size": 64,

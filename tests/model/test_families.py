@@ -11,20 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
-from flash.model import (
-    Backbone,
-    BackboneSettings,
-    Decoder,
-    build,
-    from_config,
-    load,
-    read_spec,
-    save,
-    state_to_save,
-    to_config,
-)
 from flash.model.attention import Reach, attend
-from flash.prune import Importance, prune, score
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.checkpoint import build, load, save, state_to_save
+from flash.model.decoder import Decoder
+from flash.model.families import from_config, to_config
+from flash.model.weights import read_spec
+from flash.prune.importance import Importance, score
+from flash.prune.pruning import prune
 from tests.model.test_decoder import COMMON, assert_same_logits
 
 LLAMA3 = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flash.model import Operands, TopLogProbs, linear_losses, losses, top_log_probs
+from flash.model import losses
+from flash.model.losses import Operands, TopLogProbs, linear_losses, top_log_probs
 from tests.plain_losses import cross_entropy, distillation
 
 

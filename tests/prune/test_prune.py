@@ -9,8 +9,10 @@ from torch import Tensor
 
 from flash.arch import ArchSpec, Attention, parse_pattern
 from flash.errors import InputError
-from flash.model import Decoder, build, load, save, state_to_save
-from flash.prune import Importance, fingerprint, prune, score, select
+from flash.model.checkpoint import build, load, save, state_to_save
+from flash.model.decoder import Decoder
+from flash.prune.importance import Importance, fingerprint, score
+from flash.prune.pruning import prune, select
 
 SPEC = ArchSpec(
     model_dim=64,

@@ -6,9 +6,10 @@ import pytest
 
 from flash.errors import InputError
 from flash.evaluation.suites import Figure, SuiteResult
-from flash.report import read, render
-from flash.runs import Runs
-from flash.search import Sampler
+from flash.paths import Runs
+from flash.report.data import read
+from flash.report.page import render
+from flash.search.settings import Sampler
 from tests.report.toy_study import write_study
 from tests.search import toy_search as toy
 

@@ -5,11 +5,13 @@ import pytest
 from optuna.trial import TrialState
 
 from flash.arch import Attention, parse_pattern
-from flash.report import all_figures, read, render
-from flash.report.page import CAPTIONS
+from flash.paths import Runs
+from flash.report.data import read
+from flash.report.figures import all_figures
+from flash.report.page import CAPTIONS, render
 from flash.report.pattern_figures import kind_shares, mixed_neighbours
-from flash.runs import Runs
-from flash.search import Objective, Sampler
+from flash.search.objectives import Objective
+from flash.search.settings import Sampler
 from tests.report.toy_study import with_curves, write_promotion, write_study
 from tests.search import toy_search as toy
 

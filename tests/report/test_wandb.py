@@ -5,11 +5,12 @@ import json
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from flash.report import all_figures, read, study_figures
+from flash.paths import Runs
 from flash.report.__main__ import log_to_wandb
-from flash.runs import Runs
-from flash.search import Sampler
+from flash.report.data import read
+from flash.report.figures import all_figures, study_figures
 from flash.search.logs import log_study, trial_table
+from flash.search.settings import Sampler
 from flash.training.loggers import LoggerKind, LoggerSettings, close_logger, make_logger
 from tests.report.toy_study import with_curves, write_promotion, write_study
 from tests.search import toy_search as toy

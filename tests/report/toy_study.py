@@ -9,9 +9,12 @@ import numpy as np
 from optuna.trial import TrialState
 
 from flash.files import write_text
-from flash.runs import Runs
-from flash.search import Objective, Trial, frontier, write_report
+from flash.paths import Runs
+from flash.search.frontier import write_report
+from flash.search.loop import frontier
+from flash.search.objectives import Objective
 from flash.search.promote import compare
+from flash.search.study import Trial
 from tests.search import toy_search as toy
 
 TWO = (Objective.quality, Objective.prefill)

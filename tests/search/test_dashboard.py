@@ -12,8 +12,7 @@ from urllib.error import URLError
 
 import pytest
 
-from flash.search import Quality
-from flash.search.loop import EvaluationError
+from flash.search.loop import EvaluationError, Quality
 from tests.search import toy_search as toy
 
 

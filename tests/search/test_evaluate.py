@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from flash.arch import parse_pattern
-from flash.model import Backbone
-from flash.runs import Runs
+from flash.model.backbone import Backbone
+from flash.paths import Runs
 from flash.search.evaluate import ShortTraining, tidy
 from flash.search.loop import EvaluationError
-from flash.search.stopping import Hopeless
-from flash.training import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.search.pruner import TrialPruned
 from flash.training.run import Inputs, importance_of
+from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
 from tests.conftest import SMALL
 
 RECIPE = RecipeSettings(
@@ -33,7 +33,7 @@ def evaluate(backbone_settings, data_settings, tmp_path) -> ShortTraining:
 
 
 def test_candidates_learn_from_a_teacher_that_spoke_ahead(evaluate, monkeypatch):
-    monkeypatch.setattr("flash.data.taught.PART_TOKENS", 8 * 32)
+    monkeypatch.setattr("flash.data.teacher_cache.PART_TOKENS", 8 * 32)
     recipe = dataclasses.replace(RECIPE, kd_weight=0.9, kd_top_k=16)
     taught = ShortTraining(evaluate.inputs, evaluate.importance, recipe, TRAINER, 0)
     monkeypatch.setattr("flash.training.teacher.load_teacher", None)
@@ -99,9 +99,9 @@ def test_a_diverged_trial_fails_and_leaves_nothing(evaluate):
 def test_a_hopeless_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
     def stop(curve):
         if len(curve.losses) == 6:
-            raise Hopeless(3.0, 0.01, curve)
+            raise TrialPruned(3.0, 0.01, curve)
 
-    with pytest.raises(Hopeless) as stopped:
+    with pytest.raises(TrialPruned) as stopped:
         evaluate(SPEC, 0, stop)
     info = stopped.value.info
     assert info["tokens"] == 6 * 128

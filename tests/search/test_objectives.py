@@ -6,23 +6,15 @@ import numpy as np
 import pytest
 
 from flash.errors import InputError
-from flash.search import (
-    EvaluationError,
-    Objective,
-    Quality,
-    Sampler,
-    check_limits,
-    frontier,
-    hypervolume,
-    hypervolume_history,
-    propose,
-    write_report,
-)
 from flash.search.acquisition import greedy_batch
 from flash.search.baselines import AdditiveScores
-from flash.search.loop import rescore
+from flash.search.frontier import write_report
+from flash.search.loop import EvaluationError, Quality, frontier, hypervolume_history, rescore
+from flash.search.objectives import Objective
+from flash.search.pareto import hypervolume
 from flash.search.promote import compare, promote
-from flash.search.settings import Limits
+from flash.search.sampler import check_limits, propose
+from flash.search.settings import Sampler, SearchLimits
 from flash.search.study import reopen_study
 from tests.search import toy_search as toy
 
@@ -56,7 +48,7 @@ def test_any_objectives_beside_quality_can_be_searched(tmp_path, names):
 
 def test_a_given_reference_stands_and_the_rest_follows_from_the_baseline():
     settings = toy.make_settings(
-        reference={"prefill": 40.0}, max_cost_ratio=0.5, limits=Limits(size_mib=3.0)
+        reference={"prefill": 40.0}, max_cost_ratio=0.5, limits=SearchLimits(size_mib=3.0)
     )
     objectives = (Objective.quality, Objective.prefill, Objective.decode, Objective.size)
     costs = {"prefill_ms": 100.0, "decode_ms": 10.0, "size_mib": 8.0}
@@ -85,7 +77,7 @@ LIMITS = {"prefill_ms": 12.0, "size_mib": 0.75}
 
 @pytest.mark.parametrize("sampler", Sampler)
 def test_every_proposal_obeys_the_limits(tmp_path, sampler):
-    settings = {"limits": Limits(**LIMITS), "sampler": sampler, "trials": 16}
+    settings = {"limits": SearchLimits(**LIMITS), "sampler": sampler, "trials": 16}
     trials = toy.run(tmp_path / "study.db", **settings)
     assert len(trials) == 16
     assert max(t.costs["prefill_high_ms"] for t in trials) <= LIMITS["prefill_ms"]
@@ -99,7 +91,7 @@ def test_a_latency_whose_interval_reaches_beyond_the_limit_is_off_the_frontier(t
     trials = toy.run(tmp_path / "study.db", trials=12)
     slowest = frontier(trials, toy.PROBLEM)[-1]
     for limit, stays in ((1.05, False), (1.11, True)):  # the interval ends at 1.1 of the mean
-        limits = Limits(prefill_ms=limit * slowest.costs["prefill_ms"])
+        limits = SearchLimits(prefill_ms=limit * slowest.costs["prefill_ms"])
         within = frontier(trials, toy.make_problem(toy.make_settings(limits=limits)))
         assert (slowest.number in {t.number for t in within}) == stays
 
@@ -108,7 +100,7 @@ def test_limits_that_hardly_any_member_obeys_are_reached_on_foot():
     space = toy.make_space()
     rng = np.random.default_rng(0)
     drawn = toy.costs(space.stratified(rng, 2000))["prefill_high_ms"]
-    settings = toy.make_settings(limits=Limits(prefill_ms=float(drawn.min()) * 1.3))
+    settings = toy.make_settings(limits=SearchLimits(prefill_ms=float(drawn.min()) * 1.3))
     problem = toy.make_problem(settings)
     specs = propose(space, [], 8, problem=problem, settings=settings, seed=1)
     assert len(set(specs)) == 8
@@ -116,12 +108,12 @@ def test_limits_that_hardly_any_member_obeys_are_reached_on_foot():
 
 
 def test_limits_that_nothing_meets_say_by_how_much():
-    settings = toy.make_settings(limits=Limits(prefill_ms=1.0, size_mib=100.0))
+    settings = toy.make_settings(limits=SearchLimits(prefill_ms=1.0, size_mib=100.0))
     with pytest.raises(InputError, match=r"search.limits.prefill_ms=1 .*has \d.*raise") as error:
         check_limits(toy.make_space(), toy.make_problem(settings), 0)
     assert "size_mib" not in str(error.value)
     with pytest.raises(InputError, match="search.limits.decode_ms=-1"):
-        Limits(decode_ms=-1)
+        SearchLimits(decode_ms=-1)
 
 
 def test_greedy_batch_in_three_dimensions_takes_the_greatest_gain():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flash.search import choose_winners, hypervolume, non_dominated
+from flash.search.pareto import choose_winners, hypervolume, non_dominated
 
 # A staircase (1, 3), (2, 2), (3, 1), a point behind it and a copy.
 POINTS = [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0), (3.0, 3.0), (2.0, 2.0)]

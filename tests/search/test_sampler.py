@@ -8,9 +8,13 @@ from botorch.exceptions.errors import ModelFittingError
 from optuna.trial import TrialState
 
 from flash.arch import parse_pattern
-from flash.search import Sampler, Trial, hypervolume, propose, quality
+from flash.search import surrogate
 from flash.search.acquisition import greedy_batch
-from flash.search.quality import features
+from flash.search.pareto import hypervolume
+from flash.search.sampler import propose
+from flash.search.settings import Sampler
+from flash.search.study import Trial
+from flash.search.surrogate import features
 from tests.search import toy_search as toy
 
 SPACE = toy.make_space()
@@ -93,7 +97,7 @@ def test_a_failed_fit_falls_back_to_random_and_says_so(monkeypatch, caplog):
     def fail(*_):
         raise ModelFittingError("all attempts failed")
 
-    monkeypatch.setattr(quality, "fit_loss_model", fail)
+    monkeypatch.setattr(surrogate, "fit_loss_model", fail)
     assert len(ask(make_trials(ask([], 8)), 4)) == 4
     assert "all attempts failed" in caplog.text
 
@@ -134,7 +138,7 @@ def test_the_loss_model_predicts_unseen_specs():
     rows = np.array([features(SPACE, spec) for spec in specs])
     losses = np.array([toy.loss(spec) for spec in specs])
     losses = (losses - losses.mean()) / losses.std()
-    model = quality.fit_loss_model(rows[:60], losses[:60])
+    model = surrogate.fit_loss_model(rows[:60], losses[:60])
     with torch.no_grad():
         mean = model.posterior(torch.from_numpy(rows[60:])).mean.squeeze(-1).numpy()
     assert np.corrcoef(mean, losses[60:])[0, 1] > 0.95

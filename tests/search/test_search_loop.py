@@ -13,14 +13,8 @@ from optuna.trial import TrialState
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
-from flash.search import (
-    EvaluationError,
-    Quality,
-    frontier,
-    hypervolume_history,
-    write_frontier,
-    write_report,
-)
+from flash.search.frontier import write_frontier, write_report
+from flash.search.loop import EvaluationError, Quality, frontier, hypervolume_history
 from tests.search import toy_search as toy
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from optuna.storages import RDBStorage
 
-from flash.runs import Runs
+from flash.paths import Runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -13,7 +13,8 @@ import pytest
 from optuna.trial import TrialState
 
 from flash.errors import InputError
-from flash.search import frontier, storage, workers
+from flash.search import storage, workers
+from flash.search.loop import frontier
 from flash.search.workers import Owner
 from tests.search import toy_search as toy
 

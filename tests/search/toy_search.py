@@ -19,18 +19,12 @@ from flash.arch import (
     kv_cache_bytes,
     weight_bytes,
 )
-from flash.search import (
-    Objective,
-    Problem,
-    Quality,
-    Sampler,
-    SearchSettings,
-    Study,
-    open_study,
-    search,
-)
 from flash.search.fingerprint import space_fingerprint
-from flash.training import Watch
+from flash.search.loop import Quality, search
+from flash.search.objectives import Objective, Problem
+from flash.search.settings import Sampler, SearchSettings
+from flash.search.study import Study, open_study
+from flash.training.loss_curve import Watch
 
 BACKBONE = ArchSpec(
     model_dim=256,

@@ -1,6 +1,7 @@
 import pytest
 
-from flash.data import PackedData, find_tokenizer, load_tokenizer
+from flash.data.module import PackedData, find_tokenizer
+from flash.data.tokenizer import load_tokenizer
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from flash.model import Decoder
+from flash.model.decoder import Decoder
 from tests.conftest import SMALL
 
 

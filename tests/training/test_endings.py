@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flash.training import Precision, RecipeSettings, TrainerSettings, fit
-from flash.training.faults import Guard, Verdict
+from flash.training.fit import fit
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.training.stability import Guard, Verdict
 from tests.training.decoders import make_model
 
 RECIPE = RecipeSettings(name="test", tokens=4 * 128, batch_size=4, lr=3e-3)

@@ -7,21 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash.data import (
-    DataSettings,
-    PackedData,
-    PartSettings,
-    Source,
-    load_tokenizer,
-    train_tokenizer,
-)
+from flash.data.module import PackedData
+from flash.data.settings import DataKind, DataSettings, TextSourceSettings
+from flash.data.tokenizer import load_tokenizer, train_tokenizer
 from flash.errors import InputError
-from flash.model import Backbone, fake_quantize, load, save, state_to_save
-from flash.prune import fingerprint
-from flash.runs import Runs
-from flash.training import Precision, RecipeSettings, TrainerSettings, fit, heldout_quality
+from flash.model.backbone import Backbone
+from flash.model.checkpoint import load, save, state_to_save
+from flash.model.quantization import fake_quantize
+from flash.paths import Runs
+from flash.prune.importance import fingerprint
+from flash.training.fit import fit, validate
 from flash.training.result import TrainResult
 from flash.training.run import Inputs, StageSettings, train
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 from tests.conftest import SMALL
 from tests.training.decoders import make_model
 
@@ -46,8 +44,8 @@ def chat(tmp_path) -> DataSettings:
     path.write_text("\n".join(rows) + "\n", "utf-8")
     return DataSettings(
         name="chat",
-        source=Source.chat,
-        parts=[PartSettings(path=str(path), column="messages")],
+        source=DataKind.chat,
+        parts=[TextSourceSettings(path=str(path), column="messages")],
         chat_template=str(TEMPLATE),
         heldout_percent=20,
         heldout_sequences=4,
@@ -133,7 +131,7 @@ def test_training_aware_of_quantisation_is_of_the_rounded_model(settings):
         seed=0,
         runs=Runs(Path(settings.runs)),
     )
-    losses = [heldout_quality(each, inputs.data, Precision.fp32).loss for each in (model, rounded)]
+    losses = [validate(each, inputs.data, Precision.fp32).loss for each in (model, rounded)]
     assert result.before.loss == losses[1] != losses[0]
     assert result.after.loss < result.before.loss
     plain = load(Path(settings.runs) / "models" / "qat" / "checkpoint")

@@ -6,12 +6,18 @@ from itertools import islice
 import pytest
 import torch
 
-from flash.data import DataSettings, PackedData, PartSettings, Source, load_tokenizer
+from flash.data.module import PackedData
+from flash.data.settings import DataKind, DataSettings, TextSourceSettings
+from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError
-from flash.model import Backbone, Decoder, Operands, top_log_probs
-from flash.runs import Runs
-from flash.training import Precision, RecipeSettings, TrainerSettings, fit, teacher
+from flash.model.backbone import Backbone
+from flash.model.decoder import Decoder
+from flash.model.losses import Operands, top_log_probs
+from flash.paths import Runs
+from flash.training import teacher
+from flash.training.fit import fit
 from flash.training.run import train
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
 from tests.training.decoders import make_model, same_weights
 
@@ -34,7 +40,7 @@ def runs(tmp_path) -> Runs:
 @pytest.fixture
 def small_parts(monkeypatch):
     """Files of eight sequences."""
-    monkeypatch.setattr("flash.data.taught.PART_TOKENS", 8 * 32)
+    monkeypatch.setattr("flash.data.teacher_cache.PART_TOKENS", 8 * 32)
 
 
 @pytest.fixture
@@ -202,8 +208,8 @@ def test_what_cannot_be_kept_is_refused_before_work(settings, counted, tmp_path)
     path.write_text("".join(f'{{"text": "def f{i}(x): return x"}}\n' for i in range(400)))
     streamed = DataSettings(
         name="mix",
-        source=Source.datasets,
-        parts=[PartSettings(path=str(path))],
+        source=DataKind.datasets,
+        parts=[TextSourceSettings(path=str(path))],
         heldout_percent=20,
         heldout_sequences=2,
         seq_len=16,

@@ -12,19 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash.data import DataSettings, Source
+from flash.data.settings import DataKind, DataSettings
 from flash.errors import InputError
-from flash.model import BackboneSettings, Decoder, load
-from flash.training import (
-    Precision,
-    RecipeSettings,
-    Schedule,
-    TrainerSettings,
-    fit,
-    heldout_quality,
-)
+from flash.model.backbone import BackboneSettings
+from flash.model.checkpoint import load
+from flash.model.decoder import Decoder
+from flash.training.fit import fit, validate
 from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.run import TrainSettings, train
+from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
 from tests.conftest import SMALL
 from tests.plain_losses import cross_entropy, distillation
 from tests.training.decoders import make_model, same_weights
@@ -35,9 +31,9 @@ TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=1)
 
 def test_training_lowers_the_held_out_loss(data):
     model = make_model()
-    before = heldout_quality(model, data, Precision.fp32)
+    before = validate(model, data, Precision.fp32)
     done = fit(model, data, RECIPE, TRAINER)
-    after = heldout_quality(model, data, Precision.fp32)
+    after = validate(model, data, Precision.fp32)
     assert done.steps == 12
     assert done.tokens == 12 * 128
     assert before.loss == pytest.approx(math.log(320), rel=0.02)
@@ -196,7 +192,7 @@ def _job(corpus: str, backbone: str, folder: str, every: int = 2) -> TrainSettin
         backbone=BackboneSettings(name="small", weights=backbone),
         data=DataSettings(
             name="test",
-            source=Source.folder,
+            source=DataKind.folder,
             path=corpus,
             heldout_percent=20,
             seq_len=32,

@@ -1,0 +1,1 @@
+"""Export of finished models: written, proven, measured, judged by their own perplexity."""

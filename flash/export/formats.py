@@ -1,0 +1,220 @@
+"""Formats of a finished model other than the measured program: a folder, a file for llama.cpp.
+
+Each is written under a hidden name, proved in the program that it is meant for, and only then
+given its own.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from flash.arch import ArchSpec
+from flash.errors import CheckFailed, InputError, require
+from flash.files import write_text
+from flash.interop.gguf import LIMITS, GgufFormat, check_gguf, check_gguf_form, write_gguf
+from flash.interop.hf_folder import check_hf, write_hf, zero_spec
+from flash.lowering.bisect_layers import locate_gguf
+from flash.lowering.parity_metrics import FormatCheck, ParityLimits
+from flash.model.decoder import Decoder
+
+log = logging.getLogger(__name__)
+
+
+class ExportFormat(Enum):
+    """What an export writes."""
+
+    executorch = "executorch"
+    """`model.pte`, which is also measured on the device."""
+    hf = "hf"
+    """`hf/`, a folder for stock transformers; a skipped layer is no faster there."""
+    gguf = "gguf"
+    """`model.gguf` for llama.cpp."""
+
+
+FILES = {
+    ExportFormat.executorch: "model.pte",
+    ExportFormat.hf: "hf",
+    ExportFormat.gguf: "model.gguf",
+}
+
+
+@dataclass(kw_only=True)
+class FormatSettings:
+    """How formats other than the program are written and how closely they must agree."""
+
+    gguf: GgufFormat = GgufFormat.q8_0
+    """Weights of a GGUF file."""
+    gguf_tokenizer: bool = True
+    """Whether it holds the tokenizer; false is a file of token ids, for tokenizers that llama.cpp
+    has no name for, as those that this project trains."""
+    max_error_hf: float = 1e-4
+    """A folder in stock transformers: largest difference of a logit over the largest logit."""
+    max_kl_gguf: float | None = None
+    """GGUF against the float model: mean KL [nats]; null takes what suits the weights."""
+    min_agreement_gguf: float | None = None
+    """GGUF: share of positions with the same likeliest token; null takes what suits the weights."""
+
+    def __post_init__(self) -> None:
+        require(self.max_error_hf > 0, "formats.max_error_hf", self.max_error_hf, "above 0")
+        self.limits()
+
+    def limits(self) -> ParityLimits:
+        """Of a GGUF file."""
+        limits = LIMITS[self.gguf]
+        if self.max_kl_gguf is not None:
+            limits = dataclasses.replace(limits, max_kl=self.max_kl_gguf)
+        if self.min_agreement_gguf is not None:
+            limits = dataclasses.replace(limits, min_agreement=self.min_agreement_gguf)
+        return limits
+
+
+@dataclass(frozen=True)
+class FormatResult:
+    """A published file or folder; `hf.json` or `gguf.json` beside it.
+
+    Attributes:
+        check: What its gate found.
+        size_bytes: Of the file, or of all files in the folder.
+        key: Hash of all that decides it.
+    """
+
+    check: FormatCheck
+    size_bytes: int
+    key: str
+
+    @staticmethod
+    def read(folder: Path, kind: ExportFormat) -> "FormatResult | None":
+        """The result of a format in an export's folder, or None where there is none.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        path = folder / f"{kind.value}.json"
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            return FormatResult(**{**values, "check": FormatCheck(**values["check"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}); delete it to export again") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """What formats are written from.
+
+    Attributes:
+        model: The decoder in float32.
+        text: Held-out token ids that the formats are proved on.
+        tokenizer: Its tokenizer.json.
+        token_ids: Special tokens for config files, such as `eos_token_id`.
+    """
+
+    model: Decoder
+    text: Int[Tensor, " n"]
+    tokenizer: Path
+    token_ids: Mapping[str, int]
+
+
+def check_formats(
+    formats: Sequence[ExportFormat],
+    settings: FormatSettings,
+    spec: ArchSpec,
+    tokenizer: Path,
+    token_ids: Mapping[str, int],
+) -> None:
+    """See that each format can express `spec` and its gate can run; costs nothing.
+
+    Raises:
+        InputError: One cannot; says why.
+    """
+    if ExportFormat.hf in formats:
+        zero_spec(spec)
+    if ExportFormat.gguf in formats:
+        try:
+            check_gguf_form(spec, tokenizer if settings.gguf_tokenizer else None, token_ids)
+        except InputError as error:
+            raise InputError(f"format=gguf: {error}") from error
+
+
+def publish(
+    kind: ExportFormat, folder: Path, source: ExportSource, settings: FormatSettings, key: str
+) -> FormatResult:
+    """Write one format into an export's folder, or return the finished result of the same.
+
+    Raises:
+        CheckFailed: Its answers are not the model's; nothing is published, nothing deleted.
+    """
+    path = folder / FILES[kind]
+    found = FormatResult.read(folder, kind)
+    if found is not None and found.key == key and path.exists():
+        log.info("%s is finished: %s", kind.value, path)
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    unproven = folder / f".unproven.{path.name}"
+    try:
+        check = _WRITERS[kind](unproven, source, settings)
+        log.info("%s", check)
+        if not check.passed:
+            part = f" in {check.worst_layer}" if check.worst_layer else ""
+            raise CheckFailed(
+                f"{folder.name}: the gate of format {kind.value} failed{part}; nothing was "
+                f"published\n{check}"
+            )
+        size = sum(file.stat().st_size for file in _files(unproven))
+        _remove(path)
+        unproven.rename(path)
+    finally:
+        _remove(unproven)
+    result = FormatResult(check, size, key)
+    write_text(
+        folder / f"{kind.value}.json", json.dumps(dataclasses.asdict(result), indent=1) + "\n"
+    )
+    return result
+
+
+def _write_hf(path: Path, source: ExportSource, settings: FormatSettings) -> FormatCheck:
+    write_hf(path, source.model, tokenizer=source.tokenizer, token_ids=source.token_ids)
+    return check_hf(path, source.model, source.text, settings.max_error_hf)
+
+
+def _write_gguf(path: Path, source: ExportSource, settings: FormatSettings) -> FormatCheck:
+    write_gguf(
+        path,
+        source.model,
+        tokenizer=source.tokenizer if settings.gguf_tokenizer else None,
+        token_ids=source.token_ids,
+        weight_format=settings.gguf,
+    )
+    check = check_gguf(path, source.model, source.text, settings.limits())
+    if check.passed:
+        return check
+    where = locate_gguf(
+        source.model, source.text, settings.limits(), settings.gguf, folder=path.parent
+    )
+    return dataclasses.replace(check, worst_layer=where)
+
+
+_WRITERS: dict[ExportFormat, Callable[[Path, ExportSource, FormatSettings], FormatCheck]] = {
+    ExportFormat.hf: _write_hf,
+    ExportFormat.gguf: _write_gguf,
+}
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

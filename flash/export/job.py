@@ -1,0 +1,253 @@
+"""One export: its settings, and everything that is found and checked before it works."""
+
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+from torch import Tensor
+
+from flash.arch import ArchSpec, count_parameters
+from flash.data.settings import DataSettings
+from flash.device.base import Device
+from flash.device.factory import open_device
+from flash.device.settings import DeviceSettings
+from flash.errors import InputError, require
+from flash.export.formats import FILES, ExportFormat, FormatResult, FormatSettings, check_formats
+from flash.export.result import ExportResult
+from flash.lowering.gate import GateSettings
+from flash.model.backbone import Backbone, BackboneSettings
+from flash.paths import Runs, digest
+from flash.prune.importance import fingerprint
+from flash.training.loggers import LoggerSettings
+from flash.training.result import TrainResult
+from flash.training.run import Inputs, arch_of, plain
+from flash.training.settings import RecipeSettings, TrainerSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ExportSettings:
+    """Root of `export.py`."""
+
+    backbone: BackboneSettings = MISSING
+    device: DeviceSettings = MISSING
+    data: DataSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    gate: GateSettings = field(default_factory=GateSettings)
+    format: list[ExportFormat] = field(default_factory=lambda: [ExportFormat.executorch])
+    """What to write, such as [executorch,hf,gguf]."""
+    formats: FormatSettings = field(default_factory=FormatSettings)
+    """How hf and gguf are written and proved."""
+    arch: dict[str, Any] = field(default_factory=dict)
+    """What to export, as for `train.py`; nothing is the backbone itself."""
+    name: str | None = None
+    """Name of the result; null takes the arch's."""
+    model: str | None = None
+    """Folder of trained weights; null takes what `train.py` wrote under the same name; `random`
+    only measures the shape."""
+    prompt: str = "def main("
+    """What the exported program is asked to continue."""
+    new_tokens: int = 48
+    """Length of its answer [tokens]."""
+    perplexity_tokens: int = 512
+    """Held-out tokens that the program's own loss is computed on."""
+    overwrite: bool = False
+    """Whether an export of the same name but of other weights or settings is replaced."""
+    seed: int = 0
+    runs: str = "runs"
+    """Folder for everything that runs produce."""
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One export: everything opened and known, nothing large loaded.
+
+    Attributes:
+        settings: Of the script.
+        name: Of the result.
+        spec: Architecture of the weights.
+        weights: The checkpoint folder.
+        device: Where the program is measured.
+        reference: The backbone's result, to measure in turns with.
+        inputs: Tokenizer and text.
+        keys: For each format a hash of all that decides its result.
+    """
+
+    settings: ExportSettings
+    name: str
+    spec: ArchSpec
+    weights: Path
+    device: Device
+    reference: ExportResult | None
+    inputs: Inputs
+    keys: dict[ExportFormat, str]
+
+    @classmethod
+    def open(cls, settings: ExportSettings, runs: Runs) -> "ExportJob":
+        """Find weights, device and text.
+
+        Raises:
+            InputError: One of them cannot be used.
+        """
+        backbone = Backbone.open(settings.backbone)
+        spec = arch_of(settings.arch, backbone)
+        name = settings.name or backbone.name
+        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        device = open_device(settings.device)
+        recipe = RecipeSettings(name="export", tokens=1)
+        inputs = Inputs.open(backbone, settings.data, recipe, seed=settings.seed, runs=runs)
+        # A winner is measured in turns with its backbone, if that has a program for this device.
+        whole = spec == backbone.spec
+        reference = None if whole else _reference(runs.export(backbone.name), device)
+        keys = _keys(settings, weights, device, reference, inputs)
+        return cls(settings, name, spec, weights, device, reference, inputs, keys)
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return self.inputs.runs.export(self.name)
+
+    @property
+    def key(self) -> str:
+        """Of the program."""
+        return self.keys[ExportFormat.executorch]
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Special tokens for the config files of formats."""
+        end = self.inputs.end_of_text
+        return {"bos_token_id": end, "eos_token_id": end}
+
+    @property
+    def texts(self) -> list[Tensor]:
+        """Held-out sequences of about `perplexity_tokens` in all, each fitting the cache."""
+        settings = self.settings
+        limits = (settings.data.seq_len, settings.device.max_context, settings.perplexity_tokens)
+        length = min(limits)
+        count = max(1, settings.perplexity_tokens // length)
+        heldout = self.inputs.data.heldout_set
+        return [heldout[i].tokens[:length] for i in range(min(count, len(heldout)))]
+
+    def check(self) -> None:
+        """Refuse what could only fail later.
+
+        Raises:
+            InputError: Nothing to write, a format that cannot say the architecture, a gate that
+                cannot run, a finished export that would be overwritten, or no room.
+        """
+        settings = self.settings
+        require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
+        tokens = len(self.texts[0]) if self.texts else 0
+        settings.gate.check_fits(tokens, settings.device.lowering)
+        if ExportFormat.executorch in settings.format:
+            settings.device.lowering.check_fits(self.spec)
+            self._compare_rounding()
+        path = self.inputs.tokenizer_path
+        check_formats(settings.format, settings.formats, self.spec, path, self.token_ids)
+        for kind in settings.format:
+            self._keep(kind)
+        self._check_room()
+
+    def _compare_rounding(self) -> None:
+        """Warn where the weights were trained for another rounding than the device's."""
+        trained = TrainResult.read(self.weights.parent)
+        recipe = RecipeSettings(name="none", tokens=1)
+        if trained is None or not trained.settings["recipe"]["qat"]:
+            return
+        for key in ("group_size", "embedding_bits"):
+            ours = getattr(self.settings.device, key)
+            theirs = trained.settings["recipe"].get(f"qat_{key}", getattr(recipe, f"qat_{key}"))
+            if ours != theirs:
+                log.warning(
+                    "%s was trained with recipe.qat_%s=%d, not with device.%s=%d: the program "
+                    "loses part of what that training won",
+                    *(self.name, key, theirs, key, ours),
+                )
+
+    def _keep(self, kind: ExportFormat) -> None:
+        program = kind is ExportFormat.executorch
+        found = ExportResult.read(self.folder) if program else FormatResult.read(self.folder, kind)
+        if found is None or found.key == self.keys[kind] or self.settings.overwrite:
+            return
+        raise InputError(
+            f"{self.folder / FILES[kind]}: holds an export of other weights or settings; "
+            "overwrite=true replaces it, name=NEW keeps both"
+        )
+
+    def _check_room(self) -> None:
+        floats = 4 * count_parameters(self.spec).total
+        sizes = {ExportFormat.executorch: self.settings.device.lowering.weight_bytes(self.spec)}
+        needed = sum(sizes.get(kind, floats) for kind in self.settings.format)
+        root = self.inputs.runs.root
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+        require(
+            free > needed,
+            "runs",
+            f"{root} with {free / 2**20:.1f} MiB free",
+            f"at least {needed / 2**20:.1f} MiB for {self.name}; make room or give runs=FOLDER",
+        )
+
+
+def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
+    """The checkpoint folder to export or to evaluate.
+
+    Args:
+        model: The folder, if the user names one.
+        spec: What it must hold.
+        backbone: Has the weights of its own architecture.
+        trained: What `train.py` wrote under the model's name.
+
+    Raises:
+        InputError: There is none yet, or it holds another architecture.
+    """
+    if model is not None:
+        folder = Path(model)
+    elif spec == backbone.spec and backbone.folder is not None:
+        backbone.fetch()
+        folder = backbone.folder
+    else:
+        folder = trained / "checkpoint"
+        if not folder.is_dir():
+            raise InputError(
+                f"model=null: expected trained weights in {folder}; run train.py with the same "
+                "+arch first, or give model=FOLDER"
+            )
+    found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
+    if found != spec:
+        raise InputError(f"model={folder}: holds arch {found}: expected {spec}; train it again")
+    return folder
+
+
+def _reference(folder: Path, device: Device) -> ExportResult | None:
+    result = ExportResult.read(folder)
+    usable = result is not None and result.device == device.identity()
+    return result if usable and (folder / "model.pte").is_file() else None
+
+
+def _keys(
+    settings: ExportSettings,
+    weights: Path,
+    device: Device,
+    reference: ExportResult | None,
+    inputs: Inputs,
+) -> dict[ExportFormat, str]:
+    text = [inputs.data.digest, settings.data.heldout_sequences, settings.perplexity_tokens]
+    source = {"weights": fingerprint(weights), "data": text}
+    program = {
+        "device": device.identity(),
+        "device_settings": plain(settings.device),
+        "gate": plain(settings.gate),
+        "text": [settings.prompt, settings.new_tokens],
+        "reference": reference.key if reference else None,
+    }
+    other = {"formats": plain(settings.formats)}
+    return {
+        kind: digest({**source, **(program if kind is ExportFormat.executorch else other)})
+        for kind in ExportFormat
+    }

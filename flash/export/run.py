@@ -1,0 +1,206 @@
+"""`export.py`: weights -> .pte, parity gate, measurement on the device, text from the artefact."""
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from flash.arch import ArchSpec, count_parameters
+from flash.device.measurement import Measurement, Program
+from flash.errors import CheckFailed
+from flash.export.formats import ExportFormat, ExportSource, publish
+from flash.export.job import ExportJob, ExportSettings
+from flash.export.perplexity import program_quality
+from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
+from flash.export.result import ExportResult
+from flash.export.summary import describe, describe_format
+from flash.export.table6 import table6
+from flash.files import write_text
+from flash.latency.profiler import conditions_of, of_point
+from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
+from flash.lowering.bisect_layers import locate
+from flash.lowering.gate import GateReport, check_parity
+from flash.lowering.lower import lower, write
+from flash.model.checkpoint import load as load_checkpoint
+from flash.model.decoder import Decoder
+from flash.paths import Runs
+from flash.prune.importance import fingerprint
+from flash.training.fit import validate
+from flash.training.loggers import close_logger, make_logger
+from flash.training.run import plain
+
+log = logging.getLogger(__name__)
+
+
+def export(settings: ExportSettings) -> ExportResult | None:
+    """Export, prove and measure one model, or return the finished result of the same export.
+
+    Returns:
+        What was found about the program; None where none was asked for.
+
+    Raises:
+        InputError: Settings or weights that cannot be used.
+        CheckFailed: A format's answers differ from the model's; names the first bad stage.
+    """
+    runs = Runs(Path(settings.runs))
+    if settings.model == RANDOM:
+        _measure_shape(settings, runs)
+        return None
+    job = ExportJob.open(settings, runs)
+    job.check()
+    others = [kind for kind in settings.format if kind is not ExportFormat.executorch]
+    if others:
+        _publish(job, others)
+    if ExportFormat.executorch not in settings.format:
+        return None
+    result, path = ExportResult.read(job.folder), job.folder / "model.pte"
+    if result is not None and result.key == job.key and path.is_file():
+        log.info("%s is finished: %s", job.name, path)
+    else:
+        result = _export(job)
+        result.write(job.folder)
+        _log(settings, result, runs)
+    describe(result, job.folder)
+    return result
+
+
+def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
+    shape = shape_of(settings.arch, settings.backbone, settings.model)
+    name = settings.name or settings.backbone.name
+    measure_shape(name, shape, settings.device, runs, seed=settings.seed)
+    print(f"\n{table6(shape_results(runs, settings.device))}")
+
+
+def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
+    """Write and prove the formats other than the program."""
+    model = load_checkpoint(job.weights)
+    path = job.inputs.tokenizer_path
+    source = ExportSource(model=model, text=job.texts[0], tokenizer=path, token_ids=job.token_ids)
+    for kind in kinds:
+        result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
+        describe_format(job.name, kind, result, job.folder)
+
+
+def _export(job: ExportJob) -> ExportResult:
+    settings, name, inputs = job.settings, job.name, job.inputs
+    model = load_checkpoint(job.weights)
+    log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
+    start = time.perf_counter()
+    end = inputs.end_of_text
+    program = lower(model, settings.device.lowering, bos_id=end, eos_ids=(end,))
+    lower_s = time.perf_counter() - start
+    report = _prove(job, model, program)
+    path = job.folder / "model.pte"
+    write(path, program)
+    log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
+    measurement, speedups = _measure(job, model)
+    prompt = inputs.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
+    ids = job.device.generate(path, prompt, settings.new_tokens, stop=(end,))
+    return ExportResult(
+        name=name,
+        spec=model.spec,
+        parameters=count_parameters(model.spec).total,
+        quality=validate(model, inputs.data, settings.trainer.precision),
+        artefact=program_quality(model, path, job.device, job.texts),
+        pte_bytes=len(program),
+        gate=report.to_dict(),
+        measurement=measurement,
+        reference=job.reference.name if job.reference else None,
+        speedups=speedups,
+        predicted=_predicted(inputs.runs, name, model.spec),
+        prompt=settings.prompt,
+        completion=inputs.tokenizer.decode(ids),
+        device=job.device.identity(),
+        lower_s=lower_s,
+        key=job.key,
+        weights=fingerprint(job.weights),
+    )
+
+
+def _prove(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
+    """The gate's report, kept as gate.json; a failure is looked into and raised as CheckFailed."""
+    lowering, gate = job.settings.device.lowering, job.settings.gate
+    path = job.folder / "gate.json"
+    report = check_parity(model, lowering, job.texts[0], gate, program=program)
+    write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
+    stage = report.first_failure
+    if stage is None:
+        return report
+    where = locate(model, lowering, job.texts[0], gate, stage)
+    report = dataclasses.replace(report, where=where)
+    write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
+    raise CheckFailed(
+        f"{job.name}: the parity gate failed at stage {stage.value}, {where}; nothing was "
+        f"published, see {path}\n{report}"
+    )
+
+
+def _measure(job: ExportJob, model: Decoder) -> tuple[Measurement, dict[str, float]]:
+    """Latencies, and how many times faster than the reference program of the same processes."""
+    settings, device, runs = job.settings, job.device, job.inputs.runs
+    vocab_size = model.spec.vocab_size
+    other = None
+    if job.reference is not None:
+        path = runs.export(job.reference.name) / "model.pte"
+        other = Program(name="reference", path=path, vocab_size=vocab_size)
+    subject = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
+    measured = device.measure([subject], settings.device.workload, other)[0]
+    store = MeasurementStore(runs.measurements)
+    workload, lowering = settings.device.workload, settings.device.lowering
+    spec = model.spec.replace(tie_embeddings=True)  # tied or not, the programs are the same
+    for point in workload.points:
+        row = StoredLatency(
+            kind=SubjectKind.model,
+            subject=spec.to_dict(),
+            conditions=conditions_of(device, workload, point, lowering),
+            result={**of_point(measured, point), "reference": None, "lower_s": None},
+        )
+        store.append(row)
+    if other is None:
+        return measured, {}
+    kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
+    speedups = {
+        name: min(conditions["reference_ms"][name] for conditions in kept) / latency.ms
+        for name, latency in measured.latencies.items()
+    }
+    return measured, speedups
+
+
+def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
+    """What the search that found this arch, or that had this backbone, predicted for it."""
+    for path in sorted((runs.root / "studies").glob("*/frontier.json")):
+        found = json.loads(path.read_text("utf-8"))
+        by_number = {trial["number"]: trial for trial in found["trials"]}
+        for number, stem in found["names"].items():
+            if stem == name and by_number[int(number)]["spec"] == spec.to_dict():
+                return found["predicted"][number]
+        backbone = found["backbone"]
+        if backbone["name"] == name and backbone["spec"] == spec.to_dict():
+            return backbone["predicted"]
+    return None
+
+
+def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
+    logger = make_logger(
+        settings.logger,
+        folder=runs.logs,
+        run=result.name,
+        job="export",
+        config={**plain(settings), "spec": result.spec.to_dict()},
+    )
+    if logger is None:
+        return
+    measured = result.measurement
+    metrics = {
+        **{f"export/{name}_ms": latency.ms for name, latency in measured.latencies.items()},
+        **{f"export/{name}_se_ms": latency.se_ms for name, latency in measured.latencies.items()},
+        **{f"export/{name}_speedup": value for name, value in result.speedups.items()},
+        "export/pte_mib": result.pte_bytes / 2**20,
+        "export/heldout_loss": result.quality.loss,
+        "export/perplexity_change_pct": result.artefact.change_pct,
+        "export/top1_agreement": result.artefact.agreement,
+    }
+    logger.log_metrics(metrics)
+    close_logger(logger)

@@ -1,0 +1,51 @@
+"""What the terminal says about a finished export."""
+
+from pathlib import Path
+
+from flash.device.workload import Phase, Point
+from flash.export.formats import FILES, ExportFormat, FormatResult
+from flash.export.result import ExportResult
+
+ENDS = ("mean", "low", "high")
+"""Of a predicted interval."""
+
+
+def describe_format(name: str, kind: ExportFormat, result: FormatResult, folder: Path) -> None:
+    """Print a published format in a few lines."""
+    print(
+        f"\n{name}: {folder / FILES[kind]}, {result.size_bytes / 2**20:.2f} MiB\n  {result.check}"
+    )
+
+
+def describe(result: ExportResult, folder: Path) -> None:
+    """Print a measured program in a few lines."""
+    measured = result.measurement
+    print(f"\n{result.name}: {result.spec}, {result.parameters / 1e6:.2f}M parameters")
+    print(f"  program     {folder / 'model.pte'}, {result.pte_bytes / 2**20:.2f} MiB")
+    print(
+        "  parity      passed: "
+        + ", ".join(f"{stage['stage']} kl {stage['kl']:.1e}" for stage in result.gate["stages"])
+    )
+    for name, latency in measured.latencies.items():
+        point = Point.parse(name)
+        if point.phase is Phase.prefill:
+            text = (
+                f"TTFT        {latency.ms:.1f} +- {latency.se_ms:.1f} ms for {point.tokens} tokens"
+            )
+        else:
+            text = (
+                f"decode      {latency.ms:.3g} ms a token, {1e3 / latency.ms:.0f} tokens/s at "
+                f"context {point.tokens}"
+            )
+        if name in result.speedups:
+            text += f", {result.speedups[name]:.2f}x over {result.reference}"
+        if result.predicted is not None and name in result.predicted:
+            mean, low, high = (result.predicted[name][f"{end}_ms"] for end in ENDS)
+            text += f"; predicted {mean:.3g} [{low:.3g}, {high:.3g}] ms"
+        print(f"  {text}")
+    print(
+        f"  held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
+        f"{result.artefact.change_pct:+.1f} % and {100 * result.artefact.agreement:.0f} % equal "
+        f"choices on {result.artefact.tokens} tokens"
+    )
+    print(f"  it writes   {result.prompt!r} -> {result.completion!r}")

@@ -1,0 +1,182 @@
+"""`lower_stock`: a program of ExecuTorch's own LLM stack, with random weights, for its latency."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from flash.arch import ArchSpec, CacheFormat, Quantization
+from flash.errors import CheckFailed, require
+from flash.interop.baselines import StockModel, as_stock
+from flash.log_filters import is_noise
+from flash.lowering.settings import LoweringSettings, SlidingForm
+
+log = logging.getLogger(__name__)
+
+CHILD = Path(__file__).with_name("export_llm_child.py")
+
+
+def lower_stock(
+    model: StockModel,
+    settings: LoweringSettings,
+    path: Path,
+    *,
+    seed: int = 0,
+    fast: bool = True,
+) -> None:
+    """Write the .pte that `python -m executorch.extension.llm.export.export_llm` makes of `model`.
+
+    Its method is that of `lower`: `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
+    Runs in a process of its own, which ends with this one; `path` appears whole or not at all.
+    Beside it a temporary checkpoint needs 2 bytes a parameter.
+
+    Args:
+        model: The shape.
+        settings: Formats and lengths; the same weights, embedding and cache as `lower` writes.
+        path: The program.
+        seed: Of the random weights.
+        fast: Without the passes' repeated work; False for the stack untouched.
+
+    Raises:
+        InputError: The stack has no such form.
+        CheckFailed: The export failed; ends with what it printed last.
+    """
+    check_stock(model, settings)
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
+        folder = Path(name)
+        (folder / "params.json").write_text(json.dumps(dict(model.params)), "utf-8")
+        job = {
+            "params": "params.json",
+            "checkpoint": "random.pt",
+            "seed": seed,
+            "fast": fast,
+            "arguments": _arguments(model, settings),
+        }
+        (folder / "job.json").write_text(json.dumps(job), "utf-8")
+        _run_child(model.name, folder)
+        program = folder / "model.pte"
+        with program.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(program, path)
+    log.debug("%s: export_llm took %.0f s", model.name, time.perf_counter() - started)
+
+
+def lower_stock_arch(
+    spec: ArchSpec, settings: LoweringSettings, path: Path, *, seed: int = 0
+) -> None:
+    """`lower_stock` for one of our architectures: what the stack makes of the same shape.
+
+    Raises:
+        InputError: The stack has no such form, or `settings` do not fit `spec`.
+        CheckFailed: The export failed; ends with what it printed last.
+    """
+    settings.check_fits(spec)
+    lower_stock(as_stock(spec), settings, path, seed=seed)
+
+
+def check_stock(model: StockModel, settings: LoweringSettings) -> None:
+    """Check that the stack can lower `model` so; costs nothing.
+
+    Raises:
+        InputError: Groups do not divide its widths, it has no such form of sliding layers, or its
+            ring buffers are too short.
+    """
+    require(
+        settings.quantization is Quantization.fp32
+        or all(width % settings.group_size == 0 for width in model.widths),
+        "lowering.group_size",
+        settings.group_size,
+        f"a divisor of the widths {model.widths} of {model.name}",
+    )
+    windows = [window for window in model.windows if window]
+    if not windows:
+        return
+    require(
+        settings.sliding is SlidingForm.stock,
+        "lowering.sliding",
+        settings.sliding.value,
+        f"stock for {model.name}, which ExecuTorch's own stack lowers",
+    )
+    require(
+        settings.chunk <= 2 * min(windows),
+        "lowering.prefill_chunk",
+        settings.chunk,
+        f"at most {2 * min(windows)} for {model.name}, whose ring buffers hold twice their window",
+    )
+
+
+def _arguments(model: StockModel, settings: LoweringSettings) -> list[str]:
+    """Overrides of export_llm's configuration; files are those in its working folder.
+
+    `export.max_seq_length` is one more than the longest call of the program.
+    """
+    values: dict[str, Any] = {
+        "base.model_class": model.model_class,
+        "base.params": "params.json",
+        "base.checkpoint": "random.pt",
+        "model.use_kv_cache": True,
+        "model.use_sdpa_with_kv_cache": True,
+        "model.enable_dynamic_shape": True,
+        "model.quantize_kv_cache": settings.cache is CacheFormat.int8,
+        "backend.xnnpack.enabled": True,
+        "backend.xnnpack.extended_ops": True,  # as in the stack's own recipes
+        "export.max_seq_length": settings.chunk + 1,
+        "export.max_context_length": max(settings.max_context, settings.chunk + 1),
+        "export.output_name": "model.pte",
+        "hydra/job_logging": "stdout",
+        "hydra.job.chdir": False,
+        "hydra.run.dir": ".",
+        "hydra.output_subdir": "null",
+    }
+    if settings.quantization is Quantization.int8da4w:
+        values["quantization.qmode"] = "8da4w"
+        values["quantization.group_size"] = settings.group_size
+        group = settings.group_size if settings.embedding_bits == 4 else 0  # 0: a row is a group
+        values["quantization.embedding_quantize"] = f"'{settings.embedding_bits},{group}'"
+        values["quantization.use_hqq"] = False  # a search for better scales: minutes, for nothing
+    if model.windows:
+        values["model.local_global_attention"] = f"[{','.join(map(str, model.windows))}]"
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _run_child(what: str, folder: Path) -> None:
+    """Run export_llm_child.py on the job in `folder`; it must leave model.pte there."""
+    output = folder / "output.txt"
+    # -P: the folder of the script, with modules of our own, is not searched for imports.
+    command = [sys.executable, "-P", str(CHILD), "job.json"]
+    with (
+        output.open("wb") as file,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "HYDRA_FULL_ERROR": "1"},  # the error itself comes last
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ) as child,
+    ):
+        try:
+            child.wait()
+        except BaseException:  # Ctrl-C included: leave no process behind
+            child.kill()
+            child.wait()
+            raise
+    if child.returncode == 0 and (folder / "model.pte").is_file():
+        return
+    text = output.read_text("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not is_noise(line)]
+    reason = " | ".join(lines[-3:]) or "it printed nothing"
+    if child.returncode < 0:
+        reason = f"signal {-child.returncode}, most likely because memory was full; {reason}"
+    raise CheckFailed(
+        f"{what}: ExecuTorch's export_llm ended with code {child.returncode} and no program: "
+        f"{reason}"
+    )

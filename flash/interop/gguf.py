@@ -1,0 +1,320 @@
+"""One GGUF file for llama.cpp, in architectures that its released versions build.
+
+- `llama`: full attention only, with or without biases;
+- `qwen3`: QK-norm; a skipped layer gets an attention of zeros, since this one has no other kind;
+- `deci`: skipped layers without QK-norm. They are said by a head count of zero, and nothing is
+  stored or computed for them; only llama.cpp without flash attention gives them an unused cache of
+  values. The first layer cannot be one: llama.cpp takes the size of all heads from there, so that
+  one gets an attention of zeros.
+
+None of them has layers with a sliding window beside layers without.
+Source: the loaders of llama.cpp, src/llama-model.cpp and src/models/.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flash.arch import ArchSpec, Attention, RopeKind
+from flash.errors import CheckFailed, InputError, require
+from flash.files import replacing
+from flash.interop.gguf_tokenizer import Vocabulary, read_vocabulary
+from flash.interop.hf_folder import zero_filled
+from flash.lowering.parity_metrics import FormatCheck, ParityLimits, compare, require_text
+from flash.model.decoder import Decoder, rotary_frequencies
+
+_F32 = 0
+"""Number of the cache type float32 in llama.cpp."""
+
+
+class GgufFormat(Enum):
+    """How matrices are stored; norms, biases and rotary factors are always float32."""
+
+    f32 = "f32"
+    """Exact."""
+    f16 = "f16"
+    """What llama.cpp's own quantisation tools start from."""
+    q8_0 = "q8_0"
+    """8 bits, one scale for 32 weights."""
+    q4_0 = "q4_0"
+    """4 bits, one scale for 32 weights; embedding and head too, as in our .pte."""
+
+    @property
+    def stored(self) -> GGMLQuantizationType:
+        """The name that llama.cpp has for it."""
+        return GGMLQuantizationType[self.name.upper()]
+
+
+_FILE_TYPES = {
+    GgufFormat.f32: LlamaFileType.ALL_F32,
+    GgufFormat.f16: LlamaFileType.MOSTLY_F16,
+    GgufFormat.q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GgufFormat.q4_0: LlamaFileType.MOSTLY_Q4_0,
+}
+LIMITS = {
+    GgufFormat.f32: ParityLimits(max_error=1e-4),
+    GgufFormat.f16: ParityLimits(max_error=2e-3),
+    GgufFormat.q8_0: ParityLimits(max_kl=0.01, min_agreement=0.95),
+    GgufFormat.q4_0: ParityLimits(max_kl=0.2, min_agreement=0.7),
+}
+"""Limits of `check_gguf` that suit each format. `backbones/tiny`, which loses more than a large
+model, had an error of 6e-7 (f32) and 2e-4 (f16), and a KL of 2e-4 (q8_0) and 2e-2 (q4_0)."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A model as llama.cpp builds it: its architecture, and a spec that attends where it does."""
+
+    architecture: gguf.MODEL_ARCH
+    spec: ArchSpec
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether rotary pairs are neighbouring channels of a head; ours are its halves."""
+        return self.architecture is not gguf.MODEL_ARCH.QWEN3
+
+
+def _form(spec: ArchSpec) -> _Form:
+    """Which architecture says `spec`, and what it becomes there.
+
+    Raises:
+        InputError: None can.
+    """
+    require(
+        not (spec.qk_norm and spec.qkv_bias),
+        "arch.qkv_bias",
+        spec.qkv_bias,
+        "false with arch.qk_norm=True, which no architecture of llama.cpp has; export as pte",
+    )
+    kinds = list(spec.layer_types)
+    if Attention.sliding_attention in kinds:
+        require(
+            spec.sliding_window >= spec.max_context,
+            "arch.sliding_window",
+            spec.sliding_window,
+            f"at least arch.max_context={spec.max_context}, since llama.cpp has no layers with and "
+            "without a window in its llama, qwen3 and deci models; export as pte or hf",
+        )
+        full = Attention.full_attention
+        kinds = [kind if kind is not Attention.sliding_attention else full for kind in kinds]
+    skips = not all(kind.attends for kind in kinds)
+    if spec.qk_norm:
+        llama3 = spec.rope_scaling is not None and spec.rope_scaling.kind is RopeKind.llama3
+        require(
+            not llama3,
+            "arch.rope_scaling.kind",
+            "llama3",
+            "linear or none with arch.qk_norm=True, since llama.cpp's qwen3 takes no factors of "
+            "rotary frequencies; export as pte or hf",
+        )
+        kinds, architecture = [Attention.full_attention] * len(kinds), gguf.MODEL_ARCH.QWEN3
+    elif skips:
+        kinds[0], architecture = Attention.full_attention, gguf.MODEL_ARCH.DECI
+    else:
+        architecture = gguf.MODEL_ARCH.LLAMA
+    return _Form(architecture, spec.replace(layer_types=tuple(kinds)))
+
+
+def check_gguf_form(spec: ArchSpec, tokenizer: Path | None, token_ids: Mapping[str, int]) -> None:
+    """See that a file can be written and checked; costs nothing.
+
+    Raises:
+        InputError: llama.cpp cannot express the architecture or the tokenizer, or is not installed.
+    """
+    _form(spec)
+    if tokenizer is not None:
+        read_vocabulary(tokenizer, spec.vocab_size, token_ids)
+    _llama_cpp()
+
+
+def write_gguf(
+    path: Path,
+    model: Decoder,
+    *,
+    tokenizer: Path | None,
+    token_ids: Mapping[str, int],
+    weight_format: GgufFormat,
+) -> None:
+    """Write one file for llama.cpp, whole or not at all.
+
+    Args:
+        path: Where to write; its stem becomes the model's name.
+        model: The decoder.
+        tokenizer: Its tokenizer.json; None writes a file that takes and gives token ids only.
+        token_ids: `eos_token_id`, and `bos_token_id` unless it is the same.
+        weight_format: How matrices are stored.
+
+    Raises:
+        InputError: llama.cpp cannot express the architecture or the tokenizer.
+    """
+    form = _form(model.spec)
+    vocabulary = None
+    if tokenizer is not None:
+        vocabulary = read_vocabulary(tokenizer, model.spec.vocab_size, token_ids)
+    writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[form.architecture])
+    _describe(writer, path.stem, model.spec, weight_format)
+    _add_shape(writer, form)
+    _add_tokenizer(writer, vocabulary)
+    tensors = [
+        (name, tensor, weight_format.stored if tensor.dim() == 2 else GGMLQuantizationType.F32)
+        for name, tensor in _tensors(model, form)
+    ]
+    _write(path, writer, tensors)
+
+
+def _write(
+    path: Path, writer: GGUFWriter, tensors: Sequence[tuple[str, Tensor, GGMLQuantizationType]]
+) -> None:
+    """Write the file, one tensor after the other being converted to how it is stored."""
+    for name, tensor, stored in tensors:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+        size = tensor.numel() // block * block_bytes
+        # The type of the values that the shape counts, not of the stored bytes.
+        writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, size, raw_dtype=stored)
+    with replacing(path) as temporary:
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for _, tensor, stored in tensors:
+                writer.write_tensor_data(gguf.quants.quantize(tensor.numpy(), stored))
+        finally:
+            writer.close()
+
+
+def _describe(writer: GGUFWriter, name: str, spec: ArchSpec, weight_format: GgufFormat) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(_FILE_TYPES[weight_format])
+    if weight_format in (GgufFormat.q8_0, GgufFormat.q4_0):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_string("flash.version", version("mobilellm-flash"))
+    writer.add_string("flash.arch", spec.to_json())
+
+
+def _add_shape(writer: GGUFWriter, form: _Form) -> None:
+    spec = form.spec
+    writer.add_vocab_size(spec.vocab_size)
+    writer.add_context_length(spec.max_context)
+    writer.add_embedding_length(spec.model_dim)
+    writer.add_block_count(spec.num_layers)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.norm_eps)
+    if form.architecture is gguf.MODEL_ARCH.DECI:  # per layer
+        attends = [kind.attends for kind in spec.layer_types]
+        writer.add_head_count([spec.num_heads if there else 0 for there in attends])
+        writer.add_head_count_kv([spec.num_kv_heads if there else 0 for there in attends])
+        writer.add_feed_forward_length([spec.ffn_dim] * spec.num_layers)
+    else:
+        writer.add_head_count(spec.num_heads)
+        writer.add_head_count_kv(spec.num_kv_heads)
+        writer.add_feed_forward_length(spec.ffn_dim)
+    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_rope_freq_base(spec.rope_theta)
+    if spec.rope_scaling is not None and spec.rope_scaling.kind is RopeKind.linear:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(spec.rope_scaling.factor)
+
+
+def _add_tokenizer(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _tensors(model: Decoder, form: _Form) -> Iterator[tuple[str, Tensor]]:
+    """Names and float32 tensors of the file; a tied head is stored once."""
+    spec = form.spec
+    names = gguf.get_tensor_name_map(form.architecture, spec.num_layers)
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind is RopeKind.llama3:
+        # What llama.cpp divides the plain frequencies by.
+        plain = rotary_frequencies(spec.replace(rope_scaling=None))
+        yield "rope_freqs.weight", plain / rotary_frequencies(spec)
+    for name, tensor in zero_filled(model, spec).items():
+        if form.neighbours and name.split(".")[-2] in ("q_proj", "k_proj"):
+            tensor = to_neighbours(tensor, spec.head_dim)
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None, name
+        yield theirs, tensor
+
+
+def to_neighbours(tensor: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
+    """Rows of a query or key projection with each rotary pair (i, i + d / 2) side by side."""
+    heads = tensor.unflatten(0, (-1, 2, head_dim // 2))
+    return heads.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+@torch.no_grad()
+def check_gguf(
+    path: Path, model: Decoder, text: Int[Tensor, " n"], limits: ParityLimits
+) -> FormatCheck:
+    """A file in llama.cpp against the decoder that it was made from.
+
+    The first half of the text goes through as a prompt, the rest token by token. Keys and values
+    are kept in float32, so that what differs is the file; llama.cpp's default is float16.
+
+    Args:
+        path: Of `write_gguf`.
+        model: The decoder in float32.
+        text: Token ids of real text, 2 to `max_context` of them.
+        limits: How far logits may be apart; `LIMITS` has one for each format.
+
+    Raises:
+        InputError: The text is too short or too long, or llama-cpp-python is not installed.
+        CheckFailed: llama.cpp does not load the file.
+    """
+    require_text(text, model.spec.max_context)
+    llama_cpp = _llama_cpp()
+    try:
+        runtime = llama_cpp.Llama(
+            str(path),
+            n_ctx=len(text),
+            n_batch=len(text),
+            logits_all=True,
+            type_k=_F32,
+            type_v=_F32,
+            verbose=False,
+        )
+    except ValueError as error:
+        raise CheckFailed(f"{path}: llama.cpp does not load it ({error})") from error
+    ids = text.tolist()
+    runtime.eval(ids[: len(ids) // 2])
+    for token in ids[len(ids) // 2 :]:
+        runtime.eval([token])
+    logits = torch.from_numpy(runtime.scores[: len(ids)].copy())
+    runtime.close()
+    return compare("gguf", model(text[None].long())[0], logits, text, limits)
+
+
+def _llama_cpp() -> Any:
+    """The module of llama-cpp-python."""
+    try:
+        return importlib.import_module("llama_cpp")
+    except ImportError as error:
+        raise InputError(
+            "llama_cpp: not installed, and a GGUF file is checked in it; "
+            "pip install llama-cpp-python (it builds llama.cpp, about 15 minutes)"
+        ) from error

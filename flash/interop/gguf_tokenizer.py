@@ -1,0 +1,201 @@
+"""A tokenizer.json in the terms of a GGUF file.
+
+llama.cpp does not read a tokenizer's rules: it knows some by name and has code for each. So a
+byte-level BPE tokenizer can be written if its pre-tokenizer is one of those, and else not at all:
+with the nearest name it would cut text into other tokens than those that the model learnt.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from flash.data.chat import read_template
+from flash.data.tokenizer import load_tokenizer
+from flash.errors import InputError, require
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The second value: whether a whole piece that is in the vocabulary is taken without merging.
+_PRE = {
+    ("gpt-2", False): "gpt-2",
+    ("digits gpt-2", False): "smollm",
+    (_LLAMA3, True): "llama-bpe",
+    (_LLAMA3, False): "smaug-bpe",
+    (_QWEN2, False): "qwen2",
+    (_GPT4O, False): "gpt-4o",
+}
+"""Pre-tokenizers that llama.cpp knows, of those that byte-level BPE models have."""
+KNOWN = "that of GPT-2, SmolLM, Llama 3, Qwen2 or GPT-4o"
+
+
+class TokenType(IntEnum):
+    """What llama.cpp calls the kinds of token."""
+
+    normal = 1
+    control = 3
+    user_defined = 4
+    unused = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a GGUF file says about its tokenizer.
+
+    Attributes:
+        tokens: Of every id, in the byte-level alphabet; added ones as they are.
+        types: Kind of each.
+        merges: Pairs in order, with a blank between.
+        pre: llama.cpp's name of the pre-tokenizer.
+        bos_id: Begins a text.
+        eos_id: Ends one.
+        add_bos: Whether encoding puts `bos_id` in front.
+        add_eos: Whether encoding puts `eos_id` at the end.
+        chat_template: Jinja source, if there is one beside the tokenizer.
+    """
+
+    tokens: list[str]
+    types: list[TokenType]
+    merges: list[str]
+    pre: str
+    bos_id: int
+    eos_id: int
+    add_bos: bool
+    add_eos: bool
+    chat_template: str | None
+
+
+def read_vocabulary(path: Path, vocab_size: int, token_ids: Mapping[str, int]) -> Vocabulary:
+    """The tokenizer of a tokenizer.json, for a model of `vocab_size` entries.
+
+    Args:
+        path: The tokenizer.json; a chat template may lie beside it.
+        vocab_size: Rows of the model's embedding; those without a token are named and unused.
+        token_ids: `eos_token_id`, and `bos_token_id` unless it is the same.
+
+    Raises:
+        InputError: It is not a byte-level BPE tokenizer, llama.cpp does not know its
+            pre-tokenizer, it does not fit the model, or `token_ids` has no end of text.
+    """
+    tokenizer = load_tokenizer(path)
+    values = json.loads(path.read_text("utf-8"))
+    pre = pre_tokenizer_name(path)
+    tokens, types = _tokens(values, vocab_size, path)
+    eos = token_ids.get("eos_token_id")
+    if eos is None:
+        raise InputError("token_ids: expected eos_token_id; a text needs an end")
+    prefix, suffix = _added(tokenizer)
+    bos = prefix[0] if prefix else token_ids.get("bos_token_id", eos)
+    require(prefix in ([], [bos]), f"{path}: post_processor", prefix, "at most one token in front")
+    require(suffix in ([], [eos]), f"{path}: post_processor", suffix, "at most eos_token_id after")
+    for name, token_id in (("eos_token_id", eos), ("bos_token_id", bos)):
+        require(0 <= token_id < vocab_size, name, token_id, f"an id below {vocab_size}")
+    return Vocabulary(
+        tokens=tokens,
+        types=types,
+        merges=[m if isinstance(m, str) else " ".join(m) for m in values["model"]["merges"]],
+        pre=pre,
+        bos_id=bos,
+        eos_id=eos,
+        add_bos=bool(prefix),
+        add_eos=bool(suffix),
+        chat_template=_chat_template(path.parent),
+    )
+
+
+def pre_tokenizer_name(path: Path) -> str:
+    """llama.cpp's name for how a tokenizer.json cuts text into pieces.
+
+    Raises:
+        InputError: It is not byte-level BPE, or llama.cpp has no name for it.
+    """
+    values = json.loads(path.read_text("utf-8"))
+    model = values["model"]
+    for key, wanted in {"type": "BPE", "byte_fallback": False, "dropout": None}.items():
+        found = model.get(key, wanted)
+        require(found == wanted, f"{path}: model.{key}", found, f"{wanted}; not supported in GGUF")
+    normalizer = (values.get("normalizer") or {}).get("type")
+    # llama.cpp leaves Qwen's composition of accents out; text is nearly always composed already.
+    require(normalizer in (None, "NFC"), f"{path}: normalizer", normalizer, "none or NFC")
+    pattern = _pattern(values.get("pre_tokenizer") or {})
+    ignores = bool(model.get("ignore_merges", False))
+    name = _PRE.get((pattern, ignores))
+    if name is None:
+        raise InputError(
+            f"{path}: pre_tokenizer={pattern!r} with ignore_merges={ignores}: expected {KNOWN}, "
+            "since llama.cpp knows no other; formats.gguf_tokenizer=false writes token ids only"
+        )
+    return name
+
+
+def is_qwen2(path: Path) -> bool:
+    """Whether a tokenizer.json cuts text as Qwen2's does."""
+    values = json.loads(path.read_text("utf-8"))
+    return _pattern(values.get("pre_tokenizer") or {}) == _QWEN2
+
+
+def _pattern(pre: Mapping[str, Any]) -> str:
+    """The regular expression that cuts, or a word for one that a class stands for."""
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    kinds = [step.get("type") for step in steps]
+    if kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space", True):
+        uses_regex = steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and uses_regex:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and uses_regex and steps[0].get("individual_digits"):
+            return "digits gpt-2"
+        if kinds == ["Split", "ByteLevel"] and not uses_regex and _isolates(steps[0]):
+            return steps[0]["pattern"]["Regex"]
+    return json.dumps(pre)
+
+
+def _isolates(split: Mapping[str, Any]) -> bool:
+    isolated = split.get("behavior") == "Isolated" and not split.get("invert", False)
+    return isolated and "Regex" in split["pattern"]
+
+
+def _tokens(
+    values: Mapping[str, Any], vocab_size: int, path: Path
+) -> tuple[list[str], list[TokenType]]:
+    tokens: dict[int, str] = {i: token for token, i in values["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.normal)
+    for added in values.get("added_tokens") or []:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.control if added["special"] else TokenType.user_defined
+    most = max(tokens) + 1
+    require(most <= vocab_size, f"{path}: size", most, f"at most arch.vocab_size={vocab_size}")
+    for i in range(vocab_size):
+        if i not in tokens:
+            tokens[i], types[i] = f"[PAD{i}]", TokenType.unused
+    double = len(tokens) - len(set(tokens.values()))
+    require(double == 0, f"{path}: tokens of the same text", double, "none; llama.cpp would stop")
+    return [tokens[i] for i in range(vocab_size)], [types[i] for i in range(vocab_size)]
+
+
+def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that encoding puts before and after a text."""
+    plain = tokenizer.encode("x", add_special_tokens=False).ids
+    ids = tokenizer.encode("x").ids
+    start = ids.index(plain[0])
+    return ids[:start], ids[start + len(plain) :]
+
+
+def _chat_template(folder: Path) -> str | None:
+    config = folder / "tokenizer_config.json"
+    beside = (folder / "chat_template.jinja").is_file()
+    if beside or (config.is_file() and '"chat_template"' in config.read_text("utf-8")):
+        return read_template(folder, None)[0]
+    return None

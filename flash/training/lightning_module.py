@@ -1,0 +1,219 @@
+"""The LightningModule: next-token cross-entropy, distillation from a teacher, or a mix."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.lr_scheduler import LambdaLR
+
+from flash.data.batch import Batch
+from flash.data.teacher_cache import TaughtSequences
+from flash.errors import InputError
+from flash.model.decoder import Decoder
+from flash.model.losses import LossSums, Operands, TopLogProbs, linear_losses
+from flash.model.quantization import fake_quantize, head_operands
+from flash.training.distributed import shard, whole
+from flash.training.settings import OnSpike, RecipeSettings, TrainerSettings
+from flash.training.stability import Guard, Verdict, drop_gradients
+from flash.training.teacher import Teacher
+
+
+class LanguageModelling(L.LightningModule):
+    """Trains a decoder on packed sequences.
+
+    The gradient of a step is that of the mean over all tokens of its batch that count, however many
+    devices and micro-batches they are spread over.
+
+    Args:
+        model: The decoder to train.
+        recipe: Loss weights, optimiser and schedule.
+        trainer: Device, precision, and what to do about faults.
+        steps: Optimiser steps that the schedule is stretched over.
+        seq_len: Tokens a sequence, for the learning rate's scale.
+        teacher: The unpruned backbone, or what it said about the batches to come; required when
+            `recipe.kd_weight` > 0.
+        last: Checkpoint that a spike may rewind to.
+
+    Raises:
+        InputError: Distillation without a teacher, or with one of another vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        recipe: RecipeSettings,
+        trainer: TrainerSettings,
+        *,
+        steps: int,
+        seq_len: int,
+        teacher: Teacher | None = None,
+        last: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.settings, self.steps = model, recipe, trainer, steps
+        self.seq_len, self.last = seq_len, last
+        self.guard = Guard(trainer.spike_factor, trainer.max_skipped, recipe.lr)
+        self.step_loss = float("nan")
+        model.checkpoint_layers = trainer.activation_checkpointing
+        if recipe.qat:
+            fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
+        running = None
+        if recipe.kd_weight > 0:
+            running = _running_teacher(teacher, model, recipe)
+        # Kept out of the module tree: neither belongs in a checkpoint.
+        self._outside: dict[str, Any] = {"teacher": running}
+        self._parts: list[tuple[Tensor, Tensor, int]] = []
+
+    def configure_model(self) -> None:
+        """Share out the model and its teacher, if the strategy has a mesh for that; compile."""
+        mesh: DeviceMesh | None = self._device_mesh  # pyright: ignore[reportAssignmentType]
+        for model in (self.model, self._outside["teacher"]):
+            if mesh is not None and model is not None:
+                shard(model, mesh["data_parallel"], self.settings.precision)
+        hidden = self.model.hidden
+        self._outside["hidden"] = torch.compile(hidden) if self.settings.compile else hidden
+
+    def losses(self, batch: Batch) -> tuple[LossSums, Tensor]:
+        """Sums over the targets of a micro-batch that count, and how many these are."""
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
+        hidden = self._outside["hidden"](inputs, documents=batch.documents).flatten(0, 1)
+        count = torch.tensor(len(targets), device=targets.device)
+        learn: Any = slice(None)
+        if batch.learn is not None:
+            learn = batch.learn.flatten()
+            hidden, targets, count = hidden[learn], targets[learn], learn.sum()
+        sums = linear_losses(
+            Operands(*head_operands(self.model, hidden)),
+            targets,
+            teacher=self._taught(batch, learn),
+            kd_weight=self.recipe.kd_weight,
+            temperature=self.recipe.temperature,
+        )
+        return sums, count
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch, learn: Any) -> Operands | TopLogProbs | None:
+        """What the teacher says about the targets that count."""
+        if batch.top_ids is not None and batch.top_log_probs is not None:
+            ids, log_probs = batch.top_ids.flatten(0, 1), batch.top_log_probs.flatten(0, 1)
+            return TopLogProbs(ids[learn], log_probs[learn])
+        teacher: Decoder | None = self._outside["teacher"]
+        if teacher is None:
+            return None
+        hidden = teacher.hidden(batch.tokens[:, :-1], documents=batch.documents).flatten(0, 1)
+        return Operands(hidden[learn], teacher.lm_head.weight)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        sums, count = self.losses(batch)
+        positions = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+        self._parts.append((torch.stack([part.detach() for part in sums]), count, positions))
+        # By positions and not by those that count, whose number in the whole batch is not known
+        # yet: `on_before_optimizer_step` makes up for it.
+        return sums.total / positions
+
+    def _take_parts(self) -> tuple[Tensor, float]:
+        """Mean losses over the step's batch `(total, ce, kd)`, and positions a token that counts.
+
+        The same on all ranks.
+        """
+        sums = torch.stack([part for part, _, _ in self._parts]).sum(0)
+        counts = torch.stack([count for _, count, _ in self._parts]).sum().to(sums.dtype)
+        positions = sum(positions for _, _, positions in self._parts) * self.trainer.world_size
+        self._parts = []
+        together = torch.cat([sums, counts[None]])
+        if self.trainer.world_size > 1:
+            together = self.trainer.strategy.reduce(together, reduce_op="sum")
+        learnt = float(together[3])
+        return together[:3] / max(learnt, 1.0), positions / max(learnt, 1.0)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        means, scale = self._take_parts()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters], scale)  # pyright: ignore
+        # Lightning refuses to clip for fused optimisers under autocast, lest a loss scaler be in
+        # the way; bf16 and fp32 have none.
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip))
+        self.step_loss = float(means[0])
+        verdict = self.guard.judge(self.step_loss, float(norm))
+        if verdict is not Verdict.good:
+            drop_gradients(list(self.model.parameters()))
+            if verdict is Verdict.spike and self.settings.on_spike is OnSpike.rewind:
+                self._rewind()
+        names = ("loss", "ce", "kd") if self.recipe.kd_weight > 0 else ("loss", "ce")
+        for name, value in zip(names, means, strict=False):
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        self.log("train/grad_norm", norm)
+        self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def _rewind(self) -> None:
+        """Weights and optimiser as in the last checkpoint; schedule and data go on."""
+        if self.last is None or not self.last.is_file():
+            return
+        strategy = self.trainer.strategy
+        checkpoint = strategy.load_checkpoint(self.last, weights_only=True)
+        strategy.load_model_state_dict(checkpoint)
+        strategy.load_optimizer_state_dict(checkpoint)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
+        hidden = self.model.hidden(inputs, documents=batch.documents).flatten(0, 1)
+        if batch.learn is not None:
+            learn = batch.learn.flatten()
+            hidden, targets = hidden[learn], targets[learn]
+        sums = linear_losses(Operands(*head_operands(self.model, hidden)), targets)
+        loss = sums.ce / max(len(targets), 1)
+        ranks = self.trainer.world_size > 1
+        self.log("heldout/loss", loss, batch_size=max(len(targets), 1), sync_dist=ranks)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "guard" in checkpoint:  # older ones have none
+            self.guard.load_state_dict(checkpoint["guard"])
+
+    def on_fit_start(self) -> None:
+        teacher: Decoder | None = self._outside["teacher"]
+        if teacher is not None and self._device_mesh is None:
+            teacher.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": self.recipe.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=self.recipe.peak_lr(self.model.spec.model_dim, self.seq_len),
+            betas=(self.recipe.beta1, self.recipe.beta2),
+            fused=True,
+        )
+        schedule = LambdaLR(optimizer, lambda step: self.recipe.lr_factor(step, self.steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def _running_teacher(
+    teacher: Teacher | None, model: Decoder, recipe: RecipeSettings
+) -> Decoder | None:
+    """The teacher that is run along; None where the batches bring what it says."""
+    if isinstance(teacher, TaughtSequences):
+        return None
+    if teacher is None:
+        raise InputError(
+            f"recipe.kd_weight={recipe.kd_weight}: expected 0 without a teacher; choose a "
+            "backbone with weights or recipe=continue"
+        )
+    if teacher.spec.vocab_size != model.spec.vocab_size:
+        raise InputError(
+            f"backbone vocabulary={teacher.spec.vocab_size}: expected the student's "
+            f"{model.spec.vocab_size}"
+        )
+    return teacher.requires_grad_(False).eval()

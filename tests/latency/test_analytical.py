@@ -1,0 +1,220 @@
+"""Counted work, and the predictors made of it, on a simulated device of another form."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flash.arch import Attention
+from flash.device.workload import Phase, Point
+from flash.errors import InputError
+from flash.latency.analytical import AnalyticalPredictor
+from flash.latency.cost_model import WORK, SpecTable, counted, parameters
+from flash.latency.gp import GaussianProcess
+from flash.latency.interpolation import Interpolated
+from flash.latency.power_law import PowerLaw
+from flash.latency.prediction import Prediction, score
+from flash.lowering.settings import LoweringSettings, SlidingForm
+from tests.latency.simulated import (
+    BACKBONE,
+    DECODE_512,
+    FLASH,
+    LOWERING,
+    POINTS,
+    PREFILL_512,
+    SDPA,
+    TINY,
+    SimulatedDevice,
+)
+
+DEVICES = {
+    "nominal": SimulatedDevice(),
+    "slow_attention": SimulatedDevice(attention=3e6, elements=2e6),
+    "slow_products": SimulatedDevice(
+        gemm=2e7, stream=8e6, attention=3e7, elements=1e5, operator_ms=0.02
+    ),
+}
+RING = LoweringSettings(max_context=2304, sliding=SlidingForm.ring)
+
+
+def work_of(spec, point, lowering=LOWERING):
+    work = counted(SpecTable.of([spec]), point, lowering, lowering.chunk)[0]
+    return dict(zip(WORK, work, strict=True))
+
+
+def scores_of(predictor, device, space, point, lowering, seed, num):
+    rng = np.random.default_rng(seed)
+    specs = [*space.stratified(rng, num - 1), space.base]
+    measured = device.measure(specs, point, rng, lowering)
+    unseen = space.stratified(np.random.default_rng(seed + 1000), 100)
+    prediction = predictor.fit(specs, measured).predict(unseen)
+    return score(prediction, device.measure(unseen, point, rng, lowering))
+
+
+def test_work_adds_up_over_layers():
+    one, two = (
+        work_of(FLASH.make(1024, 2048, BACKBONE.layer_types[:depth]), PREFILL_512, SDPA)
+        for depth in (1, 2)
+    )
+    for name in ("ffn_gemm", "attention_gemm", "full", "operators"):
+        assert two[name] == pytest.approx(2 * one[name])
+    assert two["head"] == one["head"]
+
+
+def test_attention_of_a_prompt_grows_with_its_square_and_a_mask_costs_every_slot():
+    for lowering, least in ((SDPA, 3), (LOWERING, 2.5)):  # a part is linear
+        short, long = (
+            work_of(BACKBONE, Point(Phase.prefill, n), lowering)["full"] for n in (512, 1024)
+        )
+        assert least < long / short < 4
+    sliding = BACKBONE.replace(layer_types=BACKBONE.layer_types[:1])
+    full = work_of(sliding, PREFILL_512, SDPA)
+    masked = sliding.replace(layer_types=("sliding_attention",))
+    assert work_of(masked, PREFILL_512, SDPA)["sliding"] > 3 * full["full"]
+    assert work_of(masked, PREFILL_512, RING)["sliding"] < full["full"]
+    assert work_of(masked, PREFILL_512, RING)["mask"] == 0
+
+
+def test_the_tail_of_a_model_sees_one_token_of_a_prompt():
+    full, skip = Attention.full_attention, Attention.skip_attention
+    tailed, short = (
+        BACKBONE.replace(layer_types=kinds)
+        for kinds in ((full, skip, full, skip, skip), (full, skip))
+    )
+    whole = replace(LOWERING, skip_unread=False)
+    left, all_of_it, body = (
+        work_of(spec, PREFILL_512, lowering)
+        for spec, lowering in ((tailed, LOWERING), (tailed, whole), (short, whole))
+    )
+    assert body["ffn_gemm"] < left["ffn_gemm"] < 1.05 * body["ffn_gemm"] + all_of_it["head"]
+    assert body["full"] < left["full"] < 0.7 * all_of_it["full"]
+    assert left["head"] == all_of_it["head"]
+    assert work_of(tailed, DECODE_512, LOWERING) == work_of(tailed, DECODE_512, whole)
+
+
+def test_a_prompt_in_chunks_reads_the_weights_once_a_chunk():
+    table = SpecTable.of([BACKBONE])
+    point = Point(Phase.prefill, 2048)
+    whole, chunked = (counted(table, point, SDPA, chunk)[0] for chunk in (2048, 512))
+    assert chunked[WORK.index("head")] == pytest.approx(4 * whole[WORK.index("head")])
+    assert chunked[WORK.index("full")] == pytest.approx(whole[WORK.index("full")], rel=0.1)
+    # Matrix products work on all keys up to the end of the call: in one call on twice as many.
+    whole, chunked = (counted(table, point, LOWERING, chunk)[0] for chunk in (2048, 512))
+    assert 0.6 < chunked[WORK.index("full")] / whole[WORK.index("full")] < 0.7
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize(
+    ("space", "lowering", "points"),
+    [(FLASH, LOWERING, POINTS), (TINY, LoweringSettings(max_context=1024), POINTS[::2])],
+    ids=["flash", "tiny"],
+)
+def test_ten_models_are_enough_on_any_device(device, space, lowering, points):
+    for point in points:
+        scores = [
+            scores_of(
+                AnalyticalPredictor(point, lowering), device, space, point, lowering, seed, 10
+            )
+            for seed in range(3)
+        ]
+        # The noise of the measurements alone makes 2.1 %.
+        assert np.mean([s.mape_pct for s in scores]) < 4.5, point
+        assert np.mean([s.r2 for s in scores]) > 0.95, point
+
+
+def test_intervals_hold_as_often_as_they_say():
+    coverage = [
+        scores_of(
+            AnalyticalPredictor(point, LOWERING),
+            DEVICES["nominal"],
+            FLASH,
+            point,
+            LOWERING,
+            seed,
+            num,
+        ).coverage_90
+        for point in (PREFILL_512, DECODE_512)
+        for num in (12, 33)
+        for seed in range(6)
+    ]
+    assert 0.84 <= np.mean(coverage) <= 0.96
+
+
+def test_physical_beats_the_process_over_shapes_and_parameters():
+    point, device = PREFILL_512, DEVICES["nominal"]
+    errors = {
+        name: np.mean([
+            scores_of(make(), device, FLASH, point, LOWERING, seed, 16).mape_pct
+            for seed in range(4)
+        ])
+        for name, make in {
+            "physical": lambda: AnalyticalPredictor(point, LOWERING),
+            "gp": GaussianProcess,
+            "params": lambda: PowerLaw(parameters),
+        }.items()
+    }
+    assert 1.2 * errors["physical"] < errors["gp"]
+    assert 1.5 * errors["gp"] < errors["params"]
+
+
+def test_ring_form_is_learned_as_well():
+    scores = scores_of(
+        AnalyticalPredictor(PREFILL_512, RING), DEVICES["nominal"], FLASH, PREFILL_512, RING, 0, 16
+    )
+    assert scores.mape_pct < 4
+
+
+@pytest.mark.parametrize(
+    ("measured", "between"), [((512, 2048), (768, 1024, 1536)), ((256, 512, 1024), (300, 700))]
+)
+@pytest.mark.parametrize("phase", list(Phase))
+def test_latency_between_measured_points(phase, measured, between):
+    """Within one chunk; a call more is a step."""
+    device, rng = DEVICES["nominal"], np.random.default_rng(0)
+    specs = [*FLASH.stratified(rng, 20), BACKBONE]
+    unseen = FLASH.stratified(rng, 50)
+    points = [Point(phase, n) for n in measured]
+    joined = Interpolated({
+        point: AnalyticalPredictor(point, SDPA).fit(specs, device.measure(specs, point, rng, SDPA))
+        for point in points
+    })
+    for point in [Point(phase, n) for n in between]:
+        prediction = joined.predict(unseen, point)
+        scores = score(prediction, device.measure(unseen, point, rng, SDPA))
+        assert scores.mape_pct < 4, point
+        assert scores.coverage_90 > 0.8, point
+    alone = AnalyticalPredictor(points[0], LOWERING).fit(specs, np.ones(len(specs)))
+    np.testing.assert_allclose(
+        Interpolated({points[0]: alone, points[1]: alone}).predict(unseen, points[0]).mean,
+        alone.predict(unseen).mean,
+    )
+
+
+class Quadratic:
+    """Prefill of a device whose attention is exactly quadratic."""
+
+    def __init__(self, tokens):
+        self.value = np.array([3.0 * tokens + 2e-3 * tokens**2])
+
+    def predict(self, specs):
+        return Prediction(self.value, 0.9 * self.value, 1.1 * self.value)
+
+
+def test_a_quadratic_prefill_is_interpolated_exactly():
+    joined = Interpolated({Point(Phase.prefill, n): Quadratic(n) for n in (512, 2048)})
+    between = joined.predict([BACKBONE], Point(Phase.prefill, 1000))
+    np.testing.assert_allclose(between.mean, Quadratic(1000).value)
+    np.testing.assert_allclose(between.low, 0.9 * Quadratic(1000).value)
+
+
+@pytest.mark.parametrize("name", ["prefill_256", "prefill_4096", "decode_1024"])
+def test_points_that_were_not_enclosed_are_refused(name):
+    joined = Interpolated({Point(Phase.prefill, n): Quadratic(n) for n in (512, 2048)})
+    with pytest.raises(InputError, match=f"point={name}: expected one from prefill_512 to"):
+        joined.predict([BACKBONE], Point.parse(name))
+
+
+@pytest.mark.parametrize("names", [["prefill_512"], ["prefill_512", "decode_512"], []])
+def test_points_that_cannot_be_joined_are_refused(names):
+    with pytest.raises(InputError, match="at least two points of one phase"):
+        Interpolated({Point.parse(name): Quadratic(1) for name in names})
