@@ -12,6 +12,7 @@ from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
 from flash.errors import CheckFailed, InputError
+from flash.interop import export_llm
 from flash.interop.baselines import STOCK_MODELS, StockModel, as_stock, stock_model
 from flash.interop.export_llm import check_stock, lower_stock, lower_stock_arch
 from flash.lowering.settings import LoweringSettings, SlidingForm

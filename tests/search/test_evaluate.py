@@ -76,7 +76,7 @@ def test_an_interrupted_trial_goes_on_from_its_last_checkpoint(evaluate):
         (RuntimeError("a bug"), RuntimeError),
     ],
 )
-@pytest.mark.parametrize("where", ["prune", "fit", "heldout_quality"])
+@pytest.mark.parametrize("where", ["prune", "fit", "validate"])
 def test_a_lack_of_memory_fails_the_trial_and_a_bug_stops_the_search(
     evaluate, monkeypatch, error, becomes, where
 ):
