@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.settings import DeviceSettings
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
+from flash.model.settings import BackboneSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = BackboneSettings(name="tiny", weights=str(ROOT / "backbones" / "tiny"))

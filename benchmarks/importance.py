@@ -15,8 +15,9 @@ from record import Recorder
 
 from flash.arch import ArchSpec
 from flash.data.settings import DataSettings
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
 from flash.model.checkpoint import build
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune

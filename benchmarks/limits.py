@@ -35,7 +35,8 @@ from flash.arch import ArchSpec, CacheFormat, count_parameters, kv_cache_bytes
 from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
-from flash.interop.gguf import GgufFormat, write_gguf
+from flash.interop.gguf import write_gguf
+from flash.interop.settings import GgufFormat
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder

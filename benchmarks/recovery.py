@@ -21,15 +21,22 @@ from record import Recorder
 
 import conf
 from flash.data.settings import DataSettings
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.model.quantization import fake_quantize
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.training.fit import validate
-from flash.training.loggers import LoggerKind, LoggerSettings
 from flash.training.result import TrainResult
-from flash.training.run import Inputs, TrainSettings, train
-from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.training.run import Inputs, train
+from flash.training.settings import (
+    LoggerKind,
+    LoggerSettings,
+    Precision,
+    RecipeSettings,
+    TrainerSettings,
+    TrainSettings,
+)
 
 TOKENS, FURTHER = 131_072, 65_536
 SEEDS = range(3)

@@ -19,7 +19,8 @@ from flash.device.settings import DeviceSettings
 from flash.device.stock_runner import generate_text
 from flash.files import atomic_write
 from flash.lowering.lower import lower
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
+from flash.model.settings import BackboneSettings
 
 BACKBONE = Path(__file__).parent.parent / "backbones" / "tiny"
 PROMPT, STEPS, PROCESSES = 512, 64, 9

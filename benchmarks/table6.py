@@ -20,7 +20,7 @@ from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point
 from flash.export.random_weights import Shape, ShapeResult, measure_shape, shape_of
 from flash.export.table6 import table6
-from flash.model.backbone import BackboneSettings
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,9 +24,8 @@ from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
 from flash.paths import Runs
 from flash.training.fit import fit
-from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.run import Inputs, TrainSettings, arch_of, train
-from flash.training.settings import RecipeSettings
+from flash.training.run import Inputs, arch_of, train
+from flash.training.settings import LoggerKind, LoggerSettings, RecipeSettings, TrainSettings
 from flash.training.teacher import Teacher, teacher_of
 
 TOKENS, SEEDS = 131_072, range(3)

@@ -30,15 +30,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from flash import slurm
-from flash.data.prepare import PrepareSettings
-from flash.device.base import DeviceError
-from flash.errors import CheckFailed, InputError, nearest
-from flash.evaluation.suites import EvaluateSettings
-from flash.export.job import ExportSettings
+from flash.data.settings import PrepareSettings
+from flash.errors import CheckFailed, DeviceError, InputError, nearest
+from flash.evaluation.settings import EvaluateSettings
+from flash.export.settings import ExportSettings
 from flash.paths import Runs
-from flash.search.job import SearchJobSettings
-from flash.training.distributed import is_main_process
-from flash.training.run import TrainSettings
+from flash.ranks import is_main_process
+from flash.search.settings import SearchJobSettings
+from flash.training.settings import TrainSettings
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 log = logging.getLogger(__name__)

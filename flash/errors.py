@@ -29,3 +29,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 class CheckFailed(RuntimeError):
     """A result that did not pass its check: the entry scripts print it and exit with code 1."""
+
+
+class DeviceError(RuntimeError):
+    """A process on the device died, took too long, or the device is gone; names what it ran."""

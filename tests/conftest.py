@@ -8,9 +8,9 @@ import torch
 from flash.arch import ArchSpec, parse_pattern
 from flash.data.settings import DataKind, DataSettings
 from flash.data.tokenizer import train_tokenizer
-from flash.model.backbone import BackboneSettings
 from flash.model.checkpoint import save, state_to_save
 from flash.model.decoder import Decoder
+from flash.model.settings import BackboneSettings
 
 SMALL = ArchSpec(
     model_dim=64,

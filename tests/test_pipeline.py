@@ -14,25 +14,31 @@ from flash.arch import Attention, Choices, SpaceSettings
 from flash.device.settings import DeviceSettings
 from flash.errors import CheckFailed, InputError
 from flash.evaluation.run import program_of
-from flash.export.formats import ExportFormat
-from flash.export.job import ExportJob, ExportSettings
+from flash.export.job import ExportJob
 from flash.export.result import ExportResult
 from flash.export.run import export
+from flash.export.settings import ExportFormat, ExportSettings
 from flash.latency.settings import LatencySettings
-from flash.lowering.gate import GateSettings
-from flash.model.backbone import BackboneSettings
+from flash.lowering.settings import GateSettings
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.report.__main__ import log_to_wandb
 from flash.report.data import read
 from flash.report.page import render
 from flash.report.table import as_text, quantisation_rows
-from flash.search.job import SearchJobSettings, SearchStage
 from flash.search.objectives import Objective
 from flash.search.run import run_search
-from flash.search.settings import SearchLimits, SearchSettings
-from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.run import TrainSettings, train
-from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.search.settings import SearchJobSettings, SearchLimits, SearchSettings, SearchStage
+from flash.training.run import train
+from flash.training.settings import (
+    LoggerKind,
+    LoggerSettings,
+    Precision,
+    RecipeSettings,
+    Schedule,
+    TrainerSettings,
+    TrainSettings,
+)
 from tests.conftest import SMALL
 
 SPACE = SpaceSettings(

@@ -3,7 +3,8 @@
 import sys
 
 from flash.config import entry
-from flash.data.prepare import PrepareSettings, prepare
+from flash.data.prepare import prepare
+from flash.data.settings import PrepareSettings
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["prepare"]:

@@ -3,23 +3,21 @@
 import dataclasses
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from omegaconf import MISSING
 from tokenizers import Tokenizer
 
 from flash.data.encoders import TextEncoder
 from flash.data.module import find_tokenizer
 from flash.data.packed import token_type
-from flash.data.settings import DataKind, DataSettings
+from flash.data.settings import DataKind, DataSettings, PrepareSettings
 from flash.data.shards import Manifest, Shard, tokenizer_digest, write_shard
 from flash.data.stream import Corpus, Mixture, Side
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
 from flash.paths import Runs, digest
 from flash.progress import progress_bar
 
@@ -32,35 +30,6 @@ _TOGETHER = 256
 """Documents tokenised at a time, by as many threads as there are processors."""
 _HELDOUT_TOKENS = 1 << 20
 """Held-out tokens kept, where they are a share of the documents."""
-
-
-@dataclass(kw_only=True)
-class PrepareSettings:
-    """Root of `python -m flash.data prepare`."""
-
-    backbone: BackboneSettings = MISSING
-    """Its tokenizer is used."""
-    data: DataSettings = MISSING
-    out: str | None = None
-    """Folder for the shards; null is `shards/NAME` in `runs`."""
-    tokens: int | None = None
-    """Training tokens to prepare; parts are repeated where their weight asks for more than they
-    have. Null takes every document once, and weights decide nothing but the order."""
-    shard_tokens: int = 1 << 27
-    """Tokens a shard, give or take some documents."""
-    seed: int = 0
-    """Decides the order."""
-    runs: str = "runs"
-    """Folder for everything that runs produce."""
-
-    def __post_init__(self) -> None:
-        require(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, "a positive integer")
-        require(
-            self.tokens is None or self.tokens > 0,
-            "tokens",
-            self.tokens,
-            "a positive integer or null",
-        )
 
 
 def prepare(settings: PrepareSettings) -> Path:

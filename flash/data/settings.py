@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from omegaconf import MISSING
+
 from flash.errors import InputError, require
+from flash.model.settings import BackboneSettings
 
 
 class DataKind(Enum):
@@ -152,3 +155,32 @@ class DataSettings:
                 "data.heldout_sequences=0: expected how many, as all of a share of streamed "
                 "documents means reading them all; set it, or name data.heldout"
             )
+
+
+@dataclass(kw_only=True)
+class PrepareSettings:
+    """Root of `python -m flash.data prepare`."""
+
+    backbone: BackboneSettings = MISSING
+    """Its tokenizer is used."""
+    data: DataSettings = MISSING
+    out: str | None = None
+    """Folder for the shards; null is `shards/NAME` in `runs`."""
+    tokens: int | None = None
+    """Training tokens to prepare; parts are repeated where their weight asks for more than they
+    have. Null takes every document once, and weights decide nothing but the order."""
+    shard_tokens: int = 1 << 27
+    """Tokens a shard, give or take some documents."""
+    seed: int = 0
+    """Decides the order."""
+    runs: str = "runs"
+    """Folder for everything that runs produce."""
+
+    def __post_init__(self) -> None:
+        require(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, "a positive integer")
+        require(
+            self.tokens is None or self.tokens > 0,
+            "tokens",
+            self.tokens,
+            "a positive integer or null",
+        )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flash.device import llama_main, thermal
-from flash.device.base import DeviceError, check_files, check_loaded
+from flash.device.base import check_files, check_loaded
 from flash.device.host import exit_reason
 from flash.device.measurement import Program
 from flash.device.remote import (
@@ -29,7 +29,7 @@ from flash.device.remote import (
     sha256_of,
 )
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError
+from flash.errors import DeviceError, InputError
 
 PROPERTIES = ("ro.product.model", "ro.soc.model", "ro.board.platform", "ro.build.fingerprint")
 POLL_S = 3.0

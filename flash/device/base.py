@@ -22,10 +22,6 @@ Progress = Callable[[int, int], None]
 """Called with processes done and processes in all."""
 
 
-class DeviceError(RuntimeError):
-    """A process on the device died, took too long, or the device is gone; names what it ran."""
-
-
 class Device(ABC):
     """Something that runs a program in a fresh process and times it.
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from flash.device import system_info
-from flash.device.base import Device, DeviceError, check_files, check_loaded
+from flash.device.base import Device, check_files, check_loaded
 from flash.device.measurement import Program
+from flash.errors import DeviceError
 from flash.log_filters import is_noise
 
 RUNNER = Path(__file__).with_name("runner.py")

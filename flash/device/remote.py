@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from flash.device.base import Device, DeviceError
+from flash.device.base import Device
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError
+from flash.errors import DeviceError, InputError
 
 SHELL_TIMEOUT_S = 60.0
 LONGEST_WAIT_S = 30.0

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from flash.device.base import DeviceError, check_files, check_loaded
+from flash.device.base import check_files, check_loaded
 from flash.device.host import RUNNER, exit_reason
 from flash.device.measurement import Program
 from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError
+from flash.errors import DeviceError, InputError
 
 PROBE = Path(__file__).with_name("system_info.py").read_text(encoding="utf-8")
 """Asked of the board's Python once; old versions must understand it."""

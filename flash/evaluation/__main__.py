@@ -4,7 +4,7 @@ import sys
 
 from flash.config import entry
 from flash.evaluation.run import evaluate
-from flash.evaluation.suites import EvaluateSettings
+from flash.evaluation.settings import EvaluateSettings
 
 if __name__ == "__main__":
     sys.argv[0] = "-m flash.evaluation"  # how people start it again

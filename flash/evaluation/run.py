@@ -12,15 +12,8 @@ from flash.arch import ArchSpec
 from flash.data.shards import tokenizer_digest
 from flash.device.factory import open_device
 from flash.errors import InputError
-from flash.evaluation.suites import (
-    EvaluateSettings,
-    Figure,
-    ModelFormat,
-    SuiteResult,
-    TaskResult,
-    TaskSettings,
-    as_text,
-)
+from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
+from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
 from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
 from flash.evaluation.tokenization import Texts
 from flash.export.job import checkpoint_of

@@ -2,130 +2,14 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from flash.arch import ArchSpec
-from flash.device.settings import DeviceKind, DeviceSettings
-from flash.errors import InputError, require
+from flash.errors import InputError
+from flash.evaluation.settings import TaskSettings
 from flash.files import write_text
-from flash.model.backbone import BackboneSettings
-from flash.training.loggers import LoggerSettings
-from flash.training.settings import TrainerSettings
-
-
-class ModelFormat(Enum):
-    """What of a model is evaluated."""
-
-    decoder = "decoder"
-    """The float weights, in PyTorch."""
-    program = "program"
-    """`model.pte` of export.py, in its runtime on the device."""
-
-
-@dataclass(kw_only=True)
-class TaskSettings:
-    """One task of a suite."""
-
-    name: str
-    """Its name in lm-evaluation-harness."""
-    title: str
-    """Its name in tables."""
-    metric: str
-    """The harness's key of the figure to show: `metric,filter`, as in `acc_norm,none`."""
-    fewshot: int | None = None
-    """Solved examples in front of each question; null takes the task's own number."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Data files of its splits, patterns allowed, in place of those that the task names."""
-    percent: bool = True
-    """Whether the figure is a share, to be shown in percent."""
-    paper: dict[str, float] = field(default_factory=dict)
-    """What the paper has for its own models, by their name."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.fewshot is None or self.fewshot >= 0,
-            f"suite.tasks: fewshot of {self.name}",
-            self.fewshot,
-            "0 or more, or null",
-        )
-
-
-@dataclass(kw_only=True)
-class SuiteSettings:
-    """Config group `suite`."""
-
-    name: str
-    tasks: list[TaskSettings] = field(default_factory=list)
-    apply_chat_template: bool = False
-    """Ask as a user asks an assistant, with the tokenizer's chat template."""
-    leave_out: list[str] = field(default_factory=list)
-    """Names of tasks not to run."""
-    include: str | None = None
-    """Folder with task files of your own, in the harness's YAML."""
-    data: str = "datasets"
-    """Folder for data that no hub has; tasks refer to it in their `files`."""
-    seed: int = 1234
-    """Decides which examples are shown; the default is the harness's."""
-    allow_code_execution: bool = False
-    """Run tasks that execute, on this machine, the code that the model writes."""
-
-    def __post_init__(self) -> None:
-        names = [task.name for task in self.tasks]
-        require(bool(names), "suite.tasks", names, "at least one task")
-        require(len(set(names)) == len(names), "suite.tasks", names, "each task once")
-        unknown = set(self.leave_out) - set(names)
-        require(not unknown, "suite.leave_out", self.leave_out, f"some of {names}")
-        require(bool(self.chosen), "suite.leave_out", self.leave_out, "at least one task left")
-        if self.include is not None:
-            require(Path(self.include).is_dir(), "suite.include", self.include, "a folder")
-
-    @property
-    def chosen(self) -> list[TaskSettings]:
-        """The tasks to run."""
-        return [task for task in self.tasks if task.name not in self.leave_out]
-
-
-@dataclass(kw_only=True)
-class EvaluateSettings:
-    """Root of `python -m flash.evaluation`."""
-
-    backbone: BackboneSettings = MISSING
-    device: DeviceSettings = MISSING
-    """Where `form: program` runs; `form: decoder` runs on `trainer.accelerator`."""
-    suite: SuiteSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    form: ModelFormat = ModelFormat.decoder
-    arch: dict[str, Any] = field(default_factory=dict)
-    """What to evaluate, as for `export.py`; nothing is the backbone itself."""
-    name: str | None = None
-    """Name of the model in `runs`; null takes the arch's."""
-    model: str | None = None
-    """Folder of trained weights; null takes what `train.py` wrote under the same name."""
-    limit: int | None = None
-    """Questions of each task, for a first look; null takes all."""
-    batch_size: int = 8
-    """Texts at a time with `form: decoder`; changes the speed, not the result."""
-    runs: str = "runs"
-    """Folder for everything that runs produce."""
-
-    def __post_init__(self) -> None:
-        expected = "a positive integer"
-        require(self.batch_size > 0, "batch_size", self.batch_size, expected)
-        require(self.limit is None or self.limit > 0, "limit", self.limit, f"{expected} or null")
-        if isinstance(self.device, DeviceSettings) and self.form is ModelFormat.program:
-            require(
-                self.device.kind is not DeviceKind.android,
-                "device",
-                self.device.name,
-                "one whose runtime gives logits, for form=program: a phone's llama_main only "
-                "prints text; the same file runs with device=host",
-            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flash.errors import InputError, nearest
-from flash.evaluation.suites import SuiteSettings, TaskResult, TaskSettings
+from flash.evaluation.settings import SuiteSettings, TaskSettings
+from flash.evaluation.suites import TaskResult
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -10,16 +10,16 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
 
 from flash.arch import ArchSpec
-from flash.errors import CheckFailed, InputError, require
+from flash.errors import CheckFailed, InputError
+from flash.export.settings import ExportFormat, FormatSettings
 from flash.files import write_text
-from flash.interop.gguf import LIMITS, GgufFormat, check_gguf, check_gguf_form, write_gguf
+from flash.interop.gguf import LIMITS, check_gguf, check_gguf_form, write_gguf
 from flash.interop.hf_folder import check_hf, write_hf, zero_spec
 from flash.lowering.bisect_layers import locate_gguf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
@@ -28,52 +28,11 @@ from flash.model.decoder import Decoder
 log = logging.getLogger(__name__)
 
 
-class ExportFormat(Enum):
-    """What an export writes."""
-
-    executorch = "executorch"
-    """`model.pte`, which is also measured on the device."""
-    hf = "hf"
-    """`hf/`, a folder for stock transformers; a skipped layer is no faster there."""
-    gguf = "gguf"
-    """`model.gguf` for llama.cpp."""
-
-
 FILES = {
     ExportFormat.executorch: "model.pte",
     ExportFormat.hf: "hf",
     ExportFormat.gguf: "model.gguf",
 }
-
-
-@dataclass(kw_only=True)
-class FormatSettings:
-    """How formats other than the program are written and how closely they must agree."""
-
-    gguf: GgufFormat = GgufFormat.q8_0
-    """Weights of a GGUF file."""
-    gguf_tokenizer: bool = True
-    """Whether it holds the tokenizer; false is a file of token ids, for tokenizers that llama.cpp
-    has no name for, as those that this project trains."""
-    max_error_hf: float = 1e-4
-    """A folder in stock transformers: largest difference of a logit over the largest logit."""
-    max_kl_gguf: float | None = None
-    """GGUF against the float model: mean KL [nats]; null takes what suits the weights."""
-    min_agreement_gguf: float | None = None
-    """GGUF: share of positions with the same likeliest token; null takes what suits the weights."""
-
-    def __post_init__(self) -> None:
-        require(self.max_error_hf > 0, "formats.max_error_hf", self.max_error_hf, "above 0")
-        self.limits()
-
-    def limits(self) -> ParityLimits:
-        """Of a GGUF file."""
-        limits = LIMITS[self.gguf]
-        if self.max_kl_gguf is not None:
-            limits = dataclasses.replace(limits, max_kl=self.max_kl_gguf)
-        if self.min_agreement_gguf is not None:
-            limits = dataclasses.replace(limits, min_agreement=self.min_agreement_gguf)
-        return limits
 
 
 @dataclass(frozen=True)
@@ -194,11 +153,11 @@ def _write_gguf(path: Path, source: ExportSource, settings: FormatSettings) -> F
         token_ids=source.token_ids,
         weight_format=settings.gguf,
     )
-    check = check_gguf(path, source.model, source.text, settings.limits())
+    check = check_gguf(path, source.model, source.text, _gguf_limits(settings))
     if check.passed:
         return check
     where = locate_gguf(
-        source.model, source.text, settings.limits(), settings.gguf, folder=path.parent
+        source.model, source.text, _gguf_limits(settings), settings.gguf, folder=path.parent
     )
     return dataclasses.replace(check, worst_layer=where)
 
@@ -207,6 +166,13 @@ _WRITERS: dict[ExportFormat, Callable[[Path, ExportSource, FormatSettings], Form
     ExportFormat.hf: _write_hf,
     ExportFormat.gguf: _write_gguf,
 }
+
+
+def _gguf_limits(settings: FormatSettings) -> ParityLimits:
+    """Limits of a GGUF file: those that suit its weights, where the user gives no others."""
+    given = {"max_kl": settings.max_kl_gguf, "min_agreement": settings.min_agreement_gguf}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(LIMITS[settings.gguf], **changes)
 
 
 def _files(path: Path) -> list[Path]:

@@ -2,65 +2,27 @@
 
 import logging
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING
 from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
-from flash.data.settings import DataSettings
 from flash.device.base import Device
 from flash.device.factory import open_device
-from flash.device.settings import DeviceSettings
 from flash.errors import InputError, require
-from flash.export.formats import FILES, ExportFormat, FormatResult, FormatSettings, check_formats
+from flash.export.formats import FILES, FormatResult, check_formats
 from flash.export.result import ExportResult
-from flash.lowering.gate import GateSettings
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.export.settings import ExportFormat, ExportSettings
+from flash.model.backbone import Backbone
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs, digest
 from flash.prune.importance import fingerprint
-from flash.training.loggers import LoggerSettings
 from flash.training.result import TrainResult
 from flash.training.run import Inputs, arch_of, plain
-from flash.training.settings import RecipeSettings, TrainerSettings
+from flash.training.settings import RecipeSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class ExportSettings:
-    """Root of `export.py`."""
-
-    backbone: BackboneSettings = MISSING
-    device: DeviceSettings = MISSING
-    data: DataSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    gate: GateSettings = field(default_factory=GateSettings)
-    format: list[ExportFormat] = field(default_factory=lambda: [ExportFormat.executorch])
-    """What to write, such as [executorch,hf,gguf]."""
-    formats: FormatSettings = field(default_factory=FormatSettings)
-    """How hf and gguf are written and proved."""
-    arch: dict[str, Any] = field(default_factory=dict)
-    """What to export, as for `train.py`; nothing is the backbone itself."""
-    name: str | None = None
-    """Name of the result; null takes the arch's."""
-    model: str | None = None
-    """Folder of trained weights; null takes what `train.py` wrote under the same name; `random`
-    only measures the shape."""
-    prompt: str = "def main("
-    """What the exported program is asked to continue."""
-    new_tokens: int = 48
-    """Length of its answer [tokens]."""
-    perplexity_tokens: int = 512
-    """Held-out tokens that the program's own loss is computed on."""
-    overwrite: bool = False
-    """Whether an export of the same name but of other weights or settings is replaced."""
-    seed: int = 0
-    runs: str = "runs"
-    """Folder for everything that runs produce."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from flash.latency.profiler import RUNTIME
 from flash.latency.profiler import plain as lowering_plain
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import AttentionForm, LoweringSettings
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs, digest
 from flash.training.run import arch_of, plain
 

@@ -10,11 +10,12 @@ from typing import Any
 from flash.arch import ArchSpec, count_parameters
 from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed
-from flash.export.formats import ExportFormat, ExportSource, publish
-from flash.export.job import ExportJob, ExportSettings
+from flash.export.formats import ExportSource, publish
+from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult
+from flash.export.settings import ExportFormat, ExportSettings
 from flash.export.summary import describe, describe_format
 from flash.export.table6 import table6
 from flash.files import write_text

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from flash.device.workload import Phase, Point
-from flash.export.formats import FILES, ExportFormat, FormatResult
+from flash.export.formats import FILES, FormatResult
 from flash.export.result import ExportResult
+from flash.export.settings import ExportFormat
 
 ENDS = ("mean", "low", "high")
 """Of a predicted interval."""

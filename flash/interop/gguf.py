@@ -14,7 +14,6 @@ Source: the loaders of llama.cpp, src/llama-model.cpp and src/models/.
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,29 +29,12 @@ from flash.errors import CheckFailed, InputError, require
 from flash.files import replacing
 from flash.interop.gguf_tokenizer import Vocabulary, read_vocabulary
 from flash.interop.hf_folder import zero_filled
+from flash.interop.settings import GgufFormat
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits, compare, require_text
 from flash.model.decoder import Decoder, rotary_frequencies
 
 _F32 = 0
 """Number of the cache type float32 in llama.cpp."""
-
-
-class GgufFormat(Enum):
-    """How matrices are stored; norms, biases and rotary factors are always float32."""
-
-    f32 = "f32"
-    """Exact."""
-    f16 = "f16"
-    """What llama.cpp's own quantisation tools start from."""
-    q8_0 = "q8_0"
-    """8 bits, one scale for 32 weights."""
-    q4_0 = "q4_0"
-    """4 bits, one scale for 32 weights; embedding and head too, as in our .pte."""
-
-    @property
-    def stored(self) -> GGMLQuantizationType:
-        """The name that llama.cpp has for it."""
-        return GGMLQuantizationType[self.name.upper()]
 
 
 _FILE_TYPES = {
@@ -69,6 +51,11 @@ LIMITS = {
 }
 """Limits of `check_gguf` that suit each format. `backbones/tiny`, which loses more than a large
 model, had an error of 6e-7 (f32) and 2e-4 (f16), and a KL of 2e-4 (q8_0) and 2e-2 (q4_0)."""
+
+
+def _stored(weight_format: GgufFormat) -> GGMLQuantizationType:
+    """llama.cpp's own name of a format."""
+    return GGMLQuantizationType[weight_format.name.upper()]
 
 
 @dataclass(frozen=True)
@@ -166,7 +153,7 @@ def write_gguf(
     _add_shape(writer, form)
     _add_tokenizer(writer, vocabulary)
     tensors = [
-        (name, tensor, weight_format.stored if tensor.dim() == 2 else GGMLQuantizationType.F32)
+        (name, tensor, _stored(weight_format) if tensor.dim() == 2 else GGMLQuantizationType.F32)
         for name, tensor in _tensors(model, form)
     ]
     _write(path, writer, tensors)

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from flash.interop.gguf import GgufFormat, check_gguf, write_gguf
-from flash.lowering.gate import GateSettings, ParityStage, check_parity
+from flash.interop.gguf import check_gguf, write_gguf
+from flash.interop.settings import GgufFormat
+from flash.lowering.gate import ParityStage, check_parity
 from flash.lowering.parity_metrics import ParityLimits
-from flash.lowering.settings import LoweringSettings
+from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
 

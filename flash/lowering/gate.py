@@ -16,12 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flash.arch import CacheFormat, Quantization
-from flash.errors import require
 from flash.log_filters import quiet
 from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
 from flash.lowering.modules import load_custom_ops
 from flash.lowering.parity_metrics import error_of, kl_of
-from flash.lowering.settings import LoweringSettings
+from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -39,59 +38,6 @@ class ParityStage(Enum):
     """Exported program against the quantised form."""
     runtime = "runtime"
     """The .pte in ExecuTorch against the exported program."""
-
-
-@dataclass(kw_only=True)
-class GateSettings:
-    """Config of the parity gate: how much text, and how large a difference each stage may make."""
-
-    prefill_tokens: int = 32
-    """Prompt length; it goes through in two chunks [tokens]."""
-    decode_tokens: int = 16
-    """Teacher-forced single steps after the prompt."""
-    max_error_fp32: float = 1e-4
-    """Any stage without quantisation of weights or cache: largest difference over largest logit."""
-    max_kl_quantized: float = 0.5
-    """Quantised against float: mean KL [nats]; a tiny model loses far more than a large one."""
-    min_agreement_quantized: float = 0.5
-    """Quantised against float: share of positions with the same likeliest token."""
-    max_error_exported: float = 1e-4
-    """Exported against quantised eager: the same arithmetic in the same library."""
-    max_kl_runtime: float = 0.02
-    """Quantised .pte against exported: mean KL [nats]. XNNPACK sums and rounds in another order
-    than torchao, which moves single activations by one 8-bit step: 4e-6 was seen on small random
-    weights, 0.03 on absurdly large ones."""
-    min_agreement_runtime: float = 0.9
-    """Quantised .pte against exported: share of positions with the same likeliest token."""
-
-    def __post_init__(self) -> None:
-        for name in ("prefill_tokens", "decode_tokens"):
-            value = getattr(self, name)
-            require(type(value) is int and value >= 2, f"gate.{name}", value, "2 or more")
-        for name in ("min_agreement_quantized", "min_agreement_runtime"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"gate.{name}", value, "a share from 0 to 1")
-        limits = ("max_error_fp32", "max_error_exported", "max_kl_quantized", "max_kl_runtime")
-        for name in limits:
-            value = getattr(self, name)
-            require(value > 0, f"gate.{name}", value, "a positive number")
-
-    @property
-    def tokens(self) -> int:
-        """Length of the text that the gate needs [tokens]."""
-        return self.prefill_tokens + self.decode_tokens
-
-    def check_fits(self, text_tokens: int, settings: LoweringSettings) -> None:
-        """See that the gate can run; an InputError if the text or the cache is too short."""
-        require(
-            text_tokens >= self.tokens, "gate.text", text_tokens, f"at least {self.tokens} tokens"
-        )
-        require(
-            settings.max_context >= self.tokens,
-            "lowering.max_context",
-            settings.max_context,
-            f"at least {self.tokens} for a gate",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

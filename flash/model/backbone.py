@@ -2,26 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.model import hub
 from flash.model.checkpoint import expected_shapes, load
 from flash.model.decoder import Decoder
+from flash.model.settings import BackboneSettings
 from flash.model.weights import Weights, read_spec
-
-
-@dataclass(kw_only=True)
-class BackboneSettings:
-    """Config group `backbone`."""
-
-    name: str
-    weights: str | None = None
-    """Hugging Face folder (config.json, safetensors, tokenizer.json), or a model's name on the hub,
-    `owner/model` or `owner/model@revision`; null: random."""
-    arch: dict[str, Any] | None = None
-    """Architecture when there are no weights to read it from."""
 
 
 @dataclass(frozen=True)

@@ -2,72 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import MISSING
 
-from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes
-from flash.data.settings import DataSettings
+from flash.arch import ArchSpec, SearchSpace, kv_cache_bytes
 from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
 from flash.latency.fit import LatencyModel, collect
-from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
 from flash.paths import Runs, digest
 from flash.prune.importance import fingerprint
 from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import EvaluationError
 from flash.search.objectives import Costs, Objective, Problem, high
-from flash.search.settings import SearchSettings
+from flash.search.settings import SearchJobSettings
 from flash.search.study import Study
 from flash.training.distributed import check_devices
 from flash.training.fit import validate
-from flash.training.loggers import LoggerSettings
 from flash.training.run import Inputs, importance_of, plain
-from flash.training.settings import RecipeSettings, TrainerSettings
 
 _MIB = 2**20
-
-
-class SearchStage(Enum):
-    """How far `search.py` goes."""
-
-    latency = "latency"
-    """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
-    search = "search"
-    """Both stages."""
-    promote = "promote"
-    """After a search: train the best trials longer, and see whether their order holds."""
-
-
-@dataclass(kw_only=True)
-class SearchJobSettings:
-    """Root of `search.py`."""
-
-    stage: SearchStage = SearchStage.search
-    """Where to stop."""
-
-    backbone: BackboneSettings = MISSING
-    space: SpaceSettings = MISSING
-    latency: LatencySettings = MISSING
-    device: DeviceSettings = MISSING
-    data: DataSettings = MISSING
-    recipe: RecipeSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    search: SearchSettings = MISSING
-    worker: int = 0
-    """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
-    Workers are equal; only the run's name in the logs differs."""
-    seed: int = 0
-    runs: str = "runs"
-    """Folder for everything that runs produce."""
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,13 @@ from flash.paths import Runs
 from flash.search.evaluate import ShortTraining, tidy
 from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
-from flash.search.job import (
-    SearchJob,
-    SearchJobSettings,
-    SearchStage,
-    evaluation_of,
-    latency_of,
-    open_job,
-    problem_of,
-)
+from flash.search.job import SearchJob, evaluation_of, latency_of, open_job, problem_of
 from flash.search.logs import log_study, log_trial
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem
 from flash.search.promote import promote
 from flash.search.sampler import check_limits
+from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.study import Study, Trial, open_study, reopen_study
 from flash.training.loggers import close_logger, make_logger
 from flash.training.run import plain

@@ -7,8 +7,16 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from omegaconf import MISSING
+
+from flash.arch import SpaceSettings
+from flash.data.settings import DataSettings
+from flash.device.settings import DeviceSettings
 from flash.errors import InputError, nearest, require
+from flash.latency.settings import LatencySettings
+from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
+from flash.training.settings import LoggerSettings, RecipeSettings, TrainerSettings
 
 
 class Sampler(Enum):
@@ -182,3 +190,38 @@ class SearchSettings:
         }
         derived["quality"] = loss + self.max_loss_increase
         return tuple(self.reference.get(o.name, derived[o.name]) for o in objectives)
+
+
+class SearchStage(Enum):
+    """How far `search.py` goes."""
+
+    latency = "latency"
+    """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
+    search = "search"
+    """Both stages."""
+    promote = "promote"
+    """After a search: train the best trials longer, and see whether their order holds."""
+
+
+@dataclass(kw_only=True)
+class SearchJobSettings:
+    """Root of `search.py`."""
+
+    stage: SearchStage = SearchStage.search
+    """Where to stop."""
+
+    backbone: BackboneSettings = MISSING
+    space: SpaceSettings = MISSING
+    latency: LatencySettings = MISSING
+    device: DeviceSettings = MISSING
+    data: DataSettings = MISSING
+    recipe: RecipeSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    search: SearchSettings = MISSING
+    worker: int = 0
+    """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
+    Workers are equal; only the run's name in the logs differs."""
+    seed: int = 0
+    runs: str = "runs"
+    """Folder for everything that runs produce."""

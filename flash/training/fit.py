@@ -24,14 +24,9 @@ from flash.model.decoder import Decoder
 from flash.model.losses import Operands, linear_losses
 from flash.model.quantization import head_operands
 from flash.progress import progress
+from flash.ranks import is_main_process
 from flash.training.callbacks import Throughput
-from flash.training.distributed import (
-    gather,
-    is_main_process,
-    lightning_precision,
-    make_strategy,
-    stop_others,
-)
+from flash.training.distributed import gather, lightning_precision, make_strategy, stop_others
 from flash.training.lightning_module import LanguageModelling
 from flash.training.loss_curve import CurveRecorder, SaveOnce, Watch
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings

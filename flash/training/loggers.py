@@ -4,34 +4,12 @@ import netrc
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-
-class LoggerKind(Enum):
-    """Backends of config group `logger`."""
-
-    wandb = "wandb"
-    csv = "csv"
-    none = "none"
-
-
-@dataclass(kw_only=True)
-class LoggerSettings:
-    """Config group `logger`."""
-
-    name: str
-    kind: LoggerKind = LoggerKind.wandb
-    project: str = "flash"
-    """W&B project."""
-    entity: str | None = None
-    """W&B team; null is the user's default."""
-    offline: bool | None = None
-    """Keep runs on disk only; null does so when no W&B key is found."""
+from flash.training.settings import LoggerKind, LoggerSettings
 
 
 def has_wandb_key() -> bool:

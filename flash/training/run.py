@@ -3,77 +3,36 @@
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from omegaconf import MISSING
 from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec, count_parameters
 from flash.data.module import PackedData, find_tokenizer
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id, load_tokenizer
-from flash.errors import InputError, require
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.errors import InputError
+from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs, digest
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits, prune
-from flash.training.distributed import (
-    check_devices,
-    is_main_process,
-    main_device,
-    wait_for_others,
-)
+from flash.ranks import is_main_process
+from flash.training.distributed import check_devices, main_device, wait_for_others
 from flash.training.fit import fit, validate
-from flash.training.loggers import LoggerSettings, close_logger, make_logger
+from flash.training.loggers import close_logger, make_logger
 from flash.training.result import TrainResult
-from flash.training.settings import RecipeSettings, TrainerSettings
+from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(kw_only=True)
-class StageSettings:
-    """A further stage of training."""
-
-    recipe: RecipeSettings = MISSING
-    data: DataSettings = MISSING
-
-
-@dataclasses.dataclass(kw_only=True)
-class TrainSettings:
-    """Root of `train.py`."""
-
-    backbone: BackboneSettings = MISSING
-    data: DataSettings = MISSING
-    recipe: RecipeSettings = MISSING
-    trainer: TrainerSettings = MISSING
-    logger: LoggerSettings = MISSING
-    arch: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What differs from the backbone's architecture: nothing, or all of a file in conf/arch."""
-    then: dict[str, StageSettings] = dataclasses.field(default_factory=dict)
-    """Stages that follow, by name; each goes on from the result of the one before."""
-    scale: float = 1.0
-    """Multiplies the tokens of all stages, calibration included."""
-    start: str | None = None
-    """A trained checkpoint to go on from, with its architecture; null cuts one out of the backbone
-    or takes the backbone itself."""
-    name: str | None = None
-    """Name of the result; null takes the arch's."""
-    seed: int = 0
-    runs: str = "runs"
-    """Folder for everything that runs produce."""
-
-    def __post_init__(self) -> None:
-        require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")
 
 
 def plain(settings: Any) -> Any:

@@ -4,11 +4,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-import torch
+from omegaconf import MISSING
 
 from flash.arch import GROUP
+from flash.data.settings import DataSettings
 from flash.errors import InputError, require
+from flash.model.settings import BackboneSettings
 
 
 class Schedule(Enum):
@@ -30,7 +33,9 @@ class Precision(Enum):
 
 
 def native_precision(accelerator: str) -> Precision:
-    """What `Precision.auto` stands for on this machine."""
+    """The precision that `Precision.auto` stands for on this machine."""
+    import torch  # settings, and so the errors of a command, do without it
+
     if accelerator != "cpu" and (accelerator != "auto" or torch.accelerator.is_available()):
         return Precision.bf16
     known = torch.cpu.get_capabilities()
@@ -261,3 +266,61 @@ class TrainerSettings:
                 f"{micro_batch} sequences (trainer.micro_batch); change one of the three"
             )
         return batch_size // (ranks * micro_batch)
+
+
+class LoggerKind(Enum):
+    """Backends of config group `logger`."""
+
+    wandb = "wandb"
+    csv = "csv"
+    none = "none"
+
+
+@dataclass(kw_only=True)
+class LoggerSettings:
+    """Config group `logger`."""
+
+    name: str
+    kind: LoggerKind = LoggerKind.wandb
+    project: str = "flash"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team; null is the user's default."""
+    offline: bool | None = None
+    """Keep runs on disk only; null does so when no W&B key is found."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class StageSettings:
+    """A further stage of training."""
+
+    recipe: RecipeSettings = MISSING
+    data: DataSettings = MISSING
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainSettings:
+    """Root of `train.py`."""
+
+    backbone: BackboneSettings = MISSING
+    data: DataSettings = MISSING
+    recipe: RecipeSettings = MISSING
+    trainer: TrainerSettings = MISSING
+    logger: LoggerSettings = MISSING
+    arch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What differs from the backbone's architecture: nothing, or all of a file in conf/arch."""
+    then: dict[str, StageSettings] = dataclasses.field(default_factory=dict)
+    """Stages that follow, by name; each goes on from the result of the one before."""
+    scale: float = 1.0
+    """Multiplies the tokens of all stages, calibration included."""
+    start: str | None = None
+    """A trained checkpoint to go on from, with its architecture; null cuts one out of the backbone
+    or takes the backbone itself."""
+    name: str | None = None
+    """Name of the result; null takes the arch's."""
+    seed: int = 0
+    runs: str = "runs"
+    """Folder for everything that runs produce."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")

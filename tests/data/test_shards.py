@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from flash.config import entry
 from flash.data.encoders import is_held_out
 from flash.data.module import PackedData
-from flash.data.prepare import PrepareSettings, prepare
-from flash.data.settings import DataKind, DataSettings, TextSourceSettings
+from flash.data.prepare import prepare
+from flash.data.settings import DataKind, DataSettings, PrepareSettings, TextSourceSettings
 from flash.data.shards import Manifest, ShardedTokens, open_shards
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError

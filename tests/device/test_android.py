@@ -13,14 +13,13 @@ import pytest
 
 from flash.device import llama_main, thermal
 from flash.device.android import AndroidDevice
-from flash.device.base import DeviceError
 from flash.device.connections import AndroidSettings
 from flash.device.factory import open_device
 from flash.device.measurement import Measurement, Program
 from flash.device.remote import content_name
 from flash.device.settings import DeviceKind
 from flash.device.workload import Workload
-from flash.errors import InputError
+from flash.errors import DeviceError, InputError
 from tests.device.adbd import Phone
 
 pytestmark = pytest.mark.skipif(shutil.which("adb") is None, reason="needs Debian's adb")

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from flash.device import system_info
-from flash.device.base import DeviceError
 from flash.device.factory import open_device
 from flash.device.host import HostDevice, run_process
 from flash.device.measurement import Measurement, Program
-from flash.errors import InputError
+from flash.errors import DeviceError, InputError
 from flash.model.decoder import generate
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flash.device.base import DeviceError
 from flash.device.connections import SshSettings
 from flash.device.factory import open_device
 from flash.device.host import HostDevice
@@ -20,7 +19,7 @@ from flash.device.measurement import Program
 from flash.device.remote import content_name
 from flash.device.settings import DeviceKind
 from flash.device.ssh import WATCHED, SshDevice
-from flash.errors import InputError
+from flash.errors import DeviceError, InputError
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin")
 FOLDER = 'it\'s a "board" $HOME; rm -rf *'

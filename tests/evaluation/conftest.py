@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from flash.arch import ArchSpec, parse_pattern
 from flash.config import CONF
-from flash.evaluation.suites import TaskSettings
+from flash.evaluation.settings import TaskSettings
 from flash.model.checkpoint import save, state_to_save
 from flash.model.decoder import Decoder
 

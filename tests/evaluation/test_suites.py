@@ -14,19 +14,12 @@ from flash.device.connections import AndroidSettings
 from flash.device.settings import DeviceKind, DeviceSettings
 from flash.errors import InputError
 from flash.evaluation.run import evaluate
-from flash.evaluation.suites import (
-    EvaluateSettings,
-    ModelFormat,
-    SuiteResult,
-    SuiteSettings,
-    TaskSettings,
-    as_text,
-)
+from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
+from flash.evaluation.suites import SuiteResult, as_text
 from flash.evaluation.tasks import OWN_TASKS, Tasks
 from flash.evaluation.tokenization import Texts
-from flash.model.backbone import BackboneSettings
-from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.settings import TrainerSettings
+from flash.model.settings import BackboneSettings
+from flash.training.settings import LoggerKind, LoggerSettings, TrainerSettings
 from tests.evaluation.conftest import (
     QUESTIONS,
     rouge_l,

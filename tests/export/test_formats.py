@@ -11,15 +11,8 @@ import torch
 
 from flash.arch import ArchSpec
 from flash.errors import CheckFailed, InputError
-from flash.export.formats import (
-    FILES,
-    ExportFormat,
-    ExportSource,
-    FormatResult,
-    FormatSettings,
-    check_formats,
-    publish,
-)
+from flash.export.formats import FILES, ExportSource, FormatResult, check_formats, publish
+from flash.export.settings import ExportFormat, FormatSettings
 from flash.interop.hf_folder import write_hf
 from flash.model.decoder import Decoder
 

@@ -17,7 +17,7 @@ from flash.export import random_weights as shapes
 from flash.export.random_weights import ShapeResult, measure_shape, shape_of, shape_results
 from flash.export.table6 import flash_of, paper_figures, table6
 from flash.interop.baselines import STOCK_MODELS, stock_model
-from flash.model.backbone import BackboneSettings
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.training.run import arch_of
 

@@ -15,8 +15,9 @@ from tokenizers.trainers import BpeTrainer
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
 from flash.interop import gguf as gguf_file
-from flash.interop.gguf import GgufFormat, check_gguf, write_gguf
+from flash.interop.gguf import check_gguf, write_gguf
 from flash.interop.gguf_tokenizer import pre_tokenizer_name
+from flash.interop.settings import GgufFormat
 from flash.lowering.parity_metrics import ParityLimits
 from flash.model.decoder import Decoder
 

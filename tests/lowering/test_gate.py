@@ -6,9 +6,9 @@ import torch
 
 from flash.errors import InputError
 from flash.lowering.bisect_layers import locate
-from flash.lowering.gate import GateSettings, ParityStage, check_parity
+from flash.lowering.gate import ParityStage, check_parity
 from flash.lowering.lower import lower
-from flash.lowering.settings import AttentionForm
+from flash.lowering.settings import AttentionForm, GateSettings
 from flash.model.decoder import Decoder
 from tests.lowering.conftest import read_program
 

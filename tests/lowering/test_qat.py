@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from flash.lowering.gate import GateSettings, check_parity
+from flash.lowering.gate import check_parity
 from flash.lowering.lower import lower, quantized_form
+from flash.lowering.settings import GateSettings
 from flash.model.quantization import fake_quantize, head_operands
 from tests.lowering.test_lower import last_logits
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flash.arch import CacheFormat, Quantization
-from flash.lowering.gate import GateSettings, _runtime_step, check_parity
+from flash.lowering.gate import _runtime_step, check_parity
 from flash.lowering.lower import lower
 from flash.lowering.modules import ExportableDecoder
-from flash.lowering.settings import LoweringSettings, SlidingForm
+from flash.lowering.settings import GateSettings, LoweringSettings, SlidingForm
 
 WINDOW = 10  # of the toy model
 CHUNKS = [

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
 from flash.model.attention import Reach, attend
-from flash.model.backbone import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
 from flash.model.families import from_config, to_config
+from flash.model.settings import BackboneSettings
 from flash.model.weights import read_spec
 from flash.prune.importance import Importance, score
 from flash.prune.pruning import prune

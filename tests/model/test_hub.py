@@ -18,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import sys
 from flash.errors import InputError
-from flash.model import Backbone, BackboneSettings
+from flash.model.backbone import Backbone
+from flash.model.settings import BackboneSettings
 try:
     backbone = Backbone.open(BackboneSettings(name="b", weights=sys.argv[1]))
     files = sorted(path.name for path in backbone.folder.iterdir())

@@ -2,8 +2,7 @@ import pytest
 
 from flash.data.module import PackedData, find_tokenizer
 from flash.data.tokenizer import load_tokenizer
-from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.run import TrainSettings
+from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.training.fit import fit, validate
 from flash.training.result import TrainResult
-from flash.training.run import Inputs, StageSettings, train
-from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.training.run import Inputs, train
+from flash.training.settings import Precision, RecipeSettings, StageSettings, TrainerSettings
 from tests.conftest import SMALL
 from tests.training.decoders import make_model
 

@@ -14,13 +14,20 @@ import torch
 
 from flash.data.settings import DataKind, DataSettings
 from flash.errors import InputError
-from flash.model.backbone import BackboneSettings
 from flash.model.checkpoint import load
 from flash.model.decoder import Decoder
+from flash.model.settings import BackboneSettings
 from flash.training.fit import fit, validate
-from flash.training.loggers import LoggerKind, LoggerSettings
-from flash.training.run import TrainSettings, train
-from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.training.run import train
+from flash.training.settings import (
+    LoggerKind,
+    LoggerSettings,
+    Precision,
+    RecipeSettings,
+    Schedule,
+    TrainerSettings,
+    TrainSettings,
+)
 from tests.conftest import SMALL
 from tests.plain_losses import cross_entropy, distillation
 from tests.training.decoders import make_model, same_weights

@@ -1,0 +1,16 @@
+"""Config group `backbone`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class BackboneSettings:
+    """Config group `backbone`."""
+
+    name: str
+    weights: str | None = None
+    """Hugging Face folder (config.json, safetensors, tokenizer.json), or a model's name on the hub,
+    `owner/model` or `owner/model@revision`; null: random."""
+    arch: dict[str, Any] | None = None
+    """Architecture when there are no weights to read it from."""
