@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/python train.py -m "+arch=$$(cat runs/studies/tiny/winners)"
 	$(BIN)/python export.py
 	$(BIN)/python export.py -m "+arch=$$(cat runs/studies/tiny/winners)"
-	$(BIN)/python -m flash.report --wandb flash
+	$(BIN)/python -m flash report --wandb flash
 
 test: $(READY) lint types
 	$(BIN)/python -m pytest
@@ -40,7 +40,7 @@ slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 report: $(READY)
-	$(BIN)/python -m flash.report
+	$(BIN)/python -m flash report
 
 clean:
 	rm -rf runs .venv

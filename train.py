@@ -1,7 +1,6 @@
 """Continued pretraining: `python train.py +arch=flash_650m`."""
 
-from flash.config import TrainSettings, entry
-from flash.training.run import train
+from flash.cli import run
 
 if __name__ == "__main__":
-    entry(TrainSettings, train)
+    run("train")

@@ -20,22 +20,23 @@ from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.latency.fit import grid_subjects, make_bench, make_grid, whole_models
 from flash.latency.profiler import Profiler, Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
+from flash.lowering.settings import LoweringSettings
 
 STORE = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
 MODELS = 24
 DEVICE = DeviceSettings(
     name="host",
-    max_context=2048,
-    prompts=[512, 2048],
-    contexts=[512, 1536],
     processes=3,
     warmups=1,
     runs=1,
     run_timeout_s=300.0,
+    lowering=LoweringSettings(max_context=2048),
+    workload=Workload(prompts=[512, 2048], contexts=[512, 1536]),
 )
 SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
 

@@ -35,6 +35,7 @@ from flash.arch import ArchSpec, CacheFormat, count_parameters, kv_cache_bytes
 from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.interop.gguf import write_gguf
 from flash.interop.settings import GgufFormat
 from flash.lowering.lower import lower, write
@@ -107,15 +108,12 @@ def ours(path: Path, threads: int) -> dict[str, float]:
     settings = DeviceSettings(
         name="host",
         threads=threads,
-        max_context=SETTINGS.max_context,
-        prefill_chunk=SETTINGS.chunk,
-        prompts=[PROMPT],
-        contexts=list(CONTEXTS),
-        decode_tokens=STEPS,
         processes=1,
         warmups=1,
         runs=2,
         run_timeout_s=600.0,
+        lowering=LoweringSettings(max_context=SETTINGS.max_context, prefill_chunk=SETTINGS.chunk),
+        workload=Workload(prompts=[PROMPT], contexts=list(CONTEXTS), decode_tokens=STEPS),
     )
     program = Program(name="ours", path=path, vocab_size=spec().vocab_size)
     [measured] = HostDevice(settings).measure([program], settings.workload)

@@ -64,7 +64,7 @@ def main() -> None:
         table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
 
         def physical(point: Point = point) -> AnalyticalPredictor:
-            return AnalyticalPredictor(point, bench.lowering, bench.workload.prefill_chunk)
+            return AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk)
 
         makers: dict[str, tuple[Callable[[], Predictor], float]] = {
             "physical": (physical, whole_s),

@@ -17,6 +17,7 @@ from flash.device.llama_main import STATISTICS, Prompts, parse
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
 from flash.device.stock_runner import generate_text
+from flash.device.workload import Workload
 from flash.files import atomic_write
 from flash.lowering.lower import lower
 from flash.model.backbone import Backbone
@@ -26,12 +27,10 @@ BACKBONE = Path(__file__).parent.parent / "backbones" / "tiny"
 PROMPT, STEPS, PROCESSES = 512, 64, 9
 DEVICE = DeviceSettings(
     name="host",
-    prompts=[PROMPT],
-    contexts=[PROMPT],
-    decode_tokens=STEPS,
     processes=1,
     warmups=0,
     runs=1,
+    workload=Workload(prompts=[PROMPT], contexts=[PROMPT], decode_tokens=STEPS),
 )
 
 

@@ -21,9 +21,10 @@ import conf
 from flash.device.host import HostDevice
 from flash.device.measurement import Measurement, Program
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.interop.export_llm import lower_stock_arch
 from flash.lowering.lower import lower, write
-from flash.lowering.settings import AttentionForm
+from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
 
 MODELS = ("flash_350m", "flash_650m")
@@ -38,15 +39,12 @@ def device(threads: int, way: str) -> HostDevice:
         DeviceSettings(
             name="host",
             threads=threads,
-            attention=FORMS[way],
-            max_context=CONTEXT + 2 * DECODE,
-            prompts=[CONTEXT],
-            contexts=[CONTEXT],
-            decode_tokens=DECODE,
             processes=1,
             warmups=1,
             runs=1,
             run_timeout_s=600.0,
+            lowering=LoweringSettings(attention=FORMS[way], max_context=CONTEXT + 2 * DECODE),
+            workload=Workload(prompts=[CONTEXT], contexts=[CONTEXT], decode_tokens=DECODE),
         )
     )
 

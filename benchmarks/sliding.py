@@ -17,6 +17,7 @@ from flash.arch import ArchSpec, Attention
 from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.files import atomic_write
 from flash.lowering.blocks import Block, BlockKind, lower_block
 from flash.lowering.settings import LoweringSettings, SlidingForm
@@ -32,12 +33,11 @@ SPEC = ArchSpec(
 )
 DEVICE = DeviceSettings(
     name="host",
-    max_context=2048,
-    prompts=[2048, 512],
-    contexts=[1536, 512],
     processes=5,
     warmups=1,
     runs=2,
+    lowering=LoweringSettings(max_context=2048),
+    workload=Workload(prompts=[2048, 512], contexts=[1536, 512]),
 )
 FLUSH_MIB = 64
 FORMS = {

@@ -17,9 +17,10 @@ from record import Recorder, in_fresh_process
 
 from flash.arch import ArchSpec
 from flash.device.settings import DeviceSettings
-from flash.device.workload import Phase, Point
+from flash.device.workload import Phase, Point, Workload
 from flash.export.random_weights import Shape, ShapeResult, measure_shape, shape_of
 from flash.export.table6 import table6
+from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 
@@ -44,13 +45,12 @@ def device_settings(contexts: list[int]) -> DeviceSettings:
     """As conf/experiment/table6.yaml, with fewer runs: one of ten seconds needs no warm-up."""
     return DeviceSettings(
         name="host",
-        max_context=max(contexts) + 32,
-        prompts=contexts,
-        contexts=contexts,
         processes=2,
         warmups=0,
         runs=1,
         run_timeout_s=600.0,
+        lowering=LoweringSettings(max_context=max(contexts) + 32),
+        workload=Workload(prompts=contexts, contexts=contexts),
     )
 
 

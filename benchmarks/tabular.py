@@ -95,7 +95,7 @@ def done() -> set[tuple[ArchSpec, int]]:
 def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str, float]:
     """Latencies of one core at nominal rates."""
     # The forms that the table was made with.
-    lowering = LoweringSettings(sliding=form, attention=AttentionForm.sdpa, skip_unread=False)
+    lowering = LoweringSettings(sliding=form, attention=AttentionForm.sdpa, prefill_last_only=False)
     return {
         f"{point.phase.value}_ms": float(
             counted(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()

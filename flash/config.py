@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -26,12 +27,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from flash import slurm
+from flash import commands, renamed, slurm
+from flash.bundled import CONF, bundled
 from flash.data.settings import PrepareSettings
-from flash.errors import CheckFailed, DeviceError, InputError, nearest
+from flash.errors import CheckFailed, DeviceError, InputError, nearest, under
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
 from flash.paths import Runs
@@ -39,33 +42,56 @@ from flash.ranks import is_main_process
 from flash.search.settings import SearchJobSettings
 from flash.training.settings import TrainSettings
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 log = logging.getLogger(__name__)
 
 
-Settings = TypeVar(
-    "Settings",
-    TrainSettings,
-    SearchJobSettings,
-    ExportSettings,
-    PrepareSettings,
-    EvaluateSettings,
-)
-_ROOTS: dict[type, str] = {
-    TrainSettings: "train",
-    SearchJobSettings: "search",
-    ExportSettings: "export",
-    PrepareSettings: "prepare",
-    EvaluateSettings: "evaluate",
+Settings = TypeVar("Settings")
+
+ROOTS: dict[str, type] = {
+    "train": TrainSettings,
+    "search": SearchJobSettings,
+    "export": ExportSettings,
+    "prepare": PrepareSettings,
+    "evaluate": EvaluateSettings,
 }
+"""Root settings of each command; `conf/COMMAND.yaml` holds its defaults."""
+
+
+class ConfigFolders(SearchPathPlugin):
+    """Folders of configuration groups besides our own: what searches found, and the user's."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the folders that there are; ours come first, so no file can replace one."""
+        search_path.append("flash-runs", f"file://{os.environ['FLASH_RUNS']}/conf")
+        own = Path.cwd() / "conf"
+        if own.is_dir() and own.resolve() != CONF.resolve():
+            search_path.append("flash-user", f"file://{own}")
+
+
+def check_own_options(folder: Path) -> None:
+    """Refuse a user's option that has the name of one of ours, which would be taken instead.
+
+    Raises:
+        InputError: Names the file.
+    """
+    if folder.resolve() == CONF.resolve():
+        return
+    for path in sorted(folder.glob("*/*.yaml")):
+        if (CONF / path.parent.name / path.name).is_file():
+            raise InputError(
+                f"{path}: {path.parent.name}={path.stem} comes with flash and would be used "
+                "instead; give the file another name"
+            )
 
 
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore."""
+    """Tell Hydra and OmegaConf of our schemas, folders and resolver."""
+    OmegaConf.register_new_resolver("bundled", bundled, replace=True)
     store = ConfigStore.instance()
-    for schema, name in _ROOTS.items():
+    for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
-    Plugins.instance()  # so that the launchers of plugins are there
+    plugins = Plugins.instance()  # so that the launchers of plugins are there
+    plugins.register(ConfigFolders)
     plugin = store.repo["hydra"]["launcher"].get("submitit_slurm.yaml")
     if plugin is not None:
         # Plain values: a job would get a copy of the plugin's class, which equals no other. Not a
@@ -107,10 +133,33 @@ def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = N
     for key in map(str, node):
         full = ".".join([*path, key])
         if key not in valid:
-            raise InputError(f"{full}: unknown key; {nearest(key, valid)}")
+            raise InputError(f"{full}: {renamed.present_name(full) or _unknown(key, valid)}")
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
             reject_unknown_keys(child, root, [*path, key])
+
+
+def _unknown(key: str, valid: list[str]) -> str:
+    return f"unknown key; {nearest(key, valid)}"
+
+
+def _check_values(node: Any, path: str = "") -> None:
+    """Build the settings of every group, innermost first, so that errors name the whole key.
+
+    Settings name keys relative to themselves.
+
+    Raises:
+        InputError: An illegal value.
+    """
+    if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
+        return
+    is_list = isinstance(node, ListConfig)
+    for key in range(len(node)) if is_list else list(node):
+        child = node._get_node(key)
+        _check_values(child, f"{path}[{key}]" if is_list else f"{path}.{key}".lstrip("."))
+    if path and OmegaConf.get_type(node) not in {dict, list, None}:
+        with under(path):
+            OmegaConf.to_object(node)
 
 
 def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
@@ -121,6 +170,7 @@ def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
     """
     reject_unknown_keys(cfg, schema)
     try:
+        _check_values(cfg)
         settings = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise InputError(explain(error, schema)) from error
@@ -153,7 +203,7 @@ def explain(error: BaseException, schema: type) -> str:
         owner = cause.object_type if dataclasses.is_dataclass(cause.object_type) else owner
     fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
     if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
-        return f"{key}: unknown key; {nearest(last, fields)}"
+        return f"{key}: {renamed.present_name(key) or _unknown(last, fields)}"
     return f"{key}: {_first_line(cause)}"
 
 
@@ -164,19 +214,26 @@ def _explain_missing_option(error: MissingConfigException) -> str:
         return f"{slurm.LAUNCHER}: needs a plugin; pip install hydra-submitit-launcher"
     if "/" in name and error.options is not None:
         group, option = name.rsplit("/", 1)
+        if f"{group}={option}" in renamed.OPTIONS:
+            return f"{group}={option}: renamed to {renamed.OPTIONS[f'{group}={option}']}"
         options = list(error.options)
         return f"{group}={option}: expected one of {', '.join(options)}; {nearest(option, options)}"
     return _first_line(error)
 
 
-def _search_path_exists() -> None:
-    """The folder of found architectures is on Hydra's search path and must be there to be read."""
+def _prepare_folders() -> None:
+    """Make the folder of found architectures, which Hydra reads, and look at the user's own.
+
+    Raises:
+        InputError: An option of the user's has the name of one of ours.
+    """
     runs = "runs"
     for argument in sys.argv[1:]:
         if argument.startswith("runs="):
             runs = argument.removeprefix("runs=")
     os.environ["FLASH_RUNS"] = str(Path(runs).resolve())
     Runs(Path(runs)).found_arch.mkdir(parents=True, exist_ok=True)
+    check_own_options(Path("conf"))
 
 
 def _quiet_libraries() -> None:
@@ -193,11 +250,14 @@ def _quiet_libraries() -> None:
 @contextmanager
 def one_line_errors(schema: type) -> Iterator[None]:
     """Turn what a user can mend into one line and an exit code."""
-    command = " ".join(["python", *sys.argv])
+    command = commands.this_command()
     try:
         yield
     except InputError as error:
         _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except DeviceError as error:
         _fail(f"{error}; finished measurements are kept", 1)
     except CheckFailed as error:
@@ -233,7 +293,7 @@ class CheckJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
-        schema = next(s for s, name in _ROOTS.items() if name == hydra.job.config_name)
+        schema = ROOTS[hydra.job.config_name]
         loader = GlobalHydra.instance().config_loader()
         with one_line_errors(schema):  # Hydra makes a warning of any other exception
             slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
@@ -245,16 +305,18 @@ class CheckJobs(Callback):
                 load(cfg, schema)
 
 
-def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
-    """Run a script: compose its configuration, check it, convert it, call `job`, then exit.
+def entry(verb: str, job: Callable[[Any], object]) -> None:
+    """Run a command: compose its configuration, check it, convert it, call `job`, then exit.
 
     Args:
-        schema: Root settings of the script.
+        verb: Name of the root settings.
         job: The one call.
     """
-    _quiet_libraries()
+    schema = ROOTS[verb]
+    with one_line_errors(schema):
+        _quiet_libraries()
+        _prepare_folders()
     register()
-    _search_path_exists()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
     def run(cfg: DictConfig) -> None:
@@ -270,7 +332,7 @@ def entry(schema: type[Settings], job: Callable[[Settings], object]) -> None:
                 settings.name = choices.get("arch") or settings.backbone.name
             job(settings)
 
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=_ROOTS[schema])
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     with one_line_errors(schema):
         main(run)()
 

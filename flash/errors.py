@@ -1,7 +1,8 @@
 """The one error that users are meant to see."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -16,6 +17,21 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
     """
     if not condition:
         raise InputError(f"{key}={value}: expected {expected}")
+
+
+@contextmanager
+def under(path: str) -> Iterator[None]:
+    """Prefix the key that an InputError raised inside names with the path of its owner.
+
+    Settings and specs name keys relative to themselves, since one class stands in several places.
+
+    Raises:
+        InputError: As raised inside, with `path.` in front of its message.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}.{error}") from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -8,25 +8,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from flash.config import (
-    CONF,
-    EvaluateSettings,
-    ExportSettings,
-    PrepareSettings,
-    SearchJobSettings,
-    TrainSettings,
-    entry,
-    load,
-    register,
-)
+from flash.bundled import CONF
+from flash.commands import begin
+from flash.config import ROOTS, entry, load, register
 
-ROOTS = {
-    "train": TrainSettings,
-    "search": SearchJobSettings,
-    "export": ExportSettings,
-    "prepare": PrepareSettings,
-    "evaluate": EvaluateSettings,
-}
 NEEDS = {
     "data=folder": ["data.path=x"],
     "data=shards": ["data.path=x"],
@@ -43,9 +28,10 @@ def run(monkeypatch, tmp_path, capsys):
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        begin(script)
         reached = []
         try:
-            entry(ROOTS[script], job or reached.append)
+            entry(script, job or reached.append)
         except SystemExit as stop:
             assert not reached
             return int(stop.code or 0), capsys.readouterr().err
@@ -68,6 +54,7 @@ def test_defaults_compose_and_convert(script, run):
 )
 def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
+    monkeypatch.setenv("FLASH_COMMAND", "flash")
     (tmp_path / "conf").mkdir()
     register()
     group = path.parent.name
@@ -111,7 +98,7 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
             "space.model_dim.stp=1",
             "space.model_dim.stp: unknown key; did you mean 'step'?",
         ),
-        ("search", "space.model_dim.step=0", "space.step=0: expected a positive integer"),
+        ("search", "space.model_dim.step=0", "space.model_dim.step=0: expected a positive integer"),
         ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
         ("search", "latency=bloks", "did you mean 'blocks'?"),
         ("export", "gate.max_kl_quantised=1", "did you mean 'max_kl_quantized'?"),
@@ -121,7 +108,11 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
             "format[1]: Invalid value 'onnx', expected one of [executorch, hf, gguf]",
         ),
         ("export", "device=hots", "did you mean 'host'?"),
-        ("export", "device.max_context=100", "device.max_context=100: expected at least"),
+        (
+            "export",
+            "device.lowering.max_context=100",
+            "device.lowering.max_context=100: expected at least",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(run, script, argument, message):

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 
 from flash.arch import Attention, Choices, SpaceSettings
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.errors import CheckFailed, InputError
 from flash.evaluation.run import program_of
 from flash.export.job import ExportJob
@@ -19,10 +20,10 @@ from flash.export.result import ExportResult
 from flash.export.run import export
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.latency.settings import LatencySettings
-from flash.lowering.settings import GateSettings
+from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
-from flash.report.__main__ import log_to_wandb
+from flash.report.command import log_to_wandb
 from flash.report.data import read
 from flash.report.page import render
 from flash.report.table import as_text, quantisation_rows
@@ -51,13 +52,11 @@ SPACE = SpaceSettings(
 )
 DEVICE = DeviceSettings(
     name="host",
-    max_context=64,
-    prompts=[32],
-    contexts=[32],
-    decode_tokens=4,
     processes=1,
     warmups=1,
     runs=2,
+    lowering=LoweringSettings(max_context=64),
+    workload=Workload(prompts=[32], contexts=[32], decode_tokens=4),
 )
 LATENCY = LatencySettings(grid_widths=2, grid_ffn=2, calibration_models=2, precision_pct=1000.0)
 RECIPE = RecipeSettings(
@@ -67,6 +66,11 @@ TRAINER = TrainerSettings(precision=Precision.fp32)
 NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
 # Random weights under 4 bits keep little of the answer; the runtime stage stays tight.
 GATE = GateSettings(prefill_tokens=8, decode_tokens=4, min_agreement_quantized=0.0)
+
+
+def _device(**lowering) -> DeviceSettings:
+    """`DEVICE` with programs in another format."""
+    return dataclasses.replace(DEVICE, lowering=dataclasses.replace(DEVICE.lowering, **lowering))
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +235,7 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
     monkeypatch.setattr("flash.export.run.load_checkpoint", pytest.fail)
     name, arch = winner
     new = {"model": str(Runs(Path(common["runs"])).model(name) / "checkpoint")}
-    device = dataclasses.replace(DEVICE, group_size=96)
+    device = _device(group_size=96)
     cases = [
         ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
         ({"perplexity_tokens": 4}, r"gate\.text=4: expected at least"),
@@ -261,10 +265,10 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     train(TrainSettings(**common, recipe=recipe, arch=arch, name="aware", start=start))
     aware = export(_export_settings(common, "aware", arch))
     assert "was trained with" not in caplog.text
-    bytes_of_8 = dataclasses.replace(DEVICE, embedding_bits=8)
+    bytes_of_8 = _device(embedding_bits=8)
     other = _export_settings(common, "aware", arch, device=bytes_of_8, overwrite=True)
     ExportJob.open(other, runs).check()
-    assert "recipe.qat_embedding_bits=4, not with device.embedding_bits=8" in caplog.text
+    assert "recipe.qat_embedding_bits=4, not with device.lowering.embedding_bits=8" in caplog.text
     backbone, line = quantisation_rows(read(runs).models)
     assert backbone[-2:] == ["-", "-"]
     assert line[0] == name
@@ -273,7 +277,7 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
 
 
 def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
-    monkeypatch.setattr("flash.report.__main__.has_wandb_key", lambda: False)
+    monkeypatch.setattr("flash.report.command.has_wandb_key", lambda: False)
     runs = Runs(Path(common["runs"]))
     data = read(runs)
     text = as_text(data.models)

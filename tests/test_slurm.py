@@ -25,7 +25,7 @@ def launch(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["search.py", "-m", *arguments])
         begun, code = [], 0
         try:
-            entry(SearchJobSettings, begun.append)
+            entry("search", begun.append)
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().err.splitlines(), begun

@@ -141,11 +141,13 @@ class AndroidDevice(RemoteDevice):
             if program.model_dim is not None:
                 raise InputError(
                     f"{name}: llama_main times whole models only, not blocks as {program.name}; "
-                    "choose latency=physical"
+                    "choose latency=analytical"
                 )
         if any(tokens < 1 for _, tokens in job["points"]):
-            raise InputError(f"{name}: device.contexts=[0]: expected 1 or more; llama_main needs "
-                             "a prompt")  # fmt: skip
+            raise InputError(
+                f"{name}: device.workload.contexts=[0]: expected 1 or more; llama_main needs a "
+                "prompt"
+            )
 
     def _time(self, program: Program, tokens: int, steps: int, warmup: bool) -> llama_main.Run:
         """One process that did not throttle, on a prompt of exactly `tokens`."""

@@ -185,7 +185,7 @@ class Device(ABC):
             "warmups": self.settings.warmups,
             "runs": self.settings.runs,
             "points": [[point.phase.value, point.tokens] for point in workload.points],
-            "prefill_chunk": workload.prefill_chunk,
+            "prefill_chunk": self.settings.lowering.chunk,
             "decode_tokens": workload.decode_tokens,
         }
 

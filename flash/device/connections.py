@@ -1,4 +1,4 @@
-"""How a device is reached over ssh or adb: the settings `device.ssh` and `device.android`."""
+"""Connections to devices over ssh or adb: the settings `device.ssh` and `device.android`."""
 
 import re
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class SshSettings:
     host: str = ""
     """Name, address, or alias of ssh's configuration."""
     user: str | None = None
-    """Who to log in as."""
+    """Name to log in as; null is left to ssh."""
     port: int | None = None
-    """TCP port."""
+    """TCP port; null is left to ssh."""
     identity: str | None = None
-    """File of the private key."""
+    """File of the private key; null is left to ssh."""
     known_hosts: str | None = None
-    """File with the host's public key; nothing else is then believed."""
+    """File with the host's public key; no other file is then believed; null is left to ssh."""
     python: str = "python3"
     """Python on the board, of an environment with executorch; a name or a path there."""
     folder: str = ".cache/flash"
@@ -42,17 +42,21 @@ class SshSettings:
     keep_mib: int = 4096
     """Programs kept on the board; beyond it the ones unused for longest are removed [MiB]."""
 
-    def check(self) -> None:
-        """Raise an InputError that names the first value that cannot be meant."""
-        _check_name("device.ssh.host", self.host)
+    def __post_init__(self) -> None:
+        if self.host:
+            _check_name("host", self.host)
         if self.user is not None:
-            _check_name("device.ssh.user", self.user)
+            _check_name("user", self.user)
         if self.port is not None:
-            require(0 < self.port < 65536, "device.ssh.port", self.port, "1 to 65535")
-        _check_word("device.ssh.python", self.python)
-        require(self.connect_timeout_s >= 1, "device.ssh.connect_timeout_s",
-                self.connect_timeout_s, "1 or more")  # fmt: skip
-        _check_common("device.ssh", self)
+            require(0 < self.port < 65536, "port", self.port, "1 to 65535")
+        _check_word("python", self.python)
+        timeout = self.connect_timeout_s
+        require(timeout >= 1, "connect_timeout_s", timeout, "1 or more")
+        _check_common(self)
+
+    def check(self) -> None:
+        """Raise an InputError if a value that only the user knows is missing."""
+        _check_name("device.ssh.host", self.host)
 
 
 @dataclass(kw_only=True)
@@ -60,7 +64,7 @@ class AndroidSettings:
     """A phone behind adb, on which ExecuTorch's `llama_main` runs programs."""
 
     serial: str | None = None
-    """Which phone, as `adb devices` lists it; null means the only one."""
+    """Serial number of the phone, as `adb devices` lists it; null means the only one."""
     adb: str = "adb"
     """The adb client."""
     server_port: int | None = None
@@ -92,35 +96,35 @@ class AndroidSettings:
     keep_mib: int = 4096
     """Programs kept on the phone; beyond it the ones unused for longest are removed [MiB]."""
 
-    def check(self) -> None:
-        """Raise an InputError that names the first value that cannot be meant."""
+    def __post_init__(self) -> None:
         if self.serial is not None:
-            _check_name("device.android.serial", self.serial)
+            _check_name("serial", self.serial)
         if self.server_port is not None:
             port = self.server_port
-            require(0 < port < 65536, "device.android.server_port", port, "1 to 65535")
+            require(0 < port < 65536, "server_port", port, "1 to 65535")
+        require(self.folder.startswith("/"), "folder", self.folder, "an absolute path")
+        for name in ("cool_timeout_s", "throttled_retries"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        timeout = self.reconnect_timeout_s
+        require(timeout > 0, "reconnect_timeout_s", timeout, "above 0")
+        _check_common(self)
+
+    def check(self) -> None:
+        """Raise an InputError that names a value that only the user knows and that is missing."""
         for name, meant in (
             ("runner", "the path of a llama_main; scripts/build_llama_main.sh builds one"),
             ("tokenizer", "the path of the tokenizer.json of the programs' vocabulary"),
         ):
             require(bool(getattr(self, name)), f"device.android.{name}", "", meant)
-        require(self.folder.startswith("/"), "device.android.folder", self.folder,
-                "an absolute path")  # fmt: skip
-        for name in ("cool_timeout_s", "throttled_retries"):
-            require(getattr(self, name) >= 0, f"device.android.{name}", getattr(self, name),
-                    "0 or more")  # fmt: skip
-        require(self.reconnect_timeout_s > 0, "device.android.reconnect_timeout_s",
-                self.reconnect_timeout_s, "above 0")  # fmt: skip
-        _check_common("device.android", self)
 
 
-def _check_common(key: str, settings: SshSettings | AndroidSettings) -> None:
-    _check_word(f"{key}.folder", settings.folder)
+def _check_common(settings: SshSettings | AndroidSettings) -> None:
+    _check_word("folder", settings.folder)
     for name in ("retries", "backoff_s", "keep_mib"):
         value = getattr(settings, name)
-        require(value >= 0, f"{key}.{name}", value, "0 or more")
+        require(value >= 0, name, value, "0 or more")
     timeout = settings.push_timeout_s
-    require(timeout > 0, f"{key}.push_timeout_s", timeout, "above 0")
+    require(timeout > 0, "push_timeout_s", timeout, "above 0")
 
 
 def _check_name(key: str, value: str) -> None:

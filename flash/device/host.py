@@ -97,7 +97,7 @@ def exit_reason(code: int, stderr: str) -> str:
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return (
             "the runner was killed, most likely because the device's memory was full; "
-            "lower latency.group_size or device.max_context, or choose a smaller model"
+            "lower latency.group_size or device.lowering.max_context, or choose a smaller model"
         )
     lines = [line for line in stderr.splitlines() if line.strip() and not is_noise(line)]
     return f"the runner exited with code {code}: {' | '.join(lines[-3:]) or 'it printed nothing'}"

@@ -1,8 +1,8 @@
-"""What is timed: prompts of some lengths, and single steps of decoding at some contexts."""
+"""Latencies to time: prompts of some lengths, and single decode steps at some contexts."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from flash.errors import InputError, require
@@ -45,26 +45,20 @@ class Point:
         return self.name
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: omegaconf would refuse overrides
 class Workload:
-    """The latencies of a measurement. The first prompt and the first context are the headline.
+    """Latencies of a measurement. The first prompt and the first context are the headline.
 
     TTFT is the time from an empty cache to the first token's logits, the prompt fed in chunks.
-    Decode is the time of one token at a cache position; what the cache holds does not change it.
-
-    Attributes:
-        prompts: Lengths of the prompts whose TTFT is timed [tokens].
-        contexts: Cache positions at which decode steps are timed [tokens].
-        decode_tokens: Timed decode steps of one run.
-        prefill_chunk: Most prompt tokens of one call; at most the program's own chunk [tokens].
-        threads: Threads of the runtime's pool.
+    Decode is the time of one token at a cache position; the cache's content does not change it.
     """
 
-    prompts: tuple[int, ...]
-    contexts: tuple[int, ...]
-    decode_tokens: int
-    prefill_chunk: int
-    threads: int
+    prompts: list[int] = field(default_factory=lambda: [512])
+    """Prompt lengths whose TTFT is timed; the search works on the first [tokens]."""
+    contexts: list[int] = field(default_factory=lambda: [512])
+    """Cache positions at which decoding is timed; the search works on the first [tokens]."""
+    decode_tokens: int = 16
+    """Timed decode steps of one run."""
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("contexts", 0)):
@@ -72,16 +66,17 @@ class Workload:
             legal = all(type(value) is int and value >= least for value in values)
             require(
                 legal and len(set(values)) == len(values),
-                f"workload.{name}",
+                name,
                 list(values),
                 f"different integers of at least {least}",
             )
-        require(bool(self.prompts or self.contexts), "workload.prompts", "[]", "something to time")
-        for name in ("decode_tokens", "prefill_chunk", "threads"):
-            value = getattr(self, name)
-            require(
-                type(value) is int and value > 0, f"workload.{name}", value, "a positive integer"
-            )
+        require(bool(self.prompts or self.contexts), "prompts", "[]", "something to time")
+        require(
+            type(self.decode_tokens) is int and self.decode_tokens > 0,
+            "decode_tokens",
+            self.decode_tokens,
+            "a positive integer",
+        )
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -103,6 +98,6 @@ class Workload:
 
     def only(self, points: Sequence[Point]) -> "Workload":
         """The same with some of its points."""
-        prompts = tuple(p.tokens for p in points if p.phase is Phase.prefill)
-        contexts = tuple(p.tokens for p in points if p.phase is Phase.decode)
+        prompts = [p.tokens for p in points if p.phase is Phase.prefill]
+        contexts = [p.tokens for p in points if p.phase is Phase.decode]
         return replace(self, prompts=prompts, contexts=contexts)

@@ -148,8 +148,8 @@ class TextLM(TemplateLM):
         if new_tokens >= self.max_length:
             raise InputError(
                 f"task {task}: answers of up to {new_tokens} tokens: expected fewer than the "
-                f"{self.max_length} that the model can read; raise device.max_context and export "
-                "again, or leave the task out"
+                f"{self.max_length} that the model can read; raise "
+                "device.lowering.max_context and export again, or leave the task out"
             )
         return new_tokens, [stop for stop in values["until"] if stop]
 
@@ -305,7 +305,7 @@ class ProgramLM(TextLM):
     def __init__(
         self, device: Device, program: Path, texts: Texts, kinds: Sequence[Attention]
     ) -> None:
-        super().__init__(texts, device.settings.max_context)
+        super().__init__(texts, device.settings.lowering.max_context)
         self._runtime, self._program = device, program
         # A sliding layer's cache has forgotten what a text shares with the one before it.
         self._reuse = Attention.sliding_attention not in kinds

@@ -1,4 +1,4 @@
-"""`python -m flash.evaluation`: a suite of benchmarks on a model, in one of its forms."""
+"""`flash evaluate`: a suite of benchmarks on a model, in one of its forms."""
 
 import dataclasses
 import hashlib
@@ -75,7 +75,7 @@ class EvaluatedModel:
         if settings.suite.apply_chat_template:
             texts = texts.with_chat()
         program = None
-        if settings.form is ModelFormat.program:
+        if settings.format is ModelFormat.program:
             program = program_of(runs.export(name), spec, weights)
         else:
             check_devices(settings.trainer)
@@ -85,7 +85,7 @@ class EvaluatedModel:
         """What decides the answers, apart from the questions."""
         settings = self.settings
         known: dict[str, Any] = {
-            "form": settings.form.value,
+            "form": settings.format.value,
             "tokenizer": tokenizer_digest(self.texts.tokenizer),
             "ends": [self.texts.prefix_id, *self.texts.end_ids],
         }
@@ -101,7 +101,7 @@ class EvaluatedModel:
         return {
             **known,
             "program": content,
-            "context": settings.device.max_context,
+            "context": settings.device.lowering.max_context,
             "device": [identity["cpu"], identity["runtime"]],
         }
 
@@ -128,15 +128,15 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
     exported = ExportResult.read(folder)
     if exported is None or not path.is_file():
         raise InputError(
-            f"form=program: expected {path}, found none; run export.py with the same +arch first"
+            f"format=program: expected {path}, found none; run export.py with the same +arch first"
         )
     if exported.spec != spec:
         raise InputError(
-            f"form=program: {path} is of arch {exported.spec}: expected {spec}; export it again"
+            f"format=program: {path} is of arch {exported.spec}: expected {spec}; export it again"
         )
     if exported.weights not in ("", fingerprint(weights)):
         raise InputError(
-            f"form=program: {path} was made of other weights than {weights}: export it again "
+            f"format=program: {path} was made of other weights than {weights}: export it again "
             "(export.py overwrite=true), or give model=FOLDER of those that it was made of"
         )
     return path
@@ -152,7 +152,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     subject = EvaluatedModel.open(settings)
     folder = Runs(Path(settings.runs)).evaluation(subject.name)
     results, new = _results(
-        settings, subject, folder / f"{settings.suite.name}.{settings.form.value}"
+        settings, subject, folder / f"{settings.suite.name}.{settings.format.value}"
     )
     figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]
     shares = all(task.percent for task in settings.suite.chosen) and len(figures) > 1
@@ -160,7 +160,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
         name=subject.name,
         spec=subject.spec,
         suite=settings.suite.name,
-        form=settings.form.value,
+        form=settings.format.value,
         limit=settings.limit,
         figures=figures,
         average=sum(row.value for row in figures) / len(figures) if shares else None,

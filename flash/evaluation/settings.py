@@ -44,7 +44,7 @@ class TaskSettings:
     def __post_init__(self) -> None:
         require(
             self.fewshot is None or self.fewshot >= 0,
-            f"suite.tasks: fewshot of {self.name}",
+            "fewshot",
             self.fewshot,
             "0 or more, or null",
         )
@@ -71,13 +71,13 @@ class SuiteSettings:
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
-        require(bool(names), "suite.tasks", names, "at least one task")
-        require(len(set(names)) == len(names), "suite.tasks", names, "each task once")
+        require(bool(names), "tasks", names, "at least one task")
+        require(len(set(names)) == len(names), "tasks", names, "each task once")
         unknown = set(self.leave_out) - set(names)
-        require(not unknown, "suite.leave_out", self.leave_out, f"some of {names}")
-        require(bool(self.chosen), "suite.leave_out", self.leave_out, "at least one task left")
+        require(not unknown, "leave_out", self.leave_out, f"some of {names}")
+        require(bool(self.chosen), "leave_out", self.leave_out, "at least one task left")
         if self.include is not None:
-            require(Path(self.include).is_dir(), "suite.include", self.include, "a folder")
+            require(Path(self.include).is_dir(), "include", self.include, "a folder")
 
     @property
     def chosen(self) -> list[TaskSettings]:
@@ -87,15 +87,16 @@ class SuiteSettings:
 
 @dataclass(kw_only=True)
 class EvaluateSettings:
-    """Root of `python -m flash.evaluation`."""
+    """Root of `flash evaluate`."""
 
     backbone: BackboneSettings = MISSING
     device: DeviceSettings = MISSING
-    """Where `form: program` runs; `form: decoder` runs on `trainer.accelerator`."""
+    """Where `format: program` runs; `format: decoder` runs on `trainer.accelerator`."""
     suite: SuiteSettings = MISSING
     trainer: TrainerSettings = MISSING
     logger: LoggerSettings = MISSING
-    form: ModelFormat = ModelFormat.decoder
+    format: ModelFormat = ModelFormat.decoder
+    """Format of the model that answers."""
     arch: dict[str, Any] = field(default_factory=dict)
     """What to evaluate, as for `export.py`; nothing is the backbone itself."""
     name: str | None = None
@@ -105,7 +106,7 @@ class EvaluateSettings:
     limit: int | None = None
     """Questions of each task, for a first look; null takes all."""
     batch_size: int = 8
-    """Texts at a time with `form: decoder`; changes the speed, not the result."""
+    """Texts at a time with `format: decoder`; changes the speed, not the result."""
     runs: str = "runs"
     """Folder for everything that runs produce."""
 
@@ -113,11 +114,11 @@ class EvaluateSettings:
         expected = "a positive integer"
         require(self.batch_size > 0, "batch_size", self.batch_size, expected)
         require(self.limit is None or self.limit > 0, "limit", self.limit, f"{expected} or null")
-        if isinstance(self.device, DeviceSettings) and self.form is ModelFormat.program:
+        if isinstance(self.device, DeviceSettings) and self.format is ModelFormat.program:
             require(
                 self.device.kind is not DeviceKind.android,
                 "device",
                 self.device.name,
-                "one whose runtime gives logits, for form=program: a phone's llama_main only "
+                "one whose runtime gives logits, for format=program: a phone's llama_main only "
                 "prints text; the same file runs with device=host",
             )

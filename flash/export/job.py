@@ -89,7 +89,11 @@ class ExportJob:
     def texts(self) -> list[Tensor]:
         """Held-out sequences of about `perplexity_tokens` in all, each fitting the cache."""
         settings = self.settings
-        limits = (settings.data.seq_len, settings.device.max_context, settings.perplexity_tokens)
+        limits = (
+            settings.data.seq_len,
+            settings.device.lowering.max_context,
+            settings.perplexity_tokens,
+        )
         length = min(limits)
         count = max(1, settings.perplexity_tokens // length)
         heldout = self.inputs.data.heldout_set
@@ -122,12 +126,12 @@ class ExportJob:
         if trained is None or not trained.settings["recipe"]["qat"]:
             return
         for key in ("group_size", "embedding_bits"):
-            ours = getattr(self.settings.device, key)
+            ours = getattr(self.settings.device.lowering, key)
             theirs = trained.settings["recipe"].get(f"qat_{key}", getattr(recipe, f"qat_{key}"))
             if ours != theirs:
                 log.warning(
-                    "%s was trained with recipe.qat_%s=%d, not with device.%s=%d: the program "
-                    "loses part of what that training won",
+                    "%s was trained with recipe.qat_%s=%d, not with device.lowering.%s=%d: the "
+                    "program loses part of what that training won",
                     *(self.name, key, theirs, key, ours),
                 )
 

@@ -175,7 +175,8 @@ def conditions_of(device: Device) -> str:
 def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:
     """ExecuTorch's own export has one form of attention, and a default chunk that goes with it."""
     if isinstance(shape, StockModel):
-        return dataclasses.replace(settings, attention=AttentionForm.sdpa)
+        lowering = dataclasses.replace(settings.lowering, attention=AttentionForm.sdpa)
+        return dataclasses.replace(settings, lowering=lowering)
     return settings
 
 

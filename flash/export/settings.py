@@ -43,12 +43,12 @@ class FormatSettings:
     """GGUF: share of positions with the same likeliest token; null takes what suits the weights."""
 
     def __post_init__(self) -> None:
-        require(self.max_error_hf > 0, "formats.max_error_hf", self.max_error_hf, "above 0")
+        require(self.max_error_hf > 0, "max_error_hf", self.max_error_hf, "above 0")
         kl, share = self.max_kl_gguf, self.min_agreement_gguf
-        require(kl is None or kl > 0, "formats.max_kl_gguf", kl, "a positive number or null")
+        require(kl is None or kl > 0, "max_kl_gguf", kl, "a positive number or null")
         require(
             share is None or 0 <= share <= 1,
-            "formats.min_agreement_gguf",
+            "min_agreement_gguf",
             share,
             "a share from 0 to 1, or null",
         )

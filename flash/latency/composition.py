@@ -156,7 +156,7 @@ class BlockTable:
         for kind, numbers in counts.items():
             if kind is not Attention.skip_attention and numbers.any():
                 total += numbers * self._interpolate(kind.value, model_dims)
-        if self._lowering.skip_unread and self.point.phase is Phase.prefill:
+        if self._lowering.prefill_last_only and self.point.phase is Phase.prefill:
             total -= self._unread(table, model_dims, ffn_dims)
         num_masks = np.maximum(counts[Attention.sliding_attention] - 1, 0)
         return Composition(total, 1 + depths + table.num_attending, num_masks)

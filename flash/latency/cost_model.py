@@ -205,7 +205,7 @@ def counted(
     tokens, _, calls = _lengths(point, chunk)
     layers, model_dim = table.column("num_layers"), table.column("model_dim")
     attending = table.num_attending
-    skips = lowering.skip_unread and point.phase is Phase.prefill
+    skips = lowering.prefill_last_only and point.phase is Phase.prefill
     tail = table.column("num_tail") * skips
     lasts = (table.column("last_full") + table.column("last_sliding")) * skips
 
@@ -266,7 +266,7 @@ def _attention(
         slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
         slide, last_slide = attend(tokens * slots, slots), attend(calls * slots, slots)
         mask = (sliding > 0) * tokens * slots / _ELEMENTS
-    skips = lowering.skip_unread and prefill
+    skips = lowering.prefill_last_only and prefill
     ends = {kind: table.column(f"last_{kind}") * skips for kind in ("full", "sliding")}
     whole = table.column("num_full") - ends["full"]
     return {
@@ -286,7 +286,9 @@ def last_half_share(
     values[:, [_COLUMN["num_full"], _COLUMN["num_sliding"]]] = kinds  # one half, the last one
     one = SpecTable(values)
     left, whole = (
-        counted(one, point, replace(lowering, skip_unread=skip), lowering.chunk)[:, names].sum(1)
+        counted(one, point, replace(lowering, prefill_last_only=skip), lowering.chunk)[
+            :, names
+        ].sum(1)
         for skip in (True, False)
     )
     return left / np.maximum(whole, 1e-12)

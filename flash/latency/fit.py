@@ -147,7 +147,7 @@ def collect(
     # The store may know more models than are asked for: they cost nothing, so they all count.
     last = backbone.replace(tie_embeddings=True)  # tied or not, the programs are the same
     known = [spec for spec in bench.known_models() if spec != last and spec in space]
-    if settings.predictor is PredictorKind.physical:
+    if settings.predictor is PredictorKind.analytical:
         models = _measure_actively(bench, space, known, last, seed)
     else:
         planned = whole_models(space, backbone, settings.num_whole_models, seed)
@@ -169,14 +169,14 @@ def _check(
     """
     require(
         workload.context <= lowering.max_context,
-        "lowering.max_context",
+        "device.lowering.max_context",
         lowering.max_context,
         f"at least {workload.context}, for the prompt and for the tokens decoded",
     )
     if settings.predictor is PredictorKind.blocks and not device.times_blocks:
         raise InputError(
             f"latency.predictor=blocks: expected one of whole models, as device="
-            f"{device.settings.name} cannot time blocks; choose latency=physical"
+            f"{device.settings.name} cannot time blocks; choose latency=analytical"
         )
 
 
@@ -193,7 +193,7 @@ def _measure_actively(
     pool = space.stratified(np.random.default_rng(seed), _POOL)
     models = [*known, last]
     chooser = _source(bench, objective) or AnalyticalPredictor(
-        objective, bench.lowering, bench.workload.prefill_chunk
+        objective, bench.lowering, bench.lowering.chunk
     )
 
     def grown() -> list[ArchSpec]:
@@ -237,7 +237,7 @@ def _source(bench: Profiler, point: Point) -> AnalyticalPredictor | None:
     attempts = bench.attempts_of(device, point)
     values, errors = comparable(attempts, point.phase)
     specs = [ArchSpec.from_dict(rows[0].subject) for rows in attempts]
-    return AnalyticalPredictor(point, bench.lowering, bench.workload.prefill_chunk).fit(
+    return AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk).fit(
         specs, values, errors
     )
 
@@ -344,10 +344,10 @@ def _maker(
 ) -> Callable[[], Predictor]:
     """What gives an unfitted predictor of this kind."""
     match kind:
-        case PredictorKind.physical if (source := _source(bench, point)) is not None:
+        case PredictorKind.analytical if (source := _source(bench, point)) is not None:
             return lambda: Transferred(source)
-        case PredictorKind.physical:
-            return lambda: AnalyticalPredictor(point, bench.lowering, bench.workload.prefill_chunk)
+        case PredictorKind.analytical:
+            return lambda: AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk)
         case PredictorKind.blocks:
             assert table is not None
             return lambda: BlockPredictor(table)

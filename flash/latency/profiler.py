@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -365,7 +364,7 @@ def conditions_of(
     """What a latency on this device depends on, as the store keys it."""
     timed: dict[str, Any] = {"phase": point.phase.value, "tokens": point.tokens}
     if point.phase is Phase.prefill:
-        timed["prefill_chunk"] = workload.prefill_chunk
+        timed["prefill_chunk"] = lowering.chunk
     else:
         timed["decode_tokens"] = workload.decode_tokens
     if flush_mib:
@@ -444,10 +443,6 @@ def _reference_ms(row: StoredLatency) -> float:
     return min(each["reference_ms"] for each in row.result["conditions"])
 
 
-def plain(settings: LoweringSettings) -> dict[str, Any]:
-    """The settings as JSON values, with the version of the programs."""
-    values = {
-        key: value.value if isinstance(value, Enum) else value
-        for key, value in dataclasses.asdict(settings).items()
-    }
-    return {"version": LOWERING_VERSION, **values}
+def plain(lowering: LoweringSettings) -> dict[str, Any]:
+    """Identity of a program's settings as JSON values, with the version of the programs."""
+    return {"version": LOWERING_VERSION, **lowering.identity()}

@@ -1,4 +1,4 @@
-"""Config group `latency`: how latencies are predicted, and from how many measurements."""
+"""Config group `latency`: predictor of latencies, and the measurements that it is fitted to."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,9 +8,9 @@ from flash.errors import require
 
 
 class PredictorKind(Enum):
-    """What the latency of an architecture that was never measured is predicted from."""
+    """Models of the latency of an architecture that was never measured."""
 
-    physical = "physical"
+    analytical = "analytical"
     """Counted work of whole models, times what each kind of work costs on the device."""
     blocks = "blocks"
     """Measured half-blocks, added up and calibrated on a few whole models."""
@@ -24,7 +24,7 @@ class PredictorKind(Enum):
 
 @dataclass(kw_only=True)  # not frozen: omegaconf would refuse overrides
 class LatencySettings:
-    """How latencies are predicted (stage 1)."""
+    """Prediction of latencies (stage 1)."""
 
     predictor: PredictorKind = PredictorKind.blocks
     """Predictor of prefill and decode latency."""
@@ -37,14 +37,14 @@ class LatencySettings:
     calibration_models: int = 4
     """`blocks`: whole models, beside the backbone, that calibrate the sum of blocks."""
     whole_models: int = 32
-    """Whole models, beside the backbone, to fit to; the paper has 800. `physical` measures no more
-    than these, `gp`, `params` and `flops` exactly these."""
+    """Whole models, beside the backbone, to fit to; the paper has 800. `analytical` measures no
+    more than these, `gp`, `params` and `flops` exactly these."""
     target_error_pct: float = 5.0
-    """`physical`: goes on to measure, a group at a time and what teaches most, until the mean error
-    of models left out of their own fit is surely below this [%]."""
+    """`analytical`: measuring goes on, a group of the most informative models at a time, until the
+    mean error of models left out of their own fit is surely below this [%]."""
     transfer_from: str | None = None
-    """`physical`: name of another device in the store, whose measurements of the same programs this
-    one's predictor starts from; then fewer of its own will do."""
+    """`analytical`: name of another device in the store, whose measurements of the same programs
+    this one's predictor starts from, so that it needs fewer of its own; null starts from none."""
     group_size: int = 8
     """Programs measured together; a kill loses at most one group of measurements."""
     precision_pct: float = 2.0
@@ -68,14 +68,14 @@ class LatencySettings:
             value = getattr(self, name)
             require(
                 type(value) is int and value >= least,
-                f"latency.{name}",
+                name,
                 value,
                 f"an integer of at least {least}",
             )
 
         for name in ("target_error_pct", "precision_pct"):
             value = getattr(self, name)
-            require(value > 0, f"latency.{name}", value, "a number above 0")
+            require(value > 0, name, value, "a number above 0")
 
     @property
     def num_whole_models(self) -> int:

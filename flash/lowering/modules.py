@@ -161,8 +161,8 @@ class ExportableDecoder(nn.Module):
             else None
         )
         attending = [i for i, kind in enumerate(kinds) if kind.attends]
-        last = attending[-1] if attending and settings.skip_unread else None
-        self.reads_all = bool(attending) or not settings.skip_unread
+        last = attending[-1] if attending and settings.prefill_last_only else None
+        self.reads_all = bool(attending) or not settings.prefill_last_only
         self.halves = nn.ModuleList()
         for i, layer in enumerate(cast(Iterable[Layer], model.model.layers)):
             if layer.kind is not Attention.skip_attention:

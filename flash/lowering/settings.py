@@ -1,14 +1,16 @@
-"""What the lowering writes: weight format, cache format, lengths."""
+"""Settings of a lowered program (formats, lengths) and of the gate that proves it."""
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from flash.arch import GROUP, ArchSpec, CacheFormat, Quantization, weight_bytes
 from flash.errors import require
 
 
 class AttentionForm(Enum):
-    """What attends to the cache in prefill.
+    """Operators that attend to the cache in prefill.
 
     A call's last query, the only one in decoding, always goes through `sdpa`, and so do sliding
     layers.
@@ -30,7 +32,7 @@ tokens, 256 and 128 took the same time, 32 took 8 % more."""
 
 
 class SlidingForm(Enum):
-    """How a sliding-window layer keeps its keys and attends to them."""
+    """Cache and attention of a sliding-window layer."""
 
     stock = "stock"
     """ExecuTorch's ring buffer: twice the longest of window and chunk, every slot computed and
@@ -40,62 +42,69 @@ class SlidingForm(Enum):
     and in decoding, overlapping blocks of queries for the rest of a prompt."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: omegaconf would refuse overrides
 class LoweringSettings:
-    """How a decoder becomes a program."""
+    """Formats and lengths of a program."""
 
     quantization: Quantization = Quantization.int8da4w
     """Weight format."""
     group_size: int = GROUP
-    """int8da4w: weights that share a scale; a multiple of 32 that divides every width."""
+    """int8da4w: weights that share a scale; a multiple of 32 that divides every width. The paper
+    has 32."""
     embedding_bits: int = 4
-    """int8da4w: bits of a weight of the embedding, 4 or 8."""
+    """int8da4w: bits of a weight of the embedding: 4 in groups, or 8 with a scale a row."""
     cache: CacheFormat = CacheFormat.fp32
-    """Key and value format; the int8 attention kernel is several times slower on x86."""
+    """Key and value format; int8 is for phones, on x86 its attention kernel is 5 times slower."""
     attention: AttentionForm = AttentionForm.matmul
-    """What attends to the cache in prefill."""
+    """Operators that attend to the cache in prefill."""
     sliding: SlidingForm = SlidingForm.stock
     """Form of sliding-window layers."""
-    skip_unread: bool = True
-    """Whether a prompt's tokens leave out what nothing reads: from the last layer with attention on
-    all but its keys and values, save for the last token."""
-    max_context: int = 2048
+    prefill_last_only: bool = True
+    """Prefill computes, from the last layer with attention on, keys and values of all tokens and
+    the rest for the last token alone: the logits are the same, and nothing reads the others."""
+    max_context: int = 1024
     """Cache slots: the longest prompt and answer together [tokens]."""
     prefill_chunk: int | None = None
-    """Most tokens of one call; None becomes max_context, at most 256 with matmul and 1024 with
-    sdpa; read `chunk` [tokens]."""
+    """Most tokens of one prefill call; null is max_context, at most 256 with `attention: matmul`
+    and 1024 with `sdpa` [tokens]."""
 
     def __post_init__(self) -> None:
         require(
             type(self.group_size) is int and self.group_size > 0 and self.group_size % GROUP == 0,
-            "lowering.group_size",
+            "group_size",
             self.group_size,
             f"a multiple of {GROUP}, which XNNPACK's kernels read at a time",
         )
-        require(
-            self.embedding_bits in (4, 8), "lowering.embedding_bits", self.embedding_bits, "4 or 8"
-        )
+        require(self.embedding_bits in (4, 8), "embedding_bits", self.embedding_bits, "4 or 8")
         require(
             type(self.max_context) is int and self.max_context >= 2,
-            "lowering.max_context",
+            "max_context",
             self.max_context,
             "an integer of at least 2",
         )
-        if self.prefill_chunk is None:
-            chunk = min(self.max_context, LARGEST_CHUNK[self.attention])
-            object.__setattr__(self, "prefill_chunk", chunk)
+        chunk = self.prefill_chunk
         require(
-            type(self.prefill_chunk) is int and 2 <= self.prefill_chunk <= self.max_context,
-            "lowering.prefill_chunk",
-            self.prefill_chunk,
-            f"an integer from 2 to lowering.max_context={self.max_context}",
+            chunk is None or (type(chunk) is int and 2 <= chunk <= self.max_context),
+            "prefill_chunk",
+            chunk,
+            f"null or an integer from 2 to max_context={self.max_context}",
         )
 
     @property
     def chunk(self) -> int:
-        """`prefill_chunk`, which is a number once this object is made [tokens]."""
-        assert self.prefill_chunk is not None
-        return self.prefill_chunk
+        """Most tokens of one prefill call [tokens]."""
+        if self.prefill_chunk is not None:
+            return self.prefill_chunk
+        return min(self.max_context, LARGEST_CHUNK[self.attention])
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide a program, by the names that measurement stores use."""
+        values = {
+            key: value.value if isinstance(value, Enum) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+        skip_unread = values.pop("prefill_last_only")
+        return {**values, "prefill_chunk": self.chunk, "skip_unread": skip_unread}
 
     def check_fits(self, spec: ArchSpec) -> None:
         """See that a program can be written of `spec`.
@@ -106,7 +115,7 @@ class LoweringSettings:
         """
         require(
             self.max_context <= spec.max_context,
-            "lowering.max_context",
+            "device.lowering.max_context",
             self.max_context,
             f"at most arch.max_context={spec.max_context}",
         )
@@ -115,7 +124,7 @@ class LoweringSettings:
         widths = (spec.model_dim, spec.ffn_dim, spec.num_heads * spec.head_dim)
         require(
             all(width % self.group_size == 0 for width in widths),
-            "lowering.group_size",
+            "device.lowering.group_size",
             self.group_size,
             f"a divisor of model_dim, ffn_dim and num_heads * head_dim, which are {widths}",
         )
@@ -158,14 +167,14 @@ class GateSettings:
     def __post_init__(self) -> None:
         for name in ("prefill_tokens", "decode_tokens"):
             value = getattr(self, name)
-            require(type(value) is int and value >= 2, f"gate.{name}", value, "2 or more")
+            require(type(value) is int and value >= 2, name, value, "2 or more")
         for name in ("min_agreement_quantized", "min_agreement_runtime"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"gate.{name}", value, "a share from 0 to 1")
+            require(0 <= value <= 1, name, value, "a share from 0 to 1")
         limits = ("max_error_fp32", "max_error_exported", "max_kl_quantized", "max_kl_runtime")
         for name in limits:
             value = getattr(self, name)
-            require(value > 0, f"gate.{name}", value, "a positive number")
+            require(value > 0, name, value, "a positive number")
 
     @property
     def tokens(self) -> int:
@@ -179,7 +188,7 @@ class GateSettings:
         )
         require(
             settings.max_context >= self.tokens,
-            "lowering.max_context",
+            "device.lowering.max_context",
             settings.max_context,
             f"at least {self.tokens} for a gate",
         )

@@ -79,11 +79,16 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,
         "device": open_device(settings.device).identity(),
-        "workload": plain(settings.device.workload),
+        "workload": _workload_identity(settings.device),
         "seed": settings.seed,
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
     return SearchJob(settings, space, inputs, identity, objectives, baseline)
+
+
+def _workload_identity(device: DeviceSettings) -> dict[str, Any]:
+    chunk, threads = device.lowering.chunk, device.threads
+    return {**plain(device.workload), "prefill_chunk": chunk, "threads": threads}
 
 
 def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:

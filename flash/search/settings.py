@@ -52,7 +52,7 @@ class SearchLimits:
         for name, value in self.given().items():
             require(
                 math.isfinite(value) and value > 0,
-                f"search.limits.{name}",
+                name,
                 value,
                 "a positive number or null",
             )
@@ -121,15 +121,15 @@ class SearchSettings:
             value = getattr(self, key)
             require(
                 value is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value) is not None,
-                f"search.{key}",
+                key,
                 value,
                 "letters, digits, '_' and '-', as it becomes part of file names",
             )
         require(
             self.from_study is None or self.from_study != self.study,
-            "search.from_study",
+            "from_study",
             self.from_study,
-            "another name than search.study, which the new frontier gets",
+            "another name than study, which the new frontier gets",
         )
         for name in (
             "trials",
@@ -142,27 +142,27 @@ class SearchSettings:
             "promote_tokens",
         ):
             value = getattr(self, name)
-            require(value > 0, f"search.{name}", value, "a positive integer")
-        require(self.retries >= 0, "search.retries", self.retries, "0 or more")
-        require(0 <= self.stop_error < 1, "search.stop_error", self.stop_error, "from 0 to below 1")
+            require(value > 0, name, value, "a positive integer")
+        require(self.retries >= 0, "retries", self.retries, "0 or more")
+        require(0 <= self.stop_error < 1, "stop_error", self.stop_error, "from 0 to below 1")
         require(
             self.pool_size >= self.batch,
-            "search.pool_size",
+            "pool_size",
             self.pool_size,
-            f"at least search.batch={self.batch}",
+            f"at least batch={self.batch}",
         )
         for name in ("max_loss_increase", "max_cost_ratio"):
             value = getattr(self, name)
-            require(value > 0, f"search.{name}", value, "a positive number")
+            require(value > 0, name, value, "a positive number")
         for name, value in self.reference.items():
             if name not in Objective.__members__:
                 raise InputError(
-                    f"search.reference.{name}={value}: unknown objective; "
+                    f"reference.{name}={value}: unknown objective; "
                     f"{nearest(name, Objective.__members__)}"
                 )
             require(
                 math.isfinite(value) and value > 0,
-                f"search.reference.{name}",
+                f"reference.{name}",
                 value,
                 "a positive number",
             )
@@ -170,7 +170,7 @@ class SearchSettings:
             names = [objective.name for objective in self.objectives]
             if "quality" not in names or len(set(names)) < len(names):
                 raise InputError(
-                    f"search.objectives={names}: expected quality and any others, each once; what "
+                    f"objectives={names}: expected quality and any others, each once; what "
                     "depends on no training needs no search"
                 )
 

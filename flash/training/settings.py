@@ -61,7 +61,7 @@ class LrReference:
         for name in ("model_dim", "batch_tokens"):
             value = getattr(self, name)
             expected = "a positive integer or null"
-            require(value is None or value > 0, f"recipe.lr_reference.{name}", value, expected)
+            require(value is None or value > 0, name, value, expected)
 
 
 @dataclass(kw_only=True)
@@ -100,35 +100,31 @@ class RecipeSettings:
     qat: bool = False
     """Train with the rounding of 8da4w in the forward pass, as it will be on the device."""
     qat_group_size: int = GROUP
-    """Weights that share a scale, as `device.group_size`."""
+    """Weights that share a scale, as `device.lowering.group_size`."""
     qat_embedding_bits: int = 4
-    """Bits of a weight of the embedding, as `device.embedding_bits`."""
+    """Bits of a weight of the embedding, as `device.lowering.embedding_bits`."""
     lr_reference: LrReference = dataclasses.field(default_factory=LrReference)
     """Where `lr` was found, to scale it with width and batch; by default it is taken as it is."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "calibration_tokens"):
             value = getattr(self, name)
-            require(value > 0, f"recipe.{name}", value, "a positive integer")
+            require(value > 0, name, value, "a positive integer")
         for name in ("lr", "grad_clip", "temperature"):
             value = getattr(self, name)
-            require(
-                math.isfinite(value) and value > 0, f"recipe.{name}", value, "a positive number"
-            )
+            require(math.isfinite(value) and value > 0, name, value, "a positive number")
         for name in ("final_lr_ratio", "warmup_ratio", "decay_ratio", "kd_weight"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"recipe.{name}", value, "a number from 0 to 1")
+            require(0 <= value <= 1, name, value, "a number from 0 to 1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"recipe.{name}", value, "a number from 0 to below 1")
+            require(0 <= value < 1, name, value, "a number from 0 to below 1")
         k = self.kd_top_k
-        require(k is None or k > 0, "recipe.kd_top_k", k, "a positive integer or null")
+        require(k is None or k > 0, "kd_top_k", k, "a positive integer or null")
         size, bits = self.qat_group_size, self.qat_embedding_bits
-        require(
-            size > 0 and size % GROUP == 0, "recipe.qat_group_size", size, f"a multiple of {GROUP}"
-        )
-        require(bits in (4, 8), "recipe.qat_embedding_bits", bits, "4 or 8")
-        require(self.weight_decay >= 0, "recipe.weight_decay", self.weight_decay, "0 or more")
+        require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
+        require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""
@@ -231,19 +227,19 @@ class TrainerSettings:
         counts = ("devices", "nodes", "eval_every_steps", "checkpoint_every_steps")
         for name in (*counts, "log_every_steps", "max_skipped"):
             value = getattr(self, name)
-            require(value > 0, f"trainer.{name}", value, "a positive integer")
+            require(value > 0, name, value, "a positive integer")
         for name in ("max_steps", "micro_batch"):
             value = getattr(self, name)
             expected = "a positive integer or null"
-            require(value is None or value > 0, f"trainer.{name}", value, expected)
+            require(value is None or value > 0, name, value, expected)
         for name in ("spike_factor", "usd_per_hour"):
             value = getattr(self, name)
             expected = "a positive number or null"
-            require(value is None or value > 0, f"trainer.{name}", value, expected)
+            require(value is None or value > 0, name, value, expected)
         known = ("cpu", "gpu", "cuda", "mps", "tpu", "auto")
         require(
             self.accelerator in known,
-            "trainer.accelerator",
+            "accelerator",
             self.accelerator,
             f"one of {', '.join(known)}",
         )

@@ -46,7 +46,7 @@ def check_top_k(recipe: RecipeSettings, data: DataSettings, vocab_size: int) -> 
         "recipe.kd_top_k",
         k,
         f"null for data.source={data.source.value}, which is streamed; make shards of it "
-        "(`python -m flash.data prepare`) and train with data=shards",
+        "(`flash prepare`) and train with data=shards",
     )
 
 

@@ -190,7 +190,7 @@ def test_unusable_shards_are_named(settings, tokenizer, tmp_path):
 
 
 def test_the_command_prepares(files, backbone_folder, tmp_path):
-    command = [sys.executable, "-m", "flash.data", "prepare", "data=files", f"runs={tmp_path}"]
+    command = [sys.executable, "-m", "flash", "prepare", "data=files", f"runs={tmp_path}"]
     backbone = f"backbone.weights={backbone_folder}"
     done = subprocess.run(
         [*command, backbone, f"data.parts=[{{path: {files}}}]"], capture_output=True, text=True
@@ -206,7 +206,7 @@ def test_wrong_keys_of_a_part_are_named(monkeypatch, tmp_path, capsys):
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["prepare", "data=files", "data.parts=[{pth: texts}]"])
     with pytest.raises(SystemExit) as stop:
-        entry(PrepareSettings, pytest.fail)
+        entry("prepare", pytest.fail)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

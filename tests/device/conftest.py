@@ -3,6 +3,7 @@ import torch
 
 from flash.arch import ArchSpec, Quantization, parse_pattern
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
@@ -43,14 +44,10 @@ def program(model, tmp_path_factory):
 def settings():
     return DeviceSettings(
         name="test",
-        quantization=Quantization.fp32,
-        max_context=64,
-        prefill_chunk=8,
-        prompts=[20],
-        contexts=[30],
-        decode_tokens=4,
         processes=2,
         warmups=1,
         runs=2,
         reject_ratio=1000.0,
+        lowering=LoweringSettings(quantization=Quantization.fp32, max_context=64, prefill_chunk=8),
+        workload=Workload(prompts=[20], contexts=[30], decode_tokens=4),
     )

@@ -240,7 +240,7 @@ def test_what_llama_main_cannot_do_is_said(phone, connect, pte):
     block = [Program(name="block", path=pte, model_dim=64)]
     with pytest.raises(InputError, match="whole models only, not blocks as block"):
         device.measure(block, device.settings.workload)
-    zero = Workload(prompts=(), contexts=(0,), decode_tokens=1, prefill_chunk=8, threads=1)
+    zero = Workload(prompts=[], contexts=[0], decode_tokens=1)
     with pytest.raises(InputError, match=r"contexts=\[0\]"):
         device.measure([Program(name="a", path=pte, vocab_size=64)], zero)
 

@@ -15,6 +15,7 @@ from flash.device import system_info
 from flash.device.factory import open_device
 from flash.device.host import HostDevice, run_process
 from flash.device.measurement import Measurement, Program
+from flash.device.workload import Workload
 from flash.errors import DeviceError, InputError
 from flash.model.decoder import generate
 
@@ -191,7 +192,11 @@ def test_identity_holds_what_changes_times(settings):
 
 def test_process_is_pinned_and_several_lengths_are_timed(program, settings):
     cpu = max(os.sched_getaffinity(0))
-    settings = replace(settings, cpus=[cpu], prompts=[20, 5], contexts=[30, 3, 9])
+    settings = replace(
+        settings,
+        cpus=[cpu],
+        workload=Workload(prompts=[20, 5], contexts=[30, 3, 9], decode_tokens=4),
+    )
     [measured] = HostDevice(settings).measure(
         [Program(name="a", path=program, vocab_size=64, flush_mib=1)], settings.workload
     )

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from flash.arch import Attention, Quantization
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.errors import InputError
 from flash.evaluation.harness import DecoderLM, ProgramLM, TextLM
 from flash.evaluation.tokenization import Texts
 from flash.lowering.lower import lower, write
+from flash.lowering.settings import LoweringSettings
 from flash.model.checkpoint import load
 from tests.evaluation.conftest import CONTEXT, TOKENIZER, save_decoder, tiny_decoder
 
@@ -129,13 +131,11 @@ def pair(request, tmp_path_factory) -> tuple[DecoderLM, ProgramLM]:
     texts = Texts.open(save_decoder(model, folder / "checkpoint"))
     settings = DeviceSettings(
         name="test",
-        quantization=Quantization.fp32,
-        max_context=CONTEXT,
-        prefill_chunk=16,
-        prompts=[20],
-        contexts=[30],
         threads=1,
-        decode_tokens=4,
+        lowering=LoweringSettings(
+            quantization=Quantization.fp32, max_context=CONTEXT, prefill_chunk=16
+        ),
+        workload=Workload(prompts=[20], contexts=[30], decode_tokens=4),
     )
     write(folder / "model.pte", lower(model, settings.lowering, bos_id=0, eos_ids=[0]))
     kinds = model.spec.layer_types

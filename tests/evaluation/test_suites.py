@@ -1,4 +1,4 @@
-"""`python -m flash.evaluation` on local tasks: results, files, what is kept, what is refused."""
+"""`flash evaluate` on local tasks: results, files, what is kept, what is refused."""
 
 import dataclasses
 import json
@@ -12,12 +12,14 @@ from omegaconf import OmegaConf
 from flash.config import CONF
 from flash.device.connections import AndroidSettings
 from flash.device.settings import DeviceKind, DeviceSettings
+from flash.device.workload import Workload
 from flash.errors import InputError
 from flash.evaluation.run import evaluate
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.evaluation.suites import SuiteResult, as_text
 from flash.evaluation.tasks import OWN_TASKS, Tasks
 from flash.evaluation.tokenization import Texts
+from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.training.settings import LoggerKind, LoggerSettings, TrainerSettings
 from tests.evaluation.conftest import (
@@ -39,7 +41,12 @@ QUIZ = TaskSettings(name="quiz", title="Quiz", fewshot=2, metric="exact_match,no
 def settings(checkpoint, task_folder, tmp_path) -> EvaluateSettings:
     return EvaluateSettings(
         backbone=BackboneSettings(name="toy", weights=str(checkpoint)),
-        device=DeviceSettings(name="host", max_context=96, prompts=[20], contexts=[30], threads=1),
+        device=DeviceSettings(
+            name="host",
+            threads=1,
+            lowering=LoweringSettings(max_context=96),
+            workload=Workload(prompts=[20], contexts=[30]),
+        ),
         suite=SuiteSettings(name="local", tasks=[CHOICE, QUIZ], include=str(task_folder)),
         trainer=TrainerSettings(),
         logger=LoggerSettings(name="none", kind=LoggerKind.none),
@@ -201,10 +208,10 @@ def test_tasks_that_cannot_run_are_one_line(settings, task_folder, task, message
 
 
 def test_models_that_are_not_there_are_one_line(settings, tmp_path):
-    settings.form = ModelFormat.program
-    with pytest.raises(InputError, match=r"form=program: expected .*model\.pte, found none; run"):
+    settings.format = ModelFormat.program
+    with pytest.raises(InputError, match=r"format=program: expected .*model\.pte, found none; run"):
         evaluate(settings)
-    settings.form, settings.arch = ModelFormat.decoder, {"ffn_dim": 64}
+    settings.format, settings.arch = ModelFormat.decoder, {"ffn_dim": 64}
     with pytest.raises(InputError, match=r"model=null: expected trained weights in"):
         evaluate(settings)
     settings.model = settings.backbone.weights
@@ -247,7 +254,7 @@ def test_illegal_settings_are_refused(settings):
     phone = DeviceSettings(name="phone", kind=DeviceKind.android, android=AndroidSettings())
     assert EvaluateSettings(**{**vars(settings), "device": phone}).device is phone
     with pytest.raises(InputError, match="device=phone: expected one whose runtime gives logits"):
-        EvaluateSettings(**{**vars(settings), "device": phone, "form": ModelFormat.program})
+        EvaluateSettings(**{**vars(settings), "device": phone, "format": ModelFormat.program})
 
 
 def test_a_chat_template_is_used_and_ends_answers(settings, checkpoint, tmp_path, monkeypatch):

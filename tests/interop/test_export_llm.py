@@ -11,6 +11,7 @@ from flash.arch import ArchSpec, CacheFormat, RopeKind, RopeScaling, count_param
 from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.errors import CheckFailed, InputError
 from flash.interop import export_llm
 from flash.interop.baselines import STOCK_MODELS, StockModel, as_stock, stock_model
@@ -35,14 +36,11 @@ def host() -> HostDevice:
     return HostDevice(
         DeviceSettings(
             name="test",
-            max_context=64,
-            prefill_chunk=16,
-            prompts=[40],
-            contexts=[40],
-            decode_tokens=4,
             processes=1,
             warmups=1,
             runs=1,
+            lowering=LoweringSettings(max_context=64, prefill_chunk=16),
+            workload=Workload(prompts=[40], contexts=[40], decode_tokens=4),
         )
     )
 

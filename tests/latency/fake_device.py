@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from flash.device.measurement import Latency, Measurement
 from flash.device.workload import Workload
 
-WORKLOAD = Workload(prompts=(64,), contexts=(64,), decode_tokens=4, prefill_chunk=64, threads=1)
+WORKLOAD = Workload(prompts=[64], contexts=[64], decode_tokens=4)
 CALL_MS = 0.05
 
 

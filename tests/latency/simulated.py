@@ -53,7 +53,7 @@ TINY = SearchSpace(
     SMALL,
 )
 LOWERING = LoweringSettings(max_context=2304)
-SDPA = replace(LOWERING, attention=AttentionForm.sdpa, prefill_chunk=1024, skip_unread=False)
+SDPA = replace(LOWERING, attention=AttentionForm.sdpa, prefill_chunk=1024, prefill_last_only=False)
 PREFILL_512, PREFILL_2048 = Point(Phase.prefill, 512), Point(Phase.prefill, 2048)
 DECODE_512 = Point(Phase.decode, 512)
 POINTS = (PREFILL_512, PREFILL_2048, DECODE_512)
@@ -102,7 +102,7 @@ class SimulatedDevice:
         total = 0.03
         attending = [i for i, kind in enumerate(spec.layer_types) if kind.attends]
         for i, kind in enumerate(spec.layer_types):
-            tail = lowering.skip_unread and length > 1 and not any(j > i for j in attending)
+            tail = lowering.prefill_last_only and length > 1 and not any(j > i for j in attending)
             if kind is not Attention.skip_attention:
                 total += 2 * self._product(length, d, kv) + 22 * self.operator_ms
                 asked = 1 if tail else length

@@ -81,7 +81,7 @@ def test_the_tail_of_a_model_sees_one_token_of_a_prompt():
         BACKBONE.replace(layer_types=kinds)
         for kinds in ((full, skip, full, skip, skip), (full, skip))
     )
-    whole = replace(LOWERING, skip_unread=False)
+    whole = replace(LOWERING, prefill_last_only=False)
     left, all_of_it, body = (
         work_of(spec, PREFILL_512, lowering)
         for spec, lowering in ((tailed, LOWERING), (tailed, whole), (short, whole))

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
-from flash.device.workload import Point
+from flash.device.workload import Point, Workload
 from flash.errors import InputError
 from flash.latency.fit import collect, make_grid, whole_models
 from flash.latency.profiler import Subject
@@ -44,10 +44,10 @@ SPACE = SearchSpace(
     BACKBONE,
 )
 PREFILL, DECODE = WORKLOAD.points
-LOWERING = LoweringSettings(max_context=128, skip_unread=False)
+LOWERING = LoweringSettings(max_context=128, prefill_last_only=False)
 BLOCKS = LatencySettings()
 SETTINGS = replace(BLOCKS, group_size=5)
-ACTIVE = LatencySettings(predictor=PredictorKind.physical, group_size=5, whole_models=25)
+ACTIVE = LatencySettings(predictor=PredictorKind.analytical, group_size=5, whole_models=25)
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_whole_models_start_alike_and_end_with_the_backbone():
     assert all(spec in SPACE for spec in few)
 
 
-@pytest.mark.parametrize("name", ["physical", "blocks", "gp", "params", "flops"])
+@pytest.mark.parametrize("name", ["analytical", "blocks", "gp", "params", "flops"])
 def test_values_of_each_group_file_fit_the_schema(name, request):
     path = request.config.rootpath / "conf" / "latency" / f"{name}.yaml"
     schema = OmegaConf.structured(LatencySettings)
@@ -340,13 +340,11 @@ def test_stage_one_on_this_machine(tmp_path):
     )
     device_settings = DeviceSettings(
         name="test",
-        max_context=64,
-        prompts=[48],
-        contexts=[32],
-        decode_tokens=4,
         processes=2,
         warmups=1,
         runs=3,
+        lowering=LoweringSettings(max_context=64),
+        workload=Workload(prompts=[48], contexts=[32], decode_tokens=4),
     )
     arguments = {
         "space": SearchSpace(sizes, backbone),

@@ -54,7 +54,7 @@ GRID = Grid(
 
 
 POINT = Point(Phase.prefill, 64)
-WHOLE = LoweringSettings(max_context=64, skip_unread=False)
+WHOLE = LoweringSettings(max_context=64, prefill_last_only=False)
 """Every part of a prompt is computed."""
 
 

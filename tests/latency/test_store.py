@@ -11,7 +11,7 @@ import pytest
 
 from flash.arch import ArchSpec, parse_pattern
 from flash.errors import InputError
-from flash.latency.__main__ import main
+from flash.latency.command import main
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
 
 CONDITIONS = Conditions(

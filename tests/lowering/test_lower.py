@@ -23,16 +23,16 @@ def last_logits(form, text, chunks):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", AttentionForm)
-@pytest.mark.parametrize("skip_unread", [True, False])
+@pytest.mark.parametrize("prefill_last_only", [True, False])
 @pytest.mark.parametrize(
     ("pattern", "qk_norm"),
     [("F-", True), ("S-S", True), ("FS", False), ("-FF", True), ("--", False)],
 )
 def test_form_equals_decoder_at_every_step(
-    toy, settings, text, pattern, qk_norm, skip_unread, attention
+    toy, settings, text, pattern, qk_norm, prefill_last_only, attention
 ):
     model = toy(pattern, qk_norm)
-    formats = replace(settings("fp32"), attention=attention, skip_unread=skip_unread)
+    formats = replace(settings("fp32"), attention=attention, prefill_last_only=prefill_last_only)
     form = ExportableDecoder(model, formats)
     expected = model(text[None, :20])[0]
     for chunks in ([9, 7, 1, 1, 1, 1], [16, 4], [1] * 20):
@@ -156,17 +156,19 @@ def test_write_replaces_the_file_as_a_whole(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("skip_unread", [True, False])
+@pytest.mark.parametrize("prefill_last_only", [True, False])
 @pytest.mark.parametrize(("pattern", "whole"), [("F-F--", 2), ("----", 0), ("FF", 1)])
 def test_what_nothing_reads_is_left_out_of_a_prompt(
-    toy, settings, text, pattern, whole, skip_unread
+    toy, settings, text, pattern, whole, prefill_last_only
 ):
     """From the last layer with attention on, FFNs see the last token only."""
-    form = ExportableDecoder(toy(pattern), replace(settings("fp32"), skip_unread=skip_unread))
+    form = ExportableDecoder(
+        toy(pattern), replace(settings("fp32"), prefill_last_only=prefill_last_only)
+    )
     lengths = []
     for half in form.halves:
         if isinstance(half, FfnHalf):
             half.register_forward_hook(lambda *args: lengths.append(args[1][0].shape[1]))
     form(text[None, :12], torch.tensor([0]))
-    read_by_others = whole if skip_unread else len(pattern)
+    read_by_others = whole if prefill_last_only else len(pattern)
     assert lengths == [12] * read_by_others + [1] * (len(pattern) - read_by_others)

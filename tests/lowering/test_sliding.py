@@ -21,9 +21,9 @@ CHUNKS = [
 ]
 
 
-def settings(sliding, chunk=16, quantization="fp32", cache="fp32", skip_unread=True):
+def settings(sliding, chunk=16, quantization="fp32", cache="fp32", prefill_last_only=True):
     return LoweringSettings(
-        skip_unread=skip_unread,
+        prefill_last_only=prefill_last_only,
         quantization=Quantization[quantization],
         cache=CacheFormat[cache],
         sliding=SlidingForm[sliding],
@@ -54,16 +54,18 @@ def test_slots_of_each_form():
 @torch.no_grad()
 @pytest.mark.parametrize("sliding", ["stock", "ring"])
 @pytest.mark.parametrize("cache", ["fp32", "int8"])
-@pytest.mark.parametrize("skip_unread", [True, False])
-def test_sliding_form_equals_decoder(toy, text, sliding, cache, skip_unread):
+@pytest.mark.parametrize("prefill_last_only", [True, False])
+def test_sliding_form_equals_decoder(toy, text, sliding, cache, prefill_last_only):
     model = toy("FS")
     expected = model(text[None])[0]
     limit = 2e-6 if cache == "fp32" else 0.02
     for chunks in CHUNKS:
-        form = ExportableDecoder(model, settings(sliding, cache=cache, skip_unread=skip_unread))
+        form = ExportableDecoder(
+            model, settings(sliding, cache=cache, prefill_last_only=prefill_last_only)
+        )
         assert largest_error(form, text, expected, chunks) < limit
     short = ExportableDecoder(
-        model, settings(sliding, chunk=4, cache=cache, skip_unread=skip_unread)
+        model, settings(sliding, chunk=4, cache=cache, prefill_last_only=prefill_last_only)
     )
     assert largest_error(short, text, expected, [4, 4, 3, 4, *[1] * 20, 2, 4]) < limit
 

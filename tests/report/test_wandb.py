@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from flash.paths import Runs
-from flash.report.__main__ import log_to_wandb
+from flash.report.command import log_to_wandb
 from flash.report.data import read
 from flash.report.figures import all_figures, study_figures
 from flash.search.logs import log_study, trial_table
@@ -46,7 +46,7 @@ def media(runs, kind):
 
 
 def test_every_figure_of_the_page_is_in_the_report_run(written, monkeypatch):
-    monkeypatch.setattr("flash.report.__main__.has_wandb_key", lambda: False)
+    monkeypatch.setattr("flash.report.command.has_wandb_key", lambda: False)
     runs, _ = written
     data = read(runs)
     log_to_wandb(data, runs, "flash")

@@ -1,12 +1,11 @@
-"""`python -m flash.report`: print the result table and write the page, for a `runs` folder."""
+"""`flash report`: the result table, and the page, of what a `runs` folder holds."""
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flash.errors import InputError
 from flash.paths import Runs
 from flash.report.data import ReportData, read
 from flash.report.figures import all_figures
@@ -30,25 +29,22 @@ def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
         run.log({name: wandb.Plotly(figure) for name, figure in all_figures(data).items()})
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flash.report", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    """Run `flash report`; its exit code.
+
+    Raises:
+        InputError: There is no finished search, or a file is damaged.
+    """
+    parser = argparse.ArgumentParser(prog="flash report", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--study", help="name of a study; default: the one written last")
     parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
-    arguments = parser.parse_args()
-    runs = Runs(arguments.runs)
-    try:
-        data = read(runs, arguments.study)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    runs = Runs(options.runs)
+    data = read(runs, options.study)
     write_page(data, runs.report)
-    if arguments.wandb:
-        log_to_wandb(data, runs, arguments.wandb)
+    if options.wandb:
+        log_to_wandb(data, runs, options.wandb)
     print(as_text(data.models))
     print(f"\nreport: {runs.report.resolve()}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
-"""`python -m flash.latency`: a measurement store as CSV, or two stores as one."""
+"""`flash measurements`: a measurement store as CSV, or two stores as one."""
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from flash.errors import InputError
@@ -9,20 +9,20 @@ from flash.latency.store import MeasurementStore
 from flash.paths import Runs
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flash.latency", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    """Run `flash measurements`; its exit code.
+
+    Raises:
+        InputError: A store that cannot be read.
+    """
+    parser = argparse.ArgumentParser(prog="flash measurements", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the store as CSV, a row a latency")
     export.add_argument("csv", type=Path)
     merge = commands.add_parser("merge", help="take over the measurements of another store")
     merge.add_argument("store", type=Path, help="another runs/measurements.jsonl")
-    arguments = parser.parse_args()
-    try:
-        return _run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _run(parser.parse_args(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -35,7 +35,3 @@ def _run(arguments: argparse.Namespace) -> int:
     added = store.merge(MeasurementStore(arguments.store))
     print(f"{store.path}: {added} measurements added, {len(store)} in all")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

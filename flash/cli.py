@@ -1,0 +1,187 @@
+"""The console command `flash`, and the one call of the scripts at the top of a clone.
+
+Work is imported when it begins: help and every mistake in a setting are answered without torch.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flash import commands
+from flash.bundled import CONF
+from flash.config import entry
+from flash.data.settings import PrepareSettings
+from flash.errors import InputError, nearest
+from flash.evaluation.settings import EvaluateSettings
+from flash.export.settings import ExportSettings
+from flash.search.settings import SearchJobSettings
+from flash.training.settings import TrainSettings
+
+
+def _train(settings: TrainSettings) -> None:
+    from flash.training.run import train
+
+    train(settings)
+
+
+def _search(settings: SearchJobSettings) -> None:
+    from flash.report.figures import study_figures
+    from flash.search.run import run_search
+
+    run_search(settings, figures=study_figures)
+
+
+def _export(settings: ExportSettings) -> None:
+    from flash.export.run import export
+
+    export(settings)
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    from flash.evaluation.run import evaluate
+
+    evaluate(settings)
+
+
+def _prepare(settings: PrepareSettings) -> None:
+    from flash.data.prepare import prepare
+
+    prepare(settings)
+
+
+_JOBS: dict[str, Callable[[Any], None]] = {
+    "train": _train,
+    "search": _search,
+    "export": _export,
+    "evaluate": _evaluate,
+    "prepare": _prepare,
+}
+
+
+def run(verb: str) -> None:
+    """Run one configured command with the arguments of this process, then exit.
+
+    Args:
+        verb: `train`, `search`, `export`, `evaluate` or `prepare`.
+    """
+    commands.begin(verb)
+    entry(verb, _JOBS[verb])
+
+
+def _measurements(arguments: Sequence[str]) -> int:
+    from flash.latency.command import main
+
+    return main(arguments)
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from flash.report.command import main
+
+    return main(arguments)
+
+
+def _new(arguments: Sequence[str]) -> int:
+    """Start a configuration file of the user's own, as a copy of one that comes along."""
+    parser = argparse.ArgumentParser(prog="flash new", description=_new.__doc__)
+    parser.add_argument("group", help=f"one of {', '.join(_groups())}")
+    parser.add_argument("name", help="of the new option; the file is conf/GROUP/NAME.yaml")
+    parser.add_argument("--from", dest="source", metavar="OPTION", help="option to copy")
+    options = parser.parse_args(arguments)
+    path, source = new_option(options.group, options.name, options.source)
+    print(f"{path}: a copy of {options.group}={source}; change it, then use it by its name")
+    return 0
+
+
+_STARTING_POINTS = {
+    "arch": "flash_350m",
+    "backbone": "smollm2_360m",
+    "data": "folder",
+    "device": "host",
+    "recipe": "distill",
+    "space": "tiny",
+    "trainer": "cpu",
+}
+"""Option that a new one is a copy of, by group, where the user names none."""
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+
+
+def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, str]:
+    """Write `conf/GROUP/NAME.yaml` in the working directory; the file, and the option copied.
+
+    Raises:
+        InputError: No such group or option, a name that is taken, or one that is no file's name.
+    """
+    groups = _groups()
+    if group not in groups:
+        raise InputError(f"new {group}: expected a group; {nearest(group, groups)}")
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    chosen = source or _STARTING_POINTS.get(group, options[0])
+    if chosen not in options:
+        raise InputError(f"new {group} --from {chosen}: no such option; {nearest(chosen, options)}")
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
+        raise InputError(f"new {group} {name}: expected a name of letters, digits, '_' and '-'")
+    if name in options:
+        raise InputError(f"new {group} {name}: the name comes with flash; choose another")
+    path = Path("conf", group, f"{name}.yaml")
+    if path.exists():
+        raise InputError(f"{path}: exists; choose another name, or edit it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
+    path.write_text(re.sub(rf"(?m)^name: {chosen}$", f"name: {name}", text), "utf-8")
+    return path, chosen
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
+    "search": ("frontier of held-out loss and latency for a backbone on a device", None),
+    "train": ("continued pretraining of an architecture, weights inherited", None),
+    "export": (".pte through ExecuTorch XNNPACK, proven and measured; hf and gguf", None),
+    "evaluate": ("benchmarks of lm-evaluation-harness on a model or its program", None),
+    "prepare": ("a mixture of text tokenized ahead, into shards", None),
+    "measurements": ("the measurement store as CSV, or two stores as one", _measurements),
+    "report": ("result table and HTML page of a study", _report),
+    "new": ("start a configuration file of your own in conf/", _new),
+}
+"""What each command does, and what runs it where it is not configured by Hydra."""
+
+
+def main() -> int:
+    """Run the console command `flash`; its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="flash",
+        description="Design language models for phones.",
+        epilog="`flash COMMAND --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (text, _) in _COMMANDS.items():
+        subparsers.add_parser(name, help=text, add_help=False)
+    chosen, rest = sys.argv[1:2], sys.argv[2:]
+    if chosen and chosen[0] not in _COMMANDS and not chosen[0].startswith("-"):
+        print(f"error: flash {chosen[0]}: {nearest(chosen[0], _COMMANDS)}", file=sys.stderr)
+        return 2
+    options, _ = parser.parse_known_args(chosen)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"flash {version('mobilellm-flash')}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    sys.argv[:2] = [f"flash {options.command}"]
+    handler = _COMMANDS[options.command][1]
+    if handler is None:
+        run(options.command)
+        return 0
+    try:
+        return handler(rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

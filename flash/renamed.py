@@ -1,0 +1,39 @@
+"""Former names of configuration keys and options, for errors that tell a user the present one."""
+
+KEYS = {
+    **{
+        f"device.{name}": f"device.lowering.{name}"
+        for name in (
+            "quantization",
+            "group_size",
+            "embedding_bits",
+            "cache",
+            "attention",
+            "sliding",
+            "max_context",
+            "prefill_chunk",
+        )
+    },
+    "device.skip_unread": "device.lowering.prefill_last_only",
+    **{
+        f"device.{name}": f"device.workload.{name}"
+        for name in ("prompts", "contexts", "decode_tokens")
+    },
+    "form": "format",
+}
+"""Present key by former key."""
+
+REMOVED = {
+    "device.backend": "programs are lowered to XNNPACK only; leave it out (see docs/devices.md)",
+}
+"""Remedy by former key that has no successor."""
+
+OPTIONS = {"latency=physical": "latency=analytical"}
+"""Present option of a group by former option."""
+
+
+def present_name(key: str) -> str | None:
+    """Hint for a key that was renamed or removed, or None for a key that never was."""
+    if key in KEYS:
+        return f"renamed to {KEYS[key]}"
+    return REMOVED.get(key)
