@@ -19,6 +19,15 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
         raise InputError(f"{key}={value}: expected {expected}")
 
 
+def check_seed(seed: int) -> None:
+    """Check a command's `seed`, which NumPy and Lightning take from 0 to 2**32 - 1.
+
+    Raises:
+        InputError: It is none of those.
+    """
+    require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 4294967295")
+
+
 @contextmanager
 def under(path: str) -> Iterator[None]:
     """Prefix the key that an InputError raised inside names with the path of its owner.

@@ -30,7 +30,7 @@ class SshSettings:
     python: str = "python3"
     """Python on the board, of an environment with executorch; a name or a path there."""
     folder: str = ".cache/flash"
-    """Where files are kept on the board; relative to the home folder."""
+    """Folder for files on the board; relative to the home folder."""
     connect_timeout_s: int = 10
     """Allowed for one connection to be made [s]."""
     push_timeout_s: float = 600.0
@@ -74,7 +74,7 @@ class AndroidSettings:
     tokenizer: str = ""
     """tokenizer.json with the programs' vocabulary; prompts of exact lengths are made with it."""
     folder: str = "/data/local/tmp/flash"
-    """Where files are kept on the phone."""
+    """Folder for files on the phone."""
     cool_below_c: float | None = 38.0
     """A process starts only below this temperature; null does not wait [degrees C]."""
     cool_timeout_s: float = 600.0

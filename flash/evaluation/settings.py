@@ -14,7 +14,7 @@ from flash.training.settings import LoggerSettings, TrainerSettings
 
 
 class ModelFormat(Enum):
-    """What of a model is evaluated."""
+    """Representation of a model that is evaluated."""
 
     decoder = "decoder"
     """The float weights, in PyTorch."""
@@ -37,9 +37,9 @@ class TaskSettings:
     files: dict[str, str] = field(default_factory=dict)
     """Data files of its splits, patterns allowed, in place of those that the task names."""
     percent: bool = True
-    """Whether the figure is a share, to be shown in percent."""
+    """True for a figure that is a share, to be shown in percent."""
     paper: dict[str, float] = field(default_factory=dict)
-    """What the paper has for its own models, by their name."""
+    """Figures of the paper's own models, by their name."""
 
     def __post_init__(self) -> None:
         require(
@@ -55,7 +55,9 @@ class SuiteSettings:
     """Config group `suite`."""
 
     name: str
+    """Name that results are filed under."""
     tasks: list[TaskSettings] = field(default_factory=list)
+    """Tasks in the order of the table."""
     apply_chat_template: bool = False
     """Ask as a user asks an assistant, with the tokenizer's chat template."""
     leave_out: list[str] = field(default_factory=list)
@@ -90,15 +92,19 @@ class EvaluateSettings:
     """Root of `flash evaluate`."""
 
     backbone: BackboneSettings = MISSING
+    """Backbone that the model was cut out of."""
     device: DeviceSettings = MISSING
-    """Where `format: program` runs; `format: decoder` runs on `trainer.accelerator`."""
+    """Device that runs `format: program`; `format: decoder` runs on `trainer.accelerator`."""
     suite: SuiteSettings = MISSING
+    """Benchmarks to run."""
     trainer: TrainerSettings = MISSING
+    """Accelerator and precision of `format: decoder`."""
     logger: LoggerSettings = MISSING
+    """Destination of the figures."""
     format: ModelFormat = ModelFormat.decoder
     """Format of the model that answers."""
     arch: dict[str, Any] = field(default_factory=dict)
-    """What to evaluate, as for `export.py`; nothing is the backbone itself."""
+    """Architecture to evaluate, as for `train.py`; empty is the backbone itself."""
     name: str | None = None
     """Name of the model in `runs`; null takes the arch's."""
     model: str | None = None

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from flash.data.settings import DataSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import require
+from flash.errors import check_seed, require
 from flash.interop.settings import GgufFormat
 from flash.lowering.settings import GateSettings
 from flash.model.settings import BackboneSettings
@@ -16,7 +16,7 @@ from flash.training.settings import LoggerSettings, TrainerSettings
 
 
 class ExportFormat(Enum):
-    """What an export writes."""
+    """File or folder that an export writes."""
 
     executorch = "executorch"
     """`model.pte`, which is also measured on the device."""
@@ -28,12 +28,12 @@ class ExportFormat(Enum):
 
 @dataclass(kw_only=True)
 class FormatSettings:
-    """How formats other than the program are written and how closely they must agree."""
+    """Formats other than the program: their weights and the agreement that they must reach."""
 
     gguf: GgufFormat = GgufFormat.q8_0
     """Weights of a GGUF file."""
     gguf_tokenizer: bool = True
-    """Whether it holds the tokenizer; false is a file of token ids, for tokenizers that llama.cpp
+    """Include the tokenizer; false writes a file of token ids, for tokenizers that llama.cpp
     has no name for, as those that this project trains."""
     max_error_hf: float = 1e-4
     """A folder in stock transformers: largest difference of a logit over the largest logit."""
@@ -59,30 +59,43 @@ class ExportSettings:
     """Root of `export.py`."""
 
     backbone: BackboneSettings = MISSING
+    """Backbone that the model was cut out of."""
     device: DeviceSettings = MISSING
+    """Device that the program is lowered for and measured on."""
     data: DataSettings = MISSING
+    """Text that formats are proven and judged on."""
     trainer: TrainerSettings = MISSING
+    """Precision of the float model's held-out loss."""
     logger: LoggerSettings = MISSING
+    """Destination of the figures."""
     gate: GateSettings = field(default_factory=GateSettings)
+    """Differences that each stage of the lowering may make."""
     format: list[ExportFormat] = field(default_factory=lambda: [ExportFormat.executorch])
-    """What to write, such as [executorch,hf,gguf]."""
+    """Formats to write, such as [executorch,hf,gguf]."""
     formats: FormatSettings = field(default_factory=FormatSettings)
-    """How hf and gguf are written and proved."""
+    """Weights and limits of hf and gguf."""
     arch: dict[str, Any] = field(default_factory=dict)
-    """What to export, as for `train.py`; nothing is the backbone itself."""
+    """Architecture to export, as for `train.py`; empty is the backbone itself."""
     name: str | None = None
     """Name of the result; null takes the arch's."""
     model: str | None = None
     """Folder of trained weights; null takes what `train.py` wrote under the same name; `random`
     only measures the shape."""
     prompt: str = "def main("
-    """What the exported program is asked to continue."""
+    """Text that the exported program continues."""
     new_tokens: int = 48
     """Length of its answer [tokens]."""
     perplexity_tokens: int = 512
     """Held-out tokens that the program's own loss is computed on."""
     overwrite: bool = False
-    """Whether an export of the same name but of other weights or settings is replaced."""
+    """Replace an export of the same name that has other weights or settings."""
     seed: int = 0
+    """Seed of the data's order and of random weights."""
     runs: str = "runs"
     """Folder for everything that runs produce."""
+
+    def __post_init__(self) -> None:
+        for name in ("new_tokens", "perplexity_tokens"):
+            value = getattr(self, name)
+            require(value > 0, name, value, "a positive integer")
+        check_seed(self.seed)

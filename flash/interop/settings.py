@@ -4,12 +4,12 @@ from enum import Enum
 
 
 class GgufFormat(Enum):
-    """How matrices are stored; norms, biases and rotary factors are always float32."""
+    """Storage of matrices; norms, biases and rotary factors are always float32."""
 
     f32 = "f32"
     """Exact."""
     f16 = "f16"
-    """What llama.cpp's own quantisation tools start from."""
+    """Format that llama.cpp's own quantization tools start from."""
     q8_0 = "q8_0"
     """8 bits, one scale for 32 weights."""
     q4_0 = "q4_0"

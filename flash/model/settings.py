@@ -9,6 +9,7 @@ class BackboneSettings:
     """Config group `backbone`."""
 
     name: str
+    """Name of the backbone's own results, unless `name` gives another."""
     weights: str | None = None
     """Hugging Face folder (config.json, safetensors, tokenizer.json), or a model's name on the hub,
     `owner/model` or `owner/model@revision`; null: random."""

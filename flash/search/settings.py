@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from flash.arch import SpaceSettings
 from flash.data.settings import DataSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, nearest, require
+from flash.errors import InputError, check_seed, nearest, require
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
@@ -20,7 +20,7 @@ from flash.training.settings import LoggerSettings, RecipeSettings, TrainerSetti
 
 
 class Sampler(Enum):
-    """How the next candidates are proposed."""
+    """Ways to propose the next candidates."""
 
     flash = "flash"
     """Model-based: stage 2 of the paper (Sec. 3.5)."""
@@ -70,6 +70,7 @@ class SearchSettings:
     study: str
     """Name of the study; the same name again resumes it, or joins it as a further worker."""
     sampler: Sampler = Sampler.flash
+    """Way to propose candidates."""
     trials: int = 200
     """Candidates to evaluate, failed ones included."""
     batch: int = 8
@@ -79,14 +80,14 @@ class SearchSettings:
     pool_size: int = 2048
     """Architectures that compete for the places in a batch."""
     objectives: list[Objective] | None = None
-    """What to minimise: quality and any of prefill, decode, memory, size. null is quality and the
-    latency that `latency.objective` names."""
+    """Objectives to minimize: quality and any of prefill, decode, memory, size. null is quality and
+    the latency that `latency.objective` names."""
     limits: SearchLimits = field(default_factory=SearchLimits)
     """Only candidates that obey these are proposed. Latencies count by the upper ends of their 90 %
     intervals, so that a measured one is rarely above its limit."""
     baseline: dict[str, Any] = field(default_factory=dict)
-    """What the reference point is measured from: what differs from the backbone's architecture. It
-    must be in the space, and is trained once, as a trial is. Empty is the backbone, as it is."""
+    """Architecture that the reference point is measured from, as changes of the backbone's. It must
+    be in the space, and is trained once, as a trial is. Empty is the backbone, as it is."""
     max_loss_increase: float = 0.6
     """Reference point: the worst acceptable loss, above the baseline's [nats a token]."""
     max_cost_ratio: float = 1.0
@@ -104,7 +105,7 @@ class SearchSettings:
     """Seconds between signs of life of a worker; after six without one, or at once when its
     process is gone from the same machine, its trial goes back to the queue."""
     retries: int = 1
-    """How often a trial starts again whose process died, before it counts as failed."""
+    """Further starts of a trial whose process died, before it counts as failed."""
     stop_error: float = 0.05
     """Early stopping: the greatest chance at which a trial that would have reached the frontier
     may be ended before its training is over; 0 ends none (flash/search/pruner.py)."""
@@ -193,7 +194,7 @@ class SearchSettings:
 
 
 class SearchStage(Enum):
-    """How far `search.py` goes."""
+    """Part of the method that `search.py` does."""
 
     latency = "latency"
     """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
@@ -208,20 +209,34 @@ class SearchJobSettings:
     """Root of `search.py`."""
 
     stage: SearchStage = SearchStage.search
-    """Where to stop."""
+    """Part of the method to do."""
 
     backbone: BackboneSettings = MISSING
+    """Model that candidates are cut out of."""
     space: SpaceSettings = MISSING
+    """Architectures that are candidates."""
     latency: LatencySettings = MISSING
+    """Prediction of latencies (stage 1)."""
     device: DeviceSettings = MISSING
+    """Device that candidates are designed for."""
     data: DataSettings = MISSING
+    """Text that trials are trained and judged on."""
     recipe: RecipeSettings = MISSING
+    """Short training of a trial."""
     trainer: TrainerSettings = MISSING
+    """Hardware and intervals of the training."""
     logger: LoggerSettings = MISSING
+    """Destination of the figures."""
     search: SearchSettings = MISSING
+    """Multi-objective search (stage 2)."""
     worker: int = 0
     """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
     Workers are equal; only the run's name in the logs differs."""
     seed: int = 0
+    """Seed of proposals, data order and training."""
     runs: str = "runs"
     """Folder for everything that runs produce."""
+
+    def __post_init__(self) -> None:
+        require(self.worker >= 0, "worker", self.worker, "0 or more")
+        check_seed(self.seed)

@@ -4,13 +4,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from flash.arch import GROUP
 from flash.data.settings import DataSettings
-from flash.errors import InputError, require
+from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
 
 
@@ -18,6 +19,7 @@ class Schedule(Enum):
     """Learning rate after warm-up."""
 
     cosine = "cosine"
+    """Cosine from the peak to the final rate."""
     wsd = "wsd"
     """Warm-up, stable, then a linear decay over the last part."""
 
@@ -26,7 +28,9 @@ class Precision(Enum):
     """Arithmetic of forward and backward; weights and optimiser states stay float32."""
 
     fp32 = "32-true"
+    """float32 throughout."""
     bf16 = "bf16-mixed"
+    """bfloat16 autocast."""
     auto = "auto"
     """bf16 where the processor has instructions for it, else fp32: emulated, bf16 is five times
     slower than fp32 (seen on AVX2)."""
@@ -34,18 +38,27 @@ class Precision(Enum):
 
 def native_precision(accelerator: str) -> Precision:
     """The precision that `Precision.auto` stands for on this machine."""
-    import torch  # settings, and so the errors of a command, do without it
+    if accelerator == "auto":
+        import torch  # only here: settings, and so the errors of a command, do without it
 
-    if accelerator != "cpu" and (accelerator != "auto" or torch.accelerator.is_available()):
-        return Precision.bf16
-    known = torch.cpu.get_capabilities()
-    native = any(known.get(key, False) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+        accelerator = "gpu" if torch.accelerator.is_available() else "cpu"
+    native = accelerator != "cpu" or bool(_BF16_FLAGS & _cpu_flags())
     return Precision.bf16 if native else Precision.fp32
+
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Names that the kernel has for instructions on bf16; the last one is Arm's."""
+
+
+def _cpu_flags() -> set[str]:
+    """Extensions of the processor as Linux lists them; empty on other systems."""
+    path = Path("/proc/cpuinfo")
+    return set(path.read_text("utf-8").split()) if path.is_file() else set()
 
 
 @dataclass(kw_only=True)
 class LrReference:
-    """Where a learning rate was found.
+    """Width and batch that a learning rate was found at.
 
     Elsewhere it is multiplied by `model_dim / width`, as Adam's updates of matrices want it
     (arXiv:2203.03466, muP, there for hidden matrices; here for all, as embeddings are tied), and by
@@ -69,6 +82,7 @@ class RecipeSettings:
     """Config group `recipe`. The paper states none of these values for Flash."""
 
     name: str
+    """Name of the recipe, for people."""
     tokens: int
     """Training tokens; the number of steps follows from it."""
     batch_size: int = 8
@@ -82,10 +96,13 @@ class RecipeSettings:
     decay_ratio: float = 0.25
     """Share of the steps over which `wsd` decays."""
     schedule: Schedule = Schedule.cosine
+    """Learning rate after the warm-up."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
     grad_clip: float = 1.0
     """Largest gradient norm."""
     kd_weight: float = 0.0
@@ -104,7 +121,8 @@ class RecipeSettings:
     qat_embedding_bits: int = 4
     """Bits of a weight of the embedding, as `device.lowering.embedding_bits`."""
     lr_reference: LrReference = dataclasses.field(default_factory=LrReference)
-    """Where `lr` was found, to scale it with width and batch; by default it is taken as it is."""
+    """Width and batch that `lr` was found at, to scale it to others; by default `lr` is taken as it
+    is."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "calibration_tokens"):
@@ -168,7 +186,7 @@ class RecipeSettings:
 
 
 class Strategy(Enum):
-    """How several devices share the work."""
+    """Ways to share the work among devices."""
 
     auto = "auto"
     """One device, or `ddp`."""
@@ -179,7 +197,7 @@ class Strategy(Enum):
 
 
 class OnSpike(Enum):
-    """What to do about a step whose loss stands out."""
+    """Reactions to a step whose loss stands out."""
 
     skip = "skip"
     """Leave the step out."""
@@ -198,6 +216,7 @@ class TrainerSettings:
     nodes: int = 1
     """Machines; Slurm or torchrun start the command on each."""
     strategy: Strategy = Strategy.auto
+    """Way to share the work among devices."""
     micro_batch: int | None = None
     """Sequences at a time on one device, for memory; null: its whole share of the batch. Gradients
     are added up over the rest, so the result is the same."""
@@ -214,10 +233,12 @@ class TrainerSettings:
     checkpoint_every_steps: int = 50
     """Steps between checkpoints that a killed run resumes from."""
     log_every_steps: int = 10
+    """Steps between logged training losses."""
     spike_factor: float | None = None
     """A loss this many quartile distances above the median of the last 64 steps is a spike; null
     looks for none. Steps whose gradients are not finite are always left out."""
     on_spike: OnSpike = OnSpike.skip
+    """Reaction to a spike of the loss."""
     max_skipped: int = 10
     """Steps left out in a row that end the run."""
     usd_per_hour: float | None = None
@@ -268,8 +289,11 @@ class LoggerKind(Enum):
     """Backends of config group `logger`."""
 
     wandb = "wandb"
+    """Weights & Biases; offline without a key."""
     csv = "csv"
+    """CSV files."""
     none = "none"
+    """No logger."""
 
 
 @dataclass(kw_only=True)
@@ -277,7 +301,9 @@ class LoggerSettings:
     """Config group `logger`."""
 
     name: str
+    """Name of the option."""
     kind: LoggerKind = LoggerKind.wandb
+    """Backend."""
     project: str = "flash"
     """W&B project."""
     entity: str | None = None
@@ -291,7 +317,9 @@ class StageSettings:
     """A further stage of training."""
 
     recipe: RecipeSettings = MISSING
+    """Recipe of the stage."""
     data: DataSettings = MISSING
+    """Text of the stage."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -299,12 +327,18 @@ class TrainSettings:
     """Root of `train.py`."""
 
     backbone: BackboneSettings = MISSING
+    """Model that weights are inherited from, and the teacher."""
     data: DataSettings = MISSING
+    """Text to train on."""
     recipe: RecipeSettings = MISSING
+    """Losses, optimizer and length of the training."""
     trainer: TrainerSettings = MISSING
+    """Hardware and intervals."""
     logger: LoggerSettings = MISSING
+    """Destination of the figures."""
     arch: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What differs from the backbone's architecture: nothing, or all of a file in conf/arch."""
+    """Changes of the backbone's architecture: none, some (`+arch.ffn_dim=384`), or a file of
+    conf/arch (`+arch=flash_650m`)."""
     then: dict[str, StageSettings] = dataclasses.field(default_factory=dict)
     """Stages that follow, by name; each goes on from the result of the one before."""
     scale: float = 1.0
@@ -315,8 +349,10 @@ class TrainSettings:
     name: str | None = None
     """Name of the result; null takes the arch's."""
     seed: int = 0
+    """Seed of data order, and of random weights."""
     runs: str = "runs"
     """Folder for everything that runs produce."""
 
     def __post_init__(self) -> None:
         require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")
+        check_seed(self.seed)

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from flash.arch import ArchSpec, parse_pattern
+from flash.cli import main
 from flash.errors import InputError
-from flash.latency.command import main
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
 
 CONDITIONS = Conditions(
@@ -198,5 +198,5 @@ def test_store_is_a_table_with_standard_errors(path, monkeypatch, capsys, tmp_pa
 
 
 def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["flash.latency", *arguments])
+    monkeypatch.setattr(sys, "argv", ["flash", "measurements", *arguments])
     return main()

@@ -74,7 +74,7 @@ def test_a_cosine_schedule_cannot_be_continued():
 
 def test_automatic_precision_is_settled_when_settings_are_made(monkeypatch):
     for extension, expected in (("avx512_bf16", Precision.bf16), ("avx2", Precision.fp32)):
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda known=extension: {known: True})
+        monkeypatch.setattr("flash.training.settings._cpu_flags", lambda known=extension: {known})
         assert TrainerSettings().precision is expected
     assert native_precision("gpu") is Precision.bf16
     assert TrainerSettings(precision=Precision.fp32).precision is Precision.fp32
