@@ -1,3 +1,5 @@
+"""The host as a device: measurements, scores, continuations, and processes that fail."""
+
 import json
 import os
 import subprocess
@@ -69,7 +71,7 @@ def test_file_scores_text_as_the_decoder_does(model, program, settings):
 
 
 def test_many_texts_go_through_one_process(model, program, settings, monkeypatch):
-    """As one by one, also where what texts share is read once."""
+    """Results are those of single calls, also if the tokens that texts share are fed once."""
     device = HostDevice(settings)
     jobs = []
     run = device.run
