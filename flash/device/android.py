@@ -215,7 +215,7 @@ class AndroidDevice(RemoteDevice):
         timeout_s = self.settings.start_timeout_s + 2 * runs * self.settings.run_timeout_s
         return self._retrying(lambda: self._run_once(command, timeout_s, program.name))
 
-    def _run_once(self, command: list[str], timeout_s: float, what: str) -> llama_main.Run:
+    def _run_once(self, command: list[str], timeout_s: float, label: str) -> llama_main.Run:
         pid = shlex.quote(self._path(f"{self._token}.pid"))
         # adbd does not always end its children when the connection is cut, so their id is kept.
         marked = f'echo $$ > {pid}; exec "$@"'
@@ -230,7 +230,7 @@ class AndroidDevice(RemoteDevice):
         except subprocess.TimeoutExpired:
             self._forget(kill)
             raise DeviceError(
-                f"{what}: no result after {timeout_s:.0f} s; if the phone is just slow, raise "
+                f"{label}: no result after {timeout_s:.0f} s; if the phone is just slow, raise "
                 "device.run_timeout_s"
             ) from None
         except ConnectionLost:
@@ -240,7 +240,7 @@ class AndroidDevice(RemoteDevice):
             raise
         run = llama_main.parse(output.out, output.err) if output.code == 0 else None
         if run is None:
-            self._explain(output, what)
+            self._explain(output, label)
         assert run is not None
         return run
 
@@ -255,7 +255,7 @@ class AndroidDevice(RemoteDevice):
         except subprocess.TimeoutExpired:
             raise ConnectionLost("no answer") from None
 
-    def _explain(self, output: Output, what: str) -> None:
+    def _explain(self, output: Output, label: str) -> None:
         """Raise the error for a llama_main that printed no statistics.
 
         Raises:
@@ -263,10 +263,10 @@ class AndroidDevice(RemoteDevice):
             DeviceError: It failed for any other reason.
         """
         if 0 <= output.code < 126 and _UNLOADABLE.search(output.out + output.err):
-            error = f"{what}: cannot be loaded ({output.last_line})"
+            error = f"{label}: cannot be loaded ({output.last_line})"
             check_loaded({"error": error, "runtime": self.identity()["runtime"]})
         reason = exit_reason(output.code, f"{output.out}\n{output.err}")
-        raise DeviceError(f"{what}: {reason}; `adb logcat` on {self.where} may say more")
+        raise DeviceError(f"{label}: {reason}; `adb logcat` on {self.where} may say more")
 
     def _read(self) -> thermal.Thermal:
         return thermal.parse(self._retrying(lambda: self._ask(thermal.SCRIPT)))

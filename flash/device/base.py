@@ -205,10 +205,10 @@ class Device(ABC):
     def _accepted(
         self, results: Sequence[dict[str, Any]], programs: Sequence[Program], workload: Workload
     ) -> list[bool]:
-        """Decide for each process whether it is at most `reject_ratio` times slower than the best.
+        """Decide for each process whether it took at most `reject_ratio` times as long as the best.
 
         The sum over all programs decides. A disturbed process is slow throughout, while a slow
-        moment of one program does not justify to lose the samples of the others.
+        moment of one program does not justify losing the samples of the others.
         """
         passed = [True] * len(results)
         for point in workload.points:

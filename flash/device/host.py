@@ -45,13 +45,13 @@ class HostDevice(Device):
             job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
             job_path.write_text(json.dumps(job), encoding="utf-8")
             command = [sys.executable, str(RUNNER), str(job_path), str(result_path)]
-            what = ", ".join(program.name for program in programs)
-            run_process(command, job["threads"], self.timeout_s(job), what)
+            label = ", ".join(program.name for program in programs)
+            run_process(command, job["threads"], self.timeout_s(job), label)
             return check_loaded(json.loads(result_path.read_text(encoding="utf-8")))
 
 
 def run_process(
-    command: Sequence[str], threads: int, timeout_s: float, what: str, text: str = ""
+    command: Sequence[str], threads: int, timeout_s: float, label: str, text: str = ""
 ) -> tuple[str, str]:
     """Run one child process to its end and return its stdout and stderr.
 
@@ -61,7 +61,7 @@ def run_process(
         command: Program and arguments.
         threads: Size of the thread pools of BLAS and OpenMP.
         timeout_s: Time after which the child is killed [s].
-        what: Name of the work in errors.
+        label: Name of the work in errors.
         text: Input on stdin.
 
     Raises:
@@ -83,7 +83,7 @@ def run_process(
             child.kill()
             child.wait()
             raise DeviceError(
-                f"{what}: no result after {timeout_s:.0f} s; if the device is just slow, raise "
+                f"{label}: no result after {timeout_s:.0f} s; if the device is just slow, raise "
                 "device.run_timeout_s"
             ) from None
         except BaseException:  # Ctrl-C included: leave no process behind
@@ -91,7 +91,7 @@ def run_process(
             child.wait()
             raise
     if child.returncode != 0:
-        raise DeviceError(f"{what}: {exit_reason(child.returncode, err)}")
+        raise DeviceError(f"{label}: {exit_reason(child.returncode, err)}")
     return out, err
 
 

@@ -81,12 +81,12 @@ class SshDevice(RemoteDevice):
         placed = self._place([RUNNER, *(program.path for program in programs)])
         specs = [{**spec, "path": placed[Path(spec["path"])]} for spec in job["programs"]]
         remote_job = {**job, "programs": specs}
-        what = ", ".join(program.name for program in programs)
+        label = ", ".join(program.name for program in programs)
         return check_loaded(
-            self._retrying(lambda: self._run_once(remote_job, placed[RUNNER], what))
+            self._retrying(lambda: self._run_once(remote_job, placed[RUNNER], label))
         )
 
-    def _run_once(self, job: dict[str, Any], runner: str, what: str) -> dict[str, Any]:
+    def _run_once(self, job: dict[str, Any], runner: str, label: str) -> dict[str, Any]:
         self._jobs += 1
         folder = self._path("jobs", f"{self._token}-{self._jobs}")
         job_path, result_path = f"{folder}/job.json", f"{folder}/result.json"
@@ -104,14 +104,14 @@ class SshDevice(RemoteDevice):
                 self._ask(script, stdin=file)
             output = self._shell(shlex.join(command), timeout_s=timeout_s, stdin=subprocess.PIPE)
             if output.code != 0:
-                raise DeviceError(f"{what}: {exit_reason(output.code, output.err)}")
+                raise DeviceError(f"{label}: {exit_reason(output.code, output.err)}")
             fetch = f"cat {shlex.quote(result_path)} && {forget}"
             return json.loads(self._ask(fetch))
         except BaseException as error:
             self._forget(forget)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise DeviceError(
-                    f"{what}: no result after {timeout_s:.0f} s; if the board is just slow, raise "
+                    f"{label}: no result after {timeout_s:.0f} s; if the board is just slow, raise "
                     "device.run_timeout_s"
                 ) from None
             raise

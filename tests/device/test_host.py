@@ -155,7 +155,9 @@ def test_a_killed_measurement_leaves_no_process_behind(program, settings):
         import dataclasses, sys
         from pathlib import Path
         from flash.arch import Quantization
-        from flash.device import DeviceSettings, HostDevice, Program
+        from flash.device.host import HostDevice
+        from flash.device.measurement import Program
+        from flash.device.settings import DeviceSettings
         settings = DeviceSettings(name="t", quantization=Quantization.fp32, max_context=64,
                                   prompts=[20], contexts=[30], runs=10**4)
         HostDevice(settings).measure(
