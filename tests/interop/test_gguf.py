@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -15,7 +16,7 @@ from tokenizers.trainers import BpeTrainer
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
 from flash.interop import gguf as gguf_format
-from flash.interop.gguf import check_gguf, write_gguf
+from flash.interop.gguf import check_gguf, locate_gguf_failure, write_gguf
 from flash.interop.gguf_tokenizer import pre_tokenizer_name
 from flash.interop.settings import GgufFormat
 from flash.lowering.parity_metrics import ParityLimits
@@ -396,6 +397,22 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         written(path, decoder("FF"))
     assert path.read_bytes() == old
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_search_for_a_bad_layer_writes_the_first_layers(tmp_path, text, monkeypatch):
+    """llama.cpp is replaced by a check that fails from the third layer on."""
+    depths = []
+
+    def check(path, part, text, limits):
+        depths.append(value(gguf.GGUFReader(path), "llama.block_count"))
+        return SimpleNamespace(passed=depths[-1] < 3)
+
+    monkeypatch.setattr(gguf_format, "check_gguf", check)
+    limits, exact = ParityLimits(), GgufFormat.f32
+    assert locate_gguf_failure(decoder("FFFF"), text, limits, exact, tmp_path) == "layer 2"
+    assert locate_gguf_failure(decoder("FF"), text, limits, exact, tmp_path) is None
+    assert depths == [2, 3, 1, 2]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_check_says_what_to_install(tmp_path, text, monkeypatch):
