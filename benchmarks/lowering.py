@@ -24,7 +24,7 @@ from record import Recorder
 
 import conf
 from flash.arch import ArchSpec, parse_pattern
-from flash.interop.baselines import as_stock
+from flash.interop.baselines import to_stock_model
 from flash.interop.export_llm import lower_stock
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings
@@ -76,7 +76,7 @@ def _write_program(way: str, spec: Path, path: Path) -> None:
     if way == "ours":
         write(path, lower(Decoder(arch), settings))
     else:
-        lower_stock(as_stock(arch), settings, path, fast=False)
+        lower_stock(to_stock_model(arch), settings, path, fast=False)
 
 
 def _watch(command: list[str]) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def main() -> None:
         program = Program(name="tiny", path=path, vocab_size=backbone.spec.vocab_size)
         device = HostDevice(DEVICE)
         tokenizer = BACKBONE / "tokenizer.json"
-        prompt = Prompts(tokenizer).of(PROMPT)
+        prompt = Prompts(tokenizer).of_length(PROMPT)
         for _ in range(PROCESSES):
             measured = device.measure([program], DEVICE.workload)[0]
             steps = measured.samples[0][f"decode_{PROMPT}"][0]["steps_ms"]

@@ -14,7 +14,7 @@ KEYS = {
             "prefill_chunk",
         )
     },
-    "device.skip_unread": "device.lowering.prefill_last_only",
+    "device.prefill_last_only": "device.lowering.prefill_last_only",
     **{
         f"device.{name}": f"device.workload.{name}"
         for name in ("prompts", "contexts", "decode_tokens")

@@ -1,1 +1,1 @@
-"""Where a program runs and is timed: this machine, boards and phones, by one protocol."""
+"""Devices that run and time programs by one protocol: this machine, boards and phones."""

@@ -1,8 +1,9 @@
 """`AndroidDevice`: a phone behind adb, on which ExecuTorch's own llama_main runs the programs.
 
-Phones have no Python, so what can be timed is what llama_main does: whole models, a prompt and the
-decode steps after it. A phone that gets warm clocks itself down: each process waits until it is
-cool, and one during which it throttled is thrown away and counted.
+Phones have no Python, so only the work of llama_main can be timed: whole models, with a prompt and
+the decode steps after it. A warm phone lowers its clocks (it throttles). Therefore each process
+waits until the phone is cool, and a process during which the phone throttled is rejected and
+counted.
 """
 
 import re
@@ -33,20 +34,21 @@ from flash.errors import DeviceError, InputError
 
 PROPERTIES = ("ro.product.model", "ro.soc.model", "ro.board.platform", "ro.build.fingerprint")
 POLL_S = 3.0
-"""Time between two looks at a phone that cools down [s]."""
+"""Time between two readings of a phone that cools down [s]."""
+# Words in the output of a llama_main that refuses a program.
 _UNLOADABLE = re.compile(r"load|schema|version|operator|kernel|verif", re.IGNORECASE)
 
 
 class AndroidDevice(RemoteDevice):
-    """A phone, by its serial."""
+    """One phone, found by its serial number."""
 
     times_blocks = False
 
     def __init__(self, settings: DeviceSettings) -> None:
         super().__init__(settings, settings.android)
         self._android = settings.android
-        self._runner = _file("runner", self._android.runner)
-        self._tokenizer = _file("tokenizer", self._android.tokenizer)
+        self._runner = _existing_file("runner", self._android.runner)
+        self._tokenizer = _existing_file("tokenizer", self._android.tokenizer)
         self._prompts = llama_main.Prompts(self._tokenizer)
         self._prompt_files = tempfile.mkdtemp(prefix="flash-prompts-")
         weakref.finalize(self, shutil.rmtree, self._prompt_files, ignore_errors=True)
@@ -80,13 +82,13 @@ class AndroidDevice(RemoteDevice):
         return self._identity
 
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
-        """The result of a measuring job; each sample is a fresh process of llama_main.
+        """Run a measuring job; each sample is a fresh process of llama_main.
 
         Raises:
-            InputError: The job is no measurement of whole models, or a program is refused.
-            DeviceError: llama_main died, or the phone is gone or stays hot.
+            InputError: The job does not measure whole models, or a program is refused.
+            DeviceError: llama_main died, or the phone is disconnected or stays hot.
         """
-        self._check_possible(job, programs)
+        self._check_job(job, programs)
         check_files(programs)
         self.identity()
         started, self._throttled = time.time(), 0
@@ -124,13 +126,18 @@ class AndroidDevice(RemoteDevice):
         }
 
     def generate_text(self, path: Path, prompt: str, new_tokens: int) -> str:
-        """What llama_main prints for a prompt: on most versions the prompt, then its own text."""
+        """Return the text that llama_main prints; most versions repeat the prompt first."""
         program = Program(name=path.name, path=path, vocab_size=1)
         check_files([program])
         self.identity()
         return self._retrying_run(program, prompt, new_tokens, warmup=False).text
 
-    def _check_possible(self, job: dict[str, Any], programs: Sequence[Program]) -> None:
+    def _check_job(self, job: dict[str, Any], programs: Sequence[Program]) -> None:
+        """Check that llama_main can run a job.
+
+        Raises:
+            InputError: The job does not measure whole models on prompts of at least one token.
+        """
         name = f"device={self.settings.name}"
         if job["mode"] != "measure":
             raise InputError(
@@ -150,8 +157,13 @@ class AndroidDevice(RemoteDevice):
             )
 
     def _time(self, program: Program, tokens: int, steps: int, warmup: bool) -> llama_main.Run:
-        """One process that did not throttle, on a prompt of exactly `tokens`."""
-        prompt = self._prompts.of(tokens)
+        """Run processes on a prompt of exactly `tokens` tokens until one did not throttle.
+
+        Raises:
+            InputError: llama_main splits the prompt into another number of tokens.
+            DeviceError: Too many processes in a row throttled.
+        """
+        prompt = self._prompts.of_length(tokens)
         for _ in range(self._android.throttled_retries + 1):
             self._wait_until_cool()
             # The first new token comes from the prompt's own logits: it is no decode step.
@@ -170,11 +182,13 @@ class AndroidDevice(RemoteDevice):
         )
 
     def _throttles(self, now: thermal.Thermal) -> bool:
+        """Return True if the phone is too hot or limits the clocks of the CPUs in use."""
         limit = self._android.hot_above_c
         too_hot = limit is not None and now.celsius is not None and now.celsius > limit
         return too_hot or bool(self._capped(now))
 
     def _capped(self, now: thermal.Thermal) -> list[int]:
+        """CPUs in use whose clocks are limited; none if the settings allow that."""
         return [] if self._android.allow_capped else now.capped(self.settings.cpus)
 
     def _state(self, now: thermal.Thermal) -> str:
@@ -203,9 +217,9 @@ class AndroidDevice(RemoteDevice):
         timeout_s = self.settings.start_timeout_s + 2 * runs * self.settings.run_timeout_s
         return self._retrying(lambda: self._run_once(command, timeout_s, program.name))
 
-    def _run_once(self, command: list[str], timeout_s: float, what: str) -> llama_main.Run:
+    def _run_once(self, command: list[str], timeout_s: float, label: str) -> llama_main.Run:
         pid = shlex.quote(self._path(f"{self._token}.pid"))
-        # adbd does not always end what it started when the connection is cut.
+        # adbd does not always end its children when the connection is cut, so their id is kept.
         marked = f'echo $$ > {pid}; exec "$@"'
         kill = (
             f"p=$(cat {pid} 2>/dev/null) && rm -f {pid} && "
@@ -218,7 +232,7 @@ class AndroidDevice(RemoteDevice):
         except subprocess.TimeoutExpired:
             self._forget(kill)
             raise DeviceError(
-                f"{what}: no result after {timeout_s:.0f} s; if the phone is just slow, raise "
+                f"{label}: no result after {timeout_s:.0f} s; if the phone is just slow, raise "
                 "device.run_timeout_s"
             ) from None
         except ConnectionLost:
@@ -228,29 +242,43 @@ class AndroidDevice(RemoteDevice):
             raise
         run = llama_main.parse(output.out, output.err) if output.code == 0 else None
         if run is None:
-            self._explain(output, what)
+            self._explain(output, label)
         assert run is not None
         return run
 
     def _shell_quietly(self, script: str) -> None:
-        """Run a line whose exit code does not matter; the connection's failure does."""
+        """Run a line of shell whose exit code does not matter.
+
+        Raises:
+            ConnectionLost: The connection failed.
+        """
         try:
             self._shell(script)
         except subprocess.TimeoutExpired:
             raise ConnectionLost("no answer") from None
 
-    def _explain(self, output: Output, what: str) -> None:
-        """Raise the error for a llama_main that printed no statistics."""
+    def _explain(self, output: Output, label: str) -> None:
+        """Raise the error for a llama_main that printed no statistics.
+
+        Raises:
+            InputError: It could not load the program.
+            DeviceError: It failed for any other reason.
+        """
         if 0 <= output.code < 126 and _UNLOADABLE.search(output.out + output.err):
-            error = f"{what}: cannot be loaded ({output.last_line})"
+            error = f"{label}: cannot be loaded ({output.last_line})"
             check_loaded({"error": error, "runtime": self.identity()["runtime"]})
         reason = exit_reason(output.code, f"{output.out}\n{output.err}")
-        raise DeviceError(f"{what}: {reason}; `adb logcat` on {self.where} may say more")
+        raise DeviceError(f"{label}: {reason}; `adb logcat` on {self.where} may say more")
 
     def _read(self) -> thermal.Thermal:
         return thermal.parse(self._retrying(lambda: self._ask(thermal.SCRIPT)))
 
     def _wait_until_cool(self) -> None:
+        """Wait until the phone is below its temperature limit and no clock is limited.
+
+        Raises:
+            DeviceError: It is still warm after `cool_timeout_s`.
+        """
         limit = self._android.cool_below_c
         if limit is None:
             return
@@ -272,10 +300,11 @@ class AndroidDevice(RemoteDevice):
         return [self._android.adb, *(() if port is None else ("-P", str(port))), *words]
 
     def _chosen(self) -> str:
-        """The serial, of the only phone if none is named.
+        """Serial of the phone: that of the settings, else that of the only attached phone.
 
         Raises:
-            InputError: None or several are attached, or the named one is not.
+            InputError: The phone of the settings is not attached, or the settings name none and
+                not exactly one is attached.
         """
         if self._serial is None:
             listed = self._listed()
@@ -294,7 +323,11 @@ class AndroidDevice(RemoteDevice):
         return self._serial
 
     def _listed(self) -> dict[str, str]:
-        """States of the attached phones by serial."""
+        """State of each attached phone by serial.
+
+        Raises:
+            ConnectionLost: The adb server fails or does not answer.
+        """
         try:
             output = run_client(self._adb("devices"), 60.0)
         except subprocess.TimeoutExpired:
@@ -330,7 +363,7 @@ class AndroidDevice(RemoteDevice):
         text = output.out + output.err
         if output.code == 0:
             return
-        # adb says "remote" before the phone's own words; all else is the connection.
+        # adb puts "remote" before messages of the phone; any other failure is the connection's.
         if "No space left" in text or re.search(r"': remote (?!couldn't read)", text):
             raise self.refused(output)
         raise self._failure(output)
@@ -339,7 +372,7 @@ class AndroidDevice(RemoteDevice):
         serial, limit_s = self._chosen(), self._android.reconnect_timeout_s
         deadline = time.monotonic() + limit_s
         while True:
-            if ":" in serial:  # over TCP the server does not look for it by itself
+            if ":" in serial:  # a phone on TCP, to which the server does not reconnect
                 self._call("disconnect", serial)
                 self._call("connect", serial)
             state = self._listed().get(serial, "missing")
@@ -357,19 +390,24 @@ class AndroidDevice(RemoteDevice):
 
 
 def _sample(phase: str, run: llama_main.Run) -> dict[str, Any]:
-    """A run at one point, as runner.py reports it."""
+    """Sample of a run at one point, in the format of runner.py."""
     if phase == "prefill":
         return {"wall_s": run.prefill_ms / 1e3}
     return {"wall_s": run.decode_ms * run.steps / 1e3, "steps_ms": [run.decode_ms]}
 
 
 def _build(fingerprint: str) -> str:
-    """Version, build and increment of `brand/product/device:version/id/increment:type/tags`."""
+    """Version, id and increment of `brand/product/device:version/id/increment:type/tags`."""
     parts = fingerprint.split(":")
     return parts[1] if len(parts) == 3 else fingerprint
 
 
-def _file(key: str, value: str) -> Path:
+def _existing_file(key: str, value: str) -> Path:
+    """The path of a file of the settings.
+
+    Raises:
+        InputError: There is no such file.
+    """
     path = Path(value).expanduser()
     if not path.is_file():
         raise InputError(f"device.android.{key}={value}: no such file")

@@ -1,8 +1,8 @@
-"""`Device`: the protocol of a measurement, the same wherever the processes run.
+"""`Device`: the protocol of a measurement, the same on every kind of device.
 
-Noise between processes is several times that within one, so each program is timed in several fresh
-processes; programs and a fixed reference take turns inside each, so that a slow moment hits all
-alike; a process slow throughout is thrown away and counted.
+Noise between processes is several times the noise within one, so each program is timed in several
+fresh processes. Inside a process the programs and a fixed reference take turns, so that a slow
+moment affects all of them alike. A process that was slow throughout is rejected and counted.
 """
 
 import time
@@ -19,38 +19,43 @@ from flash.errors import InputError
 KIB_PER_MIB = 1024
 
 Progress = Callable[[int, int], None]
-"""Called with processes done and processes in all."""
+"""A callback that gets the number of finished processes and the number of all processes."""
 
 
 class Device(ABC):
-    """Something that runs a program in a fresh process and times it.
+    """A machine that runs programs in fresh processes and times them.
 
-    Kinds of devices say how one process is started (`run`) and who they are (`identity`).
+    Subclasses define how one process is started (`run`) and what identifies the machine
+    (`identity`).
     """
 
     times_blocks = True
-    """Whether it runs programs that take activations, and not only whole models."""
+    """True if the device runs single blocks, whose input is activations; else only whole models."""
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
 
     @abstractmethod
     def identity(self) -> dict[str, str | int]:
-        """What a stored measurement is valid for: hardware, system, runtime, threads, CPUs.
+        """Conditions under which a stored measurement is valid: hardware, system, runtime, threads.
 
         Raises:
-            InputError: The device cannot do what the settings ask (more threads than cores).
-            DeviceError: It does not answer.
+            InputError: The settings ask for more than the device has, such as threads or CPUs.
+            DeviceError: The device does not answer.
         """
 
     @property
     def resource(self) -> str:
-        """What two measurements cannot use at once: devices with different ones run in parallel."""
+        """Name of the hardware, for locks: measurements run in parallel only on different ones."""
         return self.settings.name
 
     @abstractmethod
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
-        """The result of a job of runner.py, in one fresh process on the device.
+        """Run a job of runner.py in one fresh process on the device and return its result.
+
+        Args:
+            job: The job object that runner.py documents.
+            programs: The programs of the job.
 
         Raises:
             InputError: A program is missing, or the device's runtime refuses it.
@@ -64,14 +69,18 @@ class Device(ABC):
         reference: Program | None = None,
         on_progress: Progress | None = None,
     ) -> list[Measurement]:
-        """Time every program; all take turns in each of several fresh processes.
+        """Time all programs, which take turns in each of several fresh processes.
 
         Args:
-            programs: What to measure; each name once.
-            workload: What to time.
-            reference: A fixed program that takes turns with the others, so that slow processes are
-                told from slow programs; its times are in `conditions`.
+            programs: Programs to measure; their names must differ.
+            workload: Latencies to time.
+            reference: A fixed program that takes turns with the others, to distinguish slow
+                processes from slow programs; its times are in `conditions`.
             on_progress: Called after each process.
+
+        Raises:
+            InputError: A program is missing, or the device's runtime refuses it.
+            DeviceError: A process died or took too long.
         """
         everything = [*programs] + ([reference] if reference is not None else [])
         job = self._job(everything, workload)
@@ -90,13 +99,13 @@ class Device(ABC):
         keep = self._accepted(results, everything, workload)
         conditions = [_conditions(result, reference, workload) for result in results]
         return [
-            _summarise(program.name, results, keep, conditions, workload) for program in programs
+            _summarize(program.name, results, keep, conditions, workload) for program in programs
         ]
 
     def generate(
         self, path: Path, tokens: Sequence[int], new_tokens: int, stop: Sequence[int] = ()
     ) -> list[int]:
-        """Greedy continuation of `tokens` by the program, without them and without the stop."""
+        """Continue `tokens` greedily; the result holds neither `tokens` nor the stop token."""
         [answer] = self.generate_many(path, [tokens], new_tokens, stop)
         return answer[:-1] if answer and answer[-1] in stop else answer
 
@@ -109,15 +118,18 @@ class Device(ABC):
         *,
         reuse: bool = False,
     ) -> list[list[int]]:
-        """Greedy continuations in one process, each up to and with its first token of `stop`.
+        """Continue many prompts greedily in one process.
 
         Args:
             path: The program.
-            prompts: Token ids of each, at least one.
-            new_tokens: Most tokens of an answer, at least one.
-            stop: Tokens that end an answer.
-            reuse: Do not read again what a prompt shares with the one before it; only for programs
-                without sliding windows.
+            prompts: Token ids of each prompt, at least one.
+            new_tokens: Largest number of tokens of a continuation, at least one.
+            stop: Tokens that end a continuation.
+            reuse: Whether to keep in the cache the tokens that a prompt shares with the one before
+                it; only for programs without sliding windows.
+
+        Returns:
+            The continuations, each up to and including its first token of `stop`.
         """
         job = {"mode": "generate", "prompts": [list(prompt) for prompt in prompts], "reuse": reuse}
         return self._run_one(path, {**job, "new_tokens": new_tokens, "stop": list(stop)})["answers"]
@@ -125,9 +137,9 @@ class Device(ABC):
     def score(
         self, path: Path, tokens: Sequence[int], *, prefill: int = 1, keep_logits: bool = False
     ) -> dict[str, Any]:
-        """Teacher-forced scores: `log_likelihoods` of `tokens[prefill:]`, and `logits` if kept.
+        """Score one text with teacher forcing; see `score_many` for the result.
 
-        The first `prefill` tokens go through in chunks, the others one at a time, as in use.
+        The first `prefill` tokens are fed in chunks, the others one at a time, as in decoding.
         """
         return self.score_many(path, [(tokens, prefill)], keep_logits=keep_logits)[0]
 
@@ -139,25 +151,26 @@ class Device(ABC):
         keep_logits: bool = False,
         reuse: bool = False,
     ) -> list[dict[str, Any]]:
-        """Teacher-forced scores of many texts in one process.
+        """Score many texts with teacher forcing in one process.
 
         Args:
             path: The program.
-            requests: Tokens of each text and how many of them go through in chunks, unscored.
-            keep_logits: Whether answers have `logits` too.
-            reuse: Do not read again what a text's unscored part shares with the text before it;
-                only for programs without sliding windows.
+            requests: Tokens of each text, and how many of the first ones are fed in chunks and not
+                scored.
+            keep_logits: Whether results also hold `logits`.
+            reuse: Whether to keep in the cache the tokens that a text's unscored part shares with
+                the text before it; only for programs without sliding windows.
 
         Returns:
-            For each the `log_likelihoods` of its other tokens, and in `choices` the likeliest token
-            at each of their places.
+            For each text `log_likelihoods` of its scored tokens [nats], and in `choices` the
+            likeliest token at each of their positions.
         """
         texts = [{"tokens": list(tokens), "prefill": prefill} for tokens, prefill in requests]
         job = {"mode": "score", "requests": texts, "keep_logits": keep_logits, "reuse": reuse}
         return self._run_one(path, job)["answers"]
 
     def timeout_s(self, job: dict[str, Any]) -> float:
-        """How long the process of a job may take [s]."""
+        """Time limit of a job's process [s]."""
         settings = self.settings
         programs = len(job["programs"])
         turns = (job.get("warmups", 0) + job.get("runs", 1)) * len(job.get("points", "1"))
@@ -192,10 +205,10 @@ class Device(ABC):
     def _accepted(
         self, results: Sequence[dict[str, Any]], programs: Sequence[Program], workload: Workload
     ) -> list[bool]:
-        """Processes that are no slower than `reject_ratio` times the best, over all programs.
+        """Decide for each process whether it took at most `reject_ratio` times as long as the best.
 
-        The sum over the programs decides: a disturbed process is slow throughout, and one program's
-        unlucky moment is not worth the others' samples.
+        The sum over all programs decides. A disturbed process is slow throughout, while a slow
+        moment of one program does not justify losing the samples of the others.
         """
         passed = [True] * len(results)
         for point in workload.points:
@@ -206,14 +219,22 @@ class Device(ABC):
 
 
 def check_files(programs: Sequence[Program]) -> None:
-    """An InputError for the first program whose file is not there."""
+    """Check that the file of every program exists.
+
+    Raises:
+        InputError: A file is missing.
+    """
     for program in programs:
         if not program.path.is_file():
             raise InputError(f"{program.path}: no such file; lower the model first")
 
 
 def check_loaded(result: dict[str, Any]) -> dict[str, Any]:
-    """The result, unless the runner said that its runtime refused a program: an InputError."""
+    """Return the result of a runner whose runtime loaded all programs.
+
+    Raises:
+        InputError: The runtime refused a program.
+    """
     if "error" in result:
         raise InputError(
             f"{result['error']}; the file is damaged, or made for another version of ExecuTorch "
@@ -230,13 +251,14 @@ def _minimum_ms(result: dict[str, Any], name: str, point: Point) -> float:
     return min(min(run["steps_ms"]) for run in runs)
 
 
-def _summarise(
+def _summarize(
     name: str,
     results: Sequence[dict[str, Any]],
     keep: Sequence[bool],
     conditions: list[dict[str, Any]],
     workload: Workload,
 ) -> Measurement:
+    """Make the measurement of one program from the results of all processes."""
     kept = [result for result, ok in zip(results, keep, strict=True) if ok]
     latencies = {}
     for point in workload.points:
@@ -260,6 +282,7 @@ def _summarise(
 def _conditions(
     result: dict[str, Any], reference: Program | None, workload: Workload
 ) -> dict[str, Any]:
+    """Circumstances of one process, for `Measurement.conditions`."""
     fields = ("started", "start_ms", "baseline_rss_kib", "load_average", "process")
     conditions = {name: result[name] for name in fields}
     if reference is not None:

@@ -1,20 +1,27 @@
-"""`open_device`: the device that settings describe."""
+"""Creation of a device from its settings.
+
+Devices behind ssh and adb are imported only where one is used.
+"""
 
 from flash.device.base import Device
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceKind, DeviceSettings
 
 
-def open_device(settings: DeviceSettings) -> Device:
-    """The device that the settings describe."""
-    match settings.kind:
+def open_device(device_settings: DeviceSettings) -> Device:
+    """Create the device that the settings describe.
+
+    Raises:
+        InputError: Connection settings that cannot be used, or a file of them that is missing.
+    """
+    match device_settings.kind:
         case DeviceKind.host:
-            return HostDevice(settings)
+            return HostDevice(device_settings)
         case DeviceKind.ssh:
             from flash.device.ssh import SshDevice
 
-            return SshDevice(settings)
+            return SshDevice(device_settings)
         case DeviceKind.android:
             from flash.device.android import AndroidDevice
 
-            return AndroidDevice(settings)
+            return AndroidDevice(device_settings)

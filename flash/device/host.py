@@ -1,4 +1,4 @@
-"""`HostDevice`: this machine as a device, each measurement in fresh processes of runner.py."""
+"""`HostDevice`: this machine as a device; each process is a fresh Python that runs runner.py."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from flash.errors import DeviceError
 from flash.log_filters import is_noise
 
 RUNNER = Path(__file__).with_name("runner.py")
+"""Script that runs jobs, on this machine and on boards."""
 
 
 class HostDevice(Device):
@@ -34,35 +35,37 @@ class HostDevice(Device):
 
     @property
     def resource(self) -> str:
-        """This machine, whatever its working points are called."""
+        """The constant "host": settings of any name measure on the same hardware."""
         return "host"
 
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
-        """The result of one runner process; see `Device.run`."""
+        """Run a job in one process of runner.py; see `Device.run`."""
         check_files(programs)
         with tempfile.TemporaryDirectory(prefix="flash-") as folder:
             job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
             job_path.write_text(json.dumps(job), encoding="utf-8")
             command = [sys.executable, str(RUNNER), str(job_path), str(result_path)]
-            what = ", ".join(program.name for program in programs)
-            run_process(command, job["threads"], self.timeout_s(job), what)
+            label = ", ".join(program.name for program in programs)
+            run_process(command, job["threads"], self.timeout_s(job), label)
             return check_loaded(json.loads(result_path.read_text(encoding="utf-8")))
 
 
 def run_process(
-    command: Sequence[str], threads: int, timeout_s: float, what: str, text: str = ""
+    command: Sequence[str], threads: int, timeout_s: float, label: str, text: str = ""
 ) -> tuple[str, str]:
-    """Run one child to its end and return its stdout and stderr; it dies with us.
+    """Run one child process to its end and return its stdout and stderr.
+
+    The child is killed if this process is interrupted.
 
     Args:
         command: Program and arguments.
         threads: Size of the thread pools of BLAS and OpenMP.
-        timeout_s: It is killed after this time [s].
-        what: Named in errors.
-        text: Its stdin.
+        timeout_s: Time after which the child is killed [s].
+        label: Name of the work in errors.
+        text: Input on stdin.
 
     Raises:
-        DeviceError: It exited with a code other than 0 or took longer than `timeout_s`.
+        DeviceError: The child exited with a code other than 0 or took longer than `timeout_s`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with subprocess.Popen(
@@ -80,7 +83,7 @@ def run_process(
             child.kill()
             child.wait()
             raise DeviceError(
-                f"{what}: no result after {timeout_s:.0f} s; if the device is just slow, raise "
+                f"{label}: no result after {timeout_s:.0f} s; if the device is just slow, raise "
                 "device.run_timeout_s"
             ) from None
         except BaseException:  # Ctrl-C included: leave no process behind
@@ -88,12 +91,12 @@ def run_process(
             child.wait()
             raise
     if child.returncode != 0:
-        raise DeviceError(f"{what}: {exit_reason(child.returncode, err)}")
+        raise DeviceError(f"{label}: {exit_reason(child.returncode, err)}")
     return out, err
 
 
 def exit_reason(code: int, stderr: str) -> str:
-    """Why a runner ended, from its exit code (negative: a signal) and what it printed."""
+    """Explain why a runner ended, from its exit code (negative: a signal) and its stderr."""
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return (
             "the runner was killed, most likely because the device's memory was full; "

@@ -1,8 +1,8 @@
-"""ExecuTorch's `llama_main`: its arguments, what it prints, and prompts of an exact length.
+"""ExecuTorch's `llama_main`: its arguments, its output, and prompts of an exact length.
 
 One process loads one program, warms up if asked, feeds one prompt and decodes. It prints the text
-and then a line of statistics with time stamps in whole milliseconds. Its TTFT includes splitting
-the prompt into tokens; its decode step includes the choice of the token.
+and then a line of statistics with time stamps in whole milliseconds. Two times differ from those of
+runner.py: the TTFT includes tokenization, and a decode step includes the choice of the token.
 """
 
 import json
@@ -16,24 +16,24 @@ from tokenizers import Tokenizer
 from flash.errors import InputError
 
 STATISTICS = "PyTorchObserver "
-# Most vocabularies hold one of these as a piece that neither merges with nor vanishes beside its
-# own kind.
+"""Prefix of the line of statistics."""
+# In most vocabularies at least one of these is a token that stays one token when it is repeated.
 _PIECES = (" the", " a", "\n", "a ", " x", "a", "x", "0", ".", "the ")
 _RSS = re.compile(r"RSS after (?:loading model|finishing text generation): ([0-9.]+) MiB")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process of llama_main.
+    """Statistics of one process of llama_main.
 
     Attributes:
-        prompt_tokens: Tokens that its own tokenizer made of the prompt.
-        steps: Decode steps after the first token.
-        load_ms: Time to load the program; 0 where a warm-up hides it.
+        prompt_tokens: Number of tokens that its own tokenizer made of the prompt.
+        steps: Number of decode steps after the first token.
+        load_ms: Time to load the program; 0 if a warm-up hides it.
         prefill_ms: Time to first token.
         decode_ms: Mean time of a decode step.
-        rss_kib: Resident set after loading and at the end; zeros where it prints none.
-        text: What it printed before the statistics.
+        rss_kib: Resident set size after loading and at the end; zeros if it prints none.
+        text: Text that it printed before the statistics.
     """
 
     prompt_tokens: int
@@ -48,7 +48,7 @@ class Run:
 def arguments(
     program: str, tokenizer: str, prompt: str, *, new_tokens: int, threads: int, warmup: bool
 ) -> list[str]:
-    """Command-line arguments for a greedy run; the paths are those on the device."""
+    """Command-line arguments for a greedy run; paths are those on the device."""
     return [
         f"--model_path={program}",
         f"--tokenizer_path={tokenizer}",
@@ -62,7 +62,7 @@ def arguments(
 
 
 def parse(out: str, err: str) -> Run | None:
-    """The run that llama_main reports, or None if it printed no statistics."""
+    """Read the output of llama_main; None if it holds no statistics."""
     text, found, rest = out.rpartition(STATISTICS)
     if not found:
         return None
@@ -83,13 +83,13 @@ def parse(out: str, err: str) -> Run | None:
 
 
 class Prompts:
-    """Texts of exactly so many tokens: one piece again and again."""
+    """Prompts of an exact number of tokens, made by repeating one short piece of text."""
 
     def __init__(self, path: Path) -> None:
         """Load a tokenizer.json.
 
         Raises:
-            InputError: There is none, or it cannot be read.
+            InputError: The file is missing or cannot be read.
         """
         self._path = path
         try:
@@ -99,12 +99,16 @@ class Prompts:
                 f"device.android.tokenizer={path}: not a readable tokenizer.json ({error})"
             ) from None
 
-    def of(self, tokens: int) -> str:
-        """A text that the tokenizer, without special tokens, splits into that many."""
+    def of_length(self, tokens: int) -> str:
+        """Make a text that the tokenizer, without special tokens, splits into `tokens` tokens.
+
+        Raises:
+            InputError: No piece of text repeats as single tokens in this vocabulary.
+        """
         for piece in _PIECES:
             text = piece * tokens
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-            # Some tokenizers drop what they do not know, others do not: the text must come back.
+            # Some tokenizers drop unknown characters, so the decoded text is compared too.
             if len(ids) == tokens and self._tokenizer.decode(ids).strip() == text.strip():
                 return text
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a measurement is: a program, the raw times of its runs, and the latencies made of them."""
+"""Records of a measurement: the program, the raw times of its runs, and latencies from these."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from flash.device.workload import Phase, Point
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A lowered file and the input that it takes.
+    """A lowered file and the kind of its input.
 
     Attributes:
-        name: Unique within one call of `measure`.
+        name: Name, unique within one call of `measure`.
         path: The .pte file.
-        vocab_size: Token ids to draw from, for a program that takes tokens.
-        model_dim: Width of the activations, for a block that takes those instead.
-        flush_mib: Memory to walk through before each timed call [MiB]. A block measured alone
-            finds its weights in the processor's caches; inside a model the other layers have
-            evicted them.
+        vocab_size: Number of token ids to draw from, for a program that takes tokens.
+        model_dim: Width of the activations, for a block that takes these instead.
+        flush_mib: Memory that is read before each timed call [MiB]. A block measured alone would
+            find its weights in the processor's caches; inside a model the other layers have evicted
+            them.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Program:
         assert (self.vocab_size is None) != (self.model_dim is None), "tokens or activations"
 
     def to_job(self) -> dict[str, Any]:
-        """As runner.py wants it."""
+        """The program as an object of runner.py's job."""
         return {
             "name": self.name,
             "path": str(self.path),
@@ -49,8 +49,8 @@ class Latency:
     """One measured latency.
 
     Attributes:
-        ms: The smallest time of all accepted processes: noise only ever adds time.
-        se_ms: Standard error of it, from the minima of the processes.
+        ms: Smallest time of all accepted processes, since noise only ever adds time.
+        se_ms: Standard error of `ms`, from the minima of the processes.
     """
 
     ms: float
@@ -62,14 +62,14 @@ class Measurement:
     """Latencies of one program on one device.
 
     Attributes:
-        name: The program's.
-        latencies: By name of the point (`prefill_512`), in the order of the workload.
-        load_ms: Smallest time to load the program, weight packing included.
-        peak_rss_mib: Largest resident set of the process that ran all programs of the call,
-            Python and torch included.
-        model_rss_mib: What loading this program added to the resident set.
-        rejected: Processes thrown away as too slow.
-        samples: Raw times of every process, rejected ones too, by name of the point.
+        name: Name of the program.
+        latencies: Latencies by name of their point (`prefill_512`), in the order of the workload.
+        load_ms: Smallest time to load the program, including weight packing.
+        peak_rss_mib: Largest resident set size of the process that ran all programs of the call,
+            including Python and torch.
+        model_rss_mib: Growth of the resident set size by loading this program.
+        rejected: Number of processes rejected as too slow.
+        samples: Raw times of every process, including rejected ones, by name of the point.
         conditions: Load, steal and other circumstances of each process.
     """
 
@@ -110,10 +110,11 @@ class Measurement:
 def standard_error(minima: Sequence[float]) -> float:
     """Standard error of the smallest of several processes' minima.
 
-    What a process adds to the undisturbed time is roughly exponential. Of k such delays the
-    smallest has mean and standard deviation theta / k, where theta / k = (mean - min) / (k - 1) in
-    expectation (order statistics of the exponential distribution). One process tells nothing of
-    the spread between processes: then 10 % of the value, the upper end of what was seen.
+    The delay that a process adds to the undisturbed time is roughly exponential with mean theta. Of
+    k such delays the smallest has mean and standard deviation theta / k, and in expectation
+    theta / k = (mean - min) / (k - 1) (order statistics of the exponential distribution). A single
+    process gives no information about the spread; its error is taken as 10 % of the value, the
+    largest that was observed.
     """
     if len(minima) < 2:
         return 0.1 * minima[0]
@@ -121,6 +122,6 @@ def standard_error(minima: Sequence[float]) -> float:
 
 
 def accepted(times: Sequence[float], ratio: float) -> list[bool]:
-    """Which processes are within `ratio` of the fastest."""
+    """Return for each process whether its time is at most `ratio` times the smallest."""
     best = min(times)
     return [value <= ratio * best for value in times]

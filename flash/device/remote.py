@@ -1,8 +1,9 @@
-"""What devices behind ssh and adb share: a shell and a copy over a connection that may fail.
+"""`RemoteDevice`: shell commands and file copies over ssh or adb, whose connection may fail.
 
-Files lie on the device under their content's hash, so each is sent once. One that is being sent has
-another name; it takes its own only after the device has hashed what arrived. Whatever fails because
-of the connection is tried again after a pause; a command that fails is not.
+Files are named on the device by the hash of their content, so each is sent once. A file that is
+being sent has a temporary name and gets its own only after the device has verified the hash. An
+action that fails because of the connection is tried again after a pause; a command that fails is
+not.
 """
 
 import functools
@@ -27,10 +28,12 @@ from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
 
 SHELL_TIMEOUT_S = 60.0
+"""Time limit of a short shell command [s]."""
 LONGEST_WAIT_S = 30.0
+"""Longest pause before another try [s]."""
 IN_USE_S = 3600
-"""A file touched by a job within this time may be another client's: it is not removed."""
-# Without it nothing tells a command that exits with 255 or 1 from a client that lost the device.
+"""Time after its last use for which a file is kept, since another client may need it [s]."""
+# Printed after a command: a client that lost the device also exits with code 255 or 1.
 _MARK = "\nflash-exit:"
 
 T = TypeVar("T")
@@ -38,17 +41,17 @@ log = logging.getLogger(__name__)
 
 
 class ConnectionLost(Exception):
-    """The connection failed, not what was run over it: worth another try."""
+    """The connection failed, and not the command that ran over it; another try may succeed."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """How a command ended.
+    """Result of a finished command.
 
     Attributes:
         code: Exit code.
-        out: What it wrote to stdout.
-        err: What it, or the client, wrote to stderr.
+        out: Text on stdout.
+        err: Text on stderr, from the command or from the client program.
     """
 
     code: int
@@ -57,7 +60,7 @@ class Output:
 
     @property
     def last_line(self) -> str:
-        """The last line that says something."""
+        """The last line that is not blank."""
         lines = [line for line in (self.out + "\n" + self.err).splitlines() if line.strip()]
         return lines[-1].strip() if lines else "no message"
 
@@ -69,13 +72,13 @@ def run_client(
 
     Args:
         command: Program and arguments.
-        timeout_s: It is killed after this time [s].
-        stdin: What it reads; `subprocess.PIPE` is a pipe that stays open and empty, so that the
-            other end sees end-of-file only when this process or the connection dies.
+        timeout_s: Time after which it is killed [s].
+        stdin: Its input. `subprocess.PIPE` is a pipe that stays open and empty, so that the other
+            end sees end-of-file only when this process or the connection dies.
 
     Raises:
-        InputError: There is no such program.
-        subprocess.TimeoutExpired: It took longer than `timeout_s`.
+        InputError: This machine has no such program.
+        subprocess.TimeoutExpired: The command took longer than `timeout_s`.
     """
     # Files instead of pipes: both clients leave helpers behind that would keep a pipe open.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -122,23 +125,35 @@ class RemoteDevice(Device):
     @property
     @abstractmethod
     def where(self) -> str:
-        """The device's name in messages."""
+        """Name of the device in messages."""
 
     @abstractmethod
     def _execute(self, script: str, timeout_s: float, stdin: IO[bytes] | int) -> Output:
-        """Run a line of shell on the device; `subprocess.TimeoutExpired` if it takes too long."""
+        """Run a line of shell on the device.
+
+        Raises:
+            subprocess.TimeoutExpired: The line took longer than `timeout_s`.
+        """
 
     @abstractmethod
     def _failure(self, output: Output) -> Exception:
-        """What went wrong when the client ended before the command did."""
+        """The exception for a client that ended before the command did."""
 
     @abstractmethod
     def _copy(self, path: Path, part: str) -> None:
-        """Send a file; ConnectionLost if it may not have arrived whole."""
+        """Send a file to the name `part`.
+
+        Raises:
+            ConnectionLost: The file may not have arrived completely.
+        """
 
     @abstractmethod
     def _reconnect(self) -> None:
-        """Before another try: wait until the device can be reached, or raise ConnectionLost."""
+        """Wait until the device can be reached again; called before another try.
+
+        Raises:
+            ConnectionLost: The device did not come back in time.
+        """
 
     def _shell(
         self,
@@ -147,12 +162,12 @@ class RemoteDevice(Device):
         timeout_s: float = SHELL_TIMEOUT_S,
         stdin: IO[bytes] | int = subprocess.DEVNULL,
     ) -> Output:
-        """How a line of shell ended on the device.
+        """Run a line of shell on the device, whatever its exit code.
 
         Raises:
             ConnectionLost: The connection failed.
-            InputError: The client refuses: a wrong name, a wrong key.
-            subprocess.TimeoutExpired: It took longer than `timeout_s`.
+            InputError: The client refuses, for example because of a wrong name or key.
+            subprocess.TimeoutExpired: The line took longer than `timeout_s`.
         """
         mark = shlex.quote(_MARK.replace("\n", "\\n") + "%d\\n")
         output = self._execute(f'({script}\n); printf {mark} "$?"', timeout_s, stdin)
@@ -162,7 +177,12 @@ class RemoteDevice(Device):
         return Output(int(code), out, output.err)
 
     def _ask(self, script: str, stdin: IO[bytes] | int = subprocess.DEVNULL) -> str:
-        """Stdout of a short line of shell, which must succeed."""
+        """Return stdout of a short line of shell, which must succeed.
+
+        Raises:
+            ConnectionLost: The connection failed.
+            DeviceError: The exit code is not 0.
+        """
         try:
             output = self._shell(script, stdin=stdin)
         except subprocess.TimeoutExpired:
@@ -172,7 +192,7 @@ class RemoteDevice(Device):
         return output.out
 
     def refused(self, output: Output) -> DeviceError:
-        """The error for a command of ours that failed on the device."""
+        """Make the error for one of our own commands that failed on the device."""
         if "No space left" in output.out + output.err:
             return DeviceError(
                 f"{self.where}: its storage is full; free some there (our files are in "
@@ -181,7 +201,11 @@ class RemoteDevice(Device):
         return DeviceError(f"{self.where}: exit code {output.code}: {output.last_line}")
 
     def _retrying(self, action: Callable[[], T]) -> T:
-        """The action's value, tried again after each loss of the connection."""
+        """Return the value of `action`, which is tried again after each loss of the connection.
+
+        Raises:
+            DeviceError: The last allowed try failed.
+        """
         wait_s = self._link.backoff_s
         for attempt in range(self._link.retries + 1):
             try:
@@ -203,7 +227,7 @@ class RemoteDevice(Device):
         return "/".join((self._link.folder, *parts))
 
     def _place(self, paths: Iterable[Path]) -> dict[Path, str]:
-        """Where each file lies on the device; those that it lacks are sent."""
+        """Send the files that the device lacks, and return the path of each file on the device."""
         names = {path: content_name(path) for path in paths}
         missing = self._retrying(lambda: self._missing(set(names.values())))
         for path, name in names.items():
@@ -214,7 +238,7 @@ class RemoteDevice(Device):
         return {path: self._path("files", name) for path, name in names.items()}
 
     def _missing(self, names: set[str]) -> set[str]:
-        """Those that are not on the device; the others count as just used."""
+        """Names of files that are not on the device; the others count as used now."""
         folder = shlex.quote(self._path("files"))
         script = (
             f"mkdir -p {folder} && cd {folder} && for f in {shlex.join(sorted(names))}; do "
@@ -227,7 +251,7 @@ class RemoteDevice(Device):
         part = f"{target}.{self._token}.part"
         try:
             self._copy(path, part)
-        except DeviceError:  # a full disk: give back what we took
+        except DeviceError:  # a full disk: free the space that the part takes
             self._forget(shlex.join(["rm", "-f", part]))
             raise
         quoted, digest = shlex.quote(part), sha256_of(path)
@@ -240,7 +264,7 @@ class RemoteDevice(Device):
             raise ConnectionLost(f"{path.name} arrived damaged")
 
     def _trim(self, needed: set[str]) -> None:
-        """Remove the files unused for longest until the others fit `keep_mib`."""
+        """Remove the least recently used files until the rest fits into `keep_mib`."""
         folder = shlex.quote(self._path("files"))
         answer = self._ask(
             f"cd {folder} && date +%s && for f in *; do stat -c '%Y %s %n' \"$f\"; done"
@@ -259,14 +283,18 @@ class RemoteDevice(Device):
             self._ask(f"cd {folder} && {shlex.join(['rm', '-f', '--', *doomed])}")
 
     def _forget(self, script: str) -> None:
-        """Tidy up on the device if it can be reached; a failure here matters to nobody."""
+        """Clean up on the device if it can be reached; a failure is only logged."""
         try:
             self._shell(script, timeout_s=10.0)
         except (ConnectionLost, InputError, DeviceError, subprocess.TimeoutExpired) as error:
             log.debug("%s: could not tidy up: %s", self.where, error)
 
     def _check_cores(self, cores: int) -> None:
-        """An InputError if threads or CPUs exceed what the device has."""
+        """Check the threads and CPUs of the settings against the device's number of cores.
+
+        Raises:
+            InputError: The settings ask for more than the device has.
+        """
         threads, cpus = self.settings.threads, self.settings.cpus
         if cpus is not None and max(cpus, default=-1) >= cores:
             raise InputError(f"device.cpus={cpus}: expected 0 to {cores - 1} on {self.where}")
@@ -277,12 +305,12 @@ class RemoteDevice(Device):
 
 
 def content_name(path: Path) -> str:
-    """The name of a file on devices: the start of its SHA-256 and its suffix."""
+    """Name of a file on devices: the first digits of its SHA-256, and its suffix."""
     return sha256_of(path)[:32] + path.suffix
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, computed once as long as the file does not change."""
+    """SHA-256 of a file in hexadecimal; computed again only if the file has changed."""
     state = os.stat(path)
     return _digest(path, state.st_size, state.st_mtime_ns)
 

@@ -1,7 +1,7 @@
-"""The program that runs on the device: `python runner.py job.json result.json`.
+"""Script that runs programs on a device: `python runner.py job.json result.json`.
 
 It needs only the standard library, torch and ExecuTorch's runtime, and nothing of `flash`, so that
-one copied file measures on any board with Python. The job is one JSON object:
+a copy of this one file measures on any board with Python. The job is one JSON object:
 
     COMMON = "threads": 2, "cpus": [2, 3] | null, "programs": [PROGRAM...], "prefill_chunk": 512
     {"mode": "measure", COMMON, "points": [["prefill", 512], ["decode", 512]],
@@ -12,13 +12,14 @@ one copied file measures on any board with Python. The job is one JSON object:
     PROGRAM = {"name": "x", "path": "x.pte", "input": "tokens" | "activations",
                "vocab_size": 2048, "model_dim": 256, "flush_mib": 0}
 
-Prefill is the time from an empty cache to the first token's logits, the prompt fed in chunks of
-`prefill_chunk`. A decode step is one token at a cache position of the context and above; what the
-cache holds does not change the time, so it is not filled first. Before each timed call of a program
-with `flush_mib` that much memory is walked through, which evicts the program from the caches.
+Prefill is the time from an empty cache to the first token's logits, with the prompt fed in chunks
+of `prefill_chunk`. Decoding is timed in single steps at cache positions from the context on. The
+contents of the cache do not change the time, so it is not filled first. Before each timed call,
+`flush_mib` of other memory are read, which evicts the program from the processor's caches.
 
-With `reuse` a text that begins like the one before it is read only from where they differ. That is
-right for programs whose caches hold every position, not for those with sliding windows.
+With `reuse`, the tokens that a text shares with the beginning of the text before it are not fed
+again. That is correct for programs whose KV caches hold every position, not for those with sliding
+windows.
 """
 
 import ctypes
@@ -31,10 +32,11 @@ import time
 from typing import Any
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+"""Clock ticks of /proc/stat [1/s]."""
 
 
 def status_kib(field):
-    """A field of /proc/self/status in KiB, 0 where there is none."""
+    """A field of /proc/self/status in KiB; 0 if the system has no such field."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             for line in file:
@@ -46,7 +48,7 @@ def status_kib(field):
 
 
 def machine_ticks():
-    """Ticks that all processors worked, and that a hypervisor kept from them; zeros if unknown."""
+    """Ticks of work of all processors, and ticks stolen by a hypervisor; zeros if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
@@ -56,26 +58,26 @@ def machine_ticks():
 
 
 class Clock:
-    """Time from its creation on: wall, our own on a processor, everybody else's, and steal."""
+    """A stopwatch for wall time, processor time of this process and of all others, and steal."""
 
     def __init__(self):
         self.start = self.now()
 
     def now(self):
-        """Readings since some fixed moment."""
+        """Absolute readings; only their differences have a meaning."""
         usage = resource.getrusage(resource.RUSAGE_SELF)
         worked, steal = machine_ticks()
         others_s = worked / TICKS_PER_S - usage.ru_utime - usage.ru_stime
         return time.perf_counter(), usage.ru_utime, usage.ru_stime, others_s, steal
 
     def read(self):
-        """The readings since the start; seconds, steal in ticks."""
+        """Readings since the creation of this clock: seconds, but steal in ticks."""
         names = ("wall_s", "user_s", "system_s", "others_s", "steal_ticks")
         return {n: b - a for n, a, b in zip(names, self.start, self.now(), strict=True)}
 
 
 class Runnable:
-    """A loaded program with the inputs that it takes."""
+    """A loaded program that can make its own inputs."""
 
     def __init__(self, spec):
         native = bindings()
@@ -92,7 +94,7 @@ class Runnable:
         self.ballast = bytearray(b"\1") * (spec["flush_mib"] << 20)
 
     def inputs(self, count):
-        """`count` tokens, or as many rows of activations, that repeat from run to run."""
+        """Make `count` random tokens, or rows of activations, the same in every run."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -102,17 +104,17 @@ class Runnable:
         return torch.randn(1, count, self.spec["model_dim"], generator=generator)
 
     def flush(self):
-        """Walk through the ballast, a byte of each cache line, so that the caches hold that."""
+        """Read a byte of every cache line of the ballast, which fills the processor's caches."""
         self.ballast[::64].count(0)
 
     def call(self, x, position):
-        """Run the method on inputs that start at a cache position; its first output."""
+        """Run the method on inputs that start at a cache position, and return its first output."""
         import torch
 
         return self.method.call((x, torch.tensor([position])))[0]
 
     def prefill(self, x, chunk):
-        """Feed all of `x` from position 0; the last call's output."""
+        """Feed `x` in chunks from position 0 on, and return the output of the last call."""
         out = None
         for start in range(0, x.shape[1], chunk):
             out = self.call(x[:, start : start + chunk], start)
@@ -120,7 +122,7 @@ class Runnable:
 
 
 def bindings():
-    """ExecuTorch's native module: the public wrapper also imports the exporter, 8 s of it."""
+    """Import ExecuTorch's native module; the public wrapper also imports the exporter in 8 s."""
     import torch  # noqa: F401  its libraries must be loaded first
 
     try:
@@ -156,7 +158,7 @@ def prepare(threads):
 def load_operators():
     """Load the libraries with `llama::*` and the quantised embedding.
 
-    The Python packages that they lie in would import the exporter as well: seconds.
+    Importing their Python packages would take seconds, since these also import the exporter.
     """
     import executorch
     import torch
@@ -170,10 +172,10 @@ def load_operators():
 
 
 def measure(job, programs):
-    """Warm-ups, then timed runs, programs taking turns so that slow moments hit all alike.
+    """Run all programs in turns, first as warm-ups and then timed, and return the samples.
 
-    A warm-up is one run at the shortest point of each phase, which touches all weights; longer
-    prompts of large models take too long to be run for nothing.
+    A warm-up is one run at the shortest point of each phase, which reads all weights. Longer
+    prompts of large models would take too long for a run that is not timed.
     """
     points = [tuple(point) for point in job["points"]]
     shortest = {phase: min(n for p, n in points if p == phase) for phase, _ in points}
@@ -190,7 +192,7 @@ def measure(job, programs):
 
 
 def time_prefill(job, program, tokens):
-    """One prefill of a prompt of `tokens`."""
+    """Time one prefill of a prompt of `tokens` tokens."""
     x = program.inputs(tokens)
     program.flush()
     clock = Clock()
@@ -199,7 +201,7 @@ def time_prefill(job, program, tokens):
 
 
 def time_decode(job, program, context):
-    """Single-token calls from `context` on; adds the time of each step."""
+    """Time single-token calls at positions from `context` on; also each step alone [ms]."""
     x = program.inputs(1)
     steps = []
     clock = Clock()
@@ -212,40 +214,40 @@ def time_decode(job, program, context):
 
 
 class Reader:
-    """Feeds texts to a program and knows what its cache holds of them."""
+    """A program together with the tokens that its KV cache holds."""
 
     def __init__(self, program, chunk, reuse):
         self.program, self.chunk, self.reuse = program, chunk, reuse
-        self.held = []
+        self.cached_tokens = []
 
     def read(self, tokens):
-        """Logits after a text that starts at position 0."""
+        """Feed a text that starts at position 0, and return the logits after it."""
         import torch
 
         start = 0
         if self.reuse:
-            # The last token is read in any case: it gives the logits.
-            known = min(len(self.held), len(tokens) - 1)
-            same = (self.held[i] == tokens[i] for i in range(known))
+            # The last token is always fed, since it gives the logits.
+            known = min(len(self.cached_tokens), len(tokens) - 1)
+            same = (self.cached_tokens[i] == tokens[i] for i in range(known))
             start = next((i for i, equal in enumerate(same) if not equal), known)
         out: Any = None
         for first in range(start, len(tokens), self.chunk):
             chunk = tokens[first : first + self.chunk]
             out = self.program.call(torch.tensor([chunk]), first)
-        self.held = list(tokens)
+        self.cached_tokens = list(tokens)
         return out[0]
 
     def step(self, token):
-        """Logits after one token more."""
+        """Feed one more token, and return the logits after it."""
         import torch
 
-        out = self.program.call(torch.tensor([[token]]), len(self.held))
-        self.held.append(token)
+        out = self.program.call(torch.tensor([[token]]), len(self.cached_tokens))
+        self.cached_tokens.append(token)
         return out[0]
 
 
 def generate(job, reader):
-    """Greedy continuations of the prompts, each up to and with its first stop token."""
+    """Continue the prompts greedily, each up to and including its first stop token."""
     stop = set(job["stop"])
     answers = []
     for prompt in job["prompts"]:
@@ -257,9 +259,10 @@ def generate(job, reader):
 
 
 def score(job, reader):
-    """For each request the log-likelihood of each token after the first `prefill`.
+    """Score each request: the log-likelihoods [nats] of all tokens after the first `prefill` ones.
 
-    Also the token that the program finds likeliest there, and all logits if asked for.
+    The result also holds the likeliest token at each of these positions, and all logits if the job
+    asks for them.
     """
     import torch
 
@@ -283,7 +286,7 @@ def score(job, reader):
 
 
 def run(job):
-    """The result object of a job."""
+    """Run a job and return its result object."""
     started = time.time()
     clock = Clock()
     if job["cpus"] and hasattr(os, "sched_setaffinity"):
@@ -313,13 +316,13 @@ def run(job):
 
 
 def end_with_parent():
-    """Have Linux kill this process when its parent ends, which may itself have been killed."""
+    """Make Linux kill this process when its parent ends, even if the parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main(job_path, result_path):
-    """Read the job, run it, write the result in one step."""
+    """Run the job in a file; the file of the result appears completely or not at all."""
     end_with_parent()
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)

@@ -1,4 +1,7 @@
-"""`SshDevice`: a Linux board with Python and ExecuTorch's wheel, reached with OpenSSH's client."""
+"""`SshDevice`: a Linux board with Python and ExecuTorch's wheel, behind OpenSSH's client.
+
+All commands share one connection (ControlMaster), so that a login is not repeated for each.
+"""
 
 import json
 import shlex
@@ -18,10 +21,11 @@ from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
 
 PROBE = Path(__file__).with_name("system_info.py").read_text(encoding="utf-8")
-"""Asked of the board's Python once; old versions must understand it."""
+"""Script that the board's Python runs once to describe the board; it must suit old versions."""
 
-# Its stdin ends when our ssh does: by Ctrl-C, kill or a cut cable. No orphan then heats the board.
-WATCHED = """
+# Stdin ends when our ssh client does: by Ctrl-C, kill or a cut cable. The runner then ends too and
+# does not go on heating the board.
+WATCHDOG_SCRIPT = """
 import os, runpy, sys, threading
 def watch():
     os.read(0, 1)
@@ -33,7 +37,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class SshDevice(RemoteDevice):
-    """A board on which runner.py runs as on the host."""
+    """A board that runs runner.py as the host does."""
 
     def __init__(self, settings: DeviceSettings) -> None:
         super().__init__(settings, settings.ssh)
@@ -47,7 +51,7 @@ class SshDevice(RemoteDevice):
         # Short: a socket's path has at most 107 characters.
         self._control = tempfile.mkdtemp(prefix="flash-ssh-")
         self._command = self._client()
-        weakref.finalize(self, _hang_up, self._command, self._control)
+        weakref.finalize(self, _close_connection, self._command, self._control)
 
     @property
     def where(self) -> str:
@@ -71,24 +75,25 @@ class SshDevice(RemoteDevice):
         return self._identity
 
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
-        """The result of one runner process on the board; see `Device.run`."""
+        """Run a job in one process of runner.py on the board; see `Device.run`."""
         check_files(programs)
         self.identity()
         placed = self._place([RUNNER, *(program.path for program in programs)])
         specs = [{**spec, "path": placed[Path(spec["path"])]} for spec in job["programs"]]
         remote_job = {**job, "programs": specs}
-        what = ", ".join(program.name for program in programs)
+        label = ", ".join(program.name for program in programs)
         return check_loaded(
-            self._retrying(lambda: self._run_once(remote_job, placed[RUNNER], what))
+            self._retrying(lambda: self._run_once(remote_job, placed[RUNNER], label))
         )
 
-    def _run_once(self, job: dict[str, Any], runner: str, what: str) -> dict[str, Any]:
+    def _run_once(self, job: dict[str, Any], runner: str, label: str) -> dict[str, Any]:
         self._jobs += 1
         folder = self._path("jobs", f"{self._token}-{self._jobs}")
         job_path, result_path = f"{folder}/job.json", f"{folder}/result.json"
         threads = job["threads"]
         environment = ["env", f"OMP_NUM_THREADS={threads}", f"MKL_NUM_THREADS={threads}"]
-        command = [*environment, self._ssh.python, "-c", WATCHED, runner, job_path, result_path]
+        runner_words = ["-c", WATCHDOG_SCRIPT, runner, job_path, result_path]
+        command = [*environment, self._ssh.python, *runner_words]
         forget = shlex.join(["rm", "-rf", folder])
         timeout_s = self.timeout_s(job)
         try:
@@ -99,19 +104,24 @@ class SshDevice(RemoteDevice):
                 self._ask(script, stdin=file)
             output = self._shell(shlex.join(command), timeout_s=timeout_s, stdin=subprocess.PIPE)
             if output.code != 0:
-                raise DeviceError(f"{what}: {exit_reason(output.code, output.err)}")
+                raise DeviceError(f"{label}: {exit_reason(output.code, output.err)}")
             fetch = f"cat {shlex.quote(result_path)} && {forget}"
             return json.loads(self._ask(fetch))
         except BaseException as error:
             self._forget(forget)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise DeviceError(
-                    f"{what}: no result after {timeout_s:.0f} s; if the board is just slow, raise "
+                    f"{label}: no result after {timeout_s:.0f} s; if the board is just slow, raise "
                     "device.run_timeout_s"
                 ) from None
             raise
 
     def _probe(self) -> dict[str, Any]:
+        """Ask the board's Python for processor, cores, system and runtime.
+
+        Raises:
+            InputError: The board lacks that Python, or the Python lacks ExecuTorch.
+        """
         python = self._ssh.python
         try:
             output = self._shell(shlex.join([python, "-c", PROBE]))
@@ -133,6 +143,7 @@ class SshDevice(RemoteDevice):
         return probed
 
     def _client(self) -> list[str]:
+        """The ssh command with all options, up to the host's name."""
         ssh = self._ssh
         options = {
             "BatchMode": "yes",
@@ -143,7 +154,7 @@ class SshDevice(RemoteDevice):
             "LogLevel": "ERROR",
             "ControlMaster": "auto",
             "ControlPath": f"{self._control}/c",
-            "ControlPersist": "60",  # should we be killed, it goes by itself
+            "ControlPersist": "60",  # [s]; ends the connection if we are killed
         }
         if ssh.known_hosts is not None:
             options["UserKnownHostsFile"] = _option_path(ssh.known_hosts)
@@ -184,7 +195,7 @@ class SshDevice(RemoteDevice):
         return ConnectionLost(f"connection failed: {Output(0, '', text).last_line}")
 
     def _copy(self, path: Path, part: str) -> None:
-        """Append what is not there yet, so that an interrupted copy goes on."""
+        """Append the bytes that `part` lacks, so that an interrupted copy continues."""
         quoted = shlex.quote(part)
         there = int(self._ask(f"if [ -f {quoted} ]; then stat -c %s {quoted}; else echo 0; fi"))
         with open(path, "rb", buffering=0) as file:
@@ -201,22 +212,23 @@ class SshDevice(RemoteDevice):
             raise self.refused(output)
 
     def _reconnect(self) -> None:
-        """Drop the shared connection, which may be dead without knowing it."""
+        """Close the shared connection, whose client may not have noticed that it is dead."""
         _exit_master(self._command)
 
 
 def _option_path(path: str) -> str:
-    """A path as the value of an option of ssh, which splits at spaces and expands percent signs."""
+    """Quote a path for an option of ssh, which splits at spaces and expands percent signs."""
     return '"' + str(Path(path).expanduser()).replace("%", "%%") + '"'
 
 
 def _exit_master(command: list[str]) -> None:
+    """Tell the process that holds the shared connection to end."""
     arguments = [command[0], "-O", "exit", *command[1:]]
     subprocess.run(arguments, capture_output=True, check=False, timeout=30)
 
 
-def _hang_up(command: list[str], folder: str) -> None:
-    """Close the shared connection."""
+def _close_connection(command: list[str], folder: str) -> None:
+    """Close the shared connection, if there is one, and remove its folder."""
     if any(Path(folder).iterdir()):
         _exit_master(command)
     shutil.rmtree(folder, ignore_errors=True)

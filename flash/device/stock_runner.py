@@ -1,7 +1,7 @@
-"""Text through ExecuTorch's own LLM runner: proof that a program needs nothing of `flash` to run.
+"""Text generation by ExecuTorch's own LLM runner, which shows that a program runs without `flash`.
 
 As a script, `python stock_runner.py model.pte tokenizer.json new_tokens < prompt` prints the
-continuation and then the runner's statistics; `generate_text` does that in a child process.
+continuation and then the runner's statistics. `generate_text` runs this script in a child process.
 """
 
 import json
@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 STATISTICS = "\nPyTorchObserver "
-"""What the runner prints between the text and its statistics."""
+"""Separator that the runner prints between the text and its statistics."""
 
 
 def generate_text(
     path: Path, tokenizer: Path, prompt: str, new_tokens: int, *, threads: int = 1
 ) -> tuple[str, dict[str, Any]]:
-    """The greedy continuation of `prompt` and the runner's statistics, times in ms.
+    """Continue `prompt` greedily.
 
-    The text ends with the end-of-text piece if the program stopped there. The runner leaves out
-    what is not printable. A runner that fails or takes longer than 10 minutes is a DeviceError.
+    Returns:
+        The continuation, and the runner's statistics with times in ms. The text ends with the
+        end-of-text token if the program stopped there. The runner omits unprintable characters.
+
+    Raises:
+        DeviceError: The runner failed or took longer than 10 minutes.
     """
     from flash.device.host import run_process
 
@@ -31,11 +35,11 @@ def generate_text(
 
 
 def main(path: str, tokenizer: str, new_tokens: str) -> None:
-    """Generate from the prompt on stdin."""
-    # Without a callback of ours the runner prints each token itself. A Python callback fails on
-    # any token that is not whole UTF-8 by itself, which byte-level vocabularies are full of.
+    """Continue the prompt on stdin and print the continuation."""
+    # Without a callback the runner prints each token itself. A Python callback would fail on tokens
+    # that are not valid UTF-8 alone, of which byte-level vocabularies have many.
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
-    from runner import load_operators  # our neighbour: run as a script, this folder is on the path
+    from runner import load_operators  # runner.py: this folder is on a script's path
 
     load_operators()
     config = GenerationConfig(max_new_tokens=int(new_tokens), temperature=0.0, echo=False)

@@ -1,6 +1,7 @@
-"""Who a Linux machine is: run by the host in its own process, and by a board's Python over ssh.
+"""Description of a Linux machine: processor, cores, system and ExecuTorch version.
 
-Needs only the standard library of any Python 3, and nothing of `flash`.
+The host calls `probe` in its own process; a board's Python gets this file over ssh as a script. It
+therefore needs only the standard library of any Python 3, and nothing of `flash`.
 """
 
 import json
@@ -20,8 +21,8 @@ EXTENSIONS = (
     "sve",
     "sve2",
 )
-"""What XNNPACK and BLAS choose their kernels by. Clouds call processors of unlike generations by
-one name, and their times differ severalfold."""
+"""Vector extensions by which XNNPACK and BLAS choose their kernels. Clouds use one name for
+processors of several generations, whose times differ severalfold; extensions tell them apart."""
 
 
 def processor():
@@ -44,7 +45,7 @@ def processor():
 
 
 def runtime():
-    """Version of the installed ExecuTorch, "" where there is none."""
+    """Version of the installed ExecuTorch, or "" if it is not installed."""
     try:
         return "executorch " + version("executorch")
     except PackageNotFoundError:

@@ -1,10 +1,10 @@
-"""How warm a phone is and how fast its cores may run, as a shell without root can see it."""
+"""Temperature and clock limits of a phone, as far as a shell without root can read them."""
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-# What is readable differs from phone to phone; each part may print nothing.
+# The readable files differ from phone to phone; each part may print nothing.
 SCRIPT = (
     "grep -s . /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq "
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_max_freq "
@@ -12,10 +12,10 @@ SCRIPT = (
     "/sys/class/thermal/thermal_zone*/type /sys/class/thermal/thermal_zone*/temp; "
     "dumpsys thermalservice 2>/dev/null; true"
 )
-"""Prints what `parse` reads, in one round trip."""
+"""Shell script whose output `parse` reads; one round trip prints all values."""
 
 SENSORS = ("skin", "batt", "cpu")
-"""Parts of sensors' names, best first: the skin's temperature is what phones throttle by."""
+"""Parts of sensors' names, best first: phones throttle by the temperature of their skin."""
 
 _FREQUENCY = re.compile(r"/cpu(\d+)/cpufreq/(\w+):(\d+)$", re.MULTILINE)
 _ZONE = re.compile(r"/(thermal_zone\d+)/(type|temp):(.+)$", re.MULTILINE)
@@ -24,14 +24,15 @@ _SENSOR = re.compile(r"Temperature\{mValue=([-0-9.]+), mType=\d+, mName=([^,]+),
 
 @dataclass(frozen=True)
 class Thermal:
-    """One reading.
+    """One reading of temperature and clocks.
 
     Attributes:
-        sensor: Which kind of sensor `celsius` is from, "" where none is readable.
-        celsius: The hottest sensor of that kind [degrees C].
-        frequency_khz: Present clock by CPU.
-        cap_khz: Highest clock that the system allows at present, by CPU.
-        max_khz: Highest clock of the hardware, by CPU.
+        sensor: Kind of sensor that `celsius` comes from, an entry of `SENSORS`; "" if none is
+            readable.
+        celsius: Temperature of the hottest sensor of that kind [degrees C].
+        frequency_khz: Present clock by CPU [kHz].
+        cap_khz: Highest clock that the system allows at present, by CPU [kHz].
+        max_khz: Highest clock of the hardware, by CPU [kHz].
     """
 
     sensor: str
@@ -41,13 +42,13 @@ class Thermal:
     max_khz: dict[int, int]
 
     def capped(self, cpus: Collection[int] | None) -> list[int]:
-        """Those of the CPUs (None: all) whose clock the system holds below the hardware's."""
+        """List those of `cpus` (None: all) whose clock the system limits below the hardware's."""
         wanted = self.cap_khz if cpus is None else cpus
         return [cpu for cpu in wanted if self.cap_khz.get(cpu, 0) < self.max_khz.get(cpu, 0)]
 
 
 def parse(text: str) -> Thermal:
-    """The reading that `SCRIPT` printed."""
+    """Parse the output of `SCRIPT`."""
     clocks: dict[str, dict[int, int]] = {}
     for cpu, name, khz in _FREQUENCY.findall(text):
         clocks.setdefault(name, {})[int(cpu)] = int(khz)
@@ -62,12 +63,13 @@ def parse(text: str) -> Thermal:
 
 
 def _from_service(text: str) -> list[tuple[str, float]]:
-    """Names and values in the service's current readings; its cache is older."""
+    """Names and temperatures of the thermal service's current readings, not its cached ones."""
     _, _, current = text.partition("Current temperatures from HAL:")
     return [(name, float(value)) for value, name in _SENSOR.findall(current)]
 
 
 def _from_zones(text: str) -> list[tuple[str, float]]:
+    """Names and temperatures of the kernel's thermal zones."""
     zones: dict[str, dict[str, str]] = {}
     for zone, field, value in _ZONE.findall(text):
         zones.setdefault(zone, {})[field] = value.strip()
@@ -79,6 +81,7 @@ def _from_zones(text: str) -> list[tuple[str, float]]:
 
 
 def _hottest(readings: list[tuple[str, float]]) -> tuple[str, float] | None:
+    """Kind and temperature of the hottest sensor of the best kind that has a reading."""
     for sensor in SENSORS:
         values = [value for name, value in readings if sensor in name.lower()]
         if values:

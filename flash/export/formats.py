@@ -19,9 +19,14 @@ from flash.arch import ArchSpec
 from flash.errors import CheckFailed, InputError
 from flash.export.settings import ExportFormat, FormatSettings
 from flash.files import write_text
-from flash.interop.gguf import LIMITS, check_gguf, check_gguf_form, write_gguf
-from flash.interop.hf_folder import check_hf, write_hf, zero_spec
-from flash.lowering.bisect_layers import locate_gguf
+from flash.interop.gguf import (
+    LIMITS,
+    check_gguf,
+    check_gguf_support,
+    locate_gguf_failure,
+    write_gguf,
+)
+from flash.interop.hf_folder import check_hf, transformers_spec, write_hf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
 from flash.model.decoder import Decoder
 
@@ -96,10 +101,10 @@ def check_formats(
         InputError: One cannot; says why.
     """
     if ExportFormat.hf in formats:
-        zero_spec(spec)
+        transformers_spec(spec)
     if ExportFormat.gguf in formats:
         try:
-            check_gguf_form(spec, tokenizer if settings.gguf_tokenizer else None, token_ids)
+            check_gguf_support(spec, tokenizer if settings.gguf_tokenizer else None, token_ids)
         except InputError as error:
             raise InputError(f"format=gguf: {error}") from error
 
@@ -156,7 +161,7 @@ def _write_gguf(path: Path, source: ExportSource, settings: FormatSettings) -> F
     check = check_gguf(path, source.model, source.text, _gguf_limits(settings))
     if check.passed:
         return check
-    where = locate_gguf(
+    where = locate_gguf_failure(
         source.model, source.text, _gguf_limits(settings), settings.gguf, folder=path.parent
     )
     return dataclasses.replace(check, worst_layer=where)

@@ -21,7 +21,7 @@ from flash.export.table6 import table6
 from flash.files import write_text
 from flash.latency.profiler import conditions_of, of_point
 from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
-from flash.lowering.bisect_layers import locate
+from flash.lowering.bisect_layers import locate_failure
 from flash.lowering.gate import GateReport, check_parity
 from flash.lowering.lower import lower, write
 from flash.model.checkpoint import load as load_checkpoint
@@ -129,7 +129,7 @@ def _prove(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
     stage = report.first_failure
     if stage is None:
         return report
-    where = locate(model, lowering, job.texts[0], gate, stage)
+    where = locate_failure(model, lowering, job.texts[0], gate, stage)
     report = dataclasses.replace(report, where=where)
     write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
     raise CheckFailed(

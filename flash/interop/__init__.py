@@ -1,1 +1,1 @@
-"""Formats of other projects: Hugging Face folders, GGUF, ExecuTorch's own `export_llm`."""
+"""Formats of other projects: Hugging Face folders, GGUF, ExecuTorch's `export_llm`."""

@@ -1,4 +1,8 @@
-"""Baselines that only ExecuTorch's own decoder can express, and our specs in its words."""
+"""Shapes of models that ExecuTorch's own decoder builds: published baselines, and our specs.
+
+A model is called stock here if `export_llm`, the exporter that comes with ExecuTorch, lowers it.
+The published baselines (LFM2, Gemma 3) have layers that our decoder lacks.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +14,14 @@ from flash.errors import InputError, nearest, require
 
 @dataclass(frozen=True, kw_only=True)
 class StockModel:
-    """A decoder as ExecuTorch's `export_llm` takes it.
+    """Shape of a decoder in the terms of ExecuTorch's `export_llm`.
 
     Attributes:
-        name: Ours, for files and tables.
-        model_class: `base.model_class`; with weights at hand it decides no shape.
+        name: Our name of it, for files and tables.
+        model_class: The option `base.model_class`; as weights are given, it decides no shape.
         params: Fields of `executorch.examples.models.llama.model_args.ModelArgs`; plain values.
-        windows: Positions that each layer sees, 0 for all; empty if all layers see all [tokens].
+        windows: Number of positions that each layer sees, 0 for all of them; empty if all layers
+            see all positions [tokens].
     """
 
     name: str
@@ -26,19 +31,19 @@ class StockModel:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary."""
+        """Number of tokens in the vocabulary."""
         return self.params["vocab_size"]
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Input widths of the matrices."""
+        """Input widths of the matrices: model, FFN, and all query heads."""
         p = self.params
         q_dim = p["n_heads"] * p.get("head_dim", p["dim"] // p["n_heads"])
         return p["dim"], p["hidden_dim"], q_dim
 
     @property
     def parameters(self) -> int:
-        """Parameters, the tied head and embedding once."""
+        """Number of parameters; the tied head and embedding count once."""
         p = self.params
         dim, heads = p["dim"], p["n_heads"]
         head_dim = p.get("head_dim", dim // heads)
@@ -46,7 +51,8 @@ class StockModel:
         attention = dim * (2 * q_dim + 2 * kv_dim)
         attention += 2 * head_dim if p.get("use_qk_norm") else 0
         attention += q_dim + 2 * kv_dim if p.get("attention_qkv_bias") else 0
-        mixers = {"conv": 4 * dim**2 + CONV * dim, "skip_attention": -dim}  # that has no norm
+        # A skipped layer has no norm either.
+        mixers = {"conv": 4 * dim**2 + CONV * dim, "skip_attention": -dim}
         kinds = p.get("layer_types", ["full_attention"] * p["n_layers"])
         norms = 4 if p.get("post_attention_norm") else 2
         layers = sum(mixers.get(kind, attention) for kind in kinds)
@@ -68,10 +74,10 @@ CONV = 3
 
 
 def stock_model(name: str) -> StockModel:
-    """The baseline of that name.
+    """Return the baseline of a name.
 
     Raises:
-        InputError: There is none.
+        InputError: No baseline has this name.
     """
     if name not in STOCK_MODELS:
         hint = nearest(str(name), STOCK_MODELS)
@@ -79,14 +85,15 @@ def stock_model(name: str) -> StockModel:
     return STOCK_MODELS[name]
 
 
-def as_stock(spec: ArchSpec) -> StockModel:
-    """One of our architectures in the words of ExecuTorch's decoder.
+def to_stock_model(spec: ArchSpec) -> StockModel:
+    """Express one of our architectures in the terms of ExecuTorch's decoder.
 
-    With QK-norm the rotary embedding pairs channels as Hugging Face does, as the stack's own
-    Qwen3 and LFM2 have it; without, neighbours, as its Llama.
+    With QK-norm the rotary embedding pairs channels of the two halves of a head, as in Hugging
+    Face's models and ExecuTorch's own Qwen3 and LFM2. Without, it pairs adjacent channels, as in
+    ExecuTorch's Llama.
 
     Raises:
-        InputError: It has linear rotary scaling, which that decoder lacks.
+        InputError: `spec` has linear rotary scaling, which that decoder lacks.
     """
     params: dict[str, Any] = {
         "dim": spec.model_dim,
@@ -127,7 +134,7 @@ def as_stock(spec: ArchSpec) -> StockModel:
 
 
 def _lfm2(name: str, dim: int, hidden_dim: int, n_heads: int) -> StockModel:
-    """LFM2: config.json of LiquidAI/LFM2-350M, -700M and -1.2B (arXiv:2511.23404)."""
+    """LFM2 as in config.json of LiquidAI/LFM2-350M, -700M and -1.2B (arXiv:2511.23404)."""
     attention = {2, 5, 8, 10, 12, 14}
     params = {
         "dim": dim,
@@ -147,10 +154,11 @@ def _lfm2(name: str, dim: int, hidden_dim: int, n_heads: int) -> StockModel:
 
 
 def _gemma3(name: str, dim: int, hidden_dim: int, n_layers: int) -> StockModel:
-    """Gemma 3: config.json of google/gemma-3-270m and -1b-pt (arXiv:2503.19786).
+    """Gemma 3 as in config.json of google/gemma-3-270m and -1b-pt (arXiv:2503.19786).
 
-    Every sixth layer sees all, the others 512 tokens. Local layers rotate with the frequencies of
-    the global ones here, and the embedding is not scaled: neither changes the time.
+    Every sixth layer sees all tokens, the others 512. Two things differ from the original, and
+    neither changes the time: local layers use the rotary frequencies of the global ones, and the
+    embedding is not scaled.
     """
     params = {
         "dim": dim,
@@ -183,4 +191,4 @@ STOCK_MODELS: Mapping[str, StockModel] = {
         _gemma3("gemma3_1b", 1152, 6912, 26),
     )
 }
-"""What `arch.stock` may be."""
+"""Baselines by name; the legal values of `arch.stock`."""

@@ -1,4 +1,8 @@
-"""`lower_stock`: a program of ExecuTorch's own LLM stack, with random weights, for its latency."""
+"""Lowering with ExecuTorch's own `export_llm`, with random weights, to measure its latency.
+
+The export runs in a process of its own (export_llm_child.py): it changes classes of ExecuTorch, is
+configured through the command line, and may run out of memory.
+"""
 
 import json
 import logging
@@ -12,18 +16,19 @@ from typing import Any
 
 from flash.arch import ArchSpec, CacheFormat, Quantization
 from flash.errors import CheckFailed, require
-from flash.interop.baselines import StockModel, as_stock
+from flash.interop.baselines import StockModel, to_stock_model
 from flash.log_filters import is_noise
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
 log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("export_llm_child.py")
+"""Script of the process that exports."""
 
 
 def lower_stock(
     model: StockModel,
-    settings: LoweringSettings,
+    lowering: LoweringSettings,
     path: Path,
     *,
     seed: int = 0,
@@ -32,21 +37,21 @@ def lower_stock(
     """Write the .pte that `python -m executorch.extension.llm.export.export_llm` makes of `model`.
 
     Its method is that of `lower`: `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
-    Runs in a process of its own, which ends with this one; `path` appears whole or not at all.
-    Beside it a temporary checkpoint needs 2 bytes a parameter.
+    The child process ends with this one, and `path` appears completely or not at all. A temporary
+    checkpoint beside it takes 2 bytes a parameter.
 
     Args:
-        model: The shape.
-        settings: Formats and lengths; the same weights, embedding and cache as `lower` writes.
-        path: The program.
-        seed: Of the random weights.
-        fast: Without the passes' repeated work; False for the stack untouched.
+        model: Shape of the model.
+        lowering: Formats and lengths; weights, embedding and cache get the formats of `lower`.
+        path: File to write.
+        seed: Seed of the random weights.
+        fast: Whether to leave out repeated work of the passes; False leaves ExecuTorch untouched.
 
     Raises:
-        InputError: The stack has no such form.
-        CheckFailed: The export failed; ends with what it printed last.
+        InputError: ExecuTorch's exporter cannot write this combination.
+        CheckFailed: The export failed; the message ends with the last lines that it printed.
     """
-    check_stock(model, settings)
+    check_stock(model, lowering)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -58,7 +63,7 @@ def lower_stock(
             "checkpoint": "random.pt",
             "seed": seed,
             "fast": fast,
-            "arguments": _arguments(model, settings),
+            "arguments": _arguments(model, lowering),
         }
         (folder / "job.json").write_text(json.dumps(job), "utf-8")
         _run_child(model.name, folder)
@@ -70,53 +75,54 @@ def lower_stock(
 
 
 def lower_stock_arch(
-    spec: ArchSpec, settings: LoweringSettings, path: Path, *, seed: int = 0
+    spec: ArchSpec, lowering: LoweringSettings, path: Path, *, seed: int = 0
 ) -> None:
-    """`lower_stock` for one of our architectures: what the stack makes of the same shape.
+    """Lower one of our architectures with `lower_stock`.
 
     Raises:
-        InputError: The stack has no such form, or `settings` do not fit `spec`.
-        CheckFailed: The export failed; ends with what it printed last.
+        InputError: ExecuTorch's exporter cannot write this combination, or `lowering` does not fit
+            `spec`.
+        CheckFailed: The export failed; the message ends with the last lines that it printed.
     """
-    settings.check_fits(spec)
-    lower_stock(as_stock(spec), settings, path, seed=seed)
+    lowering.check_fits(spec)
+    lower_stock(to_stock_model(spec), lowering, path, seed=seed)
 
 
-def check_stock(model: StockModel, settings: LoweringSettings) -> None:
-    """Check that the stack can lower `model` so; costs nothing.
+def check_stock(model: StockModel, lowering: LoweringSettings) -> None:
+    """Check that ExecuTorch's exporter can lower `model`; this takes no noticeable time.
 
     Raises:
-        InputError: Groups do not divide its widths, it has no such form of sliding layers, or its
-            ring buffers are too short.
+        InputError: The group size does not divide the model's widths, the sliding layers are not
+            in the stock form, or a prefill chunk is longer than the ring buffers.
     """
     require(
-        settings.quantization is Quantization.fp32
-        or all(width % settings.group_size == 0 for width in model.widths),
+        lowering.quantization is Quantization.fp32
+        or all(width % lowering.group_size == 0 for width in model.widths),
         "lowering.group_size",
-        settings.group_size,
+        lowering.group_size,
         f"a divisor of the widths {model.widths} of {model.name}",
     )
     windows = [window for window in model.windows if window]
     if not windows:
         return
     require(
-        settings.sliding is SlidingForm.stock,
+        lowering.sliding is SlidingForm.stock,
         "lowering.sliding",
-        settings.sliding.value,
+        lowering.sliding.value,
         f"stock for {model.name}, which ExecuTorch's own stack lowers",
     )
     require(
-        settings.chunk <= 2 * min(windows),
+        lowering.chunk <= 2 * min(windows),
         "lowering.prefill_chunk",
-        settings.chunk,
+        lowering.chunk,
         f"at most {2 * min(windows)} for {model.name}, whose ring buffers hold twice their window",
     )
 
 
-def _arguments(model: StockModel, settings: LoweringSettings) -> list[str]:
-    """Overrides of export_llm's configuration; files are those in its working folder.
+def _arguments(model: StockModel, lowering: LoweringSettings) -> list[str]:
+    """Overrides of export_llm's configuration; files are relative to its working folder.
 
-    `export.max_seq_length` is one more than the longest call of the program.
+    `export.max_seq_length` must be one more than the longest call of the program.
     """
     values: dict[str, Any] = {
         "base.model_class": model.model_class,
@@ -125,30 +131,34 @@ def _arguments(model: StockModel, settings: LoweringSettings) -> list[str]:
         "model.use_kv_cache": True,
         "model.use_sdpa_with_kv_cache": True,
         "model.enable_dynamic_shape": True,
-        "model.quantize_kv_cache": settings.cache is CacheFormat.int8,
+        "model.quantize_kv_cache": lowering.cache is CacheFormat.int8,
         "backend.xnnpack.enabled": True,
         "backend.xnnpack.extended_ops": True,  # as in the stack's own recipes
-        "export.max_seq_length": settings.chunk + 1,
-        "export.max_context_length": max(settings.max_context, settings.chunk + 1),
+        "export.max_seq_length": lowering.chunk + 1,
+        "export.max_context_length": max(lowering.max_context, lowering.chunk + 1),
         "export.output_name": "model.pte",
         "hydra/job_logging": "stdout",
         "hydra.job.chdir": False,
         "hydra.run.dir": ".",
         "hydra.output_subdir": "null",
     }
-    if settings.quantization is Quantization.int8da4w:
+    if lowering.quantization is Quantization.int8da4w:
         values["quantization.qmode"] = "8da4w"
-        values["quantization.group_size"] = settings.group_size
-        group = settings.group_size if settings.embedding_bits == 4 else 0  # 0: a row is a group
-        values["quantization.embedding_quantize"] = f"'{settings.embedding_bits},{group}'"
+        values["quantization.group_size"] = lowering.group_size
+        group = lowering.group_size if lowering.embedding_bits == 4 else 0  # 0: a row is a group
+        values["quantization.embedding_quantize"] = f"'{lowering.embedding_bits},{group}'"
         values["quantization.use_hqq"] = False  # a search for better scales: minutes, for nothing
     if model.windows:
         values["model.local_global_attention"] = f"[{','.join(map(str, model.windows))}]"
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _run_child(what: str, folder: Path) -> None:
-    """Run export_llm_child.py on the job in `folder`; it must leave model.pte there."""
+def _run_child(model_name: str, folder: Path) -> None:
+    """Run export_llm_child.py on the job in `folder`, where it writes model.pte.
+
+    Raises:
+        CheckFailed: It failed or wrote no program.
+    """
     output = folder / "output.txt"
     # -P: the folder of the script, with modules of our own, is not searched for imports.
     command = [sys.executable, "-P", str(CHILD), "job.json"]
@@ -177,6 +187,6 @@ def _run_child(what: str, folder: Path) -> None:
     if child.returncode < 0:
         reason = f"signal {-child.returncode}, most likely because memory was full; {reason}"
     raise CheckFailed(
-        f"{what}: ExecuTorch's export_llm ended with code {child.returncode} and no program: "
+        f"{model_name}: ExecuTorch's export_llm ended with code {child.returncode} and no program: "
         f"{reason}"
     )

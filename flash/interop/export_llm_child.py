@@ -4,10 +4,10 @@
     {"params": "params.json", "checkpoint": "random.pt", "seed": 0, "fast": true,
      "arguments": ["key=value"...]}
 
-It makes a checkpoint of the shape that `params` describe and then is
-`python -m executorch.extension.llm.export.export_llm ARGUMENTS`, without the repeated work of its
-passes if `"fast": true`: the same instructions, delegates and weights in about half the time
-(tests/interop/test_export_llm.py).
+The script writes a checkpoint of the shape that `params` describe and then runs
+`python -m executorch.extension.llm.export.export_llm ARGUMENTS`. With `"fast": true` it leaves out
+the repeated work of ExecuTorch's passes: the program has the same instructions, delegates and
+weights, in about half the time (tests/interop/test_export_llm.py).
 """
 
 import ctypes
@@ -29,16 +29,17 @@ from executorch.extension.llm.export import builder
 
 from flash.lowering.patches.export_passes import short_passes
 
-EXPORT = "executorch.extension.llm.export.export_llm"
-SPREAD = 0.02
+EXPORT_MODULE = "executorch.extension.llm.export.export_llm"
+"""Module that this process runs as its main program."""
+WEIGHT_STD = 0.02
 """Standard deviation of matrices; the quantised cache aborts on weights that are all equal."""
 
 
 class CompleteBlock(llama_transformer.TransformerBlock):
-    """A layer with all that ModelArgs say of Gemma 3.
+    """A layer that heeds all fields of ModelArgs that Gemma 3 needs.
 
-    The layer of ExecuTorch 1.5.1 overlooks three of its own arguments: the norms behind attention
-    and FFN, and an activation other than SiLU.
+    The layer of ExecuTorch 1.5.1 ignores three of them: the norms behind attention and FFN, and an
+    activation other than SiLU.
     """
 
     def __init__(self, args: ModelArgs, attention: Any, **kwargs: Any) -> None:
@@ -65,13 +66,13 @@ class ActivatedFeedForward(FeedForward):
 
 
 def meta_model(params: dict[str, Any]) -> llama_transformer.Transformer:
-    """ExecuTorch's decoder without memory for its weights."""
+    """Build ExecuTorch's decoder on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return llama_transformer.construct_transformer(ModelArgs(**params))
 
 
 def random_checkpoint(params: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Weights of ExecuTorch's decoder by name, in bf16; the head is the embedding."""
+    """Draw weights of ExecuTorch's decoder by name, in bf16; head and embedding are one tensor."""
     model = meta_model(params)
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
@@ -82,18 +83,18 @@ def random_checkpoint(params: dict[str, Any], seed: int) -> dict[str, torch.Tens
             weights[name] = weights["tok_embeddings.weight"]
         else:
             empty = torch.empty(like.shape, dtype=torch.bfloat16)
-            weights[name] = empty.normal_(std=SPREAD, generator=generator)
+            weights[name] = empty.normal_(std=WEIGHT_STD, generator=generator)
     return weights
 
 
 def end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends, which may itself have been killed."""
+    """Make Linux kill this process when its parent ends, even if the parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def shorten_passes() -> None:
-    """Have the stack lower inside `short_passes`; tracing stays as it is."""
+    """Make export_llm lower inside `short_passes`; tracing stays as it is."""
     manager = builder.LLMEdgeManager
     builder.to_edge_transform_and_lower = _short(builder.to_edge_transform_and_lower)
     manager.to_executorch = _short(manager.to_executorch)
@@ -109,7 +110,7 @@ def _short(lower: Callable) -> Callable:
 
 
 def main(job_path: str) -> None:
-    """Make the checkpoint, then export."""
+    """Write the random checkpoint of the job, then run ExecuTorch's exporter on it."""
     end_with_parent()
     job = json.loads(Path(job_path).read_text("utf-8"))
     params = json.loads(Path(job["params"]).read_text("utf-8"))
@@ -118,8 +119,8 @@ def main(job_path: str) -> None:
     torch.save(random_checkpoint(params, job["seed"]), job["checkpoint"])
     if job["fast"]:
         shorten_passes()
-    sys.argv = [EXPORT, *job["arguments"]]
-    runpy.run_module(EXPORT, run_name="__main__", alter_sys=True)
+    sys.argv = [EXPORT_MODULE, *job["arguments"]]
+    runpy.run_module(EXPORT_MODULE, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

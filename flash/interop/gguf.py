@@ -1,13 +1,13 @@
-"""One GGUF file for llama.cpp, in architectures that its released versions build.
+"""GGUF files for llama.cpp, in architectures that its released versions can build.
 
-- `llama`: full attention only, with or without biases;
-- `qwen3`: QK-norm; a skipped layer gets an attention of zeros, since this one has no other kind;
-- `deci`: skipped layers without QK-norm. They are said by a head count of zero, and nothing is
-  stored or computed for them; only llama.cpp without flash attention gives them an unused cache of
-  values. The first layer cannot be one: llama.cpp takes the size of all heads from there, so that
-  one gets an attention of zeros.
+- `llama`: full attention only, with or without biases.
+- `qwen3`: QK-norm. All its layers attend, so a skipped layer gets an attention of zeros.
+- `deci`: skipped layers without QK-norm. A head count of zero marks such a layer, and nothing is
+  stored or computed for it; only llama.cpp without flash attention gives it an unused cache of
+  values. llama.cpp takes the size of all heads from the first layer. If that one is skipped, it
+  gets an attention of zeros.
 
-None of them has layers with a sliding window beside layers without.
+None of them can mix layers with and without a sliding window.
 Source: the loaders of llama.cpp, src/llama-model.cpp and src/models/.
 """
 
@@ -28,15 +28,14 @@ from flash.arch import ArchSpec, Attention, RopeKind
 from flash.errors import CheckFailed, InputError, require
 from flash.files import replacing
 from flash.interop.gguf_tokenizer import Vocabulary, read_vocabulary
-from flash.interop.hf_folder import zero_filled
+from flash.interop.hf_folder import zero_filled_state
 from flash.interop.settings import GgufFormat
+from flash.lowering.bisect_layers import first_failing_layer
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits, compare, require_text
 from flash.model.decoder import Decoder, rotary_frequencies
 
 _F32 = 0
 """Number of the cache type float32 in llama.cpp."""
-
-
 _FILE_TYPES = {
     GgufFormat.f32: LlamaFileType.ALL_F32,
     GgufFormat.f16: LlamaFileType.MOSTLY_F16,
@@ -49,33 +48,38 @@ LIMITS = {
     GgufFormat.q8_0: ParityLimits(max_kl=0.01, min_agreement=0.95),
     GgufFormat.q4_0: ParityLimits(max_kl=0.2, min_agreement=0.7),
 }
-"""Limits of `check_gguf` that suit each format. `backbones/tiny`, which loses more than a large
-model, had an error of 6e-7 (f32) and 2e-4 (f16), and a KL of 2e-4 (q8_0) and 2e-2 (q4_0)."""
+"""Limits of `check_gguf` for each format. `backbones/tiny`, which loses more than a large model,
+had an error of 6e-7 (f32) and 2e-4 (f16), and a KL of 2e-4 (q8_0) and 2e-2 (q4_0)."""
 
 
-def _stored(weight_format: GgufFormat) -> GGMLQuantizationType:
-    """llama.cpp's own name of a format."""
+def _storage_type(weight_format: GgufFormat) -> GGMLQuantizationType:
+    """Translate a format to llama.cpp's own type."""
     return GGMLQuantizationType[weight_format.name.upper()]
 
 
 @dataclass(frozen=True)
-class _Form:
-    """A model as llama.cpp builds it: its architecture, and a spec that attends where it does."""
+class _LlamaCppModel:
+    """A model as llama.cpp builds it.
+
+    Attributes:
+        architecture: Architecture of llama.cpp.
+        spec: Our architecture with attention wherever that of llama.cpp attends.
+    """
 
     architecture: gguf.MODEL_ARCH
     spec: ArchSpec
 
     @property
-    def neighbours(self) -> bool:
-        """Whether rotary pairs are neighbouring channels of a head; ours are its halves."""
+    def interleaves_rotary(self) -> bool:
+        """True if rotary pairs are adjacent channels of a head; ours are in its two halves."""
         return self.architecture is not gguf.MODEL_ARCH.QWEN3
 
 
-def _form(spec: ArchSpec) -> _Form:
-    """Which architecture says `spec`, and what it becomes there.
+def _llama_cpp_model(spec: ArchSpec) -> _LlamaCppModel:
+    """Choose the architecture of llama.cpp that can express `spec`.
 
     Raises:
-        InputError: None can.
+        InputError: None of them can.
     """
     require(
         not (spec.qk_norm and spec.qkv_bias),
@@ -109,16 +113,18 @@ def _form(spec: ArchSpec) -> _Form:
         kinds[0], architecture = Attention.full_attention, gguf.MODEL_ARCH.DECI
     else:
         architecture = gguf.MODEL_ARCH.LLAMA
-    return _Form(architecture, spec.replace(layer_types=tuple(kinds)))
+    return _LlamaCppModel(architecture, spec.replace(layer_types=tuple(kinds)))
 
 
-def check_gguf_form(spec: ArchSpec, tokenizer: Path | None, token_ids: Mapping[str, int]) -> None:
-    """See that a file can be written and checked; costs nothing.
+def check_gguf_support(
+    spec: ArchSpec, tokenizer: Path | None, token_ids: Mapping[str, int]
+) -> None:
+    """Check that a file can be written and compared; this takes no noticeable time.
 
     Raises:
         InputError: llama.cpp cannot express the architecture or the tokenizer, or is not installed.
     """
-    _form(spec)
+    _llama_cpp_model(spec)
     if tokenizer is not None:
         read_vocabulary(tokenizer, spec.vocab_size, token_ids)
     _llama_cpp()
@@ -132,29 +138,30 @@ def write_gguf(
     token_ids: Mapping[str, int],
     weight_format: GgufFormat,
 ) -> None:
-    """Write one file for llama.cpp, whole or not at all.
+    """Write one file for llama.cpp, completely or not at all.
 
     Args:
-        path: Where to write; its stem becomes the model's name.
+        path: File to write; its stem becomes the model's name.
         model: The decoder.
-        tokenizer: Its tokenizer.json; None writes a file that takes and gives token ids only.
+        tokenizer: Its tokenizer.json; None writes a file that works on token ids only.
         token_ids: `eos_token_id`, and `bos_token_id` unless it is the same.
-        weight_format: How matrices are stored.
+        weight_format: Storage format of matrices.
 
     Raises:
         InputError: llama.cpp cannot express the architecture or the tokenizer.
     """
-    form = _form(model.spec)
+    target = _llama_cpp_model(model.spec)
     vocabulary = None
     if tokenizer is not None:
         vocabulary = read_vocabulary(tokenizer, model.spec.vocab_size, token_ids)
-    writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[form.architecture])
-    _describe(writer, path.stem, model.spec, weight_format)
-    _add_shape(writer, form)
+    writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[target.architecture])
+    _add_metadata(writer, path.stem, model.spec, weight_format)
+    _add_shape(writer, target)
     _add_tokenizer(writer, vocabulary)
+    matrix_type = _storage_type(weight_format)
     tensors = [
-        (name, tensor, _stored(weight_format) if tensor.dim() == 2 else GGMLQuantizationType.F32)
-        for name, tensor in _tensors(model, form)
+        (name, tensor, matrix_type if tensor.dim() == 2 else GGMLQuantizationType.F32)
+        for name, tensor in _tensors(model, target)
     ]
     _write(path, writer, tensors)
 
@@ -162,7 +169,7 @@ def write_gguf(
 def _write(
     path: Path, writer: GGUFWriter, tensors: Sequence[tuple[str, Tensor, GGMLQuantizationType]]
 ) -> None:
-    """Write the file, one tensor after the other being converted to how it is stored."""
+    """Write the file. Tensors are converted to their storage type one after the other."""
     for name, tensor, stored in tensors:
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         size = tensor.numel() // block * block_bytes
@@ -179,7 +186,7 @@ def _write(
             writer.close()
 
 
-def _describe(writer: GGUFWriter, name: str, spec: ArchSpec, weight_format: GgufFormat) -> None:
+def _add_metadata(writer: GGUFWriter, name: str, spec: ArchSpec, weight_format: GgufFormat) -> None:
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[weight_format])
@@ -189,8 +196,8 @@ def _describe(writer: GGUFWriter, name: str, spec: ArchSpec, weight_format: Gguf
     writer.add_string("flash.arch", spec.to_json())
 
 
-def _add_shape(writer: GGUFWriter, form: _Form) -> None:
-    spec = form.spec
+def _add_shape(writer: GGUFWriter, target: _LlamaCppModel) -> None:
+    spec = target.spec
     writer.add_vocab_size(spec.vocab_size)
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.model_dim)
@@ -198,7 +205,7 @@ def _add_shape(writer: GGUFWriter, form: _Form) -> None:
     writer.add_key_length(spec.head_dim)
     writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
-    if form.architecture is gguf.MODEL_ARCH.DECI:  # per layer
+    if target.architecture is gguf.MODEL_ARCH.DECI:  # per layer
         attends = [kind.attends for kind in spec.layer_types]
         writer.add_head_count([spec.num_heads if there else 0 for there in attends])
         writer.add_head_count_kv([spec.num_kv_heads if there else 0 for there in attends])
@@ -231,25 +238,27 @@ def _add_tokenizer(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _tensors(model: Decoder, form: _Form) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: Decoder, target: _LlamaCppModel) -> Iterator[tuple[str, Tensor]]:
     """Names and float32 tensors of the file; a tied head is stored once."""
-    spec = form.spec
-    names = gguf.get_tensor_name_map(form.architecture, spec.num_layers)
+    spec = target.spec
+    names = gguf.get_tensor_name_map(target.architecture, spec.num_layers)
     scaling = spec.rope_scaling
     if scaling is not None and scaling.kind is RopeKind.llama3:
-        # What llama.cpp divides the plain frequencies by.
+        # llama.cpp divides the plain frequencies by these factors.
         plain = rotary_frequencies(spec.replace(rope_scaling=None))
         yield "rope_freqs.weight", plain / rotary_frequencies(spec)
-    for name, tensor in zero_filled(model, spec).items():
-        if form.neighbours and name.split(".")[-2] in ("q_proj", "k_proj"):
-            tensor = to_neighbours(tensor, spec.head_dim)
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
-        yield theirs, tensor
+    for name, tensor in zero_filled_state(model, spec).items():
+        if target.interleaves_rotary and name.split(".")[-2] in ("q_proj", "k_proj"):
+            tensor = interleave_rotary_pairs(tensor, spec.head_dim)
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        yield gguf_name, tensor
 
 
-def to_neighbours(tensor: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
-    """Rows of a query or key projection with each rotary pair (i, i + d / 2) side by side."""
+def interleave_rotary_pairs(
+    tensor: Float[Tensor, "*shape"], head_dim: int
+) -> Float[Tensor, "*shape"]:
+    """Reorder rows of a query or key projection: rotary pair (i, i + d / 2) becomes adjacent."""
     heads = tensor.unflatten(0, (-1, 2, head_dim // 2))
     return heads.transpose(1, 2).flatten(0, 2).contiguous()
 
@@ -258,16 +267,16 @@ def to_neighbours(tensor: Float[Tensor, "*shape"], head_dim: int) -> Float[Tenso
 def check_gguf(
     path: Path, model: Decoder, text: Int[Tensor, " n"], limits: ParityLimits
 ) -> FormatCheck:
-    """A file in llama.cpp against the decoder that it was made from.
+    """Compare a file, run by llama.cpp, with the decoder that it was made from.
 
-    The first half of the text goes through as a prompt, the rest token by token. Keys and values
-    are kept in float32, so that what differs is the file; llama.cpp's default is float16.
+    The first half of the text is evaluated as a prompt, the rest token by token. Keys and values
+    are cached in float32 so that only the file can differ; llama.cpp's default is float16.
 
     Args:
-        path: Of `write_gguf`.
+        path: Written by `write_gguf`.
         model: The decoder in float32.
         text: Token ids of real text, 2 to `max_context` of them.
-        limits: How far logits may be apart; `LIMITS` has one for each format.
+        limits: Largest accepted differences; `LIMITS` has them for each format.
 
     Raises:
         InputError: The text is too short or too long, or llama-cpp-python is not installed.
@@ -296,8 +305,45 @@ def check_gguf(
     return compare("gguf", model(text[None].long())[0], logits, text, limits)
 
 
+def locate_gguf_failure(
+    model: Decoder,
+    text: Int[Tensor, " n"],
+    limits: ParityLimits,
+    weight_format: GgufFormat,
+    folder: Path,
+) -> str | None:
+    """Name the part of `model` with which its GGUF file begins to fail `check_gguf`.
+
+    llama.cpp shows no values between tokens and logits, so files of the first layers are compared.
+
+    Args:
+        model: The decoder in float32.
+        text: Token ids of real text, 2 to `max_context` of them.
+        limits: Largest accepted differences.
+        weight_format: Storage format of matrices.
+        folder: Each step writes a temporary file here and removes it.
+
+    Returns:
+        The name of the part; None if a new file of the whole model passes.
+    """
+    path = folder / ".part.gguf"
+
+    def passes(part: Decoder) -> bool:
+        write_gguf(path, part, tokenizer=None, token_ids={}, weight_format=weight_format)
+        return check_gguf(path, part, text, limits).passed
+
+    try:
+        return first_failing_layer(model, passes)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _llama_cpp() -> Any:
-    """The module of llama-cpp-python."""
+    """Import llama-cpp-python.
+
+    Raises:
+        InputError: It is not installed.
+    """
     try:
         return importlib.import_module("llama_cpp")
     except ImportError as error:

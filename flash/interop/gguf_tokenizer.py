@@ -1,8 +1,9 @@
-"""A tokenizer.json in the terms of a GGUF file.
+"""Conversion of a tokenizer.json to the fields of a GGUF file.
 
-llama.cpp does not read a tokenizer's rules: it knows some by name and has code for each. So a
-byte-level BPE tokenizer can be written if its pre-tokenizer is one of those, and else not at all:
-with the nearest name it would cut text into other tokens than those that the model learnt.
+llama.cpp does not read the rules of a pre-tokenizer. It knows some pre-tokenizers by name and has
+code for each. A byte-level BPE tokenizer can therefore be written only if its pre-tokenizer is one
+of those: under the nearest name llama.cpp would split text into other tokens than those that the
+model was trained on.
 """
 
 import json
@@ -29,8 +30,7 @@ _GPT4O = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTIONS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The second value: whether a whole piece that is in the vocabulary is taken without merging.
-_PRE = {
+_PRE_TOKENIZERS = {
     ("gpt-2", False): "gpt-2",
     ("digits gpt-2", False): "smollm",
     (_LLAMA3, True): "llama-bpe",
@@ -38,12 +38,16 @@ _PRE = {
     (_QWEN2, False): "qwen2",
     (_GPT4O, False): "gpt-4o",
 }
-"""Pre-tokenizers that llama.cpp knows, of those that byte-level BPE models have."""
-KNOWN = "that of GPT-2, SmolLM, Llama 3, Qwen2 or GPT-4o"
+"""llama.cpp's names of pre-tokenizers, by splitting pattern and `ignore_merges`.
+
+With `ignore_merges` a piece that is in the vocabulary as a whole becomes one token without merging.
+"""
+KNOWN_PRE_TOKENIZERS = "that of GPT-2, SmolLM, Llama 3, Qwen2 or GPT-4o"
+"""The keys of `_PRE_TOKENIZERS` in words, for messages."""
 
 
 class TokenType(IntEnum):
-    """What llama.cpp calls the kinds of token."""
+    """Kinds of token in llama.cpp."""
 
     normal = 1
     control = 3
@@ -53,18 +57,18 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What a GGUF file says about its tokenizer.
+    """Tokenizer fields of a GGUF file.
 
     Attributes:
-        tokens: Of every id, in the byte-level alphabet; added ones as they are.
-        types: Kind of each.
-        merges: Pairs in order, with a blank between.
+        tokens: Text of every id, in the byte-level alphabet; added tokens in plain text.
+        types: Kind of every id.
+        merges: Pairs in order of priority, each joined by a blank.
         pre: llama.cpp's name of the pre-tokenizer.
-        bos_id: Begins a text.
-        eos_id: Ends one.
+        bos_id: Token that begins a text.
+        eos_id: Token that ends a text.
         add_bos: Whether encoding puts `bos_id` in front.
         add_eos: Whether encoding puts `eos_id` at the end.
-        chat_template: Jinja source, if there is one beside the tokenizer.
+        chat_template: Jinja source; None if the tokenizer's folder has no template.
     """
 
     tokens: list[str]
@@ -79,11 +83,12 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path, vocab_size: int, token_ids: Mapping[str, int]) -> Vocabulary:
-    """The tokenizer of a tokenizer.json, for a model of `vocab_size` entries.
+    """Read a tokenizer.json for a model of `vocab_size` entries.
 
     Args:
         path: The tokenizer.json; a chat template may lie beside it.
-        vocab_size: Rows of the model's embedding; those without a token are named and unused.
+        vocab_size: Rows of the model's embedding; rows without a token get a name and the kind
+            `unused`.
         token_ids: `eos_token_id`, and `bos_token_id` unless it is the same.
 
     Raises:
@@ -117,10 +122,11 @@ def read_vocabulary(path: Path, vocab_size: int, token_ids: Mapping[str, int]) -
 
 
 def pre_tokenizer_name(path: Path) -> str:
-    """llama.cpp's name for how a tokenizer.json cuts text into pieces.
+    """Return llama.cpp's name of the pre-tokenizer of a tokenizer.json.
 
     Raises:
-        InputError: It is not byte-level BPE, or llama.cpp has no name for it.
+        InputError: The tokenizer is not byte-level BPE, or llama.cpp does not know its
+            pre-tokenizer.
     """
     values = json.loads(path.read_text("utf-8"))
     model = values["model"]
@@ -132,23 +138,24 @@ def pre_tokenizer_name(path: Path) -> str:
     require(normalizer in (None, "NFC"), f"{path}: normalizer", normalizer, "none or NFC")
     pattern = _pattern(values.get("pre_tokenizer") or {})
     ignores = bool(model.get("ignore_merges", False))
-    name = _PRE.get((pattern, ignores))
+    name = _PRE_TOKENIZERS.get((pattern, ignores))
     if name is None:
         raise InputError(
-            f"{path}: pre_tokenizer={pattern!r} with ignore_merges={ignores}: expected {KNOWN}, "
-            "since llama.cpp knows no other; formats.gguf_tokenizer=false writes token ids only"
+            f"{path}: pre_tokenizer={pattern!r} with ignore_merges={ignores}: expected "
+            f"{KNOWN_PRE_TOKENIZERS}, since llama.cpp knows no other; "
+            "formats.gguf_tokenizer=false writes token ids only"
         )
     return name
 
 
 def is_qwen2(path: Path) -> bool:
-    """Whether a tokenizer.json cuts text as Qwen2's does."""
+    """Return True if a tokenizer.json splits text as Qwen2's does."""
     values = json.loads(path.read_text("utf-8"))
     return _pattern(values.get("pre_tokenizer") or {}) == _QWEN2
 
 
 def _pattern(pre: Mapping[str, Any]) -> str:
-    """The regular expression that cuts, or a word for one that a class stands for."""
+    """The splitting regular expression, a word for a built-in one, or JSON for any other rule."""
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     kinds = [step.get("type") for step in steps]
     if kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space", True):
@@ -163,6 +170,7 @@ def _pattern(pre: Mapping[str, Any]) -> str:
 
 
 def _isolates(split: Mapping[str, Any]) -> bool:
+    """Return True if each match of the regular expression becomes a piece of its own."""
     isolated = split.get("behavior") == "Isolated" and not split.get("invert", False)
     return isolated and "Regex" in split["pattern"]
 
@@ -170,6 +178,7 @@ def _isolates(split: Mapping[str, Any]) -> bool:
 def _tokens(
     values: Mapping[str, Any], vocab_size: int, path: Path
 ) -> tuple[list[str], list[TokenType]]:
+    """Texts and kinds of all ids from 0 to `vocab_size` - 1."""
     tokens: dict[int, str] = {i: token for token, i in values["model"]["vocab"].items()}
     types = dict.fromkeys(tokens, TokenType.normal)
     for added in values.get("added_tokens") or []:
@@ -186,7 +195,7 @@ def _tokens(
 
 
 def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that encoding puts before and after a text."""
+    """Ids of the special tokens that encoding puts before and after a text."""
     plain = tokenizer.encode("x", add_special_tokens=False).ids
     ids = tokenizer.encode("x").ids
     start = ids.index(plain[0])
@@ -194,6 +203,7 @@ def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _chat_template(folder: Path) -> str | None:
+    """Read the chat template of a tokenizer's folder; None if it has none."""
     config = folder / "tokenizer_config.json"
     beside = (folder / "chat_template.jinja").is_file()
     if beside or (config.is_file() and '"chat_template"' in config.read_text("utf-8")):

@@ -1,8 +1,8 @@
-"""A Hugging Face folder that stock transformers loads, without any code of ours.
+"""A Hugging Face folder that the released transformers library loads without code of ours.
 
-Its classes build no layer without attention. So a skipped layer is written with an attention that
-adds nothing: its weights are zeros. The answers are the model's; the speed is not: that attention
-is computed and its keys and values are kept like any other's.
+The library's classes build no layer without attention. A skipped layer is therefore written with an
+attention whose weights are zeros, so that it adds nothing. The logits are those of the model, but
+the speed is not: this attention is computed, and its keys and values are cached, like any other's.
 """
 
 import logging
@@ -19,17 +19,28 @@ from flash.arch import ArchSpec, Attention
 from flash.errors import require
 from flash.interop.gguf_tokenizer import is_qwen2
 from flash.log_filters import quiet
-from flash.lowering.parity_metrics import FormatCheck, ParityLimits, compare, error_of, require_text
+from flash.lowering.parity_metrics import (
+    FormatCheck,
+    ParityLimits,
+    compare,
+    max_relative_error,
+    require_text,
+)
 from flash.model.checkpoint import expected_shapes, save, state_to_save
 from flash.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
 
-def zero_filled(model: Decoder, spec: ArchSpec) -> dict[str, Tensor]:
-    """Checkpoint tensors of `model` as those of `spec`, which attends or has biases in more places.
+def zero_filled_state(model: Decoder, spec: ArchSpec) -> dict[str, Tensor]:
+    """Checkpoint tensors of a model of `spec` that computes the same function as `model`.
 
-    What `model` lacks is zero, but for the gains of norms, which are one: it adds nothing.
+    Args:
+        model: The decoder.
+        spec: Its architecture, except that more layers may attend or have biases.
+
+    Returns:
+        Float32 tensors by name. Those that `model` lacks are zero, or one for the gains of norms.
     """
     weights = state_to_save(model, torch.float32)
     for name, shape in expected_shapes(spec).items():
@@ -38,21 +49,16 @@ def zero_filled(model: Decoder, spec: ArchSpec) -> dict[str, Tensor]:
     return weights
 
 
-def zero_form(model: Decoder) -> tuple[ArchSpec, dict[str, Tensor]]:
-    """The same function as `model` in its `zero_spec`, in float32; without one an InputError."""
-    spec = zero_spec(model.spec)
-    return spec, zero_filled(model, spec)
+def transformers_spec(spec: ArchSpec) -> ArchSpec:
+    """Find the architecture of a transformers class that can express `spec` with added zeros.
 
-
-def zero_spec(spec: ArchSpec) -> ArchSpec:
-    """The architecture of a stock class in which `spec` can be said.
-
-    A skipped layer becomes a sliding one where the model has windows, which keeps its useless cache
-    short, else a full one. Llama's class has no windows and wants a width of whole heads; Qwen2's
-    does without either, with biases of zero.
+    A skipped layer becomes a layer with zero attention. Where the model has windows it becomes a
+    sliding one, which keeps its useless cache short, else a full one. The Llama class has no
+    windows and requires a model width that is a multiple of the number of heads. The Qwen2 class
+    has neither limit, but has biases, which are then zero. The Qwen3 class has QK-norm.
 
     Raises:
-        InputError: The model has both QK-norm and biases, which no class of the three has.
+        InputError: The model has both QK-norm and biases, which none of these classes has.
     """
     require(
         not (spec.qk_norm and spec.qkv_bias),
@@ -62,10 +68,10 @@ def zero_spec(spec: ArchSpec) -> ArchSpec:
         "export as pte",
     )
     sliding = Attention.sliding_attention in spec.layer_types
-    stand_in = Attention.sliding_attention if sliding else Attention.full_attention
+    replacement = Attention.sliding_attention if sliding else Attention.full_attention
     like_llama = not sliding and spec.model_dim % spec.num_heads == 0
     return spec.replace(
-        layer_types=tuple(kind if kind.attends else stand_in for kind in spec.layer_types),
+        layer_types=tuple(kind if kind.attends else replacement for kind in spec.layer_types),
         qkv_bias=spec.qkv_bias or not (spec.qk_norm or like_llama),
     )
 
@@ -79,20 +85,21 @@ def write_hf(
 ) -> None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained`, whole or not at all.
 
-    Not faster than the backbone there: a skipped layer's attention is computed, with zero weights.
-    Weights are stored in bfloat16 where that loses nothing, as it does for what `train.py` wrote,
-    else in float32.
+    The model is no faster there than the backbone, since skipped layers compute an attention of
+    zeros. Weights are stored in bfloat16 if that loses nothing, as with those that `train.py`
+    wrote, else in float32.
 
     Args:
-        folder: Where to write; replaced as a whole if it exists.
+        folder: Folder to write; replaced as a whole if it exists.
         model: The decoder.
         tokenizer: A tokenizer.json to put beside the weights, with its settings and chat template.
         token_ids: Special token ids for config.json, such as `eos_token_id`.
 
     Raises:
-        InputError: No stock class can say this architecture.
+        InputError: No transformers class can express this architecture.
     """
-    spec, weights = zero_form(model)
+    spec = transformers_spec(model.spec)
+    weights = zero_filled_state(model, spec)
     if all(torch.equal(weight.bfloat16().float(), weight) for weight in weights.values()):
         weights = {name: weight.bfloat16() for name, weight in weights.items()}
     save(folder, spec, weights, tokenizer=tokenizer, token_ids=token_ids)
@@ -108,13 +115,15 @@ def write_hf(
 def check_hf(
     folder: Path, model: Decoder, text: Int[Tensor, " n"], limit: float = 1e-4
 ) -> FormatCheck:
-    """A folder in stock transformers, in float32, against the decoder that it was made from.
+    """Compare a folder, loaded by transformers in float32, with the decoder it was made from.
+
+    If the logits differ too much, the report names the first part of the model whose output does.
 
     Args:
-        folder: Of `write_hf`.
+        folder: Written by `write_hf`.
         model: The decoder in float32.
         text: Token ids of real text, 2 to `max_context` of them.
-        limit: Largest difference of a logit over the largest logit.
+        limit: Largest accepted difference of a logit, divided by the largest logit.
 
     Raises:
         InputError: The text is too short or too long.
@@ -141,7 +150,7 @@ def check_hf(
     differing = (
         name
         for name, output in ours_inside.items()
-        if not error_of(output, theirs_inside[name]) <= limit  # nor is NaN within it
+        if not max_relative_error(output, theirs_inside[name]) <= limit  # nor is NaN within it
     )
     return replace(check, worst_layer=next(differing, None))
 
@@ -149,19 +158,20 @@ def check_hf(
 def _outputs(
     model: nn.Module, run: Callable[[Tensor], Tensor], tokens: Int[Tensor, "b s"]
 ) -> dict[str, Tensor]:
-    """What embedding, layers, final norm and head put out; both sides call them alike."""
+    """Outputs of embedding, layers, final norm and head by name; both sides use the same names."""
     layers = len(cast(nn.ModuleList, model.get_submodule("model.layers")))
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(layers)), "model.norm"]
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
+    def keep_output(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             outputs[name] = output if isinstance(output, Tensor) else output[0]
 
         return hook
 
     handles = [
-        model.get_submodule(name).register_forward_hook(keep(name)) for name in [*names, "lm_head"]
+        model.get_submodule(name).register_forward_hook(keep_output(name))
+        for name in [*names, "lm_head"]
     ]
     try:
         run(tokens)

@@ -1,1 +1,1 @@
-"""Decoder -> torch.export -> XNNPACK program (.pte), whole or in blocks, and its parity gate."""
+"""Lowering of a decoder to an XNNPACK program (.pte), whole or in blocks, and its parity gate."""

@@ -1,6 +1,13 @@
-"""What the attention layers of one call share: rotary rows, window mask, places in the rings.
+"""Index arithmetic that all attention layers of one call of a program share, done once a call.
 
-Made once a call for all layers. Shapes: s tokens of this call, l cache slots, w window.
+A call processes s new tokens that begin at position `input_pos`. From these two numbers
+`CallPlan` derives the rotary rows, the window mask, the ring slots and the split of the queries
+over attention operators. In an export both numbers are symbolic. That explains the unusual style
+of this module: minima and maxima in place of branches, no shape that may be 0, and
+`torch._check` where the exporter needs to know a bound.
+
+Shapes: s tokens of this call, l cache slots, w positions of the sliding window, b queries of a
+block, g query heads that share one key head.
 """
 
 from typing import NamedTuple, cast
@@ -12,177 +19,206 @@ from flash.arch import ArchSpec, Attention
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 from flash.model.decoder import rotary_table
 
-HIDDEN = -1e6
-"""Added to a score that does not count. The exponential of the difference to any score is 0."""
-BLOCK = 64
-"""Most queries of one block of `RingPlan` [tokens]."""
+MASKED_SCORE = -1e6
+"""Added to a masked score. The exponential of its difference to any other score is 0."""
+MAX_BLOCK_QUERIES = 64
+"""Largest number of queries in one block of a `RingPlan` [tokens]."""
 
 
 class RingPlan(NamedTuple):
-    """How the s queries of a call are shared out over a ring of w slots.
+    """Split of the s queries of a call over a ring of w slots.
 
-    1. Positions below w see everything before them: causal attention over the ring as it fills.
-    2. Positions from w on see exactly the w - 1 before them and themselves: blocks of b queries,
-       each over the w + b keys that it can see, under the same mask for all blocks.
-    3. The last query finds its window, and nothing else, in the ring that holds all new tokens.
-       In decoding it is the only one.
+    The queries fall into three kinds, in this order:
 
-    The attention operators crash on no queries, and ExecuTorch cannot order the dimensions of a
-    tensor that may be empty. So a kind without queries computes one over one key, which no one
-    looks at.
+    1. Causal queries, at positions below w. They see every earlier position, so they use causal
+       attention over the ring while it fills.
+    2. Block queries, at positions from w on. They see the w - 1 positions before them and
+       themselves. They are computed in blocks of b queries, each over the w + b keys that its
+       queries can see, under one mask for all blocks.
+    3. The last query of the call, the only one in decoding. It runs when the ring holds all new
+       tokens, and then its window is the whole ring.
+
+    The attention operators crash without queries, and ExecuTorch cannot order the dimensions of a
+    tensor that may be empty. Therefore a kind without queries computes one query over one key, and
+    `output_order` does not select its result.
     """
 
-    early: int
-    """Number of queries of the first kind, at least 1; the first of the call."""
-    early_start: int
-    """Position of the first of them."""
-    old: int
-    """Slots of the ring, from the first on, that the blocks look up; at least 1."""
-    queries: Tensor
-    """Which of the s queries go into each block `[blocks, b]`; the last block is filled up."""
-    keys: Tensor
-    """Which of (old slots, s new keys) go into each block `[blocks, w + b]`."""
-    mask: Tensor
-    """`[b, w + b]`, 0 or -inf."""
-    last_start: int
-    """Newest slot that the last query sees: all up to it."""
-    order: Tensor
-    """Which of (early queries, block queries, last query) is each of the s queries `[s]`."""
+    num_causal: int
+    """Number of causal queries, the first of the call; at least 1 (see above)."""
+    causal_start: int
+    """Position of the first causal query."""
+    num_old_slots: int
+    """Number of ring slots, counted from slot 0, that the blocks read; at least 1."""
+    block_queries: Tensor
+    """Indices into the s queries `[blocks, b]`; the last block repeats the last index."""
+    block_keys: Tensor
+    """Indices into (old slots, s new keys) `[blocks, w + b]`."""
+    block_mask: Tensor
+    """Additive mask of every block `[b, w + b]`: 0 or -inf."""
+    last_slot: int
+    """Index of the last slot that the last query sees; it sees slots 0 to this one."""
+    output_order: Tensor
+    """Row of (causal, block, last) results for each of the s queries `[s]`."""
 
 
-class LastQuery(NamedTuple):
-    """How a call's last query, the only one in decoding, is attended to apart from the others.
+class LastQueryPlan(NamedTuple):
+    """Split of a call into leading queries and its last query, which is grouped by key heads.
 
-    All g query heads that share a key head go through the keys together, as g queries that see the
-    same n keys. `custom_sdpa` takes n from the start position of the first of them, which cannot be
-    negative: up to position g - 2 the last query stays with the others. A kind without queries
-    computes one over one key, as in `RingPlan`, and no one looks at it.
+    The last query is the only one in decoding. Its g query heads that share a key head read the
+    keys together: they are passed to `custom_sdpa` as g queries that see the same n keys.
+    `custom_sdpa` takes n from the start position of the first of these g queries. That position
+    cannot be negative, so up to position g - 2 the last query is computed with the leading ones.
 
-    The others go through `custom_sdpa`, or, with a `bias`, through matrix products.
+    The leading queries go through `custom_sdpa`, or through matrix products if there is a
+    `causal_bias`. A kind without queries computes one query over one key, as in `RingPlan`.
     """
 
-    others: int
-    """Number of queries, from the first on, that are attended to; 1 or more."""
-    others_start: int
-    """Position of the first of them."""
-    start: int
-    """Position of the first of the g queries, had they been neighbours."""
-    order: Tensor
-    """Which of (others, last) is each of the s queries `[s]`."""
-    alone_start: int
-    """Where the last query is without the others: its position where it stays with them, or 0."""
-    apart: Tensor
-    """Whether the last query does not stay with the others, as an index `[1]`."""
-    keys: int
-    """Number of keys, from the first on, up to the last of the others; 1 or more."""
-    bias: Tensor | None
-    """`[g * others, keys]`, added to the scores of one key head: 0, or what hides a later key."""
+    num_leading: int
+    """Number of leading queries, counted from the first of the call; at least 1."""
+    leading_start: int
+    """Position of the first leading query."""
+    grouped_start: int
+    """Start position that makes `custom_sdpa` show all n keys to the g grouped queries."""
+    output_order: Tensor
+    """Row of (leading, grouped last) results for each of the s queries `[s]`."""
+    ungrouped_position: int
+    """Position at which a layer that computes only the last query computes it ungrouped.
+
+    This is the query's own position while grouping is impossible, else 0: the ungrouped result is
+    then not used and 0 is the cheapest position.
+    """
+    last_row: Tensor
+    """Row of (ungrouped, grouped) results that holds the last query `[1]`: 1 if it is grouped."""
+    num_keys: int
+    """Number of keys, counted from position 0, that the leading queries see; at least 1."""
+    causal_bias: Tensor | None
+    """`[g * num_leading, num_keys]`, added to the scores of one key head: 0 or `MASKED_SCORE`."""
 
 
 class CallRange(NamedTuple):
-    """Where a call stands in the sequence."""
+    """Tokens of one call: their positions and all that attention layers derive from these."""
 
     start: int
-    """Position of its first token, symbolic in an export."""
+    """Position of the first token; symbolic in an export."""
     cos: Tensor
+    """Rotary cosines `[s, 1, head_dim / 2]`."""
     sin: Tensor
+    """Rotary sines `[s, 1, head_dim / 2]`."""
     mask: Tensor | None = None
-    """Sliding layers of the stock form: `[s, l]`, 0 or -inf."""
+    """Additive mask of sliding layers in the stock form `[s, l]`: 0 or -inf."""
     slots: Tensor | None = None
-    """Rings: the slot of each new token `[1, s]`."""
-    plan: RingPlan | None = None
-    """Sliding layers of the ring form."""
-    last: LastQuery | None = None
-    """Full attention with matrix products, or in which several query heads share a key head."""
+    """Slot of each new token in a ring `[1, s]`; None for caches with a slot per position."""
+    ring_plan: RingPlan | None = None
+    """Plan of sliding layers in the ring form."""
+    last_query: LastQueryPlan | None = None
+    """Plan of full attention with matrix products, or with several query heads a key head."""
 
 
 class CallPlan(nn.Module):
-    """`CallRange` from `input_pos`.
+    """Computation of the `CallRange` of a call from its `input_pos` and number of tokens.
 
-    How the mask of the stock form is made does not show in the time (three formulations measured
-    alike): with a mask `custom_sdpa` computes every slot of the cache.
+    The way in which the mask of the stock form is made does not affect the time (three
+    formulations measured alike): with a mask, `custom_sdpa` computes every slot of the cache.
     """
 
     cos: Tensor
     sin: Tensor
-    slots: Tensor
-    slot_of: Tensor
+    positions: Tensor
+    slot_of_position: Tensor
 
-    def __init__(self, spec: ArchSpec, settings: LoweringSettings, windows: bool) -> None:
+    def __init__(self, spec: ArchSpec, lowering: LoweringSettings, has_sliding: bool) -> None:
+        """Precompute tables for all positions.
+
+        Args:
+            spec: Architecture of the decoder.
+            lowering: Formats and lengths of the program.
+            has_sliding: Whether any layer has a sliding window.
+        """
         super().__init__()
-        slots = torch.arange(settings.max_context)
-        cos, sin = rotary_table(slots, spec)
+        positions = torch.arange(lowering.max_context)
+        cos, sin = rotary_table(positions, spec)
         half = spec.head_dim // 2
         self.register_buffer("cos", cos[:, None, :half].clone(), persistent=False)
         self.register_buffer("sin", sin[:, None, :half].clone(), persistent=False)
-        self.max_context = settings.max_context
-        self.window = spec.sliding_window if windows and not sees_all(spec, settings) else None
-        self.ring = None
+        self.max_context = lowering.max_context
+        covered = window_covers_context(spec, lowering)
+        self.window = spec.sliding_window if has_sliding and not covered else None
+        self.ring_planner = None
         group = spec.num_heads // spec.num_kv_heads
-        full = Attention.full_attention in spec.layer_types or sees_all(spec, settings)
-        matmul = settings.attention is AttentionForm.matmul
-        apart = full and group <= settings.max_context and (matmul or group > 1)
-        self.last_query = _Last(group, settings) if apart else None
-        self.num_slots = settings.slots(spec.sliding_window)
+        full = Attention.full_attention in spec.layer_types or covered
+        matmul = lowering.attention is AttentionForm.matmul
+        splits = full and group <= lowering.max_context and (matmul or group > 1)
+        self.last_query_planner = _LastQueryPlanner(group, lowering) if splits else None
+        self.num_slots = lowering.slots(spec.sliding_window)
         if self.window is None:
             return
-        if settings.sliding is SlidingForm.ring:
-            self.ring = _Ring(self.window, settings.chunk)
+        if lowering.sliding is SlidingForm.ring:
+            self.ring_planner = _RingPlanner(self.window, lowering.chunk)
         else:
-            self.register_buffer("slots", slots, persistent=False)
+            self.register_buffer("positions", positions, persistent=False)
         if self.num_slots < self.max_context:
-            self.register_buffer("slot_of", slots % self.num_slots, persistent=False)
+            slot_of_position = positions % self.num_slots
+            self.register_buffer("slot_of_position", slot_of_position, persistent=False)
 
     def forward(self, input_pos: Tensor, length: int) -> CallRange:
+        """Plan a call of `length` tokens that begins at position `input_pos` `[1]`."""
         start = cast(int, input_pos[0].item())  # symbolic in an export
         torch._check(start >= 0)
         torch._check(start + length <= self.max_context)
         cos = self.cos.narrow(0, start, length)
         sin = self.sin.narrow(0, start, length)
-        last = self.last_query(start, length) if self.last_query is not None else None
+        planner = self.last_query_planner
+        last_query = planner(start, length) if planner is not None else None
         if self.window is None:
-            return CallRange(start, cos, sin, last=last)
-        ring_slots = None
+            return CallRange(start, cos, sin, last_query=last_query)
+        slots = None
         if self.num_slots < self.max_context:
-            ring_slots = self.slot_of.narrow(0, start, length)[None]
-        if self.ring is not None:
-            plan = self.ring(start, length)
-            return CallRange(start, cos, sin, slots=ring_slots, plan=plan, last=last)
-        queries = self.slots.narrow(0, start, length)[:, None]
-        if ring_slots is None:
-            distance = queries - self.slots[None, :]
-            unseen = (distance < 0) | (distance >= self.window)
-        else:
+            slots = self.slot_of_position.narrow(0, start, length)[None]
+        if self.ring_planner is not None:
+            ring_plan = self.ring_planner(start, length)
+            return CallRange(
+                start, cos, sin, slots=slots, ring_plan=ring_plan, last_query=last_query
+            )
+        mask = self._window_mask(start, length, self.window, is_ring=slots is not None)
+        return CallRange(start, cos, sin, mask=mask, slots=slots, last_query=last_query)
+
+    def _window_mask(self, start: int, length: int, window: int, is_ring: bool) -> Tensor:
+        """Additive mask `[s, l]` that shows each query the `window` positions up to its own."""
+        queries = self.positions.narrow(0, start, length)[:, None]
+        if is_ring:
             # The newest position in each slot, once this call's tokens are in; negative if none.
             newest = start + length - 1
-            slots = self.slots.narrow(0, 0, self.num_slots)
+            slots = self.positions.narrow(0, 0, self.num_slots)
             held = newest - (newest - slots) % self.num_slots
             distance = queries - held[None, :]
-            unseen = (distance < 0) | (distance >= self.window) | (held < 0)[None, :]
-        mask = torch.zeros(()).masked_fill(unseen, float("-inf"))
-        return CallRange(start, cos, sin, mask=mask, slots=ring_slots, last=last)
+            hidden = (distance < 0) | (distance >= window) | (held < 0)[None, :]
+        else:
+            distance = queries - self.positions[None, :]
+            hidden = (distance < 0) | (distance >= window)
+        return torch.zeros(()).masked_fill(hidden, float("-inf"))
 
 
-def sees_all(spec: ArchSpec, settings: LoweringSettings) -> bool:
-    """Whether the window hides nothing from sliding layers of the ring form."""
-    ring = settings.sliding is SlidingForm.ring
-    return ring and spec.sliding_window >= settings.max_context
+def window_covers_context(spec: ArchSpec, lowering: LoweringSettings) -> bool:
+    """Return True if sliding layers of the ring form see the whole context, as full ones do."""
+    ring = lowering.sliding is SlidingForm.ring
+    return ring and spec.sliding_window >= lowering.max_context
 
 
-def _smaller(a: int, b: int) -> int:
-    """`min` for numbers of which some are symbolic in an export."""
+def _sym_min(a: int, b: int) -> int:
+    """Minimum of two numbers, either of which may be symbolic in an export."""
     return cast(int, torch.sym_min(a, b))
 
 
-def _larger(a: int, b: int) -> int:
+def _sym_max(a: int, b: int) -> int:
+    """Maximum of two numbers, either of which may be symbolic in an export."""
     return cast(int, torch.sym_max(a, b))
 
 
-def _simple(number: int, most: int) -> int:
-    """The same number from 1 to `most`, in an export under a symbol of its own.
+def _as_bounded_symbol(number: int, most: int) -> int:
+    """The same number, from 1 to `most`; in an export it becomes a symbol of its own.
 
-    Both the exporter and ExecuTorch have to see that a shape made of it is not empty. They see that
-    of a symbol with bounds, not of an expression with minima and maxima.
+    Both the exporter and ExecuTorch must be able to prove that a shape made of it is not empty.
+    They can prove that of a symbol with bounds, but not of an expression with minima and maxima.
     """
     symbol = cast(int, torch.full((1,), number, dtype=torch.long).item())
     torch._check(symbol >= 1)
@@ -190,95 +226,100 @@ def _simple(number: int, most: int) -> int:
     return symbol
 
 
-class _Last(nn.Module):
-    """`LastQuery` of a call, for `group` query heads a key head."""
+class _LastQueryPlanner(nn.Module):
+    """Computation of a call's `LastQueryPlan` for `group` query heads a key head."""
 
-    count: Tensor
-    number: Tensor
+    indices: Tensor
+    float_indices: Tensor
 
-    def __init__(self, group: int, settings: LoweringSettings) -> None:
+    def __init__(self, group: int, lowering: LoweringSettings) -> None:
         super().__init__()
-        self.group, self.chunk = group, settings.chunk
-        self.matmul = settings.attention is AttentionForm.matmul
-        count = torch.arange(settings.max_context)
-        self.register_buffer("count", count, persistent=False)
+        self.group, self.chunk = group, lowering.chunk
+        self.matmul = lowering.attention is AttentionForm.matmul
+        indices = torch.arange(lowering.max_context)
+        self.register_buffer("indices", indices, persistent=False)
         if self.matmul:
-            self.register_buffer("number", count.float(), persistent=False)
+            self.register_buffer("float_indices", indices.float(), persistent=False)
 
-    def forward(self, start: int, length: int) -> LastQuery:
+    def forward(self, start: int, length: int) -> LastQueryPlan:
         last = start + length - 1
-        apart = _smaller(_larger(last - (self.group - 2), 0), 1)
-        others = _larger(length - apart, 1)
-        others_start = start * _smaller(length - apart, 1)
-        keys, bias = others_start + others, None
+        grouped = _sym_min(_sym_max(last - (self.group - 2), 0), 1)  # 1 if grouping is possible
+        num_leading = _sym_max(length - grouped, 1)
+        leading_start = start * _sym_min(length - grouped, 1)
+        num_keys, bias = leading_start + num_leading, None
         if self.matmul:
-            keys = _simple(keys, len(self.number))
-            others = _simple(others, self.chunk)
-            bias = self._bias(others_start, others, keys)
-        nth = self.count.narrow(0, 0, length)
-        return LastQuery(
-            others=others,
-            others_start=others_start,
-            start=_larger(last - (self.group - 1), 0),
-            order=torch.where(nth < length - apart, nth, others),
-            alone_start=last * (1 - apart),
-            apart=torch.full((1,), apart, dtype=torch.long),
-            keys=keys,
-            bias=bias,
+            num_keys = _as_bounded_symbol(num_keys, len(self.float_indices))
+            num_leading = _as_bounded_symbol(num_leading, self.chunk)
+            bias = self._causal_bias(leading_start, num_leading, num_keys)
+        query = self.indices.narrow(0, 0, length)
+        return LastQueryPlan(
+            num_leading=num_leading,
+            leading_start=leading_start,
+            grouped_start=_sym_max(last - (self.group - 1), 0),
+            output_order=torch.where(query < length - grouped, query, num_leading),
+            ungrouped_position=last * (1 - grouped),
+            last_row=torch.full((1,), grouped, dtype=torch.long),
+            num_keys=num_keys,
+            causal_bias=bias,
         )
 
-    def _bias(self, start: int, queries: int, keys: int) -> Tensor:
-        query = self.number.narrow(0, start, queries).expand(self.group, -1).reshape(-1, 1)
-        key = self.number.narrow(0, 0, keys)[None, :]
-        return (key - query).clamp(0, 1) * HIDDEN  # operators that XNNPACK has, unlike comparisons
+    def _causal_bias(self, start: int, num_queries: int, num_keys: int) -> Tensor:
+        """Bias `[g * num_queries, num_keys]` that hides the keys after each query."""
+        queries = self.float_indices.narrow(0, start, num_queries)
+        queries = queries.expand(self.group, -1).reshape(-1, 1)
+        keys = self.float_indices.narrow(0, 0, num_keys)[None, :]
+        # Only operators that XNNPACK has; it has no comparisons.
+        return (keys - queries).clamp(0, 1) * MASKED_SCORE
 
 
-class _Ring(nn.Module):
-    """`RingPlan` of a call."""
+class _RingPlanner(nn.Module):
+    """Computation of a call's `RingPlan`."""
 
-    count: Tensor
-    queries: Tensor
-    keys: Tensor
+    indices: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
     mask: Tensor
 
     def __init__(self, window: int, chunk: int) -> None:
         super().__init__()
-        self.window, self.block = window, min(BLOCK, window, chunk)
-        most = -(-chunk // self.block)
-        block = torch.arange(most)[:, None] * self.block
+        self.window, self.block = window, min(MAX_BLOCK_QUERIES, window, chunk)
+        max_blocks = -(-chunk // self.block)
+        block_start = torch.arange(max_blocks)[:, None] * self.block
         query = torch.arange(self.block)
         key = torch.arange(window + self.block)
-        unseen = (key <= query[:, None]) | (key > query[:, None] + window)
-        mask = torch.zeros(()).masked_fill(unseen, float("-inf"))
+        hidden = (key <= query[:, None]) | (key > query[:, None] + window)
+        mask = torch.zeros(()).masked_fill(hidden, float("-inf"))
         self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("count", torch.arange(chunk), persistent=False)
-        self.register_buffer("queries", block + query, persistent=False)
-        self.register_buffer("keys", block + key, persistent=False)
+        self.register_buffer("indices", torch.arange(chunk), persistent=False)
+        self.register_buffer("query_offsets", block_start + query, persistent=False)
+        self.register_buffer("key_offsets", block_start + key, persistent=False)
 
     def forward(self, start: int, length: int) -> RingPlan:
         window = self.window
-        early = _larger(0, _smaller(window - start, length - 1))
-        computed = _larger(early, 1)
-        later = length - 1 - early
-        some = _larger(0, _smaller(later, 1))
-        blocks = _larger((later + self.block - 1) // self.block, 1)
-        block = _larger(_smaller(later, self.block), 1)  # shorter only if it is alone
-        span = some * (window + block - 1) + 1
-        old = some * (window - 1) + 1
-        queries = self.queries.narrow(0, 0, blocks).narrow(1, 0, block) + early
+        causal = _sym_max(0, _sym_min(window - start, length - 1))
+        computed_causal = _sym_max(causal, 1)
+        in_blocks = length - 1 - causal
+        any_in_blocks = _sym_max(0, _sym_min(in_blocks, 1))
+        blocks = _sym_max((in_blocks + self.block - 1) // self.block, 1)
+        # A block is shorter than `self.block` only if it is the only one.
+        block = _sym_max(_sym_min(in_blocks, self.block), 1)
+        span = any_in_blocks * (window + block - 1) + 1
+        num_old_slots = any_in_blocks * (window - 1) + 1
+        queries = self.query_offsets.narrow(0, 0, blocks).narrow(1, 0, block) + causal
         # Relative to the first new key; a span starts one window before its first query.
-        keys = self.keys.narrow(0, 0, blocks).narrow(1, 0, span) + (early - window)
-        nth = self.count.narrow(0, 0, length)
-        order = torch.where(nth < early, nth, nth + (computed - early))
+        keys = self.key_offsets.narrow(0, 0, blocks).narrow(1, 0, span) + (causal - window)
+        old_slots = (keys + start) % window * any_in_blocks
+        new_keys = keys.clamp(max=length - 1) + num_old_slots
+        query = self.indices.narrow(0, 0, length)
+        order = torch.where(query < causal, query, query + (computed_causal - causal))
+        last_row = computed_causal + blocks * block
         return RingPlan(
-            early=computed,
-            early_start=_smaller(start, window - 1) * _smaller(early, 1),
-            old=old,
-            queries=queries.clamp(max=length - 1),
-            keys=torch.where(
-                keys < 0, (keys + start) % window * some, keys.clamp(max=length - 1) + old
-            ),
-            mask=self.mask.narrow(0, 0, block).narrow(1, 0, span),
-            last_start=_smaller(start + length - 1, window - 1),
-            order=torch.where(nth == length - 1, computed + blocks * block, order),
+            num_causal=computed_causal,
+            causal_start=_sym_min(start, window - 1) * _sym_min(causal, 1),
+            num_old_slots=num_old_slots,
+            block_queries=queries.clamp(max=length - 1),
+            block_keys=torch.where(keys < 0, old_slots, new_keys),
+            block_mask=self.mask.narrow(0, 0, block).narrow(1, 0, span),
+            last_slot=_sym_min(start + length - 1, window - 1),
+            output_order=torch.where(query == length - 1, last_row, order),
         )

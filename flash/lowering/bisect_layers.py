@@ -1,17 +1,18 @@
-"""Which layer makes a gate fail: the same gate on the first layers of the model only."""
+"""Search for the layer that makes a check fail, by running the check on the first layers only.
+
+The check may be the parity gate of a program (`locate_failure`) or that of another file format
+(`flash.interop.gguf.locate_gguf_failure`). Either way the number of layers is bisected, so a model
+of n layers takes about log2(n) checks.
+"""
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from flash.interop.gguf import check_gguf, write_gguf
-from flash.interop.settings import GgufFormat
 from flash.lowering.gate import ParityStage, check_parity
-from flash.lowering.parity_metrics import ParityLimits
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
@@ -19,59 +20,49 @@ from flash.model.decoder import Decoder
 log = logging.getLogger(__name__)
 
 
-def locate(
+def locate_failure(
     model: Decoder,
-    settings: LoweringSettings,
+    lowering: LoweringSettings,
     text: Int[Tensor, " n"],
     gate: GateSettings,
     stage: ParityStage,
 ) -> str:
-    """The part of `model` with which `stage` begins to fail.
+    """Name the part of `model` with which a stage of the parity gate begins to fail.
 
-    Each step but those of the first stage lowers a model again.
+    For a stage after the first, each step of the search lowers a model again.
+
+    Args:
+        model: The decoder in float32 whose gate failed.
+        lowering: Formats and lengths of the program.
+        text: Token ids that the gate runs on.
+        gate: Lengths and limits of the gate.
+        stage: The stage that failed.
     """
 
-    def passes(depth: int) -> bool:
-        part = first_layers(model, depth)
-        return check_parity(part, settings, text, gate, last=stage).passed
+    def passes(part: Decoder) -> bool:
+        return check_parity(part, lowering, text, gate, last_stage=stage).passed
 
-    where = _first_failure(model.spec.num_layers, passes)
-    return where or "no layer: a program lowered anew passes, so the file is not of these weights"
+    failing = first_failing_layer(model, passes)
+    return failing or "no layer: a program lowered anew passes, so the file is not of these weights"
 
 
-def locate_gguf(
-    model: Decoder,
-    text: Int[Tensor, " n"],
-    limits: ParityLimits,
-    weight_format: GgufFormat,
-    folder: Path,
-) -> str | None:
-    """The part of `model` with which its GGUF file begins to fail; None: a new file passes.
+def first_failing_layer(model: Decoder, passes: Callable[[Decoder], bool]) -> str | None:
+    """Bisect the number of layers of `model` until `passes` fails with one layer more.
 
-    Each step writes the first layers as a file in `folder` and removes it; llama.cpp itself shows
-    nothing between tokens and logits.
+    Args:
+        model: The decoder.
+        passes: A check that gets a decoder of the first layers of `model`.
+
+    Returns:
+        The name of the failing layer or end of the model; None if the whole model passes.
     """
-    path = folder / ".part.gguf"
-
-    def passes(depth: int) -> bool:
-        part = first_layers(model, depth)
-        write_gguf(path, part, tokenizer=None, token_ids={}, weight_format=weight_format)
-        return check_gguf(path, part, text, limits).passed
-
-    try:
-        return _first_failure(model.spec.num_layers, passes)
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _first_failure(num_layers: int, passes: Callable[[int], bool]) -> str | None:
-    """Halves the depth; `passes` tells of the first layers of a model whether they are sound."""
-    sound, failing = 0, num_layers + 1
-    while failing - sound > 1:
-        depth = (sound + failing) // 2
+    num_layers = model.spec.num_layers
+    passing, failing = 0, num_layers + 1
+    while failing - passing > 1:
+        depth = (passing + failing) // 2
         log.info("looking for the layer: the first %d", depth)
-        if passes(depth):
-            sound = depth
+        if passes(first_layers(model, depth)):
+            passing = depth
         else:
             failing = depth
     if failing > num_layers:
@@ -81,7 +72,7 @@ def _first_failure(num_layers: int, passes: Callable[[int], bool]) -> str | None
 
 @torch.no_grad()
 def first_layers(model: Decoder, depth: int) -> Decoder:
-    """A decoder of the first `depth` layers, on the memory of `model`."""
+    """Build a decoder of the first `depth` layers that shares the memory of `model`."""
     spec = model.spec.replace(layer_types=model.spec.layer_types[:depth])
     kept = {
         name: weight.detach()

@@ -1,8 +1,8 @@
-"""Blocks: the parts whose times add up to a model's, each a program that can be measured alone.
+"""Blocks: parts of a model that are lowered and measured alone and whose latencies add up.
 
 An architecture is a multiset of blocks: one attention half for each layer that attends, one FFN
 half for each layer, and its two ends (embedding and head). A space of billions of architectures
-has few distinct blocks, so that each needs to be lowered and measured once.
+has few distinct blocks, so each of these is lowered and measured only once.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flash.arch import ArchSpec, Attention
 from flash.log_filters import quiet
 from flash.lowering.attention_plan import CallPlan
-from flash.lowering.lower import export_form, serialise
+from flash.lowering.lower import export_module, serialize
 from flash.lowering.modules import AttentionHalf, FfnHalf, Head, load_custom_ops
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
@@ -23,11 +23,14 @@ from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
 
 
 class BlockKind(Enum):
-    """What a block computes."""
+    """Computation of a block."""
 
     full_attention = "full_attention"
+    """Attention half of a layer with full attention."""
     sliding_attention = "sliding_attention"
+    """Attention half of a layer with a sliding window."""
     ffn = "ffn"
+    """FFN half of a layer."""
     ends = "ends"
     """Embedding of all tokens, then final norm and output head of the last position."""
 
@@ -37,9 +40,9 @@ class Block:
     """One block. Equal blocks have the same program, whichever architecture they come from.
 
     Attributes:
-        kind: What it computes.
-        spec: An architecture of that one block; make it with `Block.of`, which sets everything
-            that the program does not depend on to fixed values.
+        kind: Its computation.
+        spec: An architecture of only this block. `Block.of` makes it and sets everything that the
+            program does not depend on to fixed values.
     """
 
     kind: BlockKind
@@ -47,7 +50,7 @@ class Block:
 
     @classmethod
     def of(cls, kind: BlockKind, spec: ArchSpec) -> "Block":
-        """The block of this kind in `spec`."""
+        """Make the block of this kind that `spec` contains."""
         plain = ArchSpec(
             model_dim=spec.model_dim,
             ffn_dim=32,
@@ -80,7 +83,7 @@ class Block:
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether the first input is token ids `[1, s]` and not activations `[1, s, model_dim]`."""
+        """True if the first input is token ids `[1, s]`, else activations `[1, s, model_dim]`."""
         return self.kind is BlockKind.ends
 
     def __str__(self) -> str:
@@ -99,7 +102,7 @@ class Block:
 
 
 def blocks_of(spec: ArchSpec) -> dict[Block, int]:
-    """The distinct blocks of `spec` and how often each occurs."""
+    """Count how often each distinct block occurs in `spec`."""
     counts: Counter[Block] = Counter()
     for kind in spec.layer_types:
         if kind is not Attention.skip_attention:
@@ -109,20 +112,24 @@ def blocks_of(spec: ArchSpec) -> dict[Block, int]:
     return dict(counts)
 
 
-def lower_block(block: Block, settings: LoweringSettings) -> bytes:
-    """The .pte of one block, random weights: `forward(x, input_pos)` with a dynamic length.
+def lower_block(block: Block, lowering: LoweringSettings) -> bytes:
+    """Lower one block with random weights to the bytes of a .pte file.
 
-    x is activations `[1, s, model_dim]` in float32, or tokens `[1, s]` for the ends.
+    Its method is `forward(x, input_pos [1])`, with x activations `[1, s, model_dim]` in float32, or
+    tokens `[1, s]` for the ends; s is dynamic.
     """
     with quiet():
-        form = quantize(block_form(block, settings), settings)
-    length = min(8, settings.chunk)
+        module = quantize(block_module(block, lowering), lowering)
+    length = min(8, lowering.chunk)
     example = None if block.takes_tokens else torch.randn(1, length, block.spec.model_dim)
-    return serialise(export_form(form, settings, example), settings)
+    return serialize(export_module(module, lowering, example))
 
 
-def block_form(block: Block, settings: LoweringSettings) -> nn.Module:
-    """The block as a module with the inputs of its program, in float32."""
+def block_module(block: Block, lowering: LoweringSettings) -> nn.Module:
+    """Build the block as a float32 module with the inputs of its program.
+
+    Its random weights are the same each time.
+    """
     load_custom_ops()
     generator_state = torch.get_rng_state()
     try:
@@ -133,30 +140,30 @@ def block_form(block: Block, settings: LoweringSettings) -> nn.Module:
             case BlockKind.ends:
                 return _Ends(block.spec).eval()
             case _:
-                return _Attention(block.spec, settings).eval()
+                return _Attention(block.spec, lowering).eval()
     finally:
         torch.set_rng_state(generator_state)
 
 
 class _Attention(nn.Module):
-    def __init__(self, spec: ArchSpec, settings: LoweringSettings) -> None:
+    def __init__(self, spec: ArchSpec, lowering: LoweringSettings) -> None:
         super().__init__()
         kind = spec.layer_types[0]
-        self.position = CallPlan(spec, settings, kind is Attention.sliding_attention)
+        self.call_plan = CallPlan(spec, lowering, kind is Attention.sliding_attention)
         norm = RMSNorm(spec.model_dim, spec.norm_eps)
-        self.part = AttentionHalf(norm, SelfAttention(spec, kind), spec, settings)
+        self.half_layer = AttentionHalf(norm, SelfAttention(spec, kind), spec, lowering)
 
     def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
-        return self.part(x, self.position(input_pos, x.shape[1]))
+        return self.half_layer(x, self.call_plan(input_pos, x.shape[1]))
 
 
 class _Ffn(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
-        self.part = FfnHalf(RMSNorm(spec.model_dim, spec.norm_eps), FeedForward(spec))
+        self.half_layer = FfnHalf(RMSNorm(spec.model_dim, spec.norm_eps), FeedForward(spec))
 
     def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
-        return self.part(x)
+        return self.half_layer(x)
 
 
 class _Ends(nn.Module):

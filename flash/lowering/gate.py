@@ -1,8 +1,9 @@
-"""The parity gate: from the trained decoder to the file on disk, where does the answer change?
+"""The parity gate: a comparison of logits at every step from the trained decoder to the .pte file.
 
-The same text goes through four stages, each compared with the one before it: the float decoder, its
-quantised form in eager mode, the exported program, and the .pte in ExecuTorch's runtime. All but
-the first are fed as on a device: a prefill in two chunks, then one token at a time.
+The same text goes through four versions of the model, each compared with the one before it: the
+float decoder, the quantised module in eager mode, the exported program, and the .pte in
+ExecuTorch's runtime. All but the first are fed as on a device: a prefill in two chunks, then one
+token at a time. A gate that fails names the first step that changed the logits too much.
 """
 
 import logging
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from flash.arch import CacheFormat, Quantization
 from flash.log_filters import quiet
-from flash.lowering.lower import METHOD, export_form, quantized_form, serialise
+from flash.lowering.lower import METHOD, export_module, quantized_module, serialize
 from flash.lowering.modules import load_custom_ops
-from flash.lowering.parity_metrics import error_of, kl_of
+from flash.lowering.parity_metrics import max_relative_error, mean_kl
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.decoder import Decoder
 
@@ -30,23 +31,24 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class ParityStage(Enum):
-    """Where a difference arises."""
+    """A step of the lowering that the gate compares with the step before it."""
 
     quantized = "quantized"
-    """Quantised eager form against the float decoder."""
+    """The quantised module in eager mode against the float decoder."""
     exported = "exported"
-    """Exported program against the quantised form."""
+    """The exported program against the quantised module."""
     runtime = "runtime"
     """The .pte in ExecuTorch against the exported program."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """One stage against the stage before it."""
+    """Comparison of one stage with the stage before it."""
 
     stage: ParityStage
+    """The stage that was compared."""
     error: float
-    """Largest difference of a logit over the largest logit."""
+    """Largest difference of a logit, divided by the largest logit."""
     kl: float
     """Mean KL divergence from the stage before [nats]."""
     kl_to_float: float
@@ -54,25 +56,28 @@ class StageResult:
     agreement: float
     """Share of positions whose likeliest token stayed the same."""
     passed: bool
+    """True if the stage is within its limits."""
     rule: str
-    """The limits that decided."""
+    """The limits in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateReport:
-    """All stages of one gate run."""
+    """Results of one run of the gate."""
 
     stages: list[StageResult]
+    """Every stage that ran, in order."""
     where: str | None = None
-    """Of a failed gate: the part of the model that `locate` found."""
+    """Part of the model that `locate_failure` found after a failed gate; None before."""
 
     @property
     def first_failure(self) -> ParityStage | None:
-        """The first stage that made too large a difference."""
+        """The first stage beyond its limits; None if all passed."""
         return next((result.stage for result in self.stages if not result.passed), None)
 
     @property
     def passed(self) -> bool:
+        """True if every stage that ran is within its limits."""
         return self.first_failure is None
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,40 +103,44 @@ class GateReport:
 @torch.no_grad()
 def check_parity(
     model: Decoder,
-    settings: LoweringSettings,
+    lowering: LoweringSettings,
     text: Int[Tensor, " n"],
     gate: GateSettings | None = None,
     *,
     program: bytes | None = None,
-    last: ParityStage = ParityStage.runtime,
+    last_stage: ParityStage = ParityStage.runtime,
 ) -> GateReport:
-    """Compare the stages on real text; too short a text or cache is an InputError.
+    """Compare the stages of the lowering on real text.
 
     Args:
         model: The decoder in float32.
-        settings: How it is lowered.
+        lowering: Formats and lengths of the program.
         text: Token ids of real text, at least `gate.tokens` of them.
-        gate: Lengths and limits.
-        program: The .pte to check; lowered here when None.
-        last: The stage to end with; nothing is lowered for those before.
+        gate: Lengths and limits; the defaults if None.
+        program: The .pte to check; lowered here if None.
+        last_stage: The stage to end with. Nothing is exported or lowered for later ones.
+
+    Raises:
+        InputError: The text or the program's cache is too short for the gate.
     """
     gate = gate or GateSettings()
-    gate.check_fits(len(text), settings)
+    gate.check_fits(len(text), lowering)
     text = text[: gate.tokens].long()
     positions = slice(gate.prefill_tokens - 1, None)
     reference = model(text[None])[0, positions].float()
-    form = quantized_form(model, settings)
-    steps: dict[ParityStage, Callable[[], Step]] = {ParityStage.quantized: lambda: form}
-    if last is not ParityStage.quantized:
-        exported = export_form(form, settings)
-        module = exported.module()  # before the passes, which drop the buffers that no layer uses
-        steps[ParityStage.exported] = lambda: module
-        if last is ParityStage.runtime:
-            data = serialise(exported, settings) if program is None else program
-            steps[ParityStage.runtime] = lambda: _runtime_step(data)
+    module = quantized_module(model, lowering)
+    steps: dict[ParityStage, Callable[[], Step]] = {ParityStage.quantized: lambda: module}
+    if last_stage is not ParityStage.quantized:
+        exported = export_module(module, lowering)
+        # Made before the passes, which drop the buffers that no layer uses.
+        exported_step = exported.module()
+        steps[ParityStage.exported] = lambda: exported_step
+        if last_stage is ParityStage.runtime:
+            data = serialize(exported) if program is None else program
+            steps[ParityStage.runtime] = lambda: load_runtime_step(data)
     with quiet():
-        logits = {stage: _run(step(), text, gate, settings) for stage, step in steps.items()}
-    exact = settings.quantization is Quantization.fp32 and settings.cache is CacheFormat.fp32
+        logits = {stage: _run(step(), text, gate, lowering) for stage, step in steps.items()}
+    exact = lowering.quantization is Quantization.fp32 and lowering.cache is CacheFormat.fp32
     results, before = [], reference
     for stage, after in logits.items():
         results.append(_compare(stage, before, after, reference, gate, exact))
@@ -142,10 +151,10 @@ def check_parity(
 
 
 def _run(
-    step: Step, text: Int[Tensor, " n"], gate: GateSettings, settings: LoweringSettings
+    step: Step, text: Int[Tensor, " n"], gate: GateSettings, lowering: LoweringSettings
 ) -> Float[Tensor, "p vocab"]:
-    """Last-position logits of the prefill, then of every decode step."""
-    chunk = min(gate.prefill_tokens // 2, settings.chunk)
+    """Last-position logits of the prefill, then those of every decode step."""
+    chunk = min(gate.prefill_tokens // 2, lowering.chunk)
     out = None
     for start in range(0, gate.prefill_tokens, chunk):
         stop = min(start + chunk, gate.prefill_tokens)
@@ -158,8 +167,8 @@ def _run(
     return torch.cat(rows).float()
 
 
-def _runtime_step(program: bytes) -> Step:
-    """The program in ExecuTorch's runtime, in this process."""
+def load_runtime_step(program: bytes) -> Step:
+    """Load a .pte into ExecuTorch's runtime, in this process, as a function of its inputs."""
     load_custom_ops()
     from executorch.runtime import Runtime
 
@@ -183,8 +192,9 @@ def _compare(
     gate: GateSettings,
     exact: bool,
 ) -> StageResult:
-    error = error_of(before, after)
-    kl, agreement = kl_of(before, after), _agreement(before, after)
+    """Judge one stage; `exact` tells that neither weights nor cache are quantised."""
+    error = max_relative_error(before, after)
+    kl, agreement = mean_kl(before, after), _agreement(before, after)
     if exact:
         passed, rule = error <= gate.max_error_fp32, f"error <= {gate.max_error_fp32:g}"
     elif stage is ParityStage.exported:
@@ -199,7 +209,7 @@ def _compare(
         stage=stage,
         error=error,
         kl=kl,
-        kl_to_float=kl_of(reference, after),
+        kl_to_float=mean_kl(reference, after),
         agreement=agreement,
         passed=bool(passed),  # NaN passes no comparison
         rule=rule,

@@ -1,7 +1,11 @@
-"""The caches of attention layers: which keys a query meets, and in which operator.
+"""KV caches of attention layers, and the operators that attend to them.
 
-A store holds keys and values in float32 or int8. What happens around it is a function of its own:
-`causal`, `masked`, `masked_ring` or `ring`.
+A cache (`FloatKVCache`, `Int8KVCache`) stores the keys and values of one layer and calls the
+attention operator for its number format. The order of writing, reading and attending around it is
+one of four functions: `attend_causal`, `attend_masked`, `attend_masked_ring` or `attend_ring`.
+
+Caches are buffers that custom operators change in place. An exported graph does not show such a
+change as a data dependency, so `_after` makes the order of reads and writes explicit.
 
 Shapes: s tokens of this call, l cache slots, h heads, d head size.
 """
@@ -12,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, CacheFormat
-from flash.lowering.attention_plan import CallRange, sees_all
+from flash.lowering.attention_plan import CallRange, LastQueryPlan, window_covers_context
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
-Coded = tuple[Tensor, ...]
-"""Keys, values or queries `[b, s, h, d]` as stored: the numbers, then how to read them."""
+Encoded = tuple[Tensor, ...]
+"""Keys, values or queries `[b, s, h, d]` in the cache's format: the numbers, then their scales and
+zero points if the format has any."""
 
 
-class FloatStore(nn.Module):
+class FloatKVCache(nn.Module):
     """Keys and values of one layer in float32, updated in place."""
 
     def __init__(self, spec: ArchSpec, slots: int) -> None:
@@ -28,36 +33,37 @@ class FloatStore(nn.Module):
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
 
-    def encode(self, x: Tensor) -> Coded:
-        """Keys, values or queries as they are stored."""
+    def encode(self, x: Tensor) -> Encoded:
+        """Convert keys, values or queries to the format of the cache."""
         return (x,)
 
-    def stored(self, name: str) -> Coded:
+    def contents(self, name: str) -> Encoded:
         """All slots of "keys" or "values"."""
         return (getattr(self, name),)
 
-    def first(self, name: str, count: int) -> Tensor:
-        """The first slots of "keys" or "values" as numbers `[count, kv heads, d]`."""
-        return self.stored(name)[0].narrow(1, 0, count)[0]
+    def first_as_float(self, name: str, count: int) -> Tensor:
+        """The first `count` slots of "keys" or "values" in float32 `[count, kv heads, d]`."""
+        return self.contents(name)[0].narrow(1, 0, count)[0]
 
     def attend(
         self,
-        q: Coded,
-        keys: Coded,
-        values: Coded,
+        q: Encoded,
+        keys: Encoded,
+        values: Encoded,
         start: int,
         mask: Tensor | None,
         causal: bool = True,
     ) -> Tensor:
-        """Attention of the s queries q, the first at position `start`.
+        """Attention of the s queries q, the first of them at position `start`.
 
-        Causal, or each to all `start + s` keys, or to what the mask `[s, keys]` shows.
+        With a mask `[s, keys]` a query sees the keys that the mask shows. Without one it sees the
+        keys up to its own position if `causal`, else all `start + s` keys.
         """
         position = (start, None, 0.0, causal) if mask is None else (0, mask, 0.0, False)
         return torch.ops.llama.custom_sdpa(q[0], keys[0], values[0], *position)
 
 
-class Int8Store(nn.Module):
+class Int8KVCache(nn.Module):
     """Keys and values in int8 with a scale and zero point for each token and head."""
 
     def __init__(self, spec: ArchSpec, slots: int) -> None:
@@ -69,20 +75,20 @@ class Int8Store(nn.Module):
             self.register_buffer(f"{name}_scale", scales, persistent=False)
             self.register_buffer(f"{name}_zero", scales.to(torch.int8), persistent=False)
 
-    def encode(self, x: Tensor) -> Coded:
-        """int8 values, float scales and int8 zero points of each token and head."""
+    def encode(self, x: Tensor) -> Encoded:
+        """Convert to int8 values, float scales and int8 zero points of each token and head."""
         ops = torch.ops.quantized_decomposed
         scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
         value = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
         return value, scale.to(torch.float32), zero.to(torch.int8)
 
-    def stored(self, name: str) -> Coded:
+    def contents(self, name: str) -> Encoded:
         """All slots of "keys" or "values"."""
         return getattr(self, name), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
 
-    def first(self, name: str, count: int) -> Tensor:
-        """The first slots of "keys" or "values" as numbers `[count, kv heads, d]`."""
-        value, scale, zero = (x.narrow(1, 0, count)[0] for x in self.stored(name))
+    def first_as_float(self, name: str, count: int) -> Tensor:
+        """The first `count` slots of "keys" or "values" in float32 `[count, kv heads, d]`."""
+        value, scale, zero = (x.narrow(1, 0, count)[0] for x in self.contents(name))
         # The operator subtracts in the zero point's type.
         return torch.ops.quantized_decomposed.dequantize_per_token(
             value, scale, zero.to(torch.int64), -128, 127, torch.int8, torch.float32
@@ -90,16 +96,17 @@ class Int8Store(nn.Module):
 
     def attend(
         self,
-        q: Coded,
-        keys: Coded,
-        values: Coded,
+        q: Encoded,
+        keys: Encoded,
+        values: Encoded,
         start: int,
         mask: Tensor | None,
         causal: bool = True,
     ) -> Tensor:
-        """Attention of the s queries q, the first at position `start`.
+        """Attention of the s queries q, the first of them at position `start`.
 
-        Causal, or each to all `start + s` keys, or to what the mask `[s, keys]` shows.
+        With a mask `[s, keys]` a query sees the keys that the mask shows. Without one it sees the
+        keys up to its own position if `causal`, else all `start + s` keys.
         """
         position = (start, None, 0.0, causal) if mask is None else (0, mask, 0.0, False)
         scales = (q[2], q[1], keys[2], keys[1], values[2], values[1])
@@ -108,59 +115,82 @@ class Int8Store(nn.Module):
         )
 
 
-Store = FloatStore | Int8Store
-Attend = Callable[[Store, Tensor, Tensor, Tensor, CallRange], Tensor]
-"""Stores k and v `[1, s, kv heads, d]` and returns the attention of q `[1, s, heads, d]`, or of the
-last query alone `[1, 1, heads, d]`."""
+KVCache = FloatKVCache | Int8KVCache
+Attend = Callable[[KVCache, Tensor, Tensor, Tensor, CallRange], Tensor]
+"""A function that writes k and v `[1, s, kv heads, d]` into the cache and returns the attention of
+q `[1, s, heads, d]`, or of the last query alone if q is `[1, 1, heads, d]`."""
 
 
-def attention_of(spec: ArchSpec, settings: LoweringSettings, sliding: bool) -> tuple[Store, Attend]:
-    """An empty cache for one layer and what to do with it."""
-    slots = settings.slots(spec.sliding_window if sliding else None)
-    store = FloatStore if settings.cache is CacheFormat.fp32 else Int8Store
-    if not sliding or sees_all(spec, settings):
-        return store(spec, slots), causal
-    if settings.sliding is SlidingForm.ring:
-        return store(spec, slots), ring
-    return store(spec, slots), masked if slots == settings.max_context else masked_ring
+def make_attention(
+    spec: ArchSpec, lowering: LoweringSettings, sliding: bool
+) -> tuple[KVCache, Attend]:
+    """Create an empty cache for one layer and choose the function that attends to it."""
+    slots = lowering.slots(spec.sliding_window if sliding else None)
+    cache_type = FloatKVCache if lowering.cache is CacheFormat.fp32 else Int8KVCache
+    cache = cache_type(spec, slots)
+    if not sliding or window_covers_context(spec, lowering):
+        return cache, attend_causal
+    if lowering.sliding is SlidingForm.ring:
+        return cache, attend_ring
+    return cache, attend_masked if slots == lowering.max_context else attend_masked_ring
 
 
-def causal(store: Store, q: Tensor, k: Tensor, v: Tensor, place: CallRange) -> Tensor:
-    """Everything up to the query; slot = position."""
-    _write_linear(store, k, v, place.start)
-    queries, keys, values = store.encode(q), store.stored("keys"), store.stored("values")
-    alone, plan = _is_last(q), place.last
+def attend_causal(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
+    """Attend to every position up to the query; a token's slot is its position."""
+    _write_contiguous(cache, k, v, call.start)
+    queries, plan = cache.encode(q), call.last_query
     if plan is None:
-        start = place.start + k.shape[1] - 1 if alone else place.start
-        return store.attend(queries, keys, values, start, None)
+        start = call.start + k.shape[1] - 1 if _is_single_query(q) else call.start
+        return cache.attend(queries, cache.contents("keys"), cache.contents("values"), start, None)
+    leading = _attend_leading(cache, q, queries, plan)
+    last = _attend_last_grouped(cache, queries, plan, kv_heads=k.shape[2])
+    rows = plan.last_row if _is_single_query(q) else plan.output_order
+    return torch.cat([leading, last]).index_select(0, rows)[None]
+
+
+def _attend_leading(cache: KVCache, q: Tensor, queries: Encoded, plan: LastQueryPlan) -> Tensor:
+    """Causal attention of the leading queries `[leading, h * d]`.
+
+    If q is the last query alone, this is its ungrouped attention `[1, h * d]`.
+    """
     heads, size = q.shape[2:]
-    if alone:
-        others = store.attend(queries, keys, values, plan.alone_start, None).view(1, heads * size)
-    elif plan.bias is None:
-        first = _part(queries, 0, plan.others)
-        others = store.attend(first, keys, values, plan.others_start, None)
-        others = others.view(-1, heads * size)
-    else:
-        first_keys, first_values = store.first("keys", plan.keys), store.first("values", plan.keys)
-        first_queries = q.view(-1, heads, size).narrow(0, 0, plan.others)
-        others = _products(first_queries, first_keys, first_values, plan.bias)
-    shared = tuple(_share_keys(x, k.shape[2]) for x in _part(queries, q.shape[1] - 1, 1))
-    last = store.attend(shared, keys, values, plan.start, None, causal=False)
-    last = last.transpose(1, 2).reshape(1, heads * size)
-    return torch.cat([others, last]).index_select(0, plan.apart if alone else plan.order)[None]
+    keys, values = cache.contents("keys"), cache.contents("values")
+    if _is_single_query(q):
+        out = cache.attend(queries, keys, values, plan.ungrouped_position, None)
+        return out.view(1, heads * size)
+    if plan.causal_bias is None:
+        leading = _narrow(queries, 0, plan.num_leading)
+        out = cache.attend(leading, keys, values, plan.leading_start, None)
+        return out.view(-1, heads * size)
+    float_keys = cache.first_as_float("keys", plan.num_keys)
+    float_values = cache.first_as_float("values", plan.num_keys)
+    leading_queries = q.view(-1, heads, size).narrow(0, 0, plan.num_leading)
+    return _matmul_attention(leading_queries, float_keys, float_values, plan.causal_bias)
 
 
-def _is_last(q: Tensor) -> bool:
-    """Whether q is the last query alone, whatever the length of the call."""
+def _attend_last_grouped(
+    cache: KVCache, queries: Encoded, plan: LastQueryPlan, kv_heads: int
+) -> Tensor:
+    """Attention of the last query, its heads grouped by key head `[1, h * d]`."""
+    length, heads, size = queries[0].shape[1:]
+    last_query = _narrow(queries, length - 1, 1)
+    grouped = tuple(_group_by_key_head(x, kv_heads) for x in last_query)
+    keys, values = cache.contents("keys"), cache.contents("values")
+    out = cache.attend(grouped, keys, values, plan.grouped_start, None, causal=False)
+    return out.transpose(1, 2).reshape(1, heads * size)
+
+
+def _is_single_query(q: Tensor) -> bool:
+    """Return True if q is the last query alone, even where the call's length is symbolic."""
     return isinstance(q.shape[1], int) and q.shape[1] == 1
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention of q `[s, h, d]` to k and v `[n, kv heads, d]` in matrix products: `[s, h * d]`.
 
-    Query heads that share a key head are more rows of one product. Tensors have at most three
-    dimensions, since ExecuTorch asks of four whether they are an image, which it cannot tell while
-    the lengths are symbols.
+    Query heads that share a key head are further rows of one product. Tensors have at most three
+    dimensions: of four, ExecuTorch asks whether they are an image, which it cannot tell while the
+    lengths are symbols.
     """
     heads, size = q.shape[1:]
     rows = (q * size**-0.5).transpose(0, 1).reshape(k.shape[1], -1, size)
@@ -169,100 +199,109 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return out.view(heads, -1, size).transpose(0, 1).reshape(-1, heads * size)
 
 
-def _share_keys(x: Tensor, kv_heads: int) -> Tensor:
+def _group_by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     """One query `[1, 1, h, d]` as h / kv_heads queries of kv_heads heads: each key is read once."""
     return x.view(1, kv_heads, -1, x.shape[-1]).transpose(1, 2).contiguous()
 
 
-def masked(store: Store, q: Tensor, k: Tensor, v: Tensor, place: CallRange) -> Tensor:
-    """What the mask shows; slot = position."""
-    _write_linear(store, k, v, place.start)
-    keys, values = store.stored("keys"), store.stored("values")
-    return store.attend(store.encode(q), keys, values, place.start, _mask(q, place))
+def attend_masked(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
+    """Attend to the slots that the mask shows; a token's slot is its position."""
+    _write_contiguous(cache, k, v, call.start)
+    keys, values = cache.contents("keys"), cache.contents("values")
+    return cache.attend(cache.encode(q), keys, values, call.start, _mask(q, call))
 
 
-def _mask(q: Tensor, place: CallRange) -> Tensor:
-    assert place.mask is not None
-    return place.mask[-1:] if _is_last(q) else place.mask
+def _mask(q: Tensor, call: CallRange) -> Tensor:
+    assert call.mask is not None
+    return call.mask[-1:] if _is_single_query(q) else call.mask
 
 
-def _write_linear(store: Store, k: Tensor, v: Tensor, start: int) -> None:
+def _write_contiguous(cache: KVCache, k: Tensor, v: Tensor, start: int) -> None:
+    """Write k and v to neighbouring slots, the first of them `start`."""
     for name, new in (("keys", k), ("values", v)):
-        for value, slots in zip(store.encode(new), store.stored(name), strict=True):
+        for value, slots in zip(cache.encode(new), cache.contents(name), strict=True):
             torch.ops.llama.update_cache(value, slots, start)
 
 
-def masked_ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: CallRange) -> Tensor:
-    """What the mask shows; slot = position modulo slots: ExecuTorch's ring buffer."""
-    assert place.slots is not None
-    _write(store, "keys", store.encode(k), place.start, place.slots)
-    _write(store, "values", store.encode(v), place.start, place.slots)
-    keys, values = store.stored("keys"), store.stored("values")
-    return store.attend(store.encode(q), keys, values, 0, _mask(q, place))
+def attend_masked_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
+    """Attend to the slots that the mask shows; a token's slot is its position modulo the slots.
+
+    This is ExecuTorch's own ring buffer.
+    """
+    assert call.slots is not None
+    _write(cache, "keys", cache.encode(k), call.start, call.slots)
+    _write(cache, "values", cache.encode(v), call.start, call.slots)
+    keys, values = cache.contents("keys"), cache.contents("values")
+    return cache.attend(cache.encode(q), keys, values, 0, _mask(q, call))
 
 
-def ring(store: Store, q: Tensor, k: Tensor, v: Tensor, place: CallRange) -> Tensor:
-    """The window before each query, in three parts; slot = position modulo window."""
-    assert place.slots is not None
-    assert place.plan is not None
-    plan, start, slots = place.plan, place.start, place.slots
-    queries, keys, values = store.encode(q), store.encode(k), store.encode(v)
-    all_keys, all_values = store.stored("keys"), store.stored("values")
-    if _is_last(q):
-        _write(store, "keys", keys, start, slots)
-        _write(store, "values", values, start, slots)
-        return store.attend(queries, all_keys, all_values, plan.last_start, None)
+def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
+    """Attend to the window before each query; a token's slot is its position modulo the window.
+
+    `RingPlan` describes the three kinds of queries. Old slots are read before new tokens replace
+    them: first for the block queries, then for the causal ones, then for the last one.
+    """
+    assert call.slots is not None
+    assert call.ring_plan is not None
+    plan, start, slots = call.ring_plan, call.start, call.slots
+    queries, keys, values = cache.encode(q), cache.encode(k), cache.encode(v)
+    cached_keys, cached_values = cache.contents("keys"), cache.contents("values")
+    if _is_single_query(q):
+        _write(cache, "keys", keys, start, slots)
+        _write(cache, "values", values, start, slots)
+        return cache.attend(queries, cached_keys, cached_values, plan.last_slot, None)
 
     # Looked up first: from here on new tokens replace old ones.
-    later = store.attend(
-        _blocks(queries, plan.queries),
-        _blocks(_pool(all_keys, keys, plan.old), plan.keys),
-        _blocks(_pool(all_values, values, plan.old), plan.keys),
+    in_blocks = cache.attend(
+        _gather_blocks(queries, plan.block_queries),
+        _gather_blocks(_append(cached_keys, keys, plan.num_old_slots), plan.block_keys),
+        _gather_blocks(_append(cached_values, values, plan.num_old_slots), plan.block_keys),
         0,
-        plan.mask,
+        plan.block_mask,
     )
-    later = later.view(1, -1, *later.shape[2:])
+    in_blocks = in_blocks.view(1, -1, *in_blocks.shape[2:])
 
-    first = _after(later, slots.narrow(1, 0, plan.early))
-    _write(store, "keys", _part(keys, 0, plan.early), start, first)
-    _write(store, "values", _part(values, 0, plan.early), start, first)
-    early_queries = _part(queries, 0, plan.early)
-    early = store.attend(early_queries, all_keys, all_values, plan.early_start, None)
+    causal_slots = _after(in_blocks, slots.narrow(1, 0, plan.num_causal))
+    _write(cache, "keys", _narrow(keys, 0, plan.num_causal), start, causal_slots)
+    _write(cache, "values", _narrow(values, 0, plan.num_causal), start, causal_slots)
+    causal_queries = _narrow(queries, 0, plan.num_causal)
+    causal = cache.attend(causal_queries, cached_keys, cached_values, plan.causal_start, None)
 
-    slots = _after(early, slots)
-    _write(store, "keys", keys, start, slots)
-    _write(store, "values", values, start, slots)
-    last_query = _part(queries, q.shape[1] - 1, 1)
-    last = store.attend(last_query, all_keys, all_values, plan.last_start, None)
-    return torch.cat([early, later, last], dim=1).index_select(1, plan.order)
+    slots = _after(causal, slots)
+    _write(cache, "keys", keys, start, slots)
+    _write(cache, "values", values, start, slots)
+    last_query = _narrow(queries, q.shape[1] - 1, 1)
+    last = cache.attend(last_query, cached_keys, cached_values, plan.last_slot, None)
+    return torch.cat([causal, in_blocks, last], dim=1).index_select(1, plan.output_order)
 
 
 def _after(read: Tensor, slots: Tensor) -> Tensor:
-    """The same slots, known only once `read` is.
+    """Return `slots` unchanged, but dependent on `read`, so that a write to them comes after it.
 
-    In an exported graph every write makes a new value, in a program they share one buffer: only
-    what a write needs is sure to happen before it.
+    In an exported graph every write makes a new value; in a program all writes share one buffer.
+    Only what a write needs as an input is certain to be computed before it.
     """
     return torch.where(read.reshape(-1)[:1] > 0, slots, slots)
 
 
-def _write(store: Store, name: str, new: Coded, start: int, slots: Tensor) -> None:
+def _write(cache: KVCache, name: str, new: Encoded, start: int, slots: Tensor) -> None:
     # Tokens are written in their order: of two for one slot the later stays.
-    for value, stored in zip(new, store.stored(name), strict=True):
+    for value, stored in zip(new, cache.contents(name), strict=True):
         torch.ops.llama.update_cache_with_indices(value, stored, start, slots)
 
 
-def _part(coded: Coded, start: int, length: int) -> Coded:
-    return tuple(x.narrow(1, start, length) for x in coded)
+def _narrow(encoded: Encoded, start: int, length: int) -> Encoded:
+    return tuple(x.narrow(1, start, length) for x in encoded)
 
 
-def _pool(ring: Coded, new: Coded, old: int) -> Coded:
-    pairs = zip(_part(ring, 0, old), new, strict=True)
+def _append(ring: Encoded, new: Encoded, num_old_slots: int) -> Encoded:
+    """The first `num_old_slots` slots of the ring, and behind them the new keys or values."""
+    pairs = zip(_narrow(ring, 0, num_old_slots), new, strict=True)
     return tuple(torch.cat(pair, dim=1) for pair in pairs)
 
 
-def _blocks(coded: Coded, chosen: Tensor) -> Coded:
+def _gather_blocks(encoded: Encoded, indices: Tensor) -> Encoded:
     """Rows of the sequence as a batch of blocks `[blocks, length, h, d]`."""
     return tuple(
-        x.index_select(1, chosen.flatten()).view(*chosen.shape, *x.shape[2:]) for x in coded
+        x.index_select(1, indices.flatten()).view(*indices.shape, *x.shape[2:]) for x in encoded
     )

@@ -1,4 +1,9 @@
-"""`lower`: a decoder as the bytes of one ExecuTorch program."""
+"""Lowering of a decoder: quantise, export with torch.export, delegate to XNNPACK, serialize.
+
+`lower` runs all steps and returns the bytes of a .pte file. The steps are functions of their own
+for the parity gate and for single blocks. Export and the passes change state of the whole process,
+so that one thread at a time may run them (`ONE_AT_A_TIME`).
+"""
 
 import logging
 import threading
@@ -25,48 +30,52 @@ from flash.model.decoder import Decoder
 log = logging.getLogger(__name__)
 
 METHOD = "forward"
+"""Name of the only method of a program."""
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while tracing and in the passes: both change state of the process."""
+"""Lock that is held while tracing and in the passes: both change state of the process."""
 
 
 def lower(
     model: Decoder,
-    settings: LoweringSettings,
+    lowering: LoweringSettings,
     *,
     bos_id: int = 1,
     eos_ids: Sequence[int] = (2,),
     fast: bool = True,
 ) -> bytes:
-    """The .pte of `model`: method `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
+    """Lower `model` to the bytes of a .pte file.
 
-    An architecture that the settings do not fit is an InputError.
+    Its method is `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
 
     Args:
         model: Weights in float32; not changed. They are freed before the passes, where memory
-            peaks, if the caller keeps no reference: `lower(load(), settings)`.
-        settings: Formats and lengths.
-        bos_id: Beginning-of-text token that stock runners are told of.
-        eos_ids: Tokens at which stock runners stop.
+            peaks, if the caller keeps no reference: `lower(load(), lowering)`.
+        lowering: Formats and lengths.
+        bos_id: Beginning-of-text token, which the file states for ExecuTorch's own runners.
+        eos_ids: Tokens at which ExecuTorch's own runners stop.
         fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
+
+    Raises:
+        InputError: `lowering` does not fit the architecture.
     """
-    settings.check_fits(model.spec)
-    form = quantized_form(model, settings)
-    constants = runner_constants(model, settings, bos_id, eos_ids)
+    lowering.check_fits(model.spec)
+    module = quantized_module(model, lowering)
+    constants = runner_constants(model, lowering, bos_id, eos_ids)
     del model  # a caller that keeps no reference has the float weights freed here
-    return serialise(export_form(form, settings), settings, constants=constants, fast=fast)
+    return serialize(export_module(module, lowering), constants=constants, fast=fast)
 
 
-def quantized_form(model: Decoder, settings: LoweringSettings) -> ExportableDecoder:
-    """What gets exported, runnable in eager mode: the form with its weights quantised."""
+def quantized_module(model: Decoder, lowering: LoweringSettings) -> ExportableDecoder:
+    """Build the module that gets exported: exportable, with quantised weights, runnable eagerly."""
     with quiet():
-        return quantize(ExportableDecoder(model, settings), settings)
+        return quantize(ExportableDecoder(model, lowering), lowering)
 
 
 def runner_constants(
-    model: Decoder, settings: LoweringSettings, bos_id: int, eos_ids: Sequence[int]
+    model: Decoder, lowering: LoweringSettings, bos_id: int, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """Constant methods: what ExecuTorch's stock LLM runners ask for, and what the file is."""
+    """Constant methods of a program: what ExecuTorch's own LLM runners read, and its provenance."""
     return {
         "flash_arch": model.spec.to_json(),
         "flash_version": version("mobilellm-flash"),
@@ -75,44 +84,50 @@ def runner_constants(
         "get_vocab_size": model.spec.vocab_size,
         "get_n_layers": model.spec.num_layers,
         # For a runner this is the longest single call, not the context.
-        "get_max_seq_len": settings.chunk,
-        "get_max_context_len": settings.max_context,
+        "get_max_seq_len": lowering.chunk,
+        "get_max_context_len": lowering.max_context,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
     }
 
 
-def export_form(
-    form: nn.Module, settings: LoweringSettings, first_input: Tensor | None = None
+def export_module(
+    module: nn.Module, lowering: LoweringSettings, first_input: Tensor | None = None
 ) -> ExportedProgram:
-    """torch.export's program of `form` with a dynamic number of tokens.
+    """Trace `module` with torch.export, for any number of tokens up to a chunk.
 
     Args:
-        form: Takes the tokens (or activations) with the sequence in dimension 1, and `input_pos`.
-        settings: Bounds the number of tokens of one call.
-        first_input: Example of the first input; token ids when None.
+        module: Its inputs are the tokens (or activations), with the sequence in dimension 1, and
+            `input_pos`.
+        lowering: Bounds the number of tokens of one call.
+        first_input: Example of the first input; token ids if None.
     """
-    length = min(8, settings.chunk)
+    length = min(8, lowering.chunk)
     if first_input is None:
         first_input = torch.zeros(1, length, dtype=torch.long)
     example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
-    tokens = Dim("tokens", min=1, max=settings.chunk)
+    tokens = Dim("tokens", min=1, max=lowering.chunk)
     started = time.perf_counter()
     with ONE_AT_A_TIME, torch.no_grad(), quiet():
-        program = export(form, example, dynamic_shapes=({1: tokens}, None), strict=False)
+        program = export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
     log.debug("exported in %.1f s", time.perf_counter() - started)
     return program
 
 
-def serialise(
+def serialize(
     programs: ExportedProgram | dict[str, ExportedProgram],
-    settings: LoweringSettings,
     *,
     constants: dict[str, Any] | None = None,
     fast: bool = True,
 ) -> bytes:
-    """Delegate what XNNPACK can run and write the rest for the portable kernels."""
+    """Lower exported programs to a .pte: XNNPACK runs what it can, portable kernels the rest.
+
+    Args:
+        programs: One program, or several by the name of their method.
+        constants: Values that the file returns from methods of these names.
+        fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
+    """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import (
         EdgeCompileConfig,
@@ -142,16 +157,17 @@ def serialise(
             )
         )
         data = bytes(program.buffer)
-        _forget([edge.exported_program(name) for name in edge.methods])
+        _clear_caches([edge.exported_program(name) for name in edge.methods])
     log.debug("lowered in %.1f s, %d bytes", time.perf_counter() - started, len(data))
     return data
 
 
-def _forget(programs: Sequence[ExportedProgram]) -> None:
-    """Drop caches that would keep all weights for good: they live as long as the process.
+def _clear_caches(programs: Sequence[ExportedProgram]) -> None:
+    """Clear caches of the process that would otherwise keep all weights until it ends.
 
-    Those of fake tensors are keyed by the delegates themselves, ExecuTorch's comparison of nodes by
-    nodes of their graphs. Eleven models of the paper's size in one process took 24 GB.
+    The fake tensors' caches are keyed by the delegates themselves; ExecuTorch's comparison of nodes
+    is keyed by the nodes of their graphs. Eleven models of the paper's size in one process took
+    24 GB.
     """
     from executorch.exir.backend.utils import is_same_node
     from torch._subclasses import FakeTensorMode
@@ -166,6 +182,6 @@ def _forget(programs: Sequence[ExportedProgram]) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a program; a kill or a full disk leaves the old file or none, never half of one."""
+    """Write a program to a file. A kill or a full disk leaves the old file or none, never half."""
     with atomic_write(path) as file:
         file.write(data)

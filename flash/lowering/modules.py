@@ -1,8 +1,9 @@
-"""The exportable form of a `Decoder`: stock ExecuTorch operators, one method, weights shared.
+"""Modules of a `Decoder` that can be exported: ExecuTorch's own operators, shared weights.
 
-Parts mirror the decoder's (flash/model/decoder.py) and take over its tensors; what differs is what
-the device needs: a cache that is updated in place at `input_pos`, `llama::custom_sdpa` over it
-(GQA without expanding the keys), and an output head on the last position only.
+The modules mirror those of the decoder (flash/model/decoder.py) and share its tensors. They differ
+where a device needs it: a KV cache is updated in place at `input_pos`, `llama::custom_sdpa` attends
+to it (grouped queries without expanding the keys), and the output head runs on the last position
+only. A layer is split into an attention half and an FFN half, which are the units of latency.
 
 Shapes: s tokens of this call, l cache slots, h heads, d head size, c channels (d_model).
 """
@@ -17,20 +18,20 @@ from torch import Tensor, nn
 from flash.arch import ArchSpec, Attention
 from flash.log_filters import quiet
 from flash.lowering.attention_plan import CallPlan, CallRange
-from flash.lowering.kv_cache import attention_of
+from flash.lowering.kv_cache import make_attention
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder, FeedForward, Layer, RMSNorm, SelfAttention
 
 
 def load_custom_ops() -> None:
-    """Register `llama::*` and the quantised embedding kernels, once."""
+    """Register the operators `llama::*` and the quantised embedding's kernels with torch."""
     with quiet():
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
         import executorch.kernels.quantized  # noqa: F401
 
 
 def _share(weight: Tensor) -> nn.Parameter:
-    """A parameter of its own on the same memory: nothing done to it reaches the decoder."""
+    """A new parameter on the same memory: replacing it does not change the decoder."""
     return nn.Parameter(weight.detach(), requires_grad=False)
 
 
@@ -43,12 +44,12 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 class Norm(nn.Module):
-    """RMSNorm from operators that ExecuTorch has kernels for.
+    """RMSNorm from operators that ExecuTorch has fast kernels for.
 
-    `x * x` and not `pow`, which `F.rms_norm` and `vector_norm` become: an FFN half of width 256
-    took 1.57 ms for 256 tokens this way, 2.17 ms with either of those (one thread, x86). The mean
-    is a product with a row of 1/c: XNNPACK does not take `mean`, and so a norm would part what it
-    runs as one.
+    The square is `x * x`. `F.rms_norm` and `vector_norm` would become `pow`: an FFN half of width
+    256 took 1.57 ms for 256 tokens this way, 2.17 ms with either of those (one thread, x86). The
+    mean is a matrix product with a row of 1/c. XNNPACK does not take `mean`, so a norm with it
+    would split the graph that XNNPACK runs as a whole.
     """
 
     mean: Tensor
@@ -73,10 +74,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class AttentionHalf(nn.Module):
-    """Norm, projections, rotary embedding, cache, attention, residual.
+    """Attention half of a layer: norm, projections, rotary embedding, cache, attention, residual.
 
-    The `last` one of a model, whose output only the answer is made of, stores the keys and values
-    of all tokens and goes on with the last one: `[1, s, c] -> [1, 1, c]`.
+    With `last_token_only` it stores the keys and values of all tokens and computes everything else
+    for the last token: `[1, s, c] -> [1, 1, c]`. That is for the last attention half of a model:
+    no later layer reads the other tokens, and the logits depend on the last one only.
     """
 
     def __init__(
@@ -84,12 +86,12 @@ class AttentionHalf(nn.Module):
         norm: RMSNorm,
         attention: SelfAttention,
         spec: ArchSpec,
-        settings: LoweringSettings,
+        lowering: LoweringSettings,
         *,
-        last: bool = False,
+        last_token_only: bool = False,
     ) -> None:
         super().__init__()
-        self.last = last
+        self.last_token_only = last_token_only
         self.norm = Norm(norm)
         self.q_proj = _linear(attention.q_proj.weight, attention.q_proj.bias)
         self.k_proj = _linear(attention.k_proj.weight, attention.k_proj.bias)
@@ -99,24 +101,25 @@ class AttentionHalf(nn.Module):
         self.k_norm = _head_norm(attention.k_norm)
         self.q_shape = (spec.num_heads, spec.head_dim)
         self.kv_shape = (spec.num_kv_heads, spec.head_dim)
-        self.cache, self.attend = attention_of(spec, settings, attention.window is not None)
+        sliding = attention.window is not None
+        self.cache, self.attend = make_attention(spec, lowering, sliding)
 
-    def forward(self, x: Tensor, place: CallRange) -> Tensor:
+    def forward(self, x: Tensor, call: CallRange) -> Tensor:
         length = x.shape[1]
         y = self.norm(x)
         k = self.k_norm(self.k_proj(y).view(1, length, *self.kv_shape))
         v = self.v_proj(y).view(1, length, *self.kv_shape)
-        k = _rotate(k, place.cos, place.sin)
-        cos, sin = place.cos, place.sin
-        if self.last:
+        k = _rotate(k, call.cos, call.sin)
+        cos, sin = call.cos, call.sin
+        if self.last_token_only:
             x, y, cos, sin, length = x[:, -1:], y[:, -1:], cos[-1:], sin[-1:], 1
         q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
-        out = self.attend(self.cache, _rotate(q, cos, sin), k, v, place)
+        out = self.attend(self.cache, _rotate(q, cos, sin), k, v, call)
         return x + self.o_proj(out.reshape(1, length, -1))
 
 
 class FfnHalf(nn.Module):
-    """Norm, SwiGLU, residual."""
+    """FFN half of a layer: norm, SwiGLU, residual."""
 
     def __init__(self, norm: RMSNorm, mlp: FeedForward) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class FfnHalf(nn.Module):
 
 
 class Head(nn.Module):
-    """Last position, final norm, output projection: `[1, s, c] -> [1, vocab]`."""
+    """Output head: last position, final norm, output projection; `[1, s, c] -> [1, vocab]`."""
 
     def __init__(self, norm: RMSNorm, weight: Tensor) -> None:
         super().__init__()
@@ -143,39 +146,40 @@ class Head(nn.Module):
 
 
 class ExportableDecoder(nn.Module):
-    """`forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]` of the last position.
+    """The whole decoder: `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
 
-    Its caches are buffers: calls with rising `input_pos` continue one sequence, and a call at
-    position 0 starts a new one.
+    Logits are those of the last position. The KV caches are buffers: calls with rising `input_pos`
+    continue one sequence, and a call at position 0 starts a new one.
     """
 
-    def __init__(self, model: Decoder, settings: LoweringSettings) -> None:
+    def __init__(self, model: Decoder, lowering: LoweringSettings) -> None:
         super().__init__()
         load_custom_ops()
         spec = model.spec
         self.embedding = nn.Embedding.from_pretrained(model.model.embed_tokens.weight.detach())
         kinds = spec.layer_types
-        self.position = (
-            CallPlan(spec, settings, Attention.sliding_attention in kinds)
+        self.call_plan = (
+            CallPlan(spec, lowering, Attention.sliding_attention in kinds)
             if spec.attention_layers
             else None
         )
         attending = [i for i, kind in enumerate(kinds) if kind.attends]
-        last = attending[-1] if attending and settings.prefill_last_only else None
-        self.reads_all = bool(attending) or not settings.prefill_last_only
+        last_attending = attending[-1] if attending and lowering.prefill_last_only else None
+        self.embeds_all_tokens = bool(attending) or not lowering.prefill_last_only
         self.halves = nn.ModuleList()
         for i, layer in enumerate(cast(Iterable[Layer], model.model.layers)):
             if layer.kind is not Attention.skip_attention:
                 norm, attention = layer.input_layernorm, layer.self_attn
-                half = AttentionHalf(norm, attention, spec, settings, last=i == last)
+                only = i == last_attending
+                half = AttentionHalf(norm, attention, spec, lowering, last_token_only=only)
                 self.halves.append(half)
             self.halves.append(FfnHalf(layer.post_attention_layernorm, layer.mlp))
         self.head = Head(model.model.norm, model.lm_head.weight)
         self.eval()
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        x = self.embedding(tokens if self.reads_all else tokens[:, -1:])
-        place = self.position(input_pos, tokens.shape[1]) if self.position is not None else None
+        x = self.embedding(tokens if self.embeds_all_tokens else tokens[:, -1:])
+        call = self.call_plan(input_pos, tokens.shape[1]) if self.call_plan is not None else None
         for half in self.halves:
-            x = half(x, place) if isinstance(half, AttentionHalf) else half(x)
+            x = half(x, call) if isinstance(half, AttentionHalf) else half(x)
         return self.head(x)

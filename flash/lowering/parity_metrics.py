@@ -1,8 +1,8 @@
-"""Whether a finished file of another format gives the answers of the model that it was made from.
+"""Measures of the difference between two sets of logits, and the check of an exported file by them.
 
-The `.pte` has a gate of its own (`flash.lowering.gate`), which also names the stage of the lowering
-that went wrong. Here there are two sides only: the float decoder, and the file in the program that
-it is meant for.
+`compare` has two sides only: the float decoder, and a finished file in the program that reads it
+(a Hugging Face folder, a GGUF file). The `.pte` has a gate of its own (`flash.lowering.gate`). That
+uses the same measures and also names the step of the lowering that went wrong.
 """
 
 import math
@@ -17,14 +17,20 @@ from flash.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class ParityLimits:
-    """How far the answers of a file may be from the model's; what is left out is not looked at."""
+    """Largest accepted differences between the logits of a file and those of its model.
+
+    A limit that is left at its default accepts everything.
+
+    Raises:
+        InputError: A limit is not positive, or `min_agreement` is not from 0 to 1.
+    """
 
     max_error: float = math.inf
-    """Largest difference of a logit over the largest logit."""
+    """Largest difference of a logit, divided by the largest logit."""
     max_kl: float = math.inf
     """Mean KL divergence from the float decoder [nats]."""
     min_agreement: float = 0.0
-    """Share of positions with the same likeliest token."""
+    """Share of positions with the same likeliest token, from 0 to 1."""
 
     def __post_init__(self) -> None:
         for name in ("max_error", "max_kl"):
@@ -48,27 +54,28 @@ class ParityLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class FormatCheck:
-    """A file of one format against the float decoder, on the same text."""
+    """Comparison of a file of one format with the float decoder, on the same text."""
 
     format: str
     """Name of the format."""
     error: float
-    """Largest difference of a logit over the largest logit."""
+    """Largest difference of a logit, divided by the largest logit."""
     kl: float
     """Mean KL divergence from the float decoder [nats]."""
     agreement: float
     """Share of positions whose likeliest token stayed the same."""
     float_loss: float
-    """Of the float decoder [nats a token]."""
+    """Mean loss of the float decoder [nats a token]."""
     artefact_loss: float
-    """Of the file [nats a token]."""
+    """Mean loss of the file [nats a token]."""
     tokens: int
-    """How many tokens were predicted."""
+    """Number of predicted tokens."""
     passed: bool
+    """True if the file is within its limits."""
     rule: str
-    """The limits that decided."""
+    """The limits in words."""
     worst_layer: str | None = None
-    """The first part whose output differs, where a check that failed could look inside."""
+    """First part of the model whose output differs; None if the check passed or cannot tell."""
 
     @property
     def change_pct(self) -> float:
@@ -84,19 +91,24 @@ class FormatCheck:
         )
 
 
-def error_of(reference: Tensor, other: Tensor) -> float:
-    """Largest difference over the largest value of `reference`; NaN where either has one."""
+def max_relative_error(reference: Tensor, other: Tensor) -> float:
+    """Largest difference, divided by the largest value of `reference`; NaN if either holds NaN."""
     return float((other - reference).abs().max() / reference.abs().max())
 
 
-def kl_of(reference: Float[Tensor, "n vocab"], logits: Float[Tensor, "n vocab"]) -> float:
-    """Mean KL divergence from the one to the other, accumulated in float64 [nats]."""
-    p, q = torch.log_softmax(reference.double(), -1), torch.log_softmax(logits.double(), -1)
+def mean_kl(reference: Float[Tensor, "n vocab"], other: Float[Tensor, "n vocab"]) -> float:
+    """Mean of KL(reference || other) over positions, accumulated in float64 [nats]."""
+    p, q = torch.log_softmax(reference.double(), -1), torch.log_softmax(other.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def loss_of(logits: Float[Tensor, "n vocab"], text: Int[Tensor, " n"]) -> float:
-    """Mean loss of predicting each token of `text` but the first, in float64 [nats a token]."""
+def next_token_loss(logits: Float[Tensor, "n vocab"], text: Int[Tensor, " n"]) -> float:
+    """Mean loss of predicting each token of `text` but the first, in float64 [nats a token].
+
+    Args:
+        logits: Logits at every position of `text`.
+        text: Token ids.
+    """
     likelihoods = torch.log_softmax(logits[:-1].double(), -1)
     return -float(likelihoods.gather(1, text[1:, None].long()).mean())
 
@@ -108,16 +120,16 @@ def compare(
     text: Int[Tensor, " n"],
     limits: ParityLimits,
 ) -> FormatCheck:
-    """One side against the other; what is no number passes no limit.
+    """Compare the logits of a file with those of its model; NaN passes no limit.
 
     Args:
         name: Name of the format.
         reference: Logits of the float decoder at every position of `text`.
-        logits: Those of the file.
+        logits: Logits of the file at the same positions.
         text: Token ids.
-        limits: How far they may be apart.
+        limits: Largest accepted differences.
     """
-    error, kl = error_of(reference, logits), kl_of(reference, logits)
+    error, kl = max_relative_error(reference, logits), mean_kl(reference, logits)
     agreement = float((reference.argmax(-1) == logits.argmax(-1)).float().mean())
     passed = error <= limits.max_error and kl <= limits.max_kl and agreement >= limits.min_agreement
     return FormatCheck(
@@ -125,8 +137,8 @@ def compare(
         error=error,
         kl=kl,
         agreement=agreement,
-        float_loss=loss_of(reference, text),
-        artefact_loss=loss_of(logits, text),
+        float_loss=next_token_loss(reference, text),
+        artefact_loss=next_token_loss(logits, text),
         tokens=len(text) - 1,
         passed=passed,
         rule=limits.rule,
@@ -134,10 +146,10 @@ def compare(
 
 
 def require_text(text: Int[Tensor, " n"], max_context: int) -> None:
-    """See that a text can be checked on.
+    """Check that a text is long enough and fits the model's context.
 
     Raises:
-        InputError: It is too short to predict anything, or longer than the model's context.
+        InputError: It has fewer than 2 tokens, or more than `max_context`.
     """
     fits = 2 <= len(text) <= max_context
     require(fits, "check.text", len(text), f"2 to {max_context} tokens")

@@ -1,9 +1,9 @@
-"""A scripted phone: adb's daemon over TCP, as far as the tests need it.
+"""A scripted phone: the parts of adb's daemon over TCP that the tests need.
 
-It speaks the real protocol to the real adb server: CNXN and AUTH, streams (OPEN, OKAY, data, CLSE),
+It implements the protocol of the real adb server: CNXN and AUTH, streams (OPEN, OKAY, data, CLSE),
 `shell,v2` with stdout, stderr and exit codes, and `sync:` with STAT, SEND, RECV and QUIT. Its file
 system is a folder: absolute paths of Android in commands are moved into it, and a real `sh` runs
-them with the phone's own programs (`getprop`, `dumpsys`, `taskset`) before the host's.
+the commands with the phone's own programs (`getprop`, `dumpsys`, `taskset`) before the host's.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ MOVED = ("/data/local/tmp", "/sys/")
 
 
 class Phone:
-    """One phone; `port` is where `adb connect` finds it.
+    """One phone; `adb connect` finds it at `port`.
 
     Attributes:
         authorized: Whether it trusts this computer; otherwise it asks for proof forever.
-        full: Whether files no longer fit.
-        cut_push_after: The connection is cut after so many bytes of a file, once.
-        cut_run_of: The connection is cut when a command with this text starts, once.
-        shells: Every command that it was given.
+        full: Whether its storage is full.
+        cut_push_after: Number of bytes of a file after which the connection is cut once.
+        cut_run_of: Text of a command at whose start the connection is cut once.
+        shells: Every shell command that it received.
     """
 
     def __init__(self, root: Path) -> None:
@@ -56,7 +56,7 @@ class Phone:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def unplug(self) -> None:
-        """Vanish: cut what is open and listen no longer."""
+        """Disappear: cut all connections and stop listening."""
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -71,17 +71,17 @@ class Phone:
         self._connections.clear()
 
     def path(self, name: str) -> Path:
-        """Where a file of the phone really lies."""
+        """Path of a file of the phone on this machine."""
         return self.root / name.lstrip("/")
 
-    def program(self, name: str, text: str) -> None:
-        """Install a program on its PATH."""
+    def install(self, name: str, text: str) -> None:
+        """Install a shell script as a program on the phone's PATH."""
         path = self.root / "bin" / name
         path.write_text("#!/bin/sh\n" + text)
         path.chmod(0o755)
 
     def moved(self, command: str) -> str:
-        """A command with its absolute paths inside of our folder."""
+        """Move the absolute paths of a command into the folder of this phone."""
         for prefix in MOVED:
             command = command.replace(prefix, f"{self.root}{prefix}")
         return command
@@ -95,7 +95,7 @@ class Phone:
 
 
 class Connection:
-    """One adb server that is connected."""
+    """Connection of one adb server."""
 
     def __init__(self, phone: Phone, link: socket.socket) -> None:
         self.phone, self.link = phone, link
@@ -149,7 +149,7 @@ class Connection:
 
 
 class Stream:
-    """One service that the other side opened."""
+    """One service that the adb server opened."""
 
     def __init__(self, connection: Connection, mine: int, theirs: int) -> None:
         self.connection, self.phone = connection, connection.phone
@@ -246,7 +246,7 @@ class Stream:
 
 
 def take(source, count: int) -> bytes:
-    """Exactly so many bytes, or EOFError."""
+    """Read exactly `count` bytes, or raise EOFError."""
     data = source.read(count)
     if len(data) < count:
         raise EOFError

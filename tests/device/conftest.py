@@ -1,3 +1,5 @@
+"""A tiny program and the settings of a device that measures it quickly."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Phones: measurements, lost connections and heat, on a scripted phone behind the real adb."""
+
 import json
 import os
 import shutil
@@ -100,13 +102,13 @@ def make_phone(server, tmp_path):
                 (clocks / name).write_text("2000000\n")
         phone.path("/sys/devices/system/cpu/possible").write_text("0-7\n")
         (phone.root / "celsius").write_text("30\n")
-        phone.program(
+        phone.install(
             "getprop",
             f'case "$1" in *fingerprint) echo {FINGERPRINT};; *soc*) echo SM1;; '
             "*) echo Fake;; esac\n",
         )
-        phone.program("dumpsys", DUMPSYS.format(root=phone.root))
-        phone.program("taskset", 'export MASK="$1"; shift; exec "$@"\n')
+        phone.install("dumpsys", DUMPSYS.format(root=phone.root))
+        phone.install("taskset", 'export MASK="$1"; shift; exec "$@"\n')
         if attach:
             assert "connected" in adb(server, "connect", phone.serial)
         return phone

@@ -1,3 +1,5 @@
+"""The host as a device: measurements, scores, continuations, and processes that fail."""
+
 import json
 import os
 import subprocess
@@ -70,7 +72,7 @@ def test_file_scores_text_as_the_decoder_does(model, program, settings):
 
 
 def test_many_texts_go_through_one_process(model, program, settings, monkeypatch):
-    """As one by one, also where what texts share is read once."""
+    """Results are those of single calls, also if the tokens that texts share are fed once."""
     device = HostDevice(settings)
     jobs = []
     run = device.run
@@ -154,7 +156,9 @@ def test_a_killed_measurement_leaves_no_process_behind(program, settings):
         import dataclasses, sys
         from pathlib import Path
         from flash.arch import Quantization
-        from flash.device import DeviceSettings, HostDevice, Program
+        from flash.device.host import HostDevice
+        from flash.device.measurement import Program
+        from flash.device.settings import DeviceSettings
         settings = DeviceSettings(name="t", quantization=Quantization.fp32, max_context=64,
                                   prompts=[20], contexts=[30], runs=10**4)
         HostDevice(settings).measure(

@@ -1,3 +1,5 @@
+"""Device settings and workloads: illegal values, points, and the file of the host."""
+
 from pathlib import Path
 
 import pytest

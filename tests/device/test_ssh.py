@@ -1,3 +1,5 @@
+"""Boards: measurements, keys and lost connections, on an sshd of our own."""
+
 import contextlib
 import os
 import shutil
@@ -18,7 +20,7 @@ from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.remote import content_name
 from flash.device.settings import DeviceKind
-from flash.device.ssh import WATCHED, SshDevice
+from flash.device.ssh import WATCHDOG_SCRIPT, SshDevice
 from flash.errors import DeviceError, InputError
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin")
@@ -135,7 +137,7 @@ def board(tmp_path):
 
 @pytest.fixture
 def connect(settings):
-    """A function that opens a device on a board, with changed settings."""
+    """A function that opens a device on a board with changed settings."""
 
     def connect(board, link=None, **changes):
         changed = replace(settings, kind=DeviceKind.ssh, ssh=link or board.settings(), **changes)
@@ -271,7 +273,7 @@ def test_cut_run_is_repeated_and_its_process_dies(board, connect, program):
     hangs = board.folder / "hangs.py"
     hangs.write_text("import time; time.sleep(60)")
     watch = board.folder / "watch.py"
-    watch.write_text(WATCHED)
+    watch.write_text(WATCHDOG_SCRIPT)
     board.tool(
         "watched",  # the real Python, except that the first runner hangs
         f'case "$2" in *runpy*) if [ ! -e "$0.first" ]; then echo $$ > "$0.first"; '

@@ -1,3 +1,5 @@
+"""ExecuTorch's own LLM runner continues text as the decoder does."""
+
 import json
 import string
 

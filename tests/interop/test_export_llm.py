@@ -1,4 +1,4 @@
-"""ExecuTorch's own stack: shapes of the baselines, and a tiny one from shape to answer."""
+"""ExecuTorch's own exporter: shapes of the baselines, and a tiny one from shape to logits."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
 from flash.errors import CheckFailed, InputError
 from flash.interop import export_llm
-from flash.interop.baselines import STOCK_MODELS, StockModel, as_stock, stock_model
+from flash.interop.baselines import STOCK_MODELS, StockModel, stock_model, to_stock_model
 from flash.interop.export_llm import check_stock, lower_stock, lower_stock_arch
 from flash.lowering.settings import LoweringSettings, SlidingForm
 from tests.lowering.conftest import read_program
@@ -80,7 +80,7 @@ def test_nothing_is_left_beside_the_program(program):
 @pytest.mark.slow
 def test_short_passes_change_no_instruction_delegate_or_weight(program, tmp_path):
     plain = tmp_path / "plain.pte"
-    lower_stock(as_stock(TINY), FORMATS, plain, fast=False)
+    lower_stock(to_stock_model(TINY), FORMATS, plain, fast=False)
     ours, theirs = _contents(program), _contents(plain)
     assert len(ours.program.execution_plan[0].chains[0].instructions) > 40
     assert ours == theirs
@@ -99,7 +99,7 @@ def _contents(path):
 @pytest.mark.parametrize("kind", ["conv", "gemma"])
 def test_layers_that_only_the_stack_has(kind, tmp_path):
     params = {
-        **as_stock(TINY).params,
+        **to_stock_model(TINY).params,
         "layer_types": ["conv" if kind == "conv" else "full_attention", "full_attention"],
     }
     windows: tuple[int, ...] = ()
@@ -153,18 +153,18 @@ for name, model in STOCK_MODELS.items():
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "qk_norm": False}])
 def test_our_specs_keep_their_count(changes):
     spec = TINY.replace(**changes)
-    assert as_stock(spec).parameters == count_parameters(spec).total
+    assert to_stock_model(spec).parameters == count_parameters(spec).total
 
 
-def test_our_patterns_in_the_words_of_the_stack():
-    model = as_stock(TINY.replace(layer_types="FS-", sliding_window=24))
+def test_our_patterns_in_the_terms_of_the_stack():
+    model = to_stock_model(TINY.replace(layer_types="FS-", sliding_window=24))
     assert model.params["layer_types"] == ["full_attention", "sliding_attention", "skip_attention"]
     assert model.windows == (0, 24, 0)
     scaled = TINY.replace(rope_scaling=RopeScaling(kind=RopeKind.llama3, factor=32.0))
-    assert as_stock(scaled).params["rope_scale_factor"] == 32
+    assert to_stock_model(scaled).params["rope_scale_factor"] == 32
 
 
-def test_what_the_stack_cannot_say_is_refused_before_any_work(tmp_path):
+def test_what_the_stack_cannot_express_is_refused_before_any_work(tmp_path):
     gemma = stock_model("gemma3_270m")
     with pytest.raises(InputError, match=r"lowering.prefill_chunk=2048: expected at most 1024"):
         check_stock(gemma, LoweringSettings(max_context=4096, prefill_chunk=2048))

@@ -1,9 +1,10 @@
-"""What is in a GGUF file, and what is refused; test_llama_cpp.py runs such files."""
+"""Contents of GGUF files, and refused models; test_llama_cpp.py runs such files."""
 
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -14,8 +15,8 @@ from tokenizers.trainers import BpeTrainer
 
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
-from flash.interop import gguf as gguf_file
-from flash.interop.gguf import check_gguf, write_gguf
+from flash.interop import gguf as gguf_format
+from flash.interop.gguf import check_gguf, locate_gguf_failure, write_gguf
 from flash.interop.gguf_tokenizer import pre_tokenizer_name
 from flash.interop.settings import GgufFormat
 from flash.lowering.parity_metrics import ParityLimits
@@ -48,7 +49,7 @@ IDS = {"eos_token_id": 0}
 
 
 def byte_level(pre: str, texts=("def main(x): return x + 12",), size: int = 300) -> Tokenizer:
-    """A tokenizer with the pre-tokenizer that llama.cpp calls `pre`."""
+    """Train a tokenizer with the pre-tokenizer that llama.cpp calls `pre`."""
     split, ignore_merges = PRE[pre]
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split in (None, "digits"))
@@ -111,8 +112,9 @@ def decoder(pattern: str, qk_norm: bool = False, **changes) -> Decoder:
     return model
 
 
-def written(path: Path, model: Decoder, tokenizer: Path | None = None, form: str = "f32"):
-    write_gguf(path, model, tokenizer=tokenizer, token_ids=IDS, weight_format=GgufFormat[form])
+def written(path: Path, model: Decoder, tokenizer: Path | None = None, weight_format: str = "f32"):
+    matrices = GgufFormat[weight_format]
+    write_gguf(path, model, tokenizer=tokenizer, token_ids=IDS, weight_format=matrices)
     return gguf.GGUFReader(path)
 
 
@@ -126,8 +128,8 @@ def tensors(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
     return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
-def neighbours(rows: torch.Tensor, head_dim: int = 32) -> np.ndarray:
-    """Row (head, i, half) of a projection is ours at (head, half, i), one row at a time."""
+def interleaved(rows: torch.Tensor, head_dim: int = 32) -> np.ndarray:
+    """Interleave rows one at a time: row (head, i, half) is ours at (head, half, i)."""
     out = torch.empty_like(rows)
     half = head_dim // 2
     for head in range(len(rows) // head_dim):
@@ -173,11 +175,11 @@ def test_the_tensors_of_a_plain_model(tmp_path, tied):
         "token_embd.weight": model.model.embed_tokens.weight,
         "output_norm.weight": model.model.norm.weight,
         "blk.0.attn_norm.weight": layer.input_layernorm.weight,
-        "blk.0.attn_q.weight": neighbours(attention.q_proj.weight),
-        "blk.0.attn_k.weight": neighbours(attention.k_proj.weight),
+        "blk.0.attn_q.weight": interleaved(attention.q_proj.weight),
+        "blk.0.attn_k.weight": interleaved(attention.k_proj.weight),
         "blk.0.attn_v.weight": attention.v_proj.weight,
-        "blk.0.attn_q.bias": neighbours(attention.q_proj.bias),
-        "blk.0.attn_k.bias": neighbours(attention.k_proj.bias),
+        "blk.0.attn_q.bias": interleaved(attention.q_proj.bias),
+        "blk.0.attn_k.bias": interleaved(attention.k_proj.bias),
         "blk.0.attn_v.bias": attention.v_proj.bias,
         "blk.0.attn_output.weight": attention.o_proj.weight,
         "blk.0.ffn_norm.weight": layer.post_attention_layernorm.weight,
@@ -205,7 +207,7 @@ def test_skipped_layers_have_no_heads_and_no_tensors(tmp_path):
         f"blk.1.ffn_{part}.weight" for part in ("norm", "gate", "up", "down")
     }
     np.testing.assert_array_equal(
-        found["blk.2.attn_q.weight"], neighbours(model.model.layers[2].self_attn.q_proj.weight)
+        found["blk.2.attn_q.weight"], interleaved(model.model.layers[2].self_attn.q_proj.weight)
     )
 
 
@@ -254,7 +256,7 @@ def test_rope_scaling_is_keys_or_a_tensor_of_divisors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "bits", "file_type", "share"),
+    ("weight_format", "bits", "file_type", "share"),
     [
         ("f32", 32, 0, 0.0),
         ("f16", 16, 1, 2**-11),
@@ -263,15 +265,15 @@ def test_rope_scaling_is_keys_or_a_tensor_of_divisors(tmp_path):
     ],
 )
 def test_matrices_are_stored_as_asked_and_the_rest_in_float32(
-    tmp_path, form, bits, file_type, share
+    tmp_path, weight_format, bits, file_type, share
 ):
     model = decoder("F-", tie_embeddings=False)
-    reader = written(tmp_path / "a.gguf", model, form=form)
+    reader = written(tmp_path / "a.gguf", model, weight_format=weight_format)
     assert value(reader, "general.file_type") == file_type
-    assert (value(reader, "general.quantization_version") == 2) == form.startswith("q")
+    assert (value(reader, "general.quantization_version") == 2) == weight_format.startswith("q")
     for tensor in reader.tensors:
         matrix = len(tensor.shape) == 2
-        assert tensor.tensor_type.name == (form.upper() if matrix else "F32"), tensor.name
+        assert tensor.tensor_type.name == (weight_format.upper() if matrix else "F32"), tensor.name
         assert tensor.n_bytes == tensor.n_elements * (bits if matrix else 32) / 8
     weight = model.model.layers[1].mlp.down_proj.weight.detach().view(-1, 32)
     found = torch.from_numpy(tensors(reader)["blk.1.ffn_down.weight"].copy()).view(-1, 32)
@@ -370,7 +372,7 @@ def test_other_tokenizers_are_refused_with_the_reason(tmp_path, tokenizer, messa
         (decoder("F"), {"eos_token_id": 999}, "eos_token_id=999: expected an id below 320"),
     ],
 )
-def test_what_llama_cpp_cannot_say_is_refused_with_the_reason(
+def test_what_llama_cpp_cannot_express_is_refused_with_the_reason(
     tmp_path, tokenizer, model, ids, message
 ):
     path = tmp_path / "a.gguf"
@@ -390,11 +392,27 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return array
 
-    monkeypatch.setattr(gguf_file.gguf.quants, "quantize", full_disk)
+    monkeypatch.setattr(gguf_format.gguf.quants, "quantize", full_disk)
     with pytest.raises(OSError, match="No space left"):
         written(path, decoder("FF"))
     assert path.read_bytes() == old
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_search_for_a_bad_layer_writes_the_first_layers(tmp_path, text, monkeypatch):
+    """llama.cpp is replaced by a check that fails from the third layer on."""
+    depths = []
+
+    def check(path, part, text, limits):
+        depths.append(value(gguf.GGUFReader(path), "llama.block_count"))
+        return SimpleNamespace(passed=depths[-1] < 3)
+
+    monkeypatch.setattr(gguf_format, "check_gguf", check)
+    limits, exact = ParityLimits(), GgufFormat.f32
+    assert locate_gguf_failure(decoder("FFFF"), text, limits, exact, tmp_path) == "layer 2"
+    assert locate_gguf_failure(decoder("FF"), text, limits, exact, tmp_path) is None
+    assert depths == [2, 3, 1, 2]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_check_says_what_to_install(tmp_path, text, monkeypatch):

@@ -1,4 +1,4 @@
-"""Folders that stock transformers loads: the answers are the decoder's."""
+"""Logits of the released transformers library on our folders against the decoder's."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def test_stock_transformers_gives_the_same_logits(toy, text, tmp_path, pattern, 
         ("F-", False, {"num_heads": 6}, "qwen2"),
     ],
 )
-def test_the_plainest_class_that_can_say_it(
+def test_the_plainest_class_that_can_express_it(
     toy, text, tmp_path, pattern, qk_norm, changes, model_type
 ):
     model = toy(pattern, qk_norm, **{k: v for k, v in changes.items() if k == "qkv_bias"})
@@ -163,7 +163,7 @@ def test_a_qwen2_folder_warns_of_its_tokenizer_class(toy, backbone_folder, tmp_p
     assert fast(source).input_ids == ids
 
 
-def test_what_no_stock_class_says_is_refused_before_anything_is_written(toy, tmp_path):
+def test_what_no_stock_class_expresses_is_refused_before_anything_is_written(toy, tmp_path):
     with pytest.raises(InputError, match=r"arch\.qkv_bias=True: expected false with arch\.qk_norm"):
         write_hf(tmp_path / "hf", toy("F-", qkv_bias=True))
     assert not (tmp_path / "hf").exists()

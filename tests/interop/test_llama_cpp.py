@@ -1,4 +1,4 @@
-"""llama.cpp reads the model out of a GGUF file that went into it; needs llama-cpp-python."""
+"""Logits and tokens of llama.cpp on GGUF files against ours; needs llama-cpp-python."""
 
 import importlib.util
 import inspect
@@ -11,10 +11,9 @@ from flash.data.tokenizer import load_tokenizer
 from flash.errors import CheckFailed
 from flash.export.formats import ExportSource, publish
 from flash.export.settings import ExportFormat, FormatSettings
-from flash.interop import gguf as gguf_file
-from flash.interop.gguf import LIMITS, check_gguf
+from flash.interop import gguf as gguf_format
+from flash.interop.gguf import LIMITS, check_gguf, locate_gguf_failure
 from flash.interop.settings import GgufFormat
-from flash.lowering.bisect_layers import locate_gguf
 from flash.lowering.parity_metrics import ParityLimits
 from flash.model.checkpoint import load
 from tests.interop.test_gguf import (
@@ -72,15 +71,16 @@ def test_llama_cpp_gives_the_same_logits(tmp_path, prompt, pattern, changes):
     assert found.passed, found
 
 
-@pytest.mark.parametrize("form", list(GgufFormat))
-def test_a_trained_model_keeps_its_answers_in_every_format(tmp_path, prompt, form):
+@pytest.mark.parametrize("weight_format", list(GgufFormat))
+def test_a_trained_model_keeps_its_answers_in_every_format(tmp_path, prompt, weight_format):
     model = load(TINY)
-    written(tmp_path / "a.gguf", model, form=form.name)
-    found = check_gguf(tmp_path / "a.gguf", model, prompt, LIMITS[form])
+    written(tmp_path / "a.gguf", model, weight_format=weight_format.name)
+    found = check_gguf(tmp_path / "a.gguf", model, prompt, LIMITS[weight_format])
     assert found.passed, found
     with torch.no_grad():  # after the file was written
         model.model.layers[3].mlp.down_proj.weight.mul_(-1)
-    assert not check_gguf(tmp_path / "a.gguf", model, prompt, LIMITS[form]).passed
+    limits = LIMITS[weight_format]
+    assert not check_gguf(tmp_path / "a.gguf", model, prompt, limits).passed
 
 
 @pytest.mark.parametrize("pre", PRE)
@@ -106,17 +106,18 @@ def test_a_file_that_llama_cpp_does_not_load_fails(tmp_path, prompt):
 
 
 def test_the_layer_that_is_written_wrongly_is_found(tmp_path, prompt, monkeypatch):
-    model, form = load(TINY), GgufFormat.f32
-    assert locate_gguf(model, prompt, LIMITS[form], form, tmp_path) is None
-    tensors = gguf_file._tensors
+    model, weight_format = load(TINY), GgufFormat.f32
+    limits = LIMITS[weight_format]
+    assert locate_gguf_failure(model, prompt, limits, weight_format, tmp_path) is None
+    tensors = gguf_format._tensors
 
     def wrong(*args):
         for name, tensor in tensors(*args):
             yield name, -tensor if name == "blk.2.ffn_down.weight" else tensor
 
-    monkeypatch.setattr(gguf_file, "_tensors", wrong)
+    monkeypatch.setattr(gguf_format, "_tensors", wrong)
     source = ExportSource(model=model, text=prompt, tokenizer=TINY / "tokenizer.json", token_ids={})
-    settings = FormatSettings(gguf=form, gguf_tokenizer=False)
+    settings = FormatSettings(gguf=weight_format, gguf_tokenizer=False)
     with pytest.raises(CheckFailed, match=r"gate of format gguf failed in layer 2; nothing"):
         publish(ExportFormat.gguf, tmp_path / "export", source, settings, "key")
     assert not any(tmp_path.rglob("*.gguf"))

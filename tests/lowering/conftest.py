@@ -1,3 +1,5 @@
+"""Toy decoders with logits that differ, texts and formats for the lowering's tests."""
+
 import os
 import warnings
 from typing import Any
@@ -35,7 +37,7 @@ def toy_model(pattern: str, qk_norm: bool = True, **changes) -> Decoder:
 
 
 def read_program(data: bytes) -> Any:
-    """A .pte as ExecuTorch's objects."""
+    """Parse a .pte into ExecuTorch's objects."""
     with warnings.catch_warnings(action="ignore"):  # ExecuTorch's at its first import
         from executorch.exir._serialize._program import deserialize_pte_binary
 

@@ -1,3 +1,5 @@
+"""Blocks: their equality, counts and programs."""
+
 from dataclasses import replace
 
 import pytest

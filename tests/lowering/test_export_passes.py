@@ -1,3 +1,5 @@
+"""The shortened passes of ExecuTorch write the bytes of the stock passes."""
+
 import pytest
 
 from flash.lowering.lower import lower

@@ -32,11 +32,12 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 DROPPED_PASSES = ("ConvertToSDPAPass", "ConvertToUpsampleBilinear2d")
+"""Names of XNNPACK's pattern searches that are left out (point 3 above)."""
 
 
 @contextmanager
 def short_passes() -> Iterator[None]:
-    """Make lowering fast inside the block, with the same result."""
+    """Leave out the repeated work of lowering inside the `with` block; the result is the same."""
     import torch._export.pass_base as torch_passes
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
     from executorch.exir import pass_base as edge_passes
@@ -99,7 +100,7 @@ def _reuse_results(run: Callable, proxy_value: type) -> Callable:
 
 
 def _unchanged(node: torch.fx.Node, target: Any, args: tuple, kwargs: dict) -> bool:
-    """Whether `node` computed this target (in any dialect) from these values."""
+    """Return True if `node` computed this target (in any dialect) from these values."""
     if getattr(node.target, "_op", node.target) is not getattr(target, "_op", target):
         return False
     old_args, old_kwargs = map_arg(
@@ -109,7 +110,7 @@ def _unchanged(node: torch.fx.Node, target: Any, args: tuple, kwargs: dict) -> b
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values mean the same to a fake kernel: equal, or of equal shape and layout."""
+    """Return True if a fake kernel cannot tell two values apart: equal, or of equal layout."""
     if a is b:
         return True
     if isinstance(a, FakeTensor) and isinstance(b, FakeTensor):
@@ -126,7 +127,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _layout(tensor: FakeTensor) -> tuple:
-    """Dtype, device, shape, strides and offset; asks the symbolic shapes to decide nothing.
+    """Dtype, device, shape, strides and offset, without guards on symbolic shapes.
 
     The offset matters: XNNPACK's partitioner refuses a view that starts at a position known only
     at run time, but not its copy.

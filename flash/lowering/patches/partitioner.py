@@ -1,8 +1,9 @@
-"""`delegated_symbols`: XNNPACK takes operators whose shapes are known only at run time.
+"""`delegated_symbols`: delegation to XNNPACK of operators whose shapes are known only at run time.
 
-XNNPACK reshapes its graph at every call and asks of a shape only that it is not empty. ExecuTorch's
-partitioner cannot compute whether a shape is that holds a number out of a tensor, such as how many
-keys there are, and so it refuses all of those. But the bounds of such a number may tell.
+XNNPACK reshapes its graph at every call and requires of a shape only that it is not empty. A shape
+may depend on a number that is read out of a tensor, such as the number of keys. ExecuTorch's
+partitioner refuses all such shapes, since in general it cannot prove that they are not empty. Here
+the bounds of the number often prove it, and the patch makes the partitioner look at these.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 @contextmanager
 def delegated_symbols() -> Iterator[None]:
-    """Let the partitioner accept shapes that are not empty by the bounds of their symbols."""
+    """Let the partitioner accept shapes whose symbols' bounds prove that they are not empty."""
     from executorch.backends.xnnpack.partition.config import xnnpack_config
 
     with patch.object(xnnpack_config, "has_free_unbacked_symbols", _may_be_empty):

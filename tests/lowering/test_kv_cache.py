@@ -1,4 +1,4 @@
-"""Both forms of sliding-window layers against the decoder, across every wrap of their rings."""
+"""KV caches against the decoder: both forms of sliding windows across ring wraps, long texts."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash.arch import CacheFormat, Quantization
-from flash.lowering.gate import _runtime_step, check_parity
+from flash.lowering.gate import check_parity, load_runtime_step
 from flash.lowering.lower import lower
 from flash.lowering.modules import ExportableDecoder
 from flash.lowering.settings import GateSettings, LoweringSettings, SlidingForm
@@ -60,10 +60,10 @@ def test_sliding_form_equals_decoder(toy, text, sliding, cache, prefill_last_onl
     expected = model(text[None])[0]
     limit = 2e-6 if cache == "fp32" else 0.02
     for chunks in CHUNKS:
-        form = ExportableDecoder(
+        module = ExportableDecoder(
             model, settings(sliding, cache=cache, prefill_last_only=prefill_last_only)
         )
-        assert largest_error(form, text, expected, chunks) < limit
+        assert largest_error(module, text, expected, chunks) < limit
     short = ExportableDecoder(
         model, settings(sliding, chunk=4, cache=cache, prefill_last_only=prefill_last_only)
     )
@@ -75,15 +75,15 @@ def test_window_beyond_the_context_needs_no_ring(toy, text):
     model = toy("S")
     wide = type(model)(model.spec.replace(sliding_window=100)).eval()
     wide.load_state_dict(model.state_dict())
-    form = ExportableDecoder(wide, settings("ring"))
-    assert largest_error(form, text, wide(text[None])[0], [16, 16, 16, 15, 1]) < 2e-6
+    module = ExportableDecoder(wide, settings("ring"))
+    assert largest_error(module, text, wide(text[None])[0], [16, 16, 16, 15, 1]) < 2e-6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("sliding", ["stock", "ring"])
 def test_sliding_program_equals_decoder(toy, text, sliding):
     model = toy("SS")  # the last one goes on with one token
-    step = _runtime_step(lower(model, settings(sliding)))
+    step = load_runtime_step(lower(model, settings(sliding)))
     expected = model(text[None])[0]
     for chunks in CHUNKS:
         assert largest_error(step, text, expected, chunks) < 1e-4
@@ -105,3 +105,23 @@ def test_sliding_program_passes_the_gate(toy, text, sliding, quantization, cache
 def test_fast_lowering_writes_the_stock_bytes_of_sliding_layers(toy, sliding):
     formats = replace(settings(sliding), quantization=Quantization.int8da4w)
     assert lower(toy("S"), formats) == lower(toy("S"), formats, fast=False)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["F-", "FS"])
+def test_eight_thousand_tokens_in_chunks_and_then_one_by_one(toy, pattern):
+    model = toy(pattern)
+    text = torch.randint(0, 96, (8192,), generator=torch.Generator().manual_seed(2))
+    settings = LoweringSettings(
+        quantization=Quantization.fp32, max_context=8192, prefill_chunk=1024
+    )
+    step = load_runtime_step(lower(model, settings))
+    expected = model(text[None])[0]
+    ends = [*range(1024, 7169, 1024), 8000, *range(8001, 8005), 8191, 8192]
+    start = 0
+    for end in ends:
+        out = step(text[None, start:end], torch.tensor([start]))[0]
+        error = (out - expected[end - 1]).abs().max() / expected[end - 1].abs().max()
+        assert error < 1e-4, end
+        start = end

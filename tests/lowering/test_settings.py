@@ -1,11 +1,12 @@
-"""Bytes counted on paper against the bytes of real programs."""
+"""Lowering settings: errors, defaults, and counted bytes against those of real programs."""
 
 import pytest
 import torch
 
 from flash.arch import ArchSpec, Quantization, parse_pattern
+from flash.errors import InputError
 from flash.lowering.lower import lower
-from flash.lowering.settings import LoweringSettings
+from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
 
 SPEC = ArchSpec(
@@ -36,3 +37,14 @@ def test_programs_grow_by_the_counted_bytes(quantization, group_size, embedding_
     grown = len(lower(Decoder(wide), settings)) - len(lower(Decoder(SPEC), settings))
     counted = settings.weight_bytes(wide) - settings.weight_bytes(SPEC)
     assert grown == pytest.approx(counted, rel=0.02)
+
+
+def test_settings_name_the_bad_value():
+    with pytest.raises(InputError, match="^prefill_chunk=100: expected"):
+        LoweringSettings(max_context=64, prefill_chunk=100)
+    with pytest.raises(InputError, match="^max_context=0: expected"):
+        LoweringSettings(max_context=0)
+    assert LoweringSettings(max_context=4096).prefill_chunk == 256
+    sdpa = LoweringSettings(max_context=4096, attention=AttentionForm.sdpa)
+    assert sdpa.prefill_chunk == 1024
+    assert LoweringSettings(max_context=64).prefill_chunk == 64

@@ -1,34 +1,35 @@
-"""What training aware of quantisation sees is what the program computes."""
+"""Quantisation of a module, and its agreement with the fake quantisation used in training."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 
 from flash.lowering.gate import check_parity
-from flash.lowering.lower import lower, quantized_form
+from flash.lowering.lower import lower, quantized_module
 from flash.lowering.settings import GateSettings
 from flash.model.quantization import fake_quantize, head_operands
-from tests.lowering.test_lower import last_logits
+from tests.lowering.test_modules import last_logits
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("group_size", "embedding_bits"), [(32, 4), (64, 8)])
-def test_a_fake_quantised_decoder_has_the_weights_and_logits_of_the_quantised_form(
+def test_a_fake_quantised_decoder_has_the_weights_and_logits_of_the_quantised_module(
     toy, settings, text, group_size, embedding_bits
 ):
     model = toy("FS", qkv_bias=True, ffn_dim=128)
     exact = model(text[None, :20])[0, -1]
     formats = dataclasses.replace(settings(), group_size=group_size, embedding_bits=embedding_bits)
-    form = quantized_form(model, formats)
+    module = quantized_module(model, formats)
     fake_quantize(model, group_size, embedding_bits)
     fake = model(text[None, :20])[0, -1]
     rounding = (fake - exact).abs().max()
     _, weight = head_operands(model, exact[None, :64])
-    assert torch.equal(weight, form.head.lm_head.weight.dequantize())
+    assert torch.equal(weight, module.head.lm_head.weight.dequantize())
     # What is left is the order of sums, which may tip an activation over to the next integer; other
     # groups or bits would be as far from this as from the exact logits.
-    assert (last_logits(form, text, [16, 4])[0] - fake).abs().max() < 0.3 * rounding
+    assert (last_logits(module, text, [16, 4])[0] - fake).abs().max() < 0.3 * rounding
 
 
 def test_the_program_of_a_fake_quantised_decoder_agrees_with_it(toy, settings, text):
@@ -55,3 +56,13 @@ def test_gradients_pass_through_the_rounding_and_the_tied_weight_stays_one(toy):
     tokens = torch.randint(0, 96, (2, 9))
     model(tokens).logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_quantising_by_rows_equals_quantising_at_once(toy, settings, monkeypatch):
+    at_once = quantized_module(toy("F-"), settings())
+    module = importlib.import_module("flash.lowering.quantize")
+    monkeypatch.setattr(module, "CHUNK_WEIGHTS", 7 * 64)  # 7 rows of most matrices
+    by_rows = dict(quantized_module(toy("F-"), settings()).named_parameters())
+    for name, parameter in at_once.named_parameters():
+        for part in getattr(parameter, "tensor_data_names", ()):
+            assert torch.equal(getattr(parameter, part), getattr(by_rows[name], part))
