@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types cluster slow report clean
+.PHONY: demo test lint types cluster slow report reference docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -42,5 +42,23 @@ slow: $(READY)
 report: $(READY)
 	$(BIN)/python -m flash.report
 
+# docs/configuration.md, from the documentation of the settings' fields.
+reference: $(READY)
+	$(BIN)/python -m flash.config_reference docs/configuration.md
+
+# The pages of docs/ as a site in `site`; its tools have an environment of their own.
+SITE := .venv-docs/bin
+
+$(SITE)/mkdocs: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	$(SITE)/python -c 'import tomllib; \
+	  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	$(SITE)/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
+	touch $@
+
+docs: $(SITE)/mkdocs
+	$(SITE)/mkdocs build --strict
+
 clean:
-	rm -rf runs .venv
+	rm -rf runs .venv .venv-docs site
