@@ -31,17 +31,6 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/basedpyright
 
-# Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
-cluster: $(READY)
-	$(BIN)/python -m pytest -m slow -rs tests/search/test_slurm.py tests/search/test_workers.py
-
-# Longer tests: real searches, real lowering of larger models.
-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
-
-report: $(READY)
-	$(BIN)/python -m flash.report
-
 # docs/configuration.md, from the documentation of the settings' fields.
 reference: $(READY)
 	$(BIN)/python -m flash.config_reference docs/configuration.md
@@ -59,6 +48,17 @@ $(SITE)/mkdocs: pyproject.toml
 
 docs: $(SITE)/mkdocs
 	$(SITE)/mkdocs build --strict
+
+# Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
+cluster: $(READY)
+	$(BIN)/python -m pytest -m slow -rs tests/search/test_slurm.py tests/search/test_workers.py
+
+# Longer tests: real searches, real lowering of larger models.
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+report: $(READY)
+	$(BIN)/python -m flash.report
 
 clean:
 	rm -rf runs .venv .venv-docs site
