@@ -173,10 +173,11 @@ def check_own(words: list[str]) -> None:
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A working directory with nothing in it."""
+    """A working directory with the folder that commands call FOLDER, and nothing else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
     monkeypatch.setenv("FLASH_COMMAND", "flash")
+    (tmp_path / "FOLDER").mkdir()
     return tmp_path
 
 
@@ -203,20 +204,25 @@ def test_commands_in_sentences_are_commands(words, folder):
         check_own(words)
 
 
-def yaml_blocks() -> list[str]:
-    text = (ROOT / "docs" / "devices.md").read_text("utf-8")
-    return ["\n".join(lines) for language, lines in fences(text) if language == "yaml"]
+def yaml_blocks() -> list[object]:
+    """Options of one's own that the guides show, each with its config group."""
+    found = []
+    for group, page in (("device", "devices"), ("data", "data")):
+        text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+        blocks = [lines for language, lines in fences(text) if language == "yaml"]
+        found += [pytest.param(group, "\n".join(lines), id=lines[0]) for lines in blocks]
+    return found
 
 
-@pytest.mark.parametrize("text", yaml_blocks())
-def test_devices_of_the_documentation_compose(text, folder):
-    own = folder / "conf" / "device"
+@pytest.mark.parametrize(("group", "text"), yaml_blocks())
+def test_options_of_the_guides_compose(group, text, folder):
+    own = folder / "conf" / group
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text(text, "utf-8")
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = load(compose("search", ["device=mine"]), ROOTS["search"])
-    assert settings.device.name == "mine"
+        settings = load(compose("search", [f"{group}=mine"]), ROOTS["search"])
+    assert getattr(settings, group).name == "mine"
 
 
 def test_every_setting_is_documented():
