@@ -47,7 +47,7 @@ $(SITE)/mkdocs: pyproject.toml
 	touch $@
 
 docs: $(SITE)/mkdocs
-	$(SITE)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
 
 # Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
 cluster: $(READY)
