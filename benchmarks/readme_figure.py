@@ -135,7 +135,7 @@ def draw_loop(figure: go.Figure) -> None:
     figure.add_shape(type="path", xref="paper", yref="paper", path=path,
                      line={"color": ORANGE, "width": 1.5})  # fmt: skip
     note(figure, first, low, "\u25b2", 10, xanchor="center", yanchor="top")
-    note(figure, (first + last) / 2, back, "every measurement is kept and teaches the predictor",
+    note(figure, (first + last) / 2, back, "every measurement is kept",
          xanchor="center", yanchor="middle", bgcolor="white")  # fmt: skip
 
 
