@@ -295,6 +295,13 @@ def test_links_lead_somewhere(path):
         assert "://" in target or (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=NAMES.get)
+def test_files_that_are_named_exist(path):
+    text = outside(path.read_text("utf-8"))
+    for name in re.findall(r"`((?:flash|tests|benchmarks|scripts|backbones)/[\w./]+)`", text):
+        assert (ROOT / name).exists() or "mine" in name, name
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
     for path in (ROOT / "docs").glob("*.md"):
