@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types cluster slow report clean
+.PHONY: demo test lint types cluster slow report reference docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -31,6 +31,24 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/basedpyright
 
+# docs/configuration.md, from the documentation of the settings' fields.
+reference: $(READY)
+	$(BIN)/python -m flash.config_reference docs/configuration.md
+
+# The pages of docs/ as a site in `site`; its tools have an environment of their own.
+SITE := .venv-docs/bin
+
+$(SITE)/mkdocs: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	$(SITE)/python -c 'import tomllib; \
+	  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	$(SITE)/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
+	touch $@
+
+docs: $(SITE)/mkdocs
+	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
+
 # Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
 cluster: $(READY)
 	$(BIN)/python -m pytest -m slow -rs tests/search/test_slurm.py tests/search/test_workers.py
@@ -43,4 +61,4 @@ report: $(READY)
 	$(BIN)/python -m flash report
 
 clean:
-	rm -rf runs .venv
+	rm -rf runs .venv .venv-docs site
