@@ -1,7 +1,8 @@
-"""The one error that users are meant to see."""
+"""The errors that users are meant to see, and helpers that word them."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -18,6 +19,28 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
         raise InputError(f"{key}={value}: expected {expected}")
 
 
+@contextmanager
+def under(path: str, separator: str = ".") -> Iterator[None]:
+    """Complete the key that an error inside of the block names.
+
+    A class of settings knows its own keys but not the place where a user typed them, so its errors
+    name keys relative to it. The caller knows the place: an error `ffn_dim=33: ...` inside of
+    `with under("backbone.arch")` becomes `backbone.arch.ffn_dim=33: ...`. Blocks can be nested.
+
+    Args:
+        path: Key of the settings, or the name of a file that holds them.
+        separator: Text between `path` and the relative key.
+
+    Raises:
+        InputError: The error of the block itself, its class and its cause as they were.
+    """
+    try:
+        yield
+    except InputError as error:
+        error.args = (f"{path}{separator}{error}",)
+        raise
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the closest valid name, or lists all of them when none is close."""
     names = sorted(valid)
@@ -32,4 +55,4 @@ class CheckFailed(RuntimeError):
 
 
 class DeviceError(RuntimeError):
-    """A process on the device died, took too long, or the device is gone; names what it ran."""
+    """A process on the device died or took too long, or the device is gone."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flash.arch import ArchSpec
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model import hub
 from flash.model.checkpoint import expected_shapes, load
 from flash.model.decoder import Decoder
@@ -42,7 +42,9 @@ class Backbone:
                     f"backbone.weights=null: expected a folder or backbone.arch for "
                     f"backbone={settings.name}; set one"
                 )
-            return cls(settings.name, ArchSpec.from_dict(settings.arch), None)
+            with under("backbone.arch"):
+                spec = ArchSpec.from_dict(settings.arch)
+            return cls(settings.name, spec, None)
         folder = Path(weights)
         if folder.is_dir():
             return cls(settings.name, _checked(folder), folder)

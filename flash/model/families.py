@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flash.arch import ArchSpec, Attention, RopeKind, RopeScaling
-from flash.errors import InputError
+from flash.errors import InputError, under
 
 Config = Mapping[str, Any]
 
@@ -241,15 +241,15 @@ def _rope_scaling(config: Config, source: str) -> RopeScaling | None:
     if kind not in RopeKind.__members__:
         known = ", ".join(["default", *RopeKind.__members__])
         raise InputError(f"{source}: rope_type={kind}: expected one of {known}; not supported")
-    if kind == RopeKind.linear.value:
-        return RopeScaling(kind=RopeKind.linear, factor=float(rope["factor"]))
-    return RopeScaling(
-        kind=RopeKind.llama3,
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-    )
+    values: dict[str, Any] = {"kind": RopeKind(kind), "factor": float(rope["factor"])}
+    if kind == RopeKind.llama3.value:
+        values |= {
+            "low_freq_factor": float(rope["low_freq_factor"]),
+            "high_freq_factor": float(rope["high_freq_factor"]),
+            "original_context": int(rope["original_max_position_embeddings"]),
+        }
+    with under(f"{source}: rope_scaling"):
+        return RopeScaling(**values)
 
 
 def from_config(config: Config, source: str = "config.json") -> ArchSpec:
@@ -294,4 +294,5 @@ def from_config(config: Config, source: str = "config.json") -> ArchSpec:
             f"{source}: layer_types has {len(values['layer_types'])} entries: "
             f"expected num_hidden_layers={layers}"
         )
-    return ArchSpec(**values)
+    with under(source, ": "):
+        return ArchSpec(**values)

@@ -185,6 +185,15 @@ def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path):
         Backbone.open(settings)
 
 
+def test_an_illegal_architecture_of_a_backbone_is_named_as_it_was_typed():
+    settings = BackboneSettings(name="x", arch={**PLAIN.to_dict(), "ffn_dim": 33})
+    with pytest.raises(InputError, match=r"^backbone\.arch\.ffn_dim=33: expected a multiple of 32"):
+        Backbone.open(settings)
+    settings.arch = {**PLAIN.to_dict(), "rope_scaling": {"kind": "linear", "factr": 2.0}}
+    with pytest.raises(InputError, match=r"^backbone\.arch\.rope_scaling\.factr: unknown key"):
+        Backbone.open(settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -198,7 +207,11 @@ def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path):
             "rope_type=yarn: expected one of default, linear",
         ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor: missing"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: expected a number"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+            r"^config\.json: rope_scaling\.factor=0\.5: expected a number",
+        ),
+        ({"hidden_size": 80}, r"^config\.json: model_dim=80: expected a multiple of 32"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0"),
         ({"model_type": "llama4_text"}, "moe_layers=.*expected"),
         ({"model_type": "llama4_text", "moe_layers": []}, "no_rope_layers=.*expected rotary"),

@@ -179,6 +179,9 @@ def test_an_arch_that_does_not_fit_is_refused_before_any_work(
     settings = _settings(backbone_settings, data_settings, tmp_path, arch={"ffn_dim": 1024})
     with pytest.raises(InputError, match=r"arch\.ffn_dim=1024: expected at most the backbone's"):
         train(settings)
+    settings.arch = {"ffn_dim": 33}
+    with pytest.raises(InputError, match=r"^arch\.ffn_dim=33: expected a multiple of 32"):
+        train(settings)
     assert not (tmp_path / "runs").exists()
 
 
