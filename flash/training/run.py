@@ -312,7 +312,7 @@ def _train(
             # Checkpoints carry the key: other settings start over, not from foreign ones.
             folder=folder / "checkpoints" / key,
             loggers=logger if logger is not None else False,
-            what=name,
+            label=name,
         )
         if before is None:
             return None

@@ -1,4 +1,4 @@
-"""Every family against transformers on random weights: both directions, and through pruning."""
+"""All model families against transformers on random weights, in both directions and pruned."""
 
 import json
 from pathlib import Path
@@ -82,12 +82,12 @@ PLAIN = ArchSpec(
 
 
 def their_model(name: str, tied: bool) -> nn.Module:
-    """A model of transformers' with random weights, biases and gains included."""
+    """A model of transformers with random weights, biases and gains."""
     torch.manual_seed(0)
     config = {**COMMON, "tie_word_embeddings": tied, **CONFIGS[name]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("norm.weight"):  # ones would hide a norm that is left out
+        if parameter_name.endswith("norm.weight"):  # gains of one would hide a missing norm
             nn.init.uniform_(parameter, 0.5, 1.5)
         elif parameter_name.endswith("bias"):
             nn.init.normal_(parameter)
@@ -240,7 +240,7 @@ def test_documents_do_not_see_each_other():
         tokens = torch.randint(0, 97, (2, 12))
         documents = torch.tensor([[0] * 5 + [1] * 7, [4] * 12])
         joined = model.hidden(tokens, documents=documents)
-        # Rotary embeddings are relative: a document's place in the window does not matter.
+        # Rotary embeddings are relative, so the place of a document does not matter.
         torch.testing.assert_close(joined[:1, 5:], model.hidden(tokens[:1, 5:]))
         torch.testing.assert_close(joined[1:], model.hidden(tokens[1:]))
 
