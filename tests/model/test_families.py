@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
-from flash.model.attention import Reach, attend
+from flash.model.attention import MaskSpec, attend
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
@@ -252,6 +252,6 @@ def test_block_masks_are_the_same_masks():
     q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
     documents = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
     for window, docs in ((7, None), (None, documents), (7, documents)):
-        reach = Reach(0, 40, docs, torch.device("cpu"))
-        dense, blocks = attend(q, k, v, reach.mask(window)), attend(q, k, v, reach.blocks(window))
+        spec = MaskSpec(0, 40, docs, torch.device("cpu"))
+        dense, blocks = attend(q, k, v, spec.mask(window)), attend(q, k, v, spec.block_mask(window))
         torch.testing.assert_close(dense, blocks, rtol=1e-5, atol=1e-5)
