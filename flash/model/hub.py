@@ -43,7 +43,7 @@ def fetch(weights: str, patterns: list[str], key: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError as error:
         raise InputError(
-            f"{key}={weights}: expected access to a gated model; accept its licence on the hub and "
+            f"{key}={weights}: expected access to a gated model; accept its license on the hub and "
             "run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

@@ -113,7 +113,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(server, tmp_path):
     endpoint = f"http://127.0.0.1:{server.server_port}"
     gated = ask("team/gated", tmp_path, HF_ENDPOINT=endpoint)
     assert gated == (
-        "backbone.weights=team/gated: expected access to a gated model; accept its licence on the "
+        "backbone.weights=team/gated: expected access to a gated model; accept its license on the "
         "hub and run `hf auth login`"
     )
     assert "found neither; check the name" in ask("team/none", tmp_path, HF_ENDPOINT=endpoint)
