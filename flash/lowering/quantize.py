@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flash.arch import Quantization
 from flash.lowering.settings import LoweringSettings
-from flash.model.quantization import embedding_config, linear_config
+from flash.model.quantization import embedding_recipe, linear_recipe
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -21,8 +21,8 @@ def quantize(form: Module, settings: LoweringSettings) -> Module:
     """
     if settings.quantization is Quantization.fp32:
         return form
-    linear = linear_config(settings.group_size)
-    embedding = embedding_config(settings.group_size, settings.embedding_bits)
+    linear = linear_recipe(settings.group_size)
+    embedding = embedding_recipe(settings.group_size, settings.embedding_bits)
     for module in form.modules():
         if isinstance(module, nn.Linear):
             _quantize_rows(module, linear)

@@ -16,7 +16,7 @@ from flash.log_filters import quiet
 from flash.model.decoder import Decoder
 
 
-def linear_config(group_size: int = GROUP) -> Any:
+def linear_recipe(group_size: int = GROUP) -> Any:
     """Configuration of torchao for linears; `group_size` weights share a scale."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
@@ -27,7 +27,7 @@ def linear_config(group_size: int = GROUP) -> Any:
     )
 
 
-def embedding_config(group_size: int = GROUP, bits: int = 4) -> Any:
+def embedding_recipe(group_size: int = GROUP, bits: int = 4) -> Any:
     """Configuration of torchao for embeddings.
 
     With 8 bits each row has one scale, as in ExecuTorch's exporter.
@@ -62,8 +62,8 @@ def fake_quantize(model: Decoder, group_size: int = GROUP, embedding_bits: int =
         from torchao.quantization.qat import QATConfig, QATStep
 
         kinds = (
-            (nn.Linear, linear_config(group_size)),
-            (nn.Embedding, embedding_config(group_size, embedding_bits)),
+            (nn.Linear, linear_recipe(group_size)),
+            (nn.Embedding, embedding_recipe(group_size, embedding_bits)),
         )
         for kind, config in kinds:
             # Exact types only, as their fake-quantized subclasses are done already.
