@@ -66,7 +66,7 @@ def members(space: SearchSpace) -> list[ArchSpec]:
     found = {smallest: None}
     queue = [smallest]
     while queue:
-        for spec in space.neighbours(queue.pop()):
+        for spec in space.neighbors(queue.pop()):
             if spec not in found:
                 found[spec] = None
                 queue.append(spec)

@@ -1,4 +1,4 @@
-"""The one error that users are meant to see."""
+"""The errors that users are meant to see, and helpers that word them."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -29,18 +29,25 @@ def check_seed(seed: int) -> None:
 
 
 @contextmanager
-def under(path: str) -> Iterator[None]:
-    """Prefix the key that an InputError raised inside names with the path of its owner.
+def under(path: str, separator: str = ".") -> Iterator[None]:
+    """Complete the key that an error inside of the block names.
 
-    Settings and specs name keys relative to themselves, since one class stands in several places.
+    A class of settings knows its own keys but not the place where a user typed them, so its errors
+    name keys relative to it. The caller knows the place: an error `ffn_dim=33: ...` inside of
+    `with under("backbone.arch")` becomes `backbone.arch.ffn_dim=33: ...`. Blocks can be nested.
+
+    Args:
+        path: Key of the settings, or the name of a file that holds them.
+        separator: Text between `path` and the relative key.
 
     Raises:
-        InputError: As raised inside, with `path.` in front of its message.
+        InputError: The error of the block itself, its class and its cause as they were.
     """
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}.{error}") from error
+        error.args = (f"{path}{separator}{error}",)
+        raise
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -57,4 +64,4 @@ class CheckFailed(RuntimeError):
 
 
 class DeviceError(RuntimeError):
-    """A process on the device died, took too long, or the device is gone; names what it ran."""
+    """A process on the device died or took too long, or the device is gone."""

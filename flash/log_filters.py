@@ -1,4 +1,4 @@
-"""Lines that libraries print and nobody can act on, and the one place that drops them."""
+"""Filters for lines of libraries that no user can act on."""
 
 import logging
 import os
@@ -16,25 +16,28 @@ NOISE = re.compile(
     r"|is an Enum subclass and is now natively supported by torch\.compile"
     r"|Detected no triton"
 )
-"""A line that matches is dropped; everything else passes."""
+"""Pattern of the lines that are dropped."""
 
-# Filters act on the very logger that a record is made with, not on its children.
+# A filter acts on the logger that makes a record, not on the children of that logger.
 _NOISY_LOGGERS = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree")
 
 _lock = threading.Lock()
 _users = 0
 _filters = ExitStack()
-"""Shared by all threads inside of `quiet`: the first brings them, the last takes them away."""
+"""Filters for all threads inside of `quiet`. The first one sets them up, the last removes them."""
 
 
 def is_noise(line: str) -> bool:
-    """Whether a line of a library's output says nothing to a user."""
+    """True if a line matches `NOISE`."""
     return NOISE.search(line) is not None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop `NOISE` lines from stderr, those of native code included, inside the block."""
+    """Drop lines that match `NOISE` from stderr inside the block, also those of native code.
+
+    Blocks can be nested, and threads can be inside of them at the same time.
+    """
     global _users, _filters
     with _lock:
         if _users == 0:
@@ -55,16 +58,16 @@ def quiet() -> Iterator[None]:
 
 
 def _ignore_known_warnings() -> None:
-    # A KV cache starts without content, which is what it should do.
+    # A KV cache starts empty and is filled in place, as it should be.
     warnings.filterwarnings("ignore", message="Mutation on a buffer in the model is detected")
-    # These are about the libraries' own use of each other.
+    # These are about how the libraries use each other.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @contextmanager
 def _filtered_loggers() -> Iterator[None]:
-    """Apply the filter to log handlers too: pytest's and Hydra's do not write to descriptor 2."""
+    """Filter log records too, because the handlers of pytest and Hydra bypass file descriptor 2."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not is_noise(record.getMessage())
@@ -81,6 +84,7 @@ def _filtered_loggers() -> Iterator[None]:
 
 @contextmanager
 def _filtered_descriptor() -> Iterator[None]:
+    """Send file descriptor 2 through a pipe, and forward all lines but those that match."""
     sys.stderr.flush()
     real = os.dup(2)
     readable, writable = os.pipe()

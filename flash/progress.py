@@ -1,4 +1,4 @@
-"""Progress with time left, for terminals and for logs."""
+"""Progress bars with the time left, for terminals and for logs."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,9 +9,15 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 
-def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate over `items` while stderr shows how far it is and how long it still takes."""
-    bar = progress_bar(what, total if total is not None else _length(items))
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate over `items` with a progress bar on stderr.
+
+    Args:
+        items: Items to iterate over.
+        label: Text in front of the bar.
+        total: Number of items; None takes their length if they have one.
+    """
+    bar = progress_bar(label, total if total is not None else _length(items))
     with bar:
         for item in items:
             yield item
@@ -19,18 +25,25 @@ def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iter
 
 
 def progress_bar(
-    what: str, total: int | None, unit: str = "it", *, shown: bool = True
+    label: str, total: int | None, unit: str = "it", *, shown: bool = True
 ) -> "tqdm[Any]":
-    """A bar to be updated by hand. Where no terminal is attached it prints a line now and then."""
+    """A progress bar that the caller updates; without a terminal it prints a line now and then.
+
+    Args:
+        label: Text in front of the bar.
+        total: Number of updates; None if it is unknown.
+        unit: Name of what is counted.
+        shown: False makes a bar that prints nothing.
+    """
     is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
-        desc=what,
+        desc=label,
         unit=unit,
         dynamic_ncols=is_terminal,
         mininterval=0.2 if is_terminal else 5.0,
         ascii=not is_terminal,
-        delay=2.0,  # what is over sooner needs no bar
+        delay=2.0,  # shorter work needs no bar
         leave=True,
         disable=not shown,
     )

@@ -1,8 +1,8 @@
 """Jobs that Hydra's submitit launcher puts into Slurm's queue.
 
-The launching command waits for the result that each job writes into a file. An error has to become
-such a result, and a signal of Slurm's has to end the work as Ctrl-C does: the trial goes back to
-the study's queue, a training run keeps its last checkpoint.
+The launching command waits for the result that each job writes into a file, so errors have to
+become results. Signals from Slurm have to end the work as Ctrl-C does: a trial goes back to the
+queue of its study, and a training run keeps its last checkpoint.
 """
 
 import atexit
@@ -23,6 +23,7 @@ from flash.errors import InputError
 log = logging.getLogger(__name__)
 
 LAUNCHER = "hydra/launcher=submitit_slurm"
+"""Override that starts a command's jobs through Slurm."""
 DEFAULTS = {
     "submitit_folder": "${oc.env:FLASH_RUNS}/slurm/%j",
     "name": "flash",
@@ -31,20 +32,24 @@ DEFAULTS = {
     "signal_delay_s": 120,
     "cpus_per_task": 4,
     "stderr_to_stdout": True,
-    # With the environment: conf/ finds architectures by FLASH_RUNS.
+    # Jobs need the environment, because conf/ finds architectures by FLASH_RUNS.
     "additional_parameters": {"requeue": True, "export": "ALL"},
     "setup": [
-        # Since 22.05 srun no longer takes the number of CPUs from sbatch.
+        # Since Slurm 22.05, srun no longer takes the number of CPUs from sbatch.
         "export SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))",
-        # Else PyTorch counts the CPUs of the whole node where Slurm binds no tasks to theirs.
+        # If Slurm does not bind tasks to CPUs, PyTorch would count those of the whole node.
         "export OMP_NUM_THREADS=$SRUN_CPUS_PER_TASK",
     ],
 }
-"""Values of the launcher that suit workers, in place of the plugin's; see docs/search.md."""
+"""Launcher values for workers, in place of the plugin's defaults; see docs/search.md."""
 
 
 class CommandExit(SystemExit):
-    """The end of a script that has printed its one line."""
+    """End of a script after its one line of error.
+
+    Attributes:
+        line: The line.
+    """
 
     def __init__(self, line: str, code: int) -> None:
         super().__init__(code)
@@ -52,10 +57,10 @@ class CommandExit(SystemExit):
 
 
 class JobFailed(Exception):
-    """What a job that ended in an error hands to the command that launched it.
+    """Error of a job, handed to the command that launched it.
 
     Attributes:
-        line: What to print.
+        line: Line to print.
         code: Exit code.
     """
 
@@ -65,12 +70,16 @@ class JobFailed(Exception):
 
 
 def in_job() -> bool:
-    """Whether submitit started this process."""
+    """True if submitit has started this process."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def check_launcher(launcher: DictConfig, runs: str) -> None:
-    """Say what is missing before anything is queued, and what goes on without the command.
+    """Check that Slurm is installed before jobs are queued, and log where their output goes.
+
+    Args:
+        launcher: Hydra's configuration of the launcher; others than Slurm's pass.
+        runs: Folder of everything that runs produce.
 
     Raises:
         InputError: Slurm is not installed.
@@ -83,27 +92,27 @@ def check_launcher(launcher: DictConfig, runs: str) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One line about an error of submitit's; None for those of others."""
+    """One line about an error that submitit has raised; None for any other error."""
     if not type(error).__module__.startswith("submitit."):
         return None
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
-    # Either Slurm's own words or "Job ... with path ...", "has not produced ... (state: ...)".
+    # The lines are Slurm's own, or "Job ... with path ..." and "has not produced ... (state: ...)".
     return f"{' '.join(lines[:2])}; other jobs go on; started again, the command adds workers"
 
 
 @contextmanager
 def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
-    """Around the work of a job: errors become its result, signals stop it as Ctrl-C does.
+    """Run the block as a job: errors become its result, and signals stop it as Ctrl-C does.
 
-    SIGUSR2 comes before the time limit, and from Slurm set up for it before a preemption: submitit
-    then queues the job again, which calls the same function again. SIGTERM ends the job; if it is
-    for a preemption, Slurm itself queues it again.
+    Slurm sends SIGUSR2 before the time limit and, if it is configured so, before a preemption.
+    submitit then queues the job again, and the same function is called again. SIGTERM ends the job;
+    after a preemption Slurm itself queues it again.
 
     Args:
-        one_line_errors: Turns what a user can mend into `CommandExit`.
+        one_line_errors: Context manager that turns errors of the user into `CommandExit`.
 
     Raises:
-        JobFailed: Any error.
+        JobFailed: The block has failed.
     """
     queue_again = typing.cast(
         Callable[[int, FrameType | None], None], signal.getsignal(signal.SIGUSR2)
@@ -112,12 +121,12 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if len(received) == 1:  # the second must not disturb what the first has set going
+        if len(received) == 1:  # further signals must not disturb the reaction to the first
             raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, stop)
-    logging.getLogger("submitit").propagate = False  # it prints by itself
+    logging.getLogger("submitit").propagate = False  # submitit prints its records itself
     try:
         with one_line_errors:
             try:
@@ -126,24 +135,24 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
                 names = ", ".join(signal.Signals(number).name for number in received)
                 log.warning("stopped by %s; finished work is kept", names or "SIGINT")
                 if signal.SIGUSR2 in received:
-                    queue_again(signal.SIGUSR2, None)  # raises if it was too often
-                # No result: the job may run again, and else Slurm knows what became of it.
+                    queue_again(signal.SIGUSR2, None)  # raises after too many times
+                # Write no result: the job may run again, and otherwise Slurm knows how it ended.
                 sys.exit(128 + (received or [signal.SIGINT])[0])
     except CommandExit as error:
         _fail(error.line, int(error.code or 1))
-    except Exception as error:  # a pickled exception has no traceback
+    except Exception as error:  # the pickled exception will lack the traceback
         log.exception("the job failed")
         _fail(explain(error) or f"{type(error).__name__}: {error}; traceback in its log", 1)
 
 
 def _fail(line: str, code: int) -> typing.NoReturn:
-    """Hand over the error, and let Slurm see a failed job.
+    """Hand the error to the launching command, and let the job fail in Slurm.
 
     Raises:
         JobFailed: Always.
     """
 
-    def end() -> None:  # submitit ends with 0, as it has a result
+    def end() -> None:  # submitit exits with 0, because there is a result
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from flash.bundled import CONF
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from flash import cli, config_reference
+from flash.bundled import CONF
 from flash.config import ROOTS, load, register
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,7 +33,7 @@ def test_two_threads_are_quiet_at_once():
     thread.start()
     assert inside.wait(10)
     with quiet():
-        pass  # would wait for the other thread if it held a lock
+        pass  # waits for the other thread if that holds a lock
     assert not os.path.samestat(os.fstat(2), before)
     done.set()
     thread.join()

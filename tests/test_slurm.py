@@ -1,4 +1,4 @@
-"""What becomes of errors and signals in a job of Slurm's; with a real Slurm: search/test_slurm."""
+"""Errors and signals in a Slurm job, without Slurm; tests/search/test_slurm.py uses a real one."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ from flash.errors import InputError
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, capsys):
-    """Run `search.py -m` in this process; its exit code, lines on stderr, and jobs that began."""
+    """A function that runs `search.py -m`; it returns exit code, stderr lines and started jobs."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -34,34 +34,34 @@ def launch(monkeypatch, tmp_path, capsys):
 
 
 def test_a_mistake_in_the_last_job_stops_the_first(launch):
-    code, said, begun = launch("search.trials=3,-1")
+    code, lines, begun = launch("search.trials=3,-1")
     assert (code, begun) == (2, [])
-    assert said == ["error: search.trials=-1: expected a positive integer"]
+    assert lines == ["error: search.trials=-1: expected a positive integer"]
     assert len(launch("worker=range(0,2)")[2]) == 2
 
 
 def test_what_slurm_needs_is_named(launch, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    code, said, begun = launch("hydra/launcher=submitit_slurm")
+    code, lines, begun = launch("hydra/launcher=submitit_slurm")
     assert (code, begun) == (2, [])
-    assert said == [
+    assert lines == [
         "error: hydra/launcher=submitit_slurm: expected Slurm's sbatch and srun; start it on a "
         "login node"
     ]
     launchers = ConfigStore.instance().repo["hydra"]["launcher"]
     monkeypatch.delitem(launchers, "submitit_slurm.yaml")
-    code, said, begun = launch("hydra/launcher=submitit_slurm")
+    code, lines, begun = launch("hydra/launcher=submitit_slurm")
     assert (code, begun) == (2, [])
-    assert said == [
+    assert lines == [
         "error: hydra/launcher=submitit_slurm: needs a plugin; pip install hydra-submitit-launcher"
     ]
 
 
 @pytest.fixture
 def in_job(monkeypatch):
-    """Do something as a job of Slurm's; what submitit's handler of SIGUSR2 saw."""
+    """Calls work as in a Slurm job; `seen` lists the signals that reach submitit's handler."""
     ends = []
-    monkeypatch.setattr("atexit.register", ends.append)  # else it would end the tests
+    monkeypatch.setattr("atexit.register", ends.append)  # else it ends the test process
     seen = []
     kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2)}
     signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
@@ -88,9 +88,9 @@ def test_an_error_becomes_the_result_of_the_job(in_job, error, line, code):
 
     with pytest.raises(slurm.JobFailed) as failed:
         in_job.call(work)
-    result = copy.copy(failed.value)  # as pickling takes it apart and makes it anew
+    result = copy.copy(failed.value)  # takes it apart and makes it anew, as pickling does
     assert (result.line, result.code) == (line, code)
-    assert len(in_job.ends) == 1  # and the job fails in Slurm's eyes
+    assert len(in_job.ends) == 1  # the exit code tells Slurm that the job has failed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -101,7 +101,7 @@ def test_a_signal_stops_the_work_as_ctrl_c_does(in_job, number):
         try:
             os.kill(os.getpid(), number)
         except KeyboardInterrupt:
-            os.kill(os.getpid(), signal.SIGTERM)  # the second disturbs nothing
+            os.kill(os.getpid(), signal.SIGTERM)  # a second signal disturbs nothing
             given_back.append(number)
             raise
 
@@ -109,5 +109,5 @@ def test_a_signal_stops_the_work_as_ctrl_c_does(in_job, number):
         in_job.call(work)
     assert given_back == [number]
     assert stop.value.code == 128 + number
-    assert in_job.seen == [number] * (number == signal.SIGUSR2)  # a new place in the queue
+    assert in_job.seen == [number] * (number == signal.SIGUSR2)  # submitit queues the job again
     assert not in_job.ends

@@ -1,4 +1,4 @@
-"""What a model is: architecture, search space, counts. Imports no torch."""
+"""Architectures, the search space of them, and their counts. Imports no torch."""
 
 from flash.arch.counts import (
     CacheFormat,

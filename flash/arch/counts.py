@@ -1,4 +1,4 @@
-"""What an architecture costs on paper: parameters, FLOPs, bytes. Exact, and no model is built."""
+"""Exact parameter counts, FLOPs and bytes of an architecture, computed without building a model."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -19,19 +19,19 @@ class CacheFormat(Enum):
 
     fp32 = "fp32"
     int8 = "int8"
-    """One scale and zero point a token and head, as ExecuTorch's quantised cache."""
+    """One scale and zero point per token and head, as in ExecuTorch's quantized cache."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by where they sit."""
+    """Parameters of a model, by the part of it that they belong to."""
 
     embedding: int
     head: int
     attention: int
     ffn: int
     vectors: int
-    """Gains of norms, and biases: what no format quantises."""
+    """Gains of norms, and biases. No format quantizes them."""
 
     @property
     def total(self) -> int:
@@ -39,7 +39,10 @@ class ParameterCount:
 
 
 def count_parameters(spec: ArchSpec) -> ParameterCount:
-    """Parameters, tied weights once; a skipped layer has no attention and no norm before it."""
+    """Parameters of `spec`. Tied weights count once.
+
+    A layer that skips its attention has neither attention weights nor the norm in front of them.
+    """
     attention_layers = len(spec.attention_layers)
     q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     per_attention = spec.model_dim * (2 * q_dim + 2 * kv_dim)
@@ -58,7 +61,7 @@ def count_parameters(spec: ArchSpec) -> ParameterCount:
 
 
 def _pairs(spec: ArchSpec, kind: Attention, positions: int) -> int:
-    """Query-key pairs of one layer for queries at positions 0..positions-1."""
+    """Query-key pairs of one layer whose queries stand at the first `positions` positions."""
     window = positions if kind is Attention.full_attention else spec.sliding_window
     growing = min(positions, window)
     return growing * (growing + 1) // 2 + (positions - growing) * window
@@ -70,7 +73,7 @@ def _attention_flops(spec: ArchSpec, first: int, last: int) -> int:
         spec.layer_types.count(kind) * (_pairs(spec, kind, last) - _pairs(spec, kind, first))
         for kind in (Attention.full_attention, Attention.sliding_attention)
     )
-    # q.k and p.v: 2 multiply-adds = 4 FLOPs for each pair, head and head channel.
+    # Scores and weighted sums: 2 multiply-adds, so 4 FLOPs, per pair, head and head channel.
     return 4 * pairs * spec.num_heads * spec.head_dim
 
 
@@ -80,20 +83,23 @@ def _linear_flops_per_token(spec: ArchSpec) -> int:
 
 
 def prefill_flops(spec: ArchSpec, prompt_tokens: int) -> int:
-    """FLOPs from an empty cache to the first token; the head runs on the last position only."""
+    """FLOPs of a prompt, from an empty cache to the logits of the first new token.
+
+    The output head runs on the last position only.
+    """
     head = 2 * spec.vocab_size * spec.model_dim
     linear = prompt_tokens * _linear_flops_per_token(spec)
     return linear + head + _attention_flops(spec, 0, prompt_tokens)
 
 
 def decode_flops(spec: ArchSpec, context: int) -> int:
-    """FLOPs of one decoded token whose cache already holds `context` tokens."""
+    """FLOPs of decoding one token with a cache that holds `context` tokens."""
     head = 2 * spec.vocab_size * spec.model_dim
     return _linear_flops_per_token(spec) + head + _attention_flops(spec, context, context + 1)
 
 
 def training_flops_per_token(spec: ArchSpec, seq_len: int) -> float:
-    """FLOPs of forward and backward for one token of a sequence (backward = 2 x forward)."""
+    """FLOPs of training per token of a sequence; the backward pass counts as two forward passes."""
     head = 2 * spec.vocab_size * spec.model_dim
     attention = _attention_flops(spec, 0, seq_len) / seq_len
     return 3 * (_linear_flops_per_token(spec) + head + attention)
@@ -106,9 +112,17 @@ def weight_bytes(
 
     A tied embedding counts twice: the embedding table and the output head are different
     operators, each with a packed copy of its own in the .pte (seen in ExecuTorch 1.5).
-    8da4w: half a byte a weight; for the linears a bf16 scale a group plus, as XNNPACK packs
-    nothing else, no zero points; for the embedding a float scale and an int8 zero point a group, or
-    a byte a weight and those once a row.
+
+    With 8da4w, a weight of a linear takes half a byte, and each group adds a bf16 scale; XNNPACK
+    stores no zero points. A weight of the embedding takes half a byte, and each group adds a
+    float32 scale and an int8 zero point. With `embedding_bits=8` it takes one byte, and each row
+    adds these two instead.
+
+    Args:
+        spec: Architecture of the weights.
+        quantization: Format of the weights.
+        group_size: Weights that share a scale in 8da4w.
+        embedding_bits: Bits per weight of the embedding in 8da4w, 4 or 8.
     """
     counts = count_parameters(spec)
     table = spec.vocab_size * spec.model_dim
@@ -124,9 +138,9 @@ def weight_bytes(
 
 
 def kv_cache_bytes(spec: ArchSpec, context: int, cache: CacheFormat) -> int:
-    """Bytes of all keys and values that attention can still see at `context` tokens.
+    """Bytes of all keys and values that attention can still see after `context` tokens.
 
-    int8 adds a float scale and an int8 zero point for each token and head.
+    The format int8 adds a float32 scale and an int8 zero point per token and head.
     """
     per_head = 4 * spec.head_dim if cache is CacheFormat.fp32 else spec.head_dim + 4 + 1
     tokens = sum(

@@ -1,4 +1,4 @@
-"""The search space: which architectures are candidates, how many they are, how to draw them."""
+"""The search space: its settings, its members, their number, and ways to draw them."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from flash.arch.spec import ArchSpec, Attention
-from flash.errors import InputError, require
+from flash.errors import InputError, require, under
 
 
 @dataclass(kw_only=True)
@@ -16,21 +16,25 @@ class Choices:
     """The values `min, min + step, ..., max` of one searched size."""
 
     min: int
+    """Smallest value."""
     max: int
+    """Largest value; `min` plus a whole number of steps."""
     step: int = 1
+    """Distance between neighboring values."""
 
     def __post_init__(self) -> None:
-        require(self.min > 0, "space.min", self.min, "a positive integer")
-        require(self.step > 0, "space.step", self.step, "a positive integer")
+        require(self.min > 0, "min", self.min, "a positive integer")
+        require(self.step > 0, "step", self.step, "a positive integer")
         require(
             self.max >= self.min and (self.max - self.min) % self.step == 0,
-            "space.max",
+            "max",
             self.max,
             f"min + a whole number of steps ({self.min} + n * {self.step})",
         )
 
     @property
     def values(self) -> tuple[int, ...]:
+        """All values in ascending order."""
         return tuple(range(self.min, self.max + 1, self.step))
 
 
@@ -39,28 +43,41 @@ class SpaceSettings:
     """Config group `space`: the searched sizes (Table 3) and the rule on patterns (Sec. 3.5)."""
 
     name: str
+    """Name of the space in reports."""
     num_layers: Choices
+    """Depth, d_L [layers]."""
     model_dim: Choices
+    """Residual-stream width, d_model; multiples of 32."""
     ffn_dim: Choices
+    """FFN hidden width, d_ffn; multiples of 32."""
     kinds: list[Attention] = field(default_factory=lambda: list(Attention))
     """Attention kinds that a layer may have; full attention must be among them."""
     max_efficient_run: int = 2
     """Most consecutive layers without full attention; the paper bans 3 or more."""
     require_attention: bool = True
-    """At least one layer must attend, else the model could not use its context."""
+    """Leave out patterns in which all layers skip attention; such models cannot use context."""
+
+    def __post_init__(self) -> None:
+        require(
+            Attention.full_attention in self.kinds,
+            "kinds",
+            [kind.value for kind in self.kinds],
+            "a list with full_attention in it",
+        )
+        run = self.max_efficient_run
+        require(run >= 0, "max_efficient_run", run, "0 or more")
 
 
 class SearchSpace:
-    """Candidates that can be cut out of one backbone.
+    """The architectures that a search may propose, all of which can be cut out of one backbone.
 
     Args:
-        settings: Sizes and rules.
-        backbone: Gives heads, vocabulary and everything else that is not searched; candidates tie
-            their embeddings, as the paper's winners do.
+        settings: Searched sizes, and rules on patterns.
+        backbone: Architecture that gives heads, vocabulary and all other values that are not
+            searched. Candidates tie their embeddings, as the paper's winners do.
 
     Raises:
-        InputError: A size exceeds the backbone's, full attention is missing, or no pattern obeys
-            the rules.
+        InputError: A size exceeds the backbone's, or is not a multiple of the group size.
     """
 
     def __init__(self, settings: SpaceSettings, backbone: ArchSpec) -> None:
@@ -70,18 +87,6 @@ class SearchSpace:
         self.model_dims = settings.model_dim.values
         self.ffn_dims = settings.ffn_dim.values
         self.kinds = tuple(sorted(set(settings.kinds), key=list(Attention).index))
-        require(
-            Attention.full_attention in self.kinds,
-            "space.kinds",
-            [k.value for k in settings.kinds],
-            "a list with full_attention in it",
-        )
-        require(
-            settings.max_efficient_run >= 0,
-            "space.max_efficient_run",
-            settings.max_efficient_run,
-            "0 or more",
-        )
         for key, values, limit in (
             ("num_layers", self.depths, backbone.num_layers),
             ("model_dim", self.model_dims, backbone.model_dim),
@@ -92,17 +97,18 @@ class SearchSpace:
                     f"space.{key}.max={values[-1]}: expected at most the backbone's {limit}; "
                     "lower it or choose a wider backbone"
                 )
-        # Illegal sizes (not whole groups) must fail now, not at the first unlucky sample.
-        for model_dim in self.model_dims:
-            self.base.replace(model_dim=model_dim)
-        for ffn_dim in self.ffn_dims:
-            self.base.replace(ffn_dim=ffn_dim)
+        # Widths that are not whole groups must fail now, not at the first sample that has one.
+        with under("space"):
+            for model_dim in self.model_dims:
+                self.base.replace(model_dim=model_dim)
+            for ffn_dim in self.ffn_dims:
+                self.base.replace(ffn_dim=ffn_dim)
 
     def __contains__(self, spec: ArchSpec) -> bool:
-        return self.why_not(spec) is None
+        return self.violated_rule(spec) is None
 
-    def why_not(self, spec: ArchSpec) -> str | None:
-        """The rule that keeps `spec` out of the space, or None when it is a member."""
+    def violated_rule(self, spec: ArchSpec) -> str | None:
+        """The rule that keeps `spec` out of the space; None for a member."""
         same = self.base.replace(
             layer_types=spec.layer_types, model_dim=spec.model_dim, ffn_dim=spec.ffn_dim
         )
@@ -128,7 +134,7 @@ class SearchSpace:
 
     @cached_property
     def _completions(self) -> list[list[int]]:
-        """`[n][run]`: legal ways to append n layers after `run` efficient ones."""
+        """Number of legal ways `[n][run]` to append n layers to `run` efficient layers in a row."""
         longest = self.settings.max_efficient_run
         cheap = len(self.kinds) - 1
         table = [[1] * (longest + 1)]
@@ -141,31 +147,31 @@ class SearchSpace:
         return table
 
     def _without_attention(self, depth: int) -> int:
-        """Patterns of only skips that the run rule would let through."""
+        """Number of patterns, 0 or 1, that obey the run rule but consist of skips only."""
         lone = Attention.skip_attention in self.kinds and depth <= self.settings.max_efficient_run
         return int(self.settings.require_attention and lone)
 
     def count_patterns(self, depth: int, *, constrained: bool = True) -> int:
-        """Patterns of `depth` layers; unconstrained, every slot is free."""
+        """Number of patterns of `depth` layers; unconstrained, each layer may be of any kind."""
         if not constrained:
             return len(self.kinds) ** depth
         return self._completions[depth][0] - self._without_attention(depth)
 
     def count(self, *, constrained: bool = True) -> int:
-        """Exact number of distinct architectures."""
+        """Exact number of distinct architectures, within the rules or without them."""
         patterns = sum(self.count_patterns(depth, constrained=constrained) for depth in self.depths)
         return patterns * len(self.model_dims) * len(self.ffn_dims)
 
     def count_slots(self) -> int:
-        """The paper's "about 70 billion": a full-depth pattern is counted at every depth.
+        """Size of the space as the paper counts it, with a pattern of full depth at every depth.
 
-        Source: 3^16 x 7 x 25 x 9 = 67.8e9 for Table 3.
+        For Table 3 this is 3^16 x 7 x 25 x 9 = 67.8e9, the paper's "about 70 billion".
         """
         sizes = len(self.depths) * len(self.model_dims) * len(self.ffn_dims)
         return len(self.kinds) ** self.depths[-1] * sizes
 
     def make(self, model_dim: int, ffn_dim: int, layer_types: tuple[Attention, ...]) -> ArchSpec:
-        """The spec with these searched values and the backbone's fixed ones (not yet a member)."""
+        """The spec with these values and the backbone's for all else; it need not be a member."""
         return self.base.replace(model_dim=model_dim, ffn_dim=ffn_dim, layer_types=layer_types)
 
     def sample(self, rng: np.random.Generator) -> ArchSpec:
@@ -178,7 +184,7 @@ class SearchSpace:
         """One architecture, uniform over the members that have `depth` layers."""
         model_dim = int(rng.choice(self.model_dims))
         ffn_dim = int(rng.choice(self.ffn_dims))
-        while True:  # repeats only on an all-skip pattern, which is rare or impossible
+        while True:  # repeats only after a pattern of skips alone, which is rare or impossible
             spec = self.make(model_dim, ffn_dim, self._sample_pattern(rng, depth))
             if spec in self:
                 return spec
@@ -199,10 +205,10 @@ class SearchSpace:
         return tuple(pattern)
 
     def stratified(self, rng: np.random.Generator, n: int) -> list[ArchSpec]:
-        """Up to n different architectures spread evenly over depth, width and FFN width.
+        """Up to `n` different architectures, spread evenly over depth, width and FFN width.
 
-        Uniform samples nearly all have the greatest depth and middling size, which starves both
-        ends of the frontier; here each size's choices are visited in shuffled rounds.
+        Nearly all uniform samples have the greatest depth and a medium size, and leave both ends
+        of the frontier without trials. Here, each size takes its values in shuffled rounds.
         """
 
         def rounds(values: tuple[int, ...]) -> list[int]:
@@ -218,8 +224,12 @@ class SearchSpace:
             found[self.make(model_dim, ffn_dim, drawn.layer_types)] = None
         return list(found)
 
-    def neighbours(self, spec: ArchSpec) -> Iterator[ArchSpec]:
-        """Members one step away: one layer's kind, one layer more or fewer, one width step."""
+    def neighbors(self, spec: ArchSpec) -> Iterator[ArchSpec]:
+        """Members one step away from `spec`.
+
+        A step changes the kind of one layer, adds or removes a layer, or moves a width to the next
+        value.
+        """
         seen = {spec}
         for candidate in self._steps(spec):
             if candidate not in seen and candidate in self:
@@ -244,14 +254,15 @@ class SearchSpace:
                     yield spec.replace(**{field_name: choices[index + step]})
 
     def encode(self, spec: ArchSpec) -> np.ndarray:
-        """`spec` as a vector in the unit cube: depth, widths, then a one-hot kind for each slot.
+        """`spec` as a vector in the unit cube: depth, both widths, then a one-hot kind per layer.
 
-        Shape `(3 + max_depth * num_kinds,)`; slots past the depth are zeros. `decode` inverts it.
+        The shape is `(3 + max_depth * num_kinds,)`. Entries of layers past the depth are zero.
+        `decode` is the inverse.
 
         Raises:
             InputError: `spec` is not a member of the space.
         """
-        reason = self.why_not(spec)
+        reason = self.violated_rule(spec)
         if reason is not None:
             raise InputError(f"arch={spec}: not in space {self.settings.name}: {reason}")
         onehot = np.zeros((self.depths[-1], len(self.kinds)))
@@ -278,4 +289,5 @@ class SearchSpace:
 
 
 def _unit(value: int, choices: tuple[int, ...]) -> float:
+    """Place of `value` among `choices`, from 0 for the first to 1 for the last."""
     return choices.index(value) / max(len(choices) - 1, 1)

@@ -1,4 +1,4 @@
-"""`ArchSpec`: one architecture, the currency that every other package trades in."""
+"""`ArchSpec`: the description of one architecture that all other packages share."""
 
 import dataclasses
 import json
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from flash.errors import InputError, nearest, require
+from flash.errors import InputError, nearest, require, under
 
 
 class Attention(Enum):
-    """What a decoder layer does before its FFN. Members are named as in the ecosystem's configs."""
+    """Attention of a decoder layer, in front of its FFN.
+
+    Members have the names that transformers uses for `layer_types`.
+    """
 
     full_attention = "full_attention"
     sliding_attention = "sliding_attention"
@@ -19,55 +22,61 @@ class Attention(Enum):
 
     @property
     def efficient(self) -> bool:
-        """Whether the layer is one of the paper's cheap kinds (skip or sliding)."""
+        """True for the cheap kinds of the paper, skip and sliding (Sec. 3.2)."""
         return self is not Attention.full_attention
 
     @property
     def attends(self) -> bool:
-        """Whether the layer has attention at all."""
+        """True unless the layer skips its attention."""
         return self is not Attention.skip_attention
 
     @classmethod
     def parse(cls, kind: "Attention | str") -> "Attention":
-        """The kind of that name.
+        """The kind with the name `kind`; a kind is returned as it is.
 
         Raises:
-            InputError: There is none.
+            InputError: No kind has this name.
         """
         if isinstance(kind, cls):
             return kind
         if kind not in cls.__members__:
             raise InputError(
-                f"arch.layer_types={kind}: expected one of {', '.join(cls.__members__)}; "
+                f"layer_types={kind}: expected one of {', '.join(cls.__members__)}; "
                 f"{nearest(str(kind), cls.__members__)}"
             )
         return cls[str(kind)]
 
 
 GROUP = 32
-"""Group size of the 4-bit weights (Sec. 4.1); every matrix's input width must be a multiple."""
+"""Group size of the 4-bit weights (Sec. 4.1); input widths of all matrices are multiples of it."""
 
 
 class RopeKind(Enum):
-    """How rotary frequencies are changed for contexts beyond those of pretraining."""
+    """Rules that change rotary frequencies for contexts longer than those of pretraining."""
 
     linear = "linear"
-    """All frequencies divided by the factor (position interpolation, arXiv:2306.15595)."""
+    """Divides all frequencies by the factor (position interpolation, arXiv:2306.15595)."""
     llama3 = "llama3"
-    """Only the slow ones, with a smooth passage to the fast ones (Llama 3.1, arXiv:2407.21783)."""
+    """Divides the slow frequencies, leaves the fast ones and interpolates between both (Llama 3.1,
+    arXiv:2407.21783)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """A change of the rotary frequencies.
+    """A change of the rotary frequencies for long contexts.
+
+    Errors name keys relative to this class, such as `factor`.
 
     Attributes:
-        kind: The rule.
-        factor: What the slow frequencies are divided by; 1 or more.
-        low_freq_factor: `llama3`: frequencies with fewer turns than this in the original context
-            are divided in full.
-        high_freq_factor: `llama3`: those with more turns than this stay.
-        original_context: `llama3`: context of pretraining [tokens].
+        kind: Rule of the change.
+        factor: Divisor of the slow frequencies, at least 1.
+        low_freq_factor: `llama3` only. Frequencies that make fewer turns than this over the
+            original context are divided by the whole factor.
+        high_freq_factor: `llama3` only. Frequencies that make more turns than this stay.
+        original_context: `llama3` only. Longest context of pretraining [tokens].
+
+    Raises:
+        InputError: A value is illegal.
     """
 
     kind: RopeKind
@@ -77,23 +86,22 @@ class RopeScaling:
     original_context: int = 8192
 
     def __post_init__(self) -> None:
-        key = "arch.rope_scaling"
         kind = self.kind.value if isinstance(self.kind, RopeKind) else self.kind
         known = ", ".join(RopeKind.__members__)
-        require(kind in RopeKind.__members__, f"{key}.kind", kind, f"one of {known}")
+        require(kind in RopeKind.__members__, "kind", kind, f"one of {known}")
         object.__setattr__(self, "kind", RopeKind(kind))
-        require(self.factor >= 1, f"{key}.factor", self.factor, "a number of at least 1")
+        require(self.factor >= 1, "factor", self.factor, "a number of at least 1")
         require(
             0 < self.low_freq_factor < self.high_freq_factor,
-            f"{key}.low_freq_factor",
+            "low_freq_factor",
             self.low_freq_factor,
             f"a positive number below high_freq_factor={self.high_freq_factor}",
         )
         value = self.original_context
-        require(value > 0, f"{key}.original_context", value, "a positive integer")
+        require(value > 0, "original_context", value, "a positive integer")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
+        """The fields as plain values, for JSON and YAML."""
         return {**dataclasses.asdict(self), "kind": self.kind.value}
 
     @classmethod
@@ -103,33 +111,37 @@ class RopeScaling:
         Raises:
             InputError: A key is unknown or missing, or a value is illegal.
         """
-        return cls(**_checked(values, cls, "arch.rope_scaling"))
+        return cls(**_checked(values, cls))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchSpec:
     """One decoder-only architecture (arXiv:2603.15954, Table 3).
 
-    Illegal values raise; nothing is corrected. The object is hashable and round-trips through
-    `to_dict` / `from_dict` and `to_json` / `from_json`.
+    Illegal values raise an error and are never corrected. A spec is hashable; `from_dict` inverts
+    `to_dict`, and `from_json` inverts `to_json`. Errors name keys relative to this class, such as
+    `ffn_dim` or `rope_scaling.factor`; callers put the place in front with `flash.errors.under`.
 
     Attributes:
         model_dim: Residual-stream width, d_model.
         ffn_dim: FFN hidden width, d_ffn, the same in every layer.
-        layer_types: Attention kind of each layer; its length is the depth, d_L. Also taken as a
-            `pattern`.
+        layer_types: Attention kind of each layer; its length is the depth, d_L. The constructor
+            also takes the names of the kinds, or a `pattern`.
         num_heads: Query heads; not searched in the paper.
         num_kv_heads: Key and value heads (GQA).
         head_dim: Width of one head; `num_heads * head_dim` need not equal `model_dim`.
         vocab_size: Tokens in the vocabulary.
-        tie_embeddings: Whether the output head is the input embedding.
-        qk_norm: RMSNorm on every query and key head, as in Qwen3.
-        qkv_bias: Biases on query, key and value projections, as in Qwen2.
-        sliding_window: Positions that a sliding layer sees, its own included [tokens].
+        tie_embeddings: True if the output head is the input embedding.
+        qk_norm: True for an RMSNorm on every query and key head, as in Qwen3.
+        qkv_bias: True for biases on query, key and value projections, as in Qwen2.
+        sliding_window: Positions that a query of a sliding layer sees, its own included [tokens].
         rope_theta: Base of the rotary embedding.
-        rope_scaling: How its frequencies are changed for long contexts; None leaves them.
+        rope_scaling: Change of the rotary frequencies for long contexts; None leaves them.
         norm_eps: Epsilon of every RMSNorm.
         max_context: Longest supported context [tokens].
+
+    Raises:
+        InputError: A value is illegal.
     """
 
     model_dim: int
@@ -149,12 +161,14 @@ class ArchSpec:
     max_context: int = 8192
 
     def __post_init__(self) -> None:
-        # OmegaConf and JSON hand over lists (of names, in JSON's case); people like letters.
+        # OmegaConf and JSON hand over lists of kinds or of their names; people type letters.
         kinds = self.layer_types
         kinds = parse_pattern(kinds) if isinstance(kinds, str) else map(Attention.parse, kinds)
         object.__setattr__(self, "layer_types", tuple(kinds))
         if isinstance(self.rope_scaling, Mapping):
-            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+            with under("rope_scaling"):
+                scaling = RopeScaling.from_dict(self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
         sizes = (
             "model_dim",
             "ffn_dim",
@@ -167,33 +181,32 @@ class ArchSpec:
         )
         for name in sizes:
             value = getattr(self, name)
-            require(type(value) is int and value > 0, f"arch.{name}", value, "a positive integer")
+            require(type(value) is int and value > 0, name, value, "a positive integer")
         for name in ("model_dim", "ffn_dim"):
             value = getattr(self, name)
             require(
                 value % GROUP == 0,
-                f"arch.{name}",
+                name,
                 value,
                 f"a multiple of {GROUP}, the group size of the 4-bit weights",
             )
         require(
             self.num_heads % self.num_kv_heads == 0,
-            "arch.num_kv_heads",
+            "num_kv_heads",
             self.num_kv_heads,
-            f"a divisor of arch.num_heads={self.num_heads}",
+            f"a divisor of num_heads={self.num_heads}",
         )
-        require(
-            self.head_dim % 2 == 0, "arch.head_dim", self.head_dim, "an even number (rotary pairs)"
-        )
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)")
         require(
             (self.num_heads * self.head_dim) % GROUP == 0,
-            "arch.num_heads*head_dim",
-            self.num_heads * self.head_dim,
-            f"a multiple of {GROUP}, the group size of the 4-bit weights",
+            "head_dim",
+            self.head_dim,
+            f"a size whose product with num_heads={self.num_heads} is a multiple of {GROUP}, the "
+            "group size of the 4-bit weights",
         )
-        require(bool(self.layer_types), "arch.layer_types", "[]", "at least one layer")
-        require(self.rope_theta > 0, "arch.rope_theta", self.rope_theta, "a positive number")
-        require(self.norm_eps > 0, "arch.norm_eps", self.norm_eps, "a positive number")
+        require(bool(self.layer_types), "layer_types", "[]", "at least one layer")
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
 
     @property
     def num_layers(self) -> int:
@@ -202,12 +215,12 @@ class ArchSpec:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that have attention at all."""
+        """Indices of the layers that have attention, full or sliding."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind.attends)
 
     @property
     def pattern(self) -> str:
-        """The layer kinds in short: one of `F`, `S`, `-` a layer (full, sliding, skip)."""
+        """The layer kinds as one letter per layer: `F` full, `S` sliding, `-` skip."""
         return "".join(_LETTER[kind] for kind in self.layer_types)
 
     @property
@@ -220,14 +233,19 @@ class ArchSpec:
         return longest
 
     def replace(self, **changes: Any) -> "ArchSpec":
-        """A copy with some attributes changed, checked like a new one."""
+        """A copy with some attributes changed.
+
+        Raises:
+            InputError: A new value is illegal.
+        """
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, so that JSON, YAML and an Optuna study can hold it.
+        """The fields as plain values, for JSON, YAML and Optuna studies.
 
-        What most models lack is left out, so that their dictionaries, and the keys of measurements
-        made from them, are those of before it could be said.
+        `qkv_bias` and `rope_scaling` are left out when they have their defaults. Stored
+        measurements are keyed by this dictionary, and those made before the two fields existed keep
+        their keys.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["layer_types"] = [kind.value for kind in self.layer_types]
@@ -240,35 +258,43 @@ class ArchSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ArchSpec":
-        """Build from plain values.
+        """The spec with these plain values; the inverse of `to_dict`.
 
         Raises:
             InputError: A key is unknown or missing, or a value is illegal.
         """
-        return cls(**_checked(values, cls, "arch"))
+        return cls(**_checked(values, cls))
 
     def to_json(self) -> str:
-        """One line of JSON with sorted keys: equal specs give equal text."""
+        """One line of JSON with sorted keys; equal specs give equal text."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "ArchSpec":
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            InputError: A key is unknown or missing, or a value is illegal.
+        """
         return cls.from_dict(json.loads(text))
 
     def __str__(self) -> str:
         return f"{self.num_layers}L d{self.model_dim} f{self.ffn_dim} {self.pattern}"
 
 
-def _checked(values: Mapping[str, Any], schema: type, key: str) -> Mapping[str, Any]:
-    """`values`, of which none is unknown to the dataclass `schema` and none is missing."""
+def _checked(values: Mapping[str, Any], schema: type) -> Mapping[str, Any]:
+    """`values`, after a check that the dataclass `schema` takes their keys and misses none.
+
+    Raises:
+        InputError: A key is unknown or missing.
+    """
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for name in values:
         if name not in fields:
-            raise InputError(f"{key}.{name}: unknown key; {nearest(name, fields)}")
+            raise InputError(f"{name}: unknown key; {nearest(name, fields)}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise InputError(f"{key}.{name}: missing; give it a value")
+            raise InputError(f"{name}: missing; give it a value")
     return values
 
 
@@ -280,12 +306,12 @@ _LETTER = {
 
 
 def parse_pattern(pattern: str) -> tuple[Attention, ...]:
-    """Inverse of `ArchSpec.pattern`: `"FF-S"` -> layer kinds.
+    """Layer kinds of a pattern such as `"FF-S"`; the inverse of `ArchSpec.pattern`.
 
     Raises:
-        InputError: A letter other than `F`, `S`, `-`.
+        InputError: A letter is none of `F`, `S` and `-`.
     """
     kinds = {letter: kind for kind, letter in _LETTER.items()}
     for letter in pattern:
-        require(letter in kinds, "pattern", pattern, "only the letters F, S and -")
+        require(letter in kinds, "layer_types", pattern, "only the letters F, S and -")
     return tuple(kinds[letter] for letter in pattern)

@@ -236,7 +236,7 @@ def _source(bench: Profiler, point: Point) -> AnalyticalPredictor | None:
         return None
     attempts = bench.attempts_of(device, point)
     values, errors = comparable(attempts, point.phase)
-    specs = [ArchSpec.from_dict(rows[0].subject) for rows in attempts]
+    specs = [rows[0].spec for rows in attempts]
     return AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk).fit(
         specs, values, errors
     )

@@ -141,11 +141,7 @@ class Profiler:
     def known_models(self) -> list[ArchSpec]:
         """Whole models that the store holds at the first point, measured beside our reference."""
         wanted = self._base(self.workload.points[0])
-        found = (
-            ArchSpec.from_dict(row.subject)
-            for row in self._comparable_models()
-            if row.conditions == wanted
-        )
+        found = (row.spec for row in self._comparable_models() if row.conditions == wanted)
         return list(dict.fromkeys(found))
 
     def attempts_of(self, device: str, point: Point) -> list[list[StoredLatency]]:

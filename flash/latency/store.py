@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.files import write_text
 
 SCHEMA_VERSION = 2
@@ -96,6 +96,17 @@ class StoredLatency:
     def key(self) -> str:
         """Hash of everything that the latency depends on."""
         return self.conditions.key(self.kind, self.subject)
+
+    @property
+    def spec(self) -> ArchSpec:
+        """Architecture of the subject; for a block, that of its one layer.
+
+        Raises:
+            InputError: The stored values are illegal.
+        """
+        values = self.subject if self.kind is SubjectKind.model else self.subject["spec"]
+        with under(f"measurement {self.key}: subject"):
+            return ArchSpec.from_dict(values)
 
     def to_json(self) -> str:
         """One line of JSON, without the line's end."""
@@ -255,7 +266,7 @@ class MeasurementStore:
 def _record(row: StoredLatency) -> dict[str, Any]:
     """One measurement as columns; a block has the spec of its one layer."""
     subject = row.subject if row.kind is SubjectKind.model else row.subject["spec"]
-    spec = ArchSpec.from_dict(subject)
+    spec = row.spec
     conditions = row.conditions
     return {
         "key": row.key,

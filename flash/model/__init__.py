@@ -1,1 +1,1 @@
-"""The decoder, its losses, and Hugging Face checkpoints."""
+"""The decoder, its losses, and checkpoints in Hugging Face format."""

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, model.safetensors, tokenizer.json. Safetensors only."""
+"""Checkpoints in Hugging Face folders of config.json, safetensors and tokenizer.json."""
 
 import json
 import os
@@ -18,11 +18,12 @@ from flash.model.decoder import Decoder
 from flash.model.families import to_config
 from flash.model.weights import Weights
 
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files that belong to a tokenizer.json and are copied with it."""
 
 
 def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
-    """Name and shape of every tensor in a checkpoint of `spec`; a tied head is stored once."""
+    """Name and shape of every tensor in a checkpoint of `spec`, without the head if it is tied."""
     with torch.device("meta"):
         model = Decoder(spec)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -32,10 +33,15 @@ def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
 
 
 def build(spec: ArchSpec, weights: Mapping[str, Tensor], source: str = "weights") -> Decoder:
-    """A float32 decoder that holds `weights`.
+    """A float32 decoder of the architecture `spec` with `weights`.
+
+    Args:
+        spec: The architecture.
+        weights: Tensors by name, in any dtype.
+        source: Origin of the weights, for errors.
 
     Raises:
-        InputError: A tensor is missing, left over, or of another shape than `spec` wants.
+        InputError: A tensor is missing, left over, or of another shape than `spec` has.
     """
     expected = expected_shapes(spec)
     for name, shape in expected.items():
@@ -64,7 +70,7 @@ def load(folder: Path) -> Decoder:
     """The decoder of a checkpoint folder, in float32.
 
     Raises:
-        InputError: The folder is incomplete, damaged or of an unsupported family.
+        InputError: The folder is incomplete or damaged, or its model family is not supported.
     """
     weights = Weights(folder)
     shapes = expected_shapes(weights.spec)
@@ -74,7 +80,7 @@ def load(folder: Path) -> Decoder:
 
 
 def state_to_save(model: Decoder, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The checkpoint tensors of `model`, cast to `dtype`."""
+    """The checkpoint tensors of `model` by name, on the CPU and cast to `dtype`."""
     return {
         name: model.state_dict()[name].detach().to("cpu", dtype).contiguous()
         for name in expected_shapes(model.spec)
@@ -89,13 +95,15 @@ def save(
     tokenizer: Path | None = None,
     token_ids: Mapping[str, int] | None = None,
 ) -> None:
-    """Write a checkpoint folder; a kill or a full disk leaves the old one or none, never half.
+    """Write a checkpoint folder as a whole.
+
+    A kill or a full disk leaves the old folder or none, but never a part of the new one.
 
     Args:
-        folder: Where to write; replaced as a whole if it exists.
+        folder: Folder to write; replaced if it exists.
         spec: Architecture of the weights.
         weights: Tensors by Hugging Face name, in the dtype to store.
-        tokenizer: A tokenizer.json to put beside them, with its settings and chat template.
+        tokenizer: A tokenizer.json to copy into the folder, with its settings and chat template.
         token_ids: Special token ids to record in config.json, such as `eos_token_id`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +115,7 @@ def save(
         save_file(dict(weights), temporary / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-            for name in BESIDE_TOKENIZER:
+            for name in TOKENIZER_FILES:
                 if (tokenizer.parent / name).is_file():
                     shutil.copyfile(tokenizer.parent / name, temporary / name)
             _name_tokenizer_class(temporary, token_ids or {})
@@ -127,19 +135,19 @@ def save(
 
 
 def _name_tokenizer_class(folder: Path, token_ids: Mapping[str, int]) -> None:
-    """Keep transformers from reading tokenizer.json by the rules of another one.
+    """Name the tokenizer class in tokenizer_config.json, so that transformers keeps our tokenizer.
 
-    Where no tokenizer_config.json names a class, its `AutoTokenizer` takes that of the model's
-    class, and Qwen's puts its own pre-tokenizer in place of the file's, without a word. What the
-    file says already stays.
+    Without a class there, `AutoTokenizer` takes the one of the model family, and that of Qwen
+    silently replaces the pre-tokenizer of tokenizer.json by its own. Values that the file already
+    has stay.
     """
     config = folder / "tokenizer_config.json"
-    said = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    read = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    existing = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
     named = {
-        name.removesuffix("_id"): read.id_to_token(token_id)
+        name.removesuffix("_id"): loaded.id_to_token(token_id)
         for name, token_id in token_ids.items()
         if name in ("bos_token_id", "eos_token_id")
     }
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **said}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **existing}
     config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

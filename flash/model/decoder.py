@@ -1,8 +1,8 @@
 """The decoder: RMSNorm, RoPE, grouped-query attention with optional QK-norm, SwiGLU.
 
 Parameter names are those of transformers' Llama and Qwen3, so that converting a checkpoint renames
-nothing. What those classes lack is the layer kind: a skipped layer owns no attention and no norm in
-front of it, only its FFN (arXiv:2603.15954, Sec. 3.2).
+nothing. Unlike those classes, the decoder has layers that skip attention: such a layer has an FFN,
+but neither attention nor the norm in front of it (arXiv:2603.15954, Sec. 3.2).
 
 Shapes: b batch, s sequence, h heads, d head size, c channels (d_model).
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash.arch import ArchSpec, Attention, RopeKind
-from flash.model.attention import Mask, Reach, attend
+from flash.model.attention import Mask, MaskSpec, attend
 
 
 class RMSNorm(nn.Module):
@@ -35,7 +35,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(spec: ArchSpec) -> Float[Tensor, " half"]:
-    """Radians a position turns each pair of head channels by, fast ones first, float32."""
+    """Angle by which one position turns each pair of head channels [radians], in float32.
+
+    The fastest pairs come first. `spec.rope_scaling` is applied, by its factor alone (`linear`,
+    arXiv:2306.15595) or by the number of turns over the original context (`llama3`,
+    arXiv:2407.21783).
+    """
     frequencies = 1 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2).float() / spec.head_dim)
     scaling = spec.rope_scaling
     if scaling is None:
@@ -52,7 +57,7 @@ def rotary_frequencies(spec: ArchSpec) -> Float[Tensor, " half"]:
 def rotary_table(
     positions: Int[Tensor, " s"], spec: ArchSpec
 ) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d"]]:
-    """Cosines and sines of the rotary embedding at `positions`, float32, halves repeated."""
+    """Cosines and sines of the rotary embedding at `positions`, float32, both halves the same."""
     frequencies = rotary_frequencies(spec).to(positions.device)
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
@@ -62,14 +67,14 @@ def rotary_table(
 def rotate(
     x: Float[Tensor, "b h s d"], cos: Float[Tensor, "s d"], sin: Float[Tensor, "s d"]
 ) -> Float[Tensor, "b h s d"]:
-    """Rotary embedding in the "rotate half" layout of transformers' checkpoints."""
+    """`x` with the rotary embedding, in the "rotate half" layout of transformers' checkpoints."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 @dataclass
 class LayerCache:
-    """Keys and values that one attention layer has seen, `(b, kv_heads, s, d)` each."""
+    """Keys and values of one attention layer so far, `(b, kv_heads, s, d)` each."""
 
     keys: Tensor
     values: Tensor
@@ -126,7 +131,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention (unless skipped) and FFN, each with its norm in front and added to the residual."""
+    """Attention, unless skipped, and FFN, each behind a norm and added to the residual stream."""
 
     def __init__(self, spec: ArchSpec, kind: Attention) -> None:
         super().__init__()
@@ -151,7 +156,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, layers and final norm: everything but the output head."""
+    """Embedding, layers and final norm, without the output head."""
 
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
@@ -163,25 +168,30 @@ class Transformer(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model of the architecture `spec`.
 
-    Built on the meta device or in any dtype by the usual torch contexts. Weights are random
-    (normal, standard deviation 0.02, output projections scaled down by depth) until loaded.
+    PyTorch's context managers for device and default dtype apply, the meta device included. Weights
+    are normally distributed with standard deviation 0.02, that of output projections divided by
+    `sqrt(2 num_layers)`, until others are loaded.
+
+    Attributes:
+        spec: The architecture.
+        checkpoint_layers: True keeps only the input of each layer for the backward pass, in which
+            the layer then runs again.
     """
 
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.spec = spec
         self.checkpoint_layers = False
-        """Whether layers keep nothing for the backward pass but their input, and run again."""
         self.model = Transformer(spec)
-        # A tied head gets no memory of its own: with 202k tokens that is a gigabyte.
+        # A tied head gets no memory of its own; with 202,048 tokens that would be a gigabyte.
         device = "meta" if spec.tie_embeddings else None
         self.lm_head = nn.Linear(spec.model_dim, spec.vocab_size, bias=False, device=device)
         if spec.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._initialise()
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         residual_std = 0.02 / (2 * self.spec.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -196,22 +206,23 @@ class Decoder(nn.Module):
         cache: list[LayerCache] | None = None,
         documents: Int[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s c"]:
-        """Final-norm output for every position.
+        """Output of the final norm at every position.
 
         Args:
             tokens: Token ids.
-            cache: Of `empty_cache`; extended in place.
-            documents: Document of each position, which then sees no other; not with a cache.
+            cache: Cache from `empty_cache` or an earlier call; extended in place.
+            documents: Document of each position; positions see their own document only. Cannot be
+                combined with a cache.
         """
         past, length = cache[0].keys.shape[2] if cache else 0, tokens.shape[1]
         positions = torch.arange(past, past + length, device=tokens.device)
         cos, sin = rotary_table(positions, self.spec)
         x = self.model.embed_tokens(tokens)
         rotary = (cos.to(x.dtype), sin.to(x.dtype))
-        reach = Reach(past, length, documents, tokens.device)
+        mask_spec = MaskSpec(past, length, documents, tokens.device)
         layers = cast(Iterable[Layer], self.model.layers)
         windows = {layer.self_attn.window for layer in layers if layer.kind.attends}
-        masks = {window: reach.mask(window) for window in windows}
+        masks = {window: mask_spec.mask(window) for window in windows}
         slots = iter(range(len(self.spec.attention_layers)))
         for layer in layers:
             mask = masks[layer.self_attn.window] if layer.kind.attends else None
@@ -229,11 +240,11 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "b s"], cache: list[LayerCache] | None = None
     ) -> Float[Tensor, "b s vocab"]:
-        """Next-token logits for every position."""
+        """Next-token logits at every position."""
         return self.lm_head(self.hidden(tokens, cache))
 
     def empty_cache(self, batch: int = 1) -> list[LayerCache]:
-        """A KV cache with nothing in it, one entry for each layer that attends."""
+        """An empty KV cache for `batch` sequences, with one entry per layer that has attention."""
         weight = self.model.embed_tokens.weight
         shape = (batch, self.spec.num_kv_heads, 0, self.spec.head_dim)
         return [
@@ -251,7 +262,15 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b t"]:
-    """The prompt with `new_tokens` more: the likeliest ones, or sampled at `temperature` > 0."""
+    """The prompt and `new_tokens` more tokens, shape `(b, s + new_tokens)`.
+
+    Args:
+        model: The decoder.
+        prompt: Token ids.
+        new_tokens: Number of tokens to add.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled.
+        generator: Source of randomness for sampling.
+    """
     cache = model.empty_cache(prompt.shape[0])
     tokens = step = prompt
     for _ in range(new_tokens):

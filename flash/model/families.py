@@ -1,7 +1,7 @@
-"""Model families: how each says an architecture in config.json and names its tensors.
+"""Model families: the keys of their config.json and the names of their tensors.
 
-Our tensors have the names of transformers' Llama and Qwen classes. A family that differs says so in
-its descriptor, and nowhere else does code ask for a family by its name.
+Our tensors have the names of transformers' Llama and Qwen classes. The descriptor of a family holds
+all of its differences; no other code asks for a family by its name.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,50 +13,54 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flash.arch import ArchSpec, Attention, RopeKind, RopeScaling
-from flash.errors import InputError
+from flash.errors import InputError, under
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is special about one `model_type`.
+    """Descriptor of one `model_type`.
 
     Attributes:
-        model_type: Its name in config.json.
-        architecture: The class of transformers that runs it.
-        says: Whether a config of the family can say a spec, for writing.
-        wanted: Config keys with the one value that the decoder expresses; absent keys have it.
-        values: What of the spec the config decides in the family's own way.
-        refuse: Raises InputError for what `wanted` cannot tell.
-        renamed: Our part of a tensor's name -> the family's.
-        interleaved: Rotary pairs are neighbouring channels of a head, not its halves.
-        unit_head_norms: QK-norm has no gains: ours are ones.
+        model_type: Name of the family in config.json.
+        architecture: Class of transformers that runs the family.
+        can_express: True for a spec that a config of this family describes completely; used to
+            choose the family of a checkpoint that is written.
+        required: Config keys and the one value of each that the decoder supports. A missing key
+            counts as this value.
+        spec_values: Fields of the spec that the config gives in the family's own way.
+        check: Raises `InputError` for unsupported configs that `required` cannot detect. It takes
+            the config and its source.
+        renames: Parts of our tensor names, and the family's for each.
+        interleaved: True if rotary pairs are neighboring channels of a head; false if they are the
+            same channels of both halves.
+        unit_head_norms: True if QK-norm has no gains; ours are then ones.
     """
 
     model_type: str
     architecture: str
-    says: Callable[[ArchSpec], bool]
-    wanted: Mapping[str, Any] = field(default_factory=dict)
-    values: Callable[[Config], dict[str, Any]] = lambda config: {}
-    refuse: Callable[[Config, str], None] = lambda config, source: None
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    can_express: Callable[[ArchSpec], bool]
+    required: Mapping[str, Any] = field(default_factory=dict)
+    spec_values: Callable[[Config], dict[str, Any]] = lambda config: {}
+    check: Callable[[Config, str], None] = lambda config, source: None
+    renames: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     unit_head_norms: bool = False
 
     def source(self, name: str) -> str | None:
-        """The family's name of our tensor `name`; None where it has no such tensor."""
+        """The family's name of our tensor `name`; None if the family has no such tensor."""
         if self.unit_head_norms and name.endswith(("q_norm.weight", "k_norm.weight")):
             return None
-        for ours, theirs in self.renamed.items():
+        for ours, theirs in self.renames.items():
             name = name.replace(ours, theirs)
         return name
 
     def row_order(self, name: str, spec: ArchSpec) -> Int[Tensor, " rows"] | None:
-        """Which row of the family's tensor each row of ours is; None where they agree.
+        """For each row of our tensor `name`, its row in the family's tensor; None if all agree.
 
-        Pairs (2i, 2i + 1) of a head become (i, i + head_dim / 2): the same rotation, as queries and
-        keys are permuted alike.
+        Rotary pairs (2i, 2i + 1) of a head become (i, i + head_dim / 2). Queries and keys are
+        permuted alike, so attention stays the same.
         """
         heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}.get(name.split(".")[-2])
         if not self.interleaved or heads is None:
@@ -65,12 +69,13 @@ class Family:
         return rows.transpose(1, 2).flatten()
 
 
-def _plain(spec: ArchSpec) -> bool:
+def _has_plain_projections(spec: ArchSpec) -> bool:
+    """True without QK-norm and without biases."""
     return not spec.qk_norm and not spec.qkv_bias
 
 
 def _windows(config: Config) -> dict[str, Any]:
-    """Layer kinds of Qwen's configs, older ones of which only say where the windows begin."""
+    """Layer kinds of older configs of Qwen, which give only the first layer with a window."""
     layers = int(config["num_hidden_layers"])
     sliding = bool(config.get("use_sliding_window", False)) and config.get("sliding_window")
     if config.get("layer_types") or not sliding:
@@ -81,7 +86,10 @@ def _windows(config: Config) -> dict[str, Any]:
 
 
 def _llama4_values(config: Config) -> dict[str, Any]:
-    """Chunked attention is full attention up to the size of a chunk: the context ends there."""
+    """Values of a Llama 4 config.
+
+    Chunked attention is full attention within the first chunk, so the context is cut to a chunk.
+    """
     chunk = config.get("attention_chunk_size", 8192)
     kinds = config.get("layer_types") or ["chunked_attention"] * int(config["num_hidden_layers"])
     context = int(config.get("max_position_embeddings", 4096 * 32))
@@ -96,7 +104,12 @@ def _llama4_values(config: Config) -> dict[str, Any]:
     }
 
 
-def _refuse_llama4(config: Config, source: str) -> None:
+def _check_llama4(config: Config, source: str) -> None:
+    """Check for features of Llama 4 that the decoder lacks.
+
+    Raises:
+        InputError: Some layers are mixtures of experts or have no rotary embedding.
+    """
     layers = int(config["num_hidden_layers"])
     step = int(config.get("interleave_moe_layer_step", 1))
     default = list(range(step - 1, layers, step)) if step > 0 else []
@@ -118,49 +131,53 @@ def _refuse_llama4(config: Config, source: str) -> None:
 OWN = Family(
     "mobilellm_flash",
     "MobileLLMFlashForCausalLM",
-    says=lambda spec: True,
-    values=lambda config: {
+    can_express=lambda spec: True,
+    spec_values=lambda config: {
         "qk_norm": bool(config.get("use_qk_norm", False)),
         "qkv_bias": bool(config.get("use_qkv_bias", False)),
     },
 )
-"""What stock classes cannot build. Stock Llama would load such a folder and compute something else
-without a word; an unknown type makes it refuse."""
+"""Family of the architectures that no class of transformers can build. With a `model_type` of its
+own, transformers refuses such a folder; as `llama` it would load and compute something else."""
 
 FAMILIES = (
     Family(
         "llama",
         "LlamaForCausalLM",
-        says=lambda spec: _plain(spec) and set(spec.layer_types) == {Attention.full_attention},
-        wanted={"attention_bias": False, "mlp_bias": False},
-        values=lambda config: {"qk_norm": False},
+        can_express=lambda spec: (
+            _has_plain_projections(spec) and set(spec.layer_types) == {Attention.full_attention}
+        ),
+        required={"attention_bias": False, "mlp_bias": False},
+        spec_values=lambda config: {"qk_norm": False},
     ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        says=lambda spec: spec.qk_norm and not spec.qkv_bias and _attends(spec),
-        wanted={"attention_bias": False},
-        values=lambda config: {"qk_norm": True, **_windows(config)},
+        can_express=lambda spec: spec.qk_norm and not spec.qkv_bias and _attends(spec),
+        required={"attention_bias": False},
+        spec_values=lambda config: {"qk_norm": True, **_windows(config)},
     ),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
-        says=lambda spec: spec.qkv_bias and not spec.qk_norm and _attends(spec),
-        values=lambda config: {"qk_norm": False, "qkv_bias": True, **_windows(config)},
+        can_express=lambda spec: spec.qkv_bias and not spec.qk_norm and _attends(spec),
+        spec_values=lambda config: {"qk_norm": False, "qkv_bias": True, **_windows(config)},
     ),
     Family(
         "llama4_text",
         "Llama4ForCausalLM",
-        says=lambda spec: False,  # trained gains of QK-norm cannot be said: Qwen3's class has them
-        wanted={"attention_bias": False},
-        values=_llama4_values,
-        refuse=_refuse_llama4,
-        renamed={".mlp.": ".feed_forward."},
+        # Its QK-norm has no gains, so that checkpoints with gains are written as Qwen3.
+        can_express=lambda spec: False,
+        required={"attention_bias": False},
+        spec_values=_llama4_values,
+        check=_check_llama4,
+        renames={".mlp.": ".feed_forward."},
         interleaved=True,
         unit_head_norms=True,
     ),
     OWN,
 )
+"""The families that can be read, in the order in which they are tried for writing."""
 _REASONS = {
     "gemma3": "its four norms a layer, GELU and scaled embeddings are not expressible",
     "gemma3_text": "its four norms a layer, GELU and scaled embeddings are not expressible",
@@ -170,14 +187,15 @@ _REASONS = {
 
 
 def _attends(spec: ArchSpec) -> bool:
+    """True if all layers have attention."""
     return all(kind.attends for kind in spec.layer_types)
 
 
 def family_of(config: Config, source: str) -> Family:
-    """The family of a config.json.
+    """The family of a config.json; `source` names the file in errors.
 
     Raises:
-        InputError: None of ours.
+        InputError: The family is not supported.
     """
     name = config.get("model_type")
     for family in FAMILIES:
@@ -189,8 +207,8 @@ def family_of(config: Config, source: str) -> Family:
 
 
 def to_config(spec: ArchSpec) -> dict[str, Any]:
-    """The config.json of `spec`, in the first family that can say it."""
-    family = next(family for family in FAMILIES if family.says(spec))
+    """The config.json of `spec`, in the first family that can express it."""
+    family = next(family for family in FAMILIES if family.can_express(spec))
     kinds = set(spec.layer_types)
     config = {
         "architectures": [family.architecture],
@@ -222,6 +240,7 @@ def to_config(spec: ArchSpec) -> dict[str, Any]:
 
 
 def _rope_config(scaling: RopeScaling) -> dict[str, Any]:
+    """Inverse of `_rope_scaling`."""
     values: dict[str, Any] = {"rope_type": scaling.kind.value, "factor": scaling.factor}
     if scaling.kind is RopeKind.llama3:
         values |= {
@@ -233,7 +252,7 @@ def _rope_config(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _rope_scaling(config: Config, source: str) -> RopeScaling | None:
-    """The change of rotary frequencies; transformers 5 writes it into `rope_parameters`."""
+    """The change of rotary frequencies, or None; transformers 5 calls its key `rope_parameters`."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -241,26 +260,30 @@ def _rope_scaling(config: Config, source: str) -> RopeScaling | None:
     if kind not in RopeKind.__members__:
         known = ", ".join(["default", *RopeKind.__members__])
         raise InputError(f"{source}: rope_type={kind}: expected one of {known}; not supported")
-    if kind == RopeKind.linear.value:
-        return RopeScaling(kind=RopeKind.linear, factor=float(rope["factor"]))
-    return RopeScaling(
-        kind=RopeKind.llama3,
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-    )
+    values: dict[str, Any] = {"kind": RopeKind(kind), "factor": float(rope["factor"])}
+    if kind == RopeKind.llama3.value:
+        values |= {
+            "low_freq_factor": float(rope["low_freq_factor"]),
+            "high_freq_factor": float(rope["high_freq_factor"]),
+            "original_context": int(rope["original_max_position_embeddings"]),
+        }
+    with under(f"{source}: rope_scaling"):
+        return RopeScaling(**values)
 
 
 def from_config(config: Config, source: str = "config.json") -> ArchSpec:
     """The architecture that a config.json describes.
 
+    Args:
+        config: Content of the file.
+        source: Name of the file, for errors.
+
     Raises:
-        InputError: The family is not supported, a key is missing, or it asks for something that
-            the decoder cannot express.
+        InputError: The family is not supported, a key is missing, or a value is one that the
+            decoder does not support.
     """
     family = family_of(config, source)
-    for key, wanted in {"hidden_act": "silu", **family.wanted}.items():
+    for key, wanted in {"hidden_act": "silu", **family.required}.items():
         if config.get(key, wanted) != wanted:
             raise InputError(f"{source}: {key}={config[key]}: expected {wanted}; not supported")
     rope = config.get("rope_parameters") or {}
@@ -268,7 +291,7 @@ def from_config(config: Config, source: str = "config.json") -> ArchSpec:
     if partial != 1.0:
         raise InputError(f"{source}: partial_rotary_factor={partial}: expected 1.0; not supported")
     try:
-        family.refuse(config, source)
+        family.check(config, source)
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
         values = {
@@ -285,7 +308,7 @@ def from_config(config: Config, source: str = "config.json") -> ArchSpec:
             "rope_scaling": _rope_scaling(config, source),
             "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
             "max_context": int(config.get("max_position_embeddings", 8192)),
-            **family.values(config),
+            **family.spec_values(config),
         }
     except KeyError as error:
         raise InputError(f"{source}: {error.args[0]}: missing; not a complete config") from error
@@ -294,4 +317,5 @@ def from_config(config: Config, source: str = "config.json") -> ArchSpec:
             f"{source}: layer_types has {len(values['layer_types'])} entries: "
             f"expected num_hidden_layers={layers}"
         )
-    return ArchSpec(**values)
+    with under(source, ": "):
+        return ArchSpec(**values)

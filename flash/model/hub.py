@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub by name: from its cache on this machine, else downloaded."""
+"""Checkpoints of the Hugging Face hub by name, from the local cache or downloaded."""
 
 import re
 from pathlib import Path
@@ -15,33 +15,35 @@ from huggingface_hub.errors import (
 
 from flash.errors import InputError
 
-SMALL = ["*.json", "chat_template.jinja"]
-"""Config, index and tokenizer: enough to check everything before the weights are fetched."""
-WEIGHTS = ["*.safetensors"]
+SMALL_FILES = ["*.json", "chat_template.jinja"]
+"""Patterns of config, index and tokenizer, which suffice to check all else before a download."""
+WEIGHT_FILES = ["*.safetensors"]
+"""Patterns of the weights."""
 
 
 def is_name(weights: str) -> bool:
-    """Whether this can be a name on the hub: `owner/model` or `owner/model@revision`."""
+    """True for `owner/model` and `owner/model@revision`, the forms of a name on the hub."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", weights) is not None
 
 
 def fetch(weights: str, patterns: list[str], key: str) -> Path:
-    """The folder in the hub's cache that holds the files, those that were missing downloaded.
+    """The folder of a model in the hub's cache, after a download of the files that it lacks.
 
     Args:
-        weights: Name, with a revision (branch, tag or commit) after `@` if not the newest.
-        patterns: Which files.
-        key: Setting that named it, for errors.
+        weights: Name of the model; a revision (branch, tag or commit) can follow after `@`.
+        patterns: Patterns of the files to fetch.
+        key: Key of the setting that holds the name, for errors.
 
     Raises:
-        InputError: No such model, no permission, or no network and not in the cache.
+        InputError: The model does not exist, is not open to this user, or is neither in the cache
+            nor within reach.
     """
     name, _, revision = weights.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError as error:
         raise InputError(
-            f"{key}={weights}: expected access to a gated model; accept its licence on the hub and "
+            f"{key}={weights}: expected access to a gated model; accept its license on the hub and "
             "run `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

@@ -1,8 +1,8 @@
-"""Losses over next-token logits, of which only a part exists at a time.
+"""Losses over next-token logits that are computed one chunk at a time.
 
-With a vocabulary of 202,048 the logits of 4,096 positions take 3 GiB and outweigh the model. So
-they are computed chunk by chunk, and each chunk's gradients at once, while its logits are there:
-the three matrix products of the usual way, no more, and neither logits nor their gradients kept.
+With a vocabulary of 202,048, the logits of 4,096 positions take 3 GiB, more than the model. Here
+the gradients of each chunk are computed together with its loss, so that neither logits nor their
+gradients are kept. This takes the same three matrix products as an ordinary loss.
 """
 
 from typing import Any, NamedTuple
@@ -13,22 +13,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**26
-"""Logits of a chunk: 256 MiB in float32, of which a distillation holds three."""
+"""Logits per chunk: 256 MiB in float32. Distillation holds three tensors of this size."""
 
 
 class Operands(NamedTuple):
-    """The two factors of logits."""
+    """The two factors of the logits `hidden @ weight.T`."""
 
     hidden: Float[Tensor, "n c"]
     weight: Float[Tensor, "vocab c"]
 
 
 class TopLogProbs(NamedTuple):
-    """What is kept of a teacher: its likeliest tokens at each position, softened already.
+    """The likeliest tokens of a teacher at each position, after softening by the temperature.
 
     Attributes:
-        ids: Tokens.
-        log_probs: Theirs, and last that of all other tokens together [nats].
+        ids: Token ids.
+        log_probs: Log-probability of each token, and last that of all other tokens together [nats].
     """
 
     ids: Int[Tensor, "n k"]
@@ -36,12 +36,12 @@ class TopLogProbs(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums over positions [nats].
+    """Sums of losses over positions [nats].
 
     Attributes:
-        total: `(1 - kd_weight) * ce + kd_weight * kd`, and what gradients are of.
-        ce: Negative log-likelihood.
-        kd: Distillation; 0 without a teacher.
+        total: `(1 - kd_weight) * ce + kd_weight * kd`, the only sum with a gradient.
+        ce: Negative log-likelihood of the targets.
+        kd: Distillation loss; 0 without a teacher.
     """
 
     total: Float[Tensor, ""]
@@ -57,24 +57,28 @@ def linear_losses(
     kd_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> LossSums:
-    """Cross-entropy and distillation of the logits `hidden @ weight.T`, never there as a whole.
+    """Cross-entropy and distillation loss of the logits `hidden @ weight.T`, chunk by chunk.
 
-    Distillation is forward KL(teacher || student), times temperature squared. The paper distils
-    from the unpruned backbone without stating the loss; its predecessor MobileLLM-Pro used this.
-    With the teacher's likeliest tokens it is the KL of distributions over these and "any other
-    token": at most the whole KL, equal to it with all tokens but one, and without pull on how the
-    student shares out the rest. (Scaled up to 1 instead, what is kept would teach the student to be
-    surer than its teacher.)
+    The distillation loss is the forward KL(teacher || student) times the temperature squared. The
+    paper distills from the unpruned backbone but does not state the loss; this is the loss of its
+    predecessor MobileLLM-Pro.
 
-    Products are in the dtype of autocast where that is on, else of `hidden`; everything after them,
-    and the sum of the weight's gradient over chunks, in float32.
+    With `TopLogProbs` it is the KL between distributions over the teacher's likeliest tokens and
+    one more outcome, "any other token". This is at most the whole KL, and equal to it if the
+    teacher keeps all tokens but one. It leaves the student free to divide the rest among the other
+    tokens. If the kept probabilities were scaled to a sum of 1 instead, the student would learn to
+    be more certain than its teacher.
+
+    Matrix products are in the dtype of autocast if it is on, else in that of `hidden`. All else,
+    including the sum of the weight's gradient over chunks, is in float32.
 
     Args:
-        student: Gradients flow to both factors.
+        student: Factors of the student's logits; gradients flow to both.
         targets: Token that follows each position.
-        teacher: Of the same vocabulary, any width; no gradients. Or what `top_log_probs` keeps.
-        kd_weight: Share of distillation in the total.
-        temperature: Softens both in distillation.
+        teacher: Factors of the teacher's logits, of any width but over the same vocabulary, or its
+            stored `top_log_probs`; gets no gradients. None for cross-entropy alone.
+        kd_weight: Share of the distillation loss in the total, from 0 to 1.
+        temperature: Divisor of both models' logits in the distillation loss.
     """
     hidden, weight = student
     grad = torch.is_grad_enabled()
@@ -86,12 +90,12 @@ def linear_losses(
 
 @torch.no_grad()
 def top_log_probs(teacher: Operands, k: int, temperature: float = 1.0) -> TopLogProbs:
-    """The `k` likeliest tokens of each position; logits are there a part at a time.
+    """The `k` likeliest tokens at each position and their log-probabilities, chunk by chunk.
 
     Args:
-        teacher: Its logits are `hidden @ weight.T`.
-        k: From 1 to one less than the vocabulary.
-        temperature: That of the distillation to come.
+        teacher: Factors of the teacher's logits.
+        k: Number of tokens, from 1 to one less than the vocabulary.
+        temperature: Divisor of the logits, the same as in the distillation loss later.
     """
     hidden, weight = _as_product(*teacher)
     rows = max(1, CHUNK_LOGITS // len(weight))
@@ -142,7 +146,12 @@ class _LinearLosses(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 logits = (hidden[chunk] @ weight.T).float()
                 parts, gradient = _chunk(
-                    logits, targets[chunk], _of(teacher, chunk), kd_weight, temperature, grad
+                    logits,
+                    targets[chunk],
+                    _teacher_chunk(teacher, chunk),
+                    kd_weight,
+                    temperature,
+                    grad,
                 )
                 sums += parts
                 if gradient is not None:
@@ -158,8 +167,8 @@ class _LinearLosses(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, total: Tensor, *_: Tensor
     ) -> tuple[Any, ...]:
-        # Kept on the side and used up: scaled in place, as the weight's gradient is the largest
-        # tensor there is.
+        # Scaled in place, as the gradient of the weight is the largest tensor of all. The gradients
+        # are not saved tensors of autograd, so the backward pass can run only once.
         of_hidden, of_weight = ctx.grads
         del ctx.grads
         of_hidden = of_hidden.mul_(total).to(ctx.dtypes[0])
@@ -173,10 +182,10 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
         to += a @ b
 
 
-def _of(
+def _teacher_chunk(
     teacher: Operands | TopLogProbs | None, chunk: slice
 ) -> Float[Tensor, "n vocab"] | TopLogProbs | None:
-    """The teacher's logits of a chunk, or what was kept of them."""
+    """The teacher's logits of a chunk, or its stored likeliest tokens there."""
     match teacher:
         case Operands():
             return (teacher.hidden[chunk] @ teacher.weight.T).float()
@@ -193,7 +202,7 @@ def _chunk(
     temperature: float,
     grad: bool,
 ) -> tuple[Float[Tensor, " 2"], Float[Tensor, "n vocab"] | None]:
-    """Both sums of a chunk, and the gradient of their total by its logits."""
+    """Sums `(ce, kd)` of a chunk, and the gradient of their total by the student's logits."""
     log_p = torch.log_softmax(logits, dim=-1)
     ce = -log_p.gather(1, targets[:, None]).sum()
     kd = torch.zeros_like(ce)
@@ -223,13 +232,14 @@ def _chunk(
 def _top_divergence(
     teacher: TopLogProbs, log_p: Float[Tensor, "n vocab"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n vocab"]]:
-    """KL(teacher || student) over the kept tokens and all others as one; and a `q` for gradients.
+    """KL(teacher || student) over the kept tokens and all others as one, and `q` for its gradient.
 
-    By the student's logits the gradient is `p - q`, as that of the whole KL, if `q` shares out the
-    teacher's rest as the student does.
+    The gradient by the student's logits is `p - q`, as for the whole KL, where `q` has the
+    teacher's probabilities for the kept tokens and divides the rest among the others as the student
+    does.
     """
     ids = teacher.ids.long()
-    # They were rounded to be kept: sums to 1 again.
+    # Stored log-probabilities are rounded; this makes them sum to 1 again.
     log_q = torch.log_softmax(teacher.log_probs.float(), dim=-1)
     top_q, rest_q = log_q[:, :-1].exp(), log_q[:, -1:].exp()
     rest = log_p.exp().scatter_(1, ids, 0.0)
@@ -240,5 +250,5 @@ def _top_divergence(
 
 
 def _dot(a: Float[Tensor, "n vocab"], b: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
-    """Sum of the products, without a tensor for them."""
+    """Sum of the elementwise products, without a tensor that holds them."""
     return torch.bmm(a[:, None], b[:, :, None]).sum()

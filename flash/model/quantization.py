@@ -1,7 +1,8 @@
-"""The quantisation recipe (Sec. 4.1): one definition for lowering and for training aware of it.
+"""The quantization of Sec. 4.1, in one definition for lowering and quantization-aware training.
 
-Every linear, the head included, gets 4-bit weights in groups (of 32 in the paper) and dynamic 8-bit
-activations a token; the embedding gets 4-bit rows in the same groups.
+All linears, the head included, get 4-bit weights in groups (of 32 in the paper) and 8-bit
+activations that are quantized dynamically per token. The embedding gets 4-bit weights in the same
+groups.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from flash.model.decoder import Decoder
 
 
 def linear_recipe(group_size: int = GROUP) -> Any:
-    """Torchao's config of a linear."""
+    """Configuration of torchao for linears; `group_size` weights share a scale."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
 
@@ -27,7 +28,14 @@ def linear_recipe(group_size: int = GROUP) -> Any:
 
 
 def embedding_recipe(group_size: int = GROUP, bits: int = 4) -> Any:
-    """Torchao's config of an embedding; 8 bits share a scale a row, as in ExecuTorch's exporter."""
+    """Configuration of torchao for embeddings.
+
+    With 8 bits each row has one scale, as in ExecuTorch's exporter.
+
+    Args:
+        group_size: Weights that share a scale with 4 bits.
+        bits: Bits per weight, 4 or 8.
+    """
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerAxis, PerGroup
 
@@ -39,15 +47,15 @@ def embedding_recipe(group_size: int = GROUP, bits: int = 4) -> Any:
 
 
 def fake_quantize(model: Decoder, group_size: int = GROUP, embedding_bits: int = 4) -> None:
-    """Have `model` compute, in float, what it will compute once it is quantised.
+    """Make `model` compute in floating point what it will compute after quantization.
 
-    Weights and activations are rounded in the forward pass and gradients pass as if they were not.
-    Names of parameters stay, and tied ones stay one.
+    Weights and activations are rounded in the forward pass; gradients pass the rounding unchanged.
+    Names of parameters stay, and tied parameters stay tied.
 
     Args:
-        model: Changed in place.
-        group_size: As `LoweringSettings.group_size`.
-        embedding_bits: As `LoweringSettings.embedding_bits`.
+        model: The decoder, changed in place.
+        group_size: Weights that share a scale, as `LoweringSettings.group_size`.
+        embedding_bits: Bits per weight of the embedding, as `LoweringSettings.embedding_bits`.
     """
     with quiet():
         from torchao.quantization import quantize_
@@ -57,16 +65,16 @@ def fake_quantize(model: Decoder, group_size: int = GROUP, embedding_bits: int =
             (nn.Linear, linear_recipe(group_size)),
             (nn.Embedding, embedding_recipe(group_size, embedding_bits)),
         )
-        for kind, recipe in kinds:
-            # Not their subclasses: those are fake-quantised already.
+        for kind, config in kinds:
+            # Exact types only, as their fake-quantized subclasses are done already.
             chosen = lambda module, name, kind=kind: type(module) is kind  # noqa: E731
-            quantize_(model, QATConfig(recipe, step=QATStep.PREPARE), filter_fn=chosen)
+            quantize_(model, QATConfig(config, step=QATStep.PREPARE), filter_fn=chosen)
 
 
 def head_operands(
     model: Decoder, hidden: Float[Tensor, "n c"]
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "vocab c"]]:
-    """The two factors of the logits: rounded where `model` is fake-quantised, else as they are."""
+    """The two factors of the logits, rounded if `model` is fake-quantized."""
     head: Any = model.lm_head
     if not hasattr(head, "weight_fake_quantizer"):
         return hidden, head.weight

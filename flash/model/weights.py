@@ -1,4 +1,4 @@
-"""The safetensors of a Hugging Face folder: one file or shards, mapped, read a slice at a time."""
+"""Reading of safetensors from a Hugging Face folder, one slice at a time."""
 
 import json
 from collections.abc import Iterator
@@ -14,15 +14,16 @@ from flash.errors import InputError
 from flash.model.families import family_of, from_config
 
 CHUNK_BYTES = 32 * 2**20
-"""Most of a tensor that is mapped at a time."""
+"""Most bytes of a tensor that are mapped into memory at a time."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Name of a single file of weights, and of the index of several."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """Content of the folder's config.json.
 
     Raises:
-        InputError: There is none, or it is damaged.
+        InputError: The file is missing or damaged.
     """
     return _read_json(folder / "config.json")
 
@@ -40,16 +41,16 @@ def read_spec(folder: Path) -> ArchSpec:
     """The architecture of a checkpoint folder.
 
     Raises:
-        InputError: No readable config.json, or one that cannot be expressed.
+        InputError: config.json is missing or damaged, or asks for what the decoder lacks.
     """
     return from_config(read_config(folder), str(folder / "config.json"))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: model.safetensors, or the shards that its index lists.
+    """Paths of the folder's safetensors files: model.safetensors, or the shards of its index.
 
     Raises:
-        InputError: There are none, or a shard is missing.
+        InputError: A file is missing, or the index is damaged.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() or not index.is_file():
@@ -67,16 +68,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Weights:
-    """The tensors of a checkpoint folder under our names, whatever family wrote it.
+    """The tensors of a checkpoint folder of any family, under our names.
 
-    Opening reads headers only. `read` copies what it is asked for and no more.
+    Opening a folder reads file headers only. `read` copies no more than it returns.
 
     Attributes:
         folder: The folder.
         spec: Architecture that its config.json describes.
 
     Raises:
-        InputError: A file is missing or damaged, or the config cannot be expressed.
+        InputError: A file is missing or damaged, or the architecture is not supported.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +97,10 @@ class Weights:
                 raise InputError(f"{path}: damaged ({error}); copy the file again") from error
 
     def check(self, shapes: dict[str, torch.Size]) -> None:
-        """See that the folder has our tensors `shapes`, and nothing else.
+        """Check that the folder has exactly the tensors `shapes`.
+
+        Args:
+            shapes: Shape of each tensor, by our name.
 
         Raises:
             InputError: A tensor is missing, left over, or of another shape.
@@ -116,7 +120,7 @@ class Weights:
                     f"{self.folder}: tensor {source} has shape {self._shapes[source]}: expected "
                     f"{tuple(shape)} for arch {self.spec}"
                 )
-        # Some files hold a tied head a second time, older ones a table of rotary frequencies.
+        # Some files store a tied head a second time, and older ones a table of rotary frequencies.
         known = sources | {"lm_head.weight"}
         left_over = [n for n in self._files if n not in known and not n.endswith("inv_freq")]
         if left_over:
@@ -132,13 +136,13 @@ class Weights:
         columns: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Our tensor `name`, or the chosen rows and columns of it, copied chunk by chunk.
+        """A copy of our tensor `name`, or of the chosen rows and columns of it.
 
         Args:
-            name: Our name.
+            name: Our name of the tensor.
             rows: Ascending indices of rows to keep; None keeps all.
             columns: Indices of columns to keep; None keeps all.
-            dtype: To convert to; None leaves the stored one.
+            dtype: Dtype of the copy; None takes the stored one.
 
         Raises:
             InputError: The tensor cannot be read.
@@ -154,7 +158,7 @@ class Weights:
         order = self._family.row_order(name, self.spec)
         if order is None:
             return out
-        assert rows is None  # heads are kept whole
+        assert rows is None  # pruning keeps heads whole
         return out[order]
 
     def _stored_dtype(self) -> torch.dtype:
@@ -186,10 +190,10 @@ class Weights:
         return out
 
     def _chunks(self, source: str) -> Iterator[tuple[int, Tensor]]:
-        """Row ranges of a tensor, each mapped alone: pages of one are released before the next.
+        """First row and values of successive row ranges of a tensor, each mapped by itself.
 
-        A mapped page counts as resident memory for as long as its mapping lives, so one mapping for
-        a whole file would make the peak the size of the backbone.
+        A mapped page counts as resident memory until its mapping ends. One mapping of a whole file
+        would raise the peak to the size of the backbone.
         """
         rows, *rest = self._shapes[source]
         row_bytes = 4 * (rest[0] if rest else 1)

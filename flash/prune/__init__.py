@@ -1,1 +1,1 @@
-"""Importance scores from a calibration pass, and the prune operator that cuts by them."""
+"""Importance scores from a calibration pass, and the prune operator that uses them."""

@@ -23,16 +23,16 @@ from flash.progress import progress
 
 @dataclass(frozen=True)
 class Importance:
-    """The paper's three metrics, each a mean over all calibration positions (Sec. 3.3).
+    """The paper's three importance metrics, as means over all calibration positions (Sec. 3.3).
 
     Attributes:
         ffn: Mean magnitude of each hidden MLP activation, `(layers, ffn_dim)`.
-        model: Mean magnitude of each norm-output channel, over all norms, `(model_dim,)`. The paper
-            writes one norm per position; a score per position could not rank channels, so it is
-            read per channel.
+        model: Mean magnitude of each channel of the norms' outputs, over all norms,
+            `(model_dim,)`. The paper's formula has one value per position, which could not rank
+            channels; it is taken per channel here.
         layers: 1 - mean cosine similarity of a layer's input and output, `(layers,)`.
-        tokens: Positions that were averaged.
-        backbone: `fingerprint` of the weights that were scored.
+        tokens: Number of calibration positions.
+        backbone: `fingerprint` of the scored weights.
     """
 
     ffn: Float[Tensor, "layers ffn_dim"]
@@ -43,14 +43,14 @@ class Importance:
 
     @property
     def digest(self) -> str:
-        """Hash of the scores, to be recorded with whatever was cut by them."""
+        """Hash of the scores, to record with the models that were pruned by them."""
         hasher = hashlib.sha256()
         for scores in (self.ffn, self.model, self.layers):
             hasher.update(scores.contiguous().numpy().tobytes())
         return hasher.hexdigest()[:16]
 
     def write(self, path: Path) -> None:
-        """Store as safetensors, atomically."""
+        """Write the scores to a safetensors file, atomically."""
         tensors = {"ffn": self.ffn, "model": self.model, "layers": self.layers}
         about = json.dumps({"tokens": self.tokens, "backbone": self.backbone})
         with atomic_write(path) as file:
@@ -61,7 +61,7 @@ class Importance:
         """Inverse of `write`.
 
         Raises:
-            InputError: The file is damaged or holds something else.
+            InputError: The file is damaged or holds no importance scores.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -82,14 +82,14 @@ def fingerprint(folder: Path) -> str:
 
 
 class _Sums:
-    """Running sums by name. Each batch is summed in float32, batches are added in float64."""
+    """Running sums by name; each batch is summed in float32, and batches are added in float64."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Add `values` of shape `(positions, n)`."""
+        """Add `values` of shape `(positions, n)` to the sums of `name`."""
         total = values.float().sum(dim=0).double().cpu()
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + values.shape[0]
@@ -99,7 +99,7 @@ class _Sums:
 
 
 def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
-    """Hooks that see each activation once, as it flows by, and keep nothing but sums."""
+    """Handles of hooks that add each activation to `sums` and keep nothing else."""
 
     def ffn_hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -131,9 +131,14 @@ def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
 
 @torch.no_grad()
 def score(model: Decoder, batches: Iterable[Tensor], backbone: str) -> Importance:
-    """Importance scores of `model` in one pass over `batches` of token ids `(b, s)`.
+    """Importance scores of `model` from one pass over calibration text.
 
-    Any number of tokens: memory does not grow with it.
+    Memory does not grow with the number of tokens.
+
+    Args:
+        model: The backbone.
+        batches: Token ids, `(b, s)` each.
+        backbone: `fingerprint` of the backbone.
 
     Raises:
         InputError: There is no batch.
@@ -164,14 +169,17 @@ def score(model: Decoder, batches: Iterable[Tensor], backbone: str) -> Importanc
 def cached_scores(
     path: Path, folder: Path, load: Callable[[], Decoder], batches: Iterable[Tensor], count: int
 ) -> Importance:
-    """Scores from `path` if they are of this backbone, else computed and stored there.
+    """Scores from the file `path` if they belong to this backbone; else computed and stored there.
 
     Args:
-        path: Where the scores are kept.
+        path: File of the scores.
         folder: Checkpoint folder of the backbone.
-        load: Gives the backbone when it has to be run.
-        batches: Calibration text.
-        count: How many batches there are, for the time left.
+        load: Function that loads the backbone; called only if the scores must be computed.
+        batches: Calibration batches of token ids, `(b, s)` each.
+        count: Number of batches, for the progress bar.
+
+    Raises:
+        InputError: The file is damaged, or there is no batch.
     """
     backbone = fingerprint(folder)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The prune operator: backbone file + importance + architecture -> dense weights (Sec. 3.3)."""
+"""The prune operator, which cuts dense weights of a candidate out of a backbone (Sec. 3.3)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from flash.prune.importance import Importance
 
 @dataclass(frozen=True)
 class Selection:
-    """What of the backbone a candidate keeps, all indices ascending.
+    """Indices of the parts of the backbone that a candidate keeps, all ascending.
 
     Attributes:
         layers: Kept layers, `(num_layers,)`.
@@ -35,10 +35,10 @@ def _top(scores: Tensor, count: int) -> Tensor:
 
 
 def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
-    """Check that `spec` can be cut out of `backbone`.
+    """Check that `spec` can be cut out of `backbone`; errors name keys of `arch`.
 
     Raises:
-        InputError: It is larger somewhere, or differs in what pruning cannot change.
+        InputError: A size of `spec` is larger, or it differs in a value that pruning cannot change.
     """
     for key in ("num_layers", "model_dim", "ffn_dim"):
         wanted, limit = getattr(spec, key), getattr(backbone, key)
@@ -70,8 +70,8 @@ def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
 def select(importance: Importance, spec: ArchSpec) -> Selection:
     """The highest-scoring layers, residual channels and FFN channels for `spec`.
 
-    Channels are chosen one by one; that their number is a multiple of the quantisation group
-    (`ArchSpec` checks it) is what group-wise quantisation needs, since the kept ones are packed.
+    Channels are chosen one by one, and the kept ones are packed. Group-wise quantization only needs
+    their number to be a multiple of the group size, which `ArchSpec` checks.
     """
     layers = _top(importance.layers, spec.num_layers)
     return Selection(
@@ -84,7 +84,10 @@ def select(importance: Importance, spec: ArchSpec) -> Selection:
 def _rows_and_columns(
     name: str, selection: Selection, kinds: tuple[Attention, ...]
 ) -> tuple[str, Tensor | None, Tensor | None]:
-    """Source tensor of the candidate's tensor `name`, and the rows and columns to keep of it."""
+    """The backbone's tensor for the candidate's tensor `name`, and its rows and columns to keep.
+
+    None for rows or columns keeps all of them.
+    """
     if not name.startswith("model.layers."):
         if name == "model.norm.weight":
             return name, selection.model, None
@@ -108,16 +111,21 @@ def _rows_and_columns(
 
 
 def prune(folder: Path, importance: Importance, spec: ArchSpec) -> dict[str, Tensor]:
-    """Weights of `spec`, cut out of the backbone in `folder`, in the dtype they are stored in.
+    """Weights of `spec`, cut out of the backbone in `folder`, in the dtype of its files.
 
-    Reads only one part of one tensor at a time, so peak memory is about the candidate's size. A
-    tied candidate of an untied backbone inherits the input embedding: the layers were trained on
-    it, and a head is relearnt sooner than every layer behind a foreign embedding.
+    Only a part of one tensor is read at a time, so that peak memory is about the candidate's size.
+    A candidate with tied embeddings inherits the input embedding of an untied backbone, because the
+    layers were trained on it, and a head is learned again faster than all layers.
+
+    Args:
+        folder: Checkpoint folder of the backbone.
+        importance: Importance scores of the backbone.
+        spec: Architecture of the candidate.
 
     Raises:
-        InputError: `spec` does not fit the backbone, or the file is missing or damaged.
+        InputError: `spec` or the scores do not fit the backbone, or a file is missing or damaged.
     """
-    stored = Weights(folder)  # a damaged file is named here, before any work
+    stored = Weights(folder)  # raises before any work if a file is damaged
     check_fits(spec, stored.spec)
     wanted = (stored.spec.num_layers, stored.spec.ffn_dim)
     if tuple(importance.ffn.shape) != wanted:

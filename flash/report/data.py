@@ -7,7 +7,7 @@ from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
 from flash.device.workload import Point
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
 from flash.paths import Runs
@@ -152,11 +152,12 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
     search = json.loads(path.read_text("utf-8"))
     names = {int(number): name for number, name in search["names"].items()}
     winners = set(search["winners"])
-    known = [
-        _trial(trial, names.get(trial["number"]), trial["number"] in winners)
-        for trial in search["trials"]
-        if trial["state"] in {"complete", "pruned"}
-    ]
+    with under(str(path), ": "):
+        known = [
+            _trial(trial, names.get(trial["number"]), trial["number"] in winners)
+            for trial in search["trials"]
+            if trial["state"] in {"complete", "pruned"}
+        ]
     trials = [trial for trial in known if trial.reason is None]
     models = _models(runs, search, trials)
     return ReportData(
@@ -183,10 +184,12 @@ def _evaluations(runs: Runs, models: list[Model]) -> list[SuiteResult]:
 
 def _trial(trial: dict[str, Any], name: str | None, winner: bool) -> TrialPoint:
     extra, stopped = trial["extra"], trial["state"] == "pruned"
+    with under(f"trial {trial['number']}: spec"):
+        spec = ArchSpec.from_dict(trial["spec"])
     return TrialPoint(
         number=trial["number"],
         name=name,
-        spec=ArchSpec.from_dict(trial["spec"]),
+        spec=spec,
         loss=extra["estimate"] if stopped else trial["loss"],
         costs=trial["costs"],
         latency_ms=trial["latency_ms"],
@@ -230,9 +233,11 @@ def _aware(runs: Runs, spec: ArchSpec) -> ExportResult | None:
 
 def _models(runs: Runs, search: dict[str, Any], trials: list[TrialPoint]) -> list[Model]:
     about = search["backbone"]
+    with under(f"study {search['study']}: backbone.spec"):
+        spec = ArchSpec.from_dict(about["spec"])
     backbone = Model(
         name=about["name"],
-        spec=ArchSpec.from_dict(about["spec"]),
+        spec=spec,
         predicted=about["predicted"],
         trained=None,
         exported=ExportResult.read(runs.export(about["name"])),

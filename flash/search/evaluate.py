@@ -18,7 +18,7 @@ from flash.prune.pruning import prune
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
 from flash.training.fit import LAST, STABLE, FitResult, fit, validate
-from flash.training.loss_curve import MOST_PARTS, Curve, Watch
+from flash.training.loss_curve import MAX_PARTS, Curve, Watch
 from flash.training.run import Inputs, plain
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
@@ -150,7 +150,7 @@ class ShortTraining:
         seq_len = self.inputs.data.settings.seq_len
         steps = self.recipe.steps(seq_len)
         tokens = steps * self.recipe.batch_size * seq_len
-        return Curve(tuple(losses), min(steps, MOST_PARTS)).points(tokens)
+        return Curve(tuple(losses), min(steps, MAX_PARTS)).points(tokens)
 
 
 def _remove(folder: Path | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from flash.arch import ArchSpec, SearchSpace, kv_cache_bytes
 from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.latency.fit import LatencyModel, collect
 from flash.latency.store import MeasurementStore
 from flash.model.backbone import Backbone
@@ -95,21 +95,19 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     """What the reference point is derived from.
 
     Raises:
-        InputError: An architecture outside the space.
+        InputError: An illegal architecture, or one outside the space.
     """
     if not changes:
         return backbone
-    try:
+    with under("search.baseline"):
         spec = ArchSpec.from_dict({**space.base.to_dict(), **changes})
-        reason = space.why_not(spec)
-        if reason is None:
-            return spec
-    except InputError as error:  # an illegal architecture
-        reason = str(error)
-    raise InputError(
-        f"search.baseline={dict(changes)}: expected a member of space {space.settings.name}: "
-        f"{reason}"
-    )
+    reason = space.violated_rule(spec)
+    if reason is not None:
+        raise InputError(
+            f"search.baseline={dict(changes)}: expected a member of space {space.settings.name}: "
+            f"{reason}"
+        )
+    return spec
 
 
 def latency_of(settings: SearchJobSettings, space: SearchSpace, backbone: Backbone) -> LatencyModel:

@@ -113,11 +113,11 @@ def _pool(request: Request, rng: np.random.Generator) -> list[ArchSpec]:
     space, problem, size = request.space, request.problem, request.settings.pool_size
     points = np.column_stack([request.losses, problem.known(request.specs)])
     parents = [s for s, keep in zip(request.specs, non_dominated(points), strict=True) if keep]
-    near = _unique(spec for parent in parents for spec in space.neighbours(parent))
+    near = _unique(spec for parent in parents for spec in space.neighbors(parent))
     near = _draw(rng, _legal(problem, [s for s in near if s not in request.known]), size // 2)
     # Expanding every neighbour would cost seconds; a few show the same directions.
     far = _unique(
-        spec for parent in _draw(rng, near, 2 * len(parents)) for spec in space.neighbours(parent)
+        spec for parent in _draw(rng, near, 2 * len(parents)) for spec in space.neighbors(parent)
     )
     taken = request.known | set(near)
     far = _draw(rng, _legal(problem, [s for s in far if s not in taken]), size // 4)
@@ -160,7 +160,7 @@ def _walk(
     for _ in range(_STEPS):
         if excess <= 0:
             return spec
-        steps = _draw(rng, list(space.neighbours(spec)), 32)
+        steps = _draw(rng, list(space.neighbors(spec)), 32)
         over = problem.excess(steps)
         # The best of a few, not of all, so that walks end in different places.
         if not steps or over.min() >= excess:

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from flash.arch import ArchSpec, Choices, SearchSpace
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.search.fingerprint import check_fingerprint
 from flash.search.objectives import Objective
 from flash.search.storage import connect
@@ -164,7 +164,8 @@ class Study:
             return
         first, _ = planned["batch"]
         for row in planned["rows"][len(self.trials()) - first :]:
-            spec = ArchSpec.from_dict(row["spec"])
+            with under(f"study {self.name}: planned trial: spec"):
+                spec = ArchSpec.from_dict(row["spec"])
             distributions = _distributions(space, spec)
             self._study.add_trial(
                 optuna.create_trial(
@@ -386,9 +387,11 @@ def _typed(frozen: FrozenTrial) -> Trial:
     extra.update({key: attrs[key] for key in ("reason", "crashes") if key in attrs})
     if frozen.duration is not None:
         extra["seconds"] = frozen.duration.total_seconds()
+    with under(f"trial {frozen.number} of the study: spec"):
+        spec = ArchSpec.from_dict(attrs["spec"])
     return Trial(
         number=frozen.number,
-        spec=ArchSpec.from_dict(attrs["spec"]),
+        spec=spec,
         costs=attrs["costs"],
         state=frozen.state,
         loss=frozen.values[0] if frozen.state is TrialState.COMPLETE else None,

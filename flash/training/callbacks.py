@@ -1,4 +1,4 @@
-"""What a run shows while it goes."""
+"""Progress, throughput and expected cost of a training run."""
 
 import logging
 import time
@@ -9,21 +9,24 @@ import torch
 
 from flash.arch import ArchSpec, training_flops_per_token
 from flash.progress import progress_bar
-from flash.training.lightning_module import LanguageModelling
+from flash.training.lightning_module import LanguageModeling
 from flash.training.settings import Precision, TrainerSettings
 
 log = logging.getLogger(__name__)
 
 ASSUMED_MFU = 0.4
-"""Share of the matrix-product rate that training is taken to reach before it has been timed."""
+"""Share of the matrix-product rate (MFU) that is assumed before the first steps are timed."""
 _TIMED_STEPS = 20
-_WORTH_SAYING_H = 1 / 12
+"""Steps after which the estimate is made again from their times."""
+_MIN_ESTIMATE_H = 1 / 12
+"""Duration below which no estimate is logged [hours]."""
 
 
 def measure_peak_flops(device: torch.device, precision: Precision) -> float:
-    """FLOP/s of a large matrix product on `device`: the peak that MFU is a share of.
+    """Rate of a large matrix product on `device` [FLOP/s], the best of six tries.
 
-    Measured, since a CPU has no datasheet figure that says what its cores reach here and now.
+    MFU is the share of this rate that training reaches. It is measured because no data sheet gives
+    the rate that a CPU reaches under its present load and clock.
     """
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     size = 1024 if device.type == "cpu" else 8192
@@ -37,58 +40,62 @@ def measure_peak_flops(device: torch.device, precision: Precision) -> float:
 
 
 class Throughput(L.Callback):
-    """Progress with time left, tokens a second and MFU, in the bar and in the logger.
+    """Shows and logs progress, tokens per second and MFU (share of the peak FLOP/s).
 
-    Before the first step it says how long the run will take, and what it will cost: by counted work
-    at `ASSUMED_MFU` of the device's matrix-product rate; after some steps by their time.
+    Before the first step it logs how long the run will take and what it will cost, from the FLOPs
+    of the run and `ASSUMED_MFU`. After `_TIMED_STEPS` steps it logs both again, from their times.
 
     Args:
-        trainer: Devices, precision, price.
-        what: Label of the bar; None shows no bar and says nothing.
-        teacher: Architecture of the teacher, which is run as well.
+        trainer: Devices, precision and price.
+        label: Label of the progress bar; None shows no bar and logs no estimate.
+        teacher: Architecture of a teacher that runs along; None without one.
+
+    Attributes:
+        tokens_per_s: Rate of the last steps, by the median of their times.
+        mfu: Share of the measured matrix-product rate at that speed.
     """
 
     def __init__(
-        self, trainer: TrainerSettings, what: str | None, teacher: ArchSpec | None
+        self, trainer: TrainerSettings, label: str | None, teacher: ArchSpec | None
     ) -> None:
-        self.settings, self.what, self.teacher = trainer, what, teacher
+        self.trainer_settings, self.label, self.teacher = trainer, label, teacher
         self.tokens_per_s = 0.0
         self.mfu = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModelling)
-        self._peak = measure_peak_flops(pl_module.device, self.settings.precision)
+        assert isinstance(pl_module, LanguageModeling)
+        self._peak = measure_peak_flops(pl_module.device, self.trainer_settings.precision)
         self._peak *= trainer.world_size
         recipe, seq_len = pl_module.recipe, pl_module.seq_len
         self._step_tokens = recipe.batch_size * seq_len
         self._flops = training_flops_per_token(pl_module.model.spec, seq_len)
         if self.teacher is not None:
             self._flops += training_flops_per_token(self.teacher, seq_len) / 3  # forward only
-        shown = self.what is not None and trainer.is_global_zero
+        shown = self.label is not None and trainer.is_global_zero
         total = int(trainer.max_steps)
-        self._bar = progress_bar(self.what or "", total, unit="step", shown=shown)
+        self._bar = progress_bar(self.label or "", total, unit="step", shown=shown)
         self._bar.initial = self._bar.n = trainer.global_step
         self._times: list[float] = []
         self._start = time.perf_counter()
         self._first = trainer.global_step
         if shown:
-            self._say(
+            self._log_estimate(
                 trainer, self._flops * self._step_tokens / (ASSUMED_MFU * self._peak), "about"
             )
 
-    def _say(self, trainer: L.Trainer, step_s: float, how: str) -> None:
-        """The estimate, for runs of more than some minutes."""
+    def _log_estimate(self, trainer: L.Trainer, step_s: float, how: str) -> None:
+        """Log time and cost of the remaining steps, if they take more than some minutes."""
         steps = int(trainer.max_steps) - trainer.global_step
         hours = steps * step_s / 3600
-        if hours < _WORTH_SAYING_H:
+        if hours < _MIN_ESTIMATE_H:
             return
         cost = ""
-        if self.settings.usd_per_hour is not None:
-            cost = f", {hours * trainer.world_size * self.settings.usd_per_hour:,.0f} USD"
+        if self.trainer_settings.usd_per_hour is not None:
+            cost = f", {hours * trainer.world_size * self.trainer_settings.usd_per_hour:,.0f} USD"
         tokens = steps * self._step_tokens
         log.info(
             "%s: %s tokens in %s steps on %d device(s): %s %.3g hours%s",
-            self.what,
+            self.label,
             f"{tokens:,}",
             f"{steps:,}",
             trainer.world_size,
@@ -105,9 +112,9 @@ class Throughput(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, LanguageModelling)
+        assert isinstance(pl_module, LanguageModeling)
         if trainer.global_step == self._bar.n:
-            return  # a micro-batch of a step that is not over
+            return  # more micro-batches of this step follow
         now = time.perf_counter()
         self._times = [*self._times[-19:], now - self._start]
         self._start = now
@@ -119,13 +126,13 @@ class Throughput(L.Callback):
             f"loss {pl_module.step_loss:.3f}, {self.tokens_per_s:,.0f} tok/s, {self.mfu:.0%} MFU",
             refresh=False,
         )
-        if self.what is not None and trainer.global_step == self._first + _TIMED_STEPS:
-            self._say(trainer, step_s, "by the first steps")
+        if self.label is not None and trainer.global_step == self._first + _TIMED_STEPS:
+            self._log_estimate(trainer, step_s, "by the first steps")
         pl_module.log("speed/tokens_per_s", self.tokens_per_s)
         pl_module.log("speed/mfu", self.mfu)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = time.perf_counter()  # not part of the next step
+        self._start = time.perf_counter()  # validation is not part of the next step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bar.close()

@@ -1,4 +1,4 @@
-"""Several devices: Lightning's strategies, and how a decoder is shared out among them."""
+"""Training on several devices: Lightning's strategies, and the sharding of a decoder."""
 
 import os
 import signal
@@ -31,14 +31,14 @@ from torch.optim import Optimizer
 from flash.errors import InputError
 from flash.model.decoder import Decoder, Layer
 from flash.training.settings import Precision, TrainerSettings
-from flash.training.settings import Strategy as Kind
+from flash.training.settings import Strategy as StrategyKind
 
 
 def check_devices(trainer: TrainerSettings) -> None:
-    """See that this machine has the devices that it is to train on.
+    """Check that this machine has the devices that `trainer` asks for.
 
     Raises:
-        InputError: It has not.
+        InputError: It has fewer.
     """
     if trainer.accelerator not in {"gpu", "cuda"}:
         return
@@ -52,56 +52,57 @@ def check_devices(trainer: TrainerSettings) -> None:
 
 
 def main_device(trainer: TrainerSettings) -> torch.device:
-    """Where the main process evaluates a whole model."""
+    """Device on which the main process evaluates a whole model."""
     return torch.device("cuda" if trainer.accelerator in {"gpu", "cuda"} else "cpu")
 
 
-def own_device(trainer: TrainerSettings) -> torch.device:
-    """Where this process works on a whole model, before Lightning has begun."""
+def local_device(trainer: TrainerSettings) -> torch.device:
+    """Device of this process for work on a whole model before Lightning has started."""
     device = main_device(trainer)
     number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return torch.device(device.type, int(number)) if device.type == "cuda" else device
 
 
-def share_of_run() -> float:
-    """Where in the run's row of processes this one stands, from 0 to below 1."""
+def rank_fraction() -> float:
+    """Rank of this process divided by the number of processes of the run, from 0 to below 1."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
     return rank / max(size, rank + 1)
 
 
 def wait_for_others() -> None:
-    """Until all processes of the run are here; nothing to wait for where there is one."""
+    """Wait until all processes of the run have come here; returns at once if there is only one."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def stop_others(lightning: L.Trainer) -> None:
-    """End the processes that this one has started."""
+    """Kill the processes of the run that this one has started."""
     launcher = lightning.strategy.launcher
     if launcher is not None:
         launcher.kill(signal.SIGKILL)
 
 
 def make_strategy(trainer: TrainerSettings) -> Strategy | str:
-    """Lightning's strategy for these settings."""
+    """Lightning's strategy for `trainer`."""
     match trainer.strategy:
-        case Kind.auto:
+        case StrategyKind.auto:
             return "auto"
-        case Kind.ddp:
+        case StrategyKind.ddp:
             return DDPStrategy()
-        case Kind.fsdp:
+        case StrategyKind.fsdp:
             return FullyShardedStrategy(trainer.devices * trainer.nodes)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """FSDP2 whose checkpoints are those of one process: they can be resumed on any number.
+    """FSDP2 with checkpoints that any number of processes can resume from.
 
-    Lightning numbers optimiser states in the order of the model's parameters; PyTorch's optimisers,
-    and so its own other strategies, in the order of their groups.
+    The files are those of a run on one process. `ModelParallelStrategy` numbers optimizer states in
+    the order of the model's parameters, but PyTorch's optimizers, and with them Lightning's other
+    strategies, number them in the order of the parameter groups; so does this class.
 
     Args:
-        ranks: Processes that share the model.
+        ranks: Number of processes that share the model.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -110,7 +111,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state as one process would have it; on other ranks nothing."""
+        """The whole state of the optimizer as one process would have it; empty on other ranks."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         assert self.model is not None
@@ -124,7 +125,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load weights and optimiser states into their shards; returns the checkpoint."""
+        """Load weights and optimizer states into their shards and return the checkpoint."""
         assert self.model is not None
         path = self.broadcast(str(checkpoint_path))
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
@@ -140,7 +141,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimiser's state with other names for its parameters."""
+    """The state of an optimizer, with the keys of its parameters replaced by `names`."""
     return {
         "state": {names[key]: value for key, value in state["state"].items()},
         "param_groups": [
@@ -151,15 +152,15 @@ def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, An
 
 
 def lightning_precision(trainer: TrainerSettings) -> Any:
-    """What Lightning is told: shared-out weights are cast by FSDP, not by autocast."""
-    return "32-true" if trainer.strategy is Kind.fsdp else trainer.precision.value
+    """Lightning's precision flag; with `fsdp`, FSDP casts the weights and autocast stays off."""
+    return "32-true" if trainer.strategy is StrategyKind.fsdp else trainer.precision.value
 
 
 def shard(model: Decoder, mesh: DeviceMesh, precision: Precision) -> None:
-    """Share out `model` layer by layer (FSDP2), in place.
+    """Shard `model` layer by layer with FSDP2, in place.
 
-    What is left (embedding, final norm, head) is gathered for the whole step, as the loss needs the
-    head after the layers are done.
+    Embedding, final norm and head stay gathered for the whole step, because the loss needs the head
+    after the last layer.
     """
     half = torch.bfloat16 if precision is Precision.bf16 else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -169,12 +170,12 @@ def shard(model: Decoder, mesh: DeviceMesh, precision: Precision) -> None:
     register_fsdp_forward_method(model, "hidden")
 
 
-def whole(norm: Tensor) -> Tensor:
-    """A value that may be spread over ranks, as a plain tensor."""
+def full_tensor(norm: Tensor) -> Tensor:
+    """`norm` as a plain tensor; one that is spread over ranks is put together."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gather(model: Decoder) -> dict[str, Tensor]:
-    """All weights of a shared-out model on the main process (elsewhere none); all ranks call it."""
+    """All weights of a sharded model on the main process, and none elsewhere; all ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

@@ -1,4 +1,4 @@
-"""One call that trains a decoder, resumes where it stopped, and reports the held-out loss."""
+"""Training of a decoder, with checkpoints to resume from, and its held-out loss."""
 
 import copy
 import math
@@ -27,20 +27,21 @@ from flash.progress import progress
 from flash.ranks import is_main_process
 from flash.training.callbacks import Throughput
 from flash.training.distributed import gather, lightning_precision, make_strategy, stop_others
-from flash.training.lightning_module import LanguageModelling
-from flash.training.loss_curve import CurveRecorder, SaveOnce, Watch
+from flash.training.lightning_module import LanguageModeling
+from flash.training.loss_curve import CurveRecorder, SaveAtStep, Watch
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
 from flash.training.stability import AtomicCheckpointIO, StopBySignal, Stopped
 from flash.training.teacher import Teacher
 
 LAST = "last.ckpt"
-"""Where a stopped run goes on."""
+"""Name of the checkpoint that a stopped run resumes from."""
 STABLE = "stable.ckpt"
-"""Where a run for more tokens can go on: just before the learning rate began to fall."""
+"""Name of the checkpoint of the last step before the learning rate falls. A run for more tokens can
+go on from it."""
 
 
-_AT_ONCE = 16
-"""Most held-out sequences at a time."""
+_MAX_BATCH = 16
+"""Most held-out sequences per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class ValidationMetrics:
     """Quality on held-out text.
 
     Attributes:
-        loss: Negative log-likelihood [nats a token].
-        bits_per_byte: The same in bits over the UTF-8 bytes of the target tokens, comparable
-            between tokenizers.
-        tokens: Target tokens that it was computed on.
+        loss: Negative log-likelihood [nats per token].
+        bits_per_byte: Negative log-likelihood in bits per UTF-8 byte of the target tokens, which
+            can be compared between tokenizers.
+        tokens: Number of target tokens.
     """
 
     loss: float
@@ -61,11 +62,17 @@ class ValidationMetrics:
 
 @torch.no_grad()
 def validate(model: Decoder, data: PackedData, precision: Precision) -> ValidationMetrics:
-    """Held-out loss of `model`, on all of the data module's held-out sequences."""
+    """Quality of `model` on all held-out sequences of `data`.
+
+    Args:
+        model: Decoder on the device that it is to be evaluated on.
+        data: Held-out sequences and the bytes of each token.
+        precision: bf16 runs the matrix products in bf16.
+    """
     total, tokens, num_bytes = 0.0, 0, 0
     device = next(model.parameters()).device
     batches = DataLoader(
-        data.heldout_set, batch_size=min(data.batch_size, _AT_ONCE), collate_fn=collate
+        data.heldout_set, batch_size=min(data.batch_size, _MAX_BATCH), collate_fn=collate
     )
     for batch in progress(batches, "held-out loss"):
         batch = move_data_to_device(batch, device)
@@ -85,16 +92,16 @@ def validate(model: Decoder, data: PackedData, precision: Precision) -> Validati
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training run went.
+    """Length, speed and course of a training run.
 
     Attributes:
-        steps: Optimiser steps done in all, resumed ones included.
-        tokens: Tokens seen in those steps.
+        steps: Optimizer steps in all, including those before the run was resumed.
+        tokens: Tokens seen in these steps.
         tokens_per_s: Median rate of the last steps.
-        mfu: Share of the machine's measured matrix-product peak.
+        mfu: Share of the machine's measured matrix-product rate.
         peak_rss_mib: Highest resident memory of the process [MiB].
-        skipped_steps: Steps left out since their gradient was not finite, or their loss a spike.
-        curve: Mean training loss of each of up to 32 equal parts of the run [nats a token].
+        skipped_steps: Steps left out because their gradient was not finite or their loss a spike.
+        curve: Mean training loss of each of up to 32 equal parts of the run [nats per token].
     """
 
     steps: int
@@ -121,61 +128,90 @@ def fit(
     keep_stable: bool = False,
     watch: Watch | None = None,
     loggers: Any = False,
-    what: str = "training",
+    label: str = "training",
     show_progress: bool = True,
 ) -> FitResult:
-    """Train `model` in place; with `fsdp` only the main process's has the trained weights after it.
+    """Train `model` in place; with `fsdp` only the main process ends up with the trained weights.
 
     Args:
         model: Trained in place; with a checkpoint in `folder`, its weights come from there.
-        data: Batches; its batch size and seed decide what is seen when.
-        recipe: Optimiser, schedule and losses.
+        data: Batches, whose order follows from its batch size and seed.
+        recipe: Optimizer, schedule and losses.
         trainer: Device, precision and intervals.
-        teacher: For distillation; one that spoke ahead has read the same `data`.
-        folder: Where checkpoints live; a run finds its own there and resumes. None keeps none.
-        start: Checkpoint of a shorter run to go on from, when there is none in `folder`.
-        keep_stable: Whether to leave such a checkpoint in `folder`, where the schedule has one.
-        watch: Sees the training loss grow and may raise to end the run.
+        teacher: Teacher for distillation; stored outputs must be those for the sequences of `data`.
+        folder: Folder of the checkpoints, from which a stopped run resumes; None keeps none.
+        start: Checkpoint of a shorter run to go on from when `folder` has none.
+        keep_stable: True keeps the checkpoint `STABLE` in `folder` if the schedule is `wsd`.
+        watch: Called with the loss curve as it grows; it may raise to end the run.
         loggers: Lightning loggers.
-        what: Label of the progress bar.
-        show_progress: Whether there is one.
+        label: Label of the progress bar.
+        show_progress: False shows no progress bar.
 
     Raises:
-        InputError: Distillation without a fitting teacher, a batch that cannot be shared out, a
+        InputError: Distillation without a fitting teacher, a batch that cannot be split evenly, a
             damaged checkpoint, or a loss that is no longer finite.
         SystemExit: A signal has ended the run.
     """
-    seq_len = data.settings.seq_len
-    steps = recipe.steps(seq_len)
-    last = folder / LAST if folder is not None else None
     sharded = trainer.strategy is Strategy.fsdp
-    module = LanguageModelling(
-        copy.deepcopy(model) if sharded else model,
-        recipe,
-        trainer,
-        steps=steps,
-        seq_len=seq_len,
-        teacher=teacher,
-        last=last,
-    )
-    label = what if show_progress and is_main_process() else None
+    trained = copy.deepcopy(model) if sharded else model
+    last = folder / LAST if folder is not None else None
+    module = _module(trained, data, recipe, trainer, teacher, last)
+    shown = label if show_progress and is_main_process() else None
     data.taught = teacher if isinstance(teacher, TaughtSequences) else None
-    throughput = Throughput(trainer, label, teacher.spec if isinstance(teacher, Decoder) else None)
-    recorder = CurveRecorder(steps, watch)
-    callbacks: list[L.Callback] = [throughput, recorder, StopBySignal(last)]
-    stable = recipe.stable_steps(seq_len)
-    if folder is not None and keep_stable and stable:
-        callbacks.insert(2, SaveOnce(stable, folder / STABLE))
-    max_steps = min(steps, trainer.max_steps or steps)
-    accumulation = trainer.accumulation(recipe.batch_size)
-    lightning = _lightning(trainer, max_steps, accumulation, callbacks, folder, loggers)
+    throughput = Throughput(trainer, shown, teacher.spec if isinstance(teacher, Decoder) else None)
+    recorder = CurveRecorder(module.steps, watch)
+    stable = recipe.stable_steps(module.seq_len) if keep_stable else 0
+    callbacks = [throughput, recorder, *_checkpoint_callbacks(folder, trainer, stable)]
+    lightning = _lightning(module, trainer, callbacks, folder, loggers)
     _run(lightning, module, data, last if last is not None and last.is_file() else start)
     if sharded:
         model.load_state_dict(gather(module.model), strict=lightning.is_global_zero)
     module.guard.check_end(lightning.global_step)
+    return _result(lightning, module, throughput, recorder)
+
+
+def _module(
+    model: Decoder,
+    data: PackedData,
+    recipe: RecipeSettings,
+    trainer: TrainerSettings,
+    teacher: Teacher | None,
+    last: Path | None,
+) -> LanguageModeling:
+    seq_len = data.settings.seq_len
+    steps = recipe.steps(seq_len)
+    return LanguageModeling(
+        model, recipe, trainer, steps=steps, seq_len=seq_len, teacher=teacher, last=last
+    )
+
+
+def _checkpoint_callbacks(
+    folder: Path | None, trainer: TrainerSettings, stable_steps: int
+) -> list[L.Callback]:
+    """The callbacks that write checkpoints into `folder`; None only stops the run on signals."""
+    if folder is None:
+        return [StopBySignal(None)]
+    stable = [SaveAtStep(stable_steps, folder / STABLE)] if stable_steps else []
+    regular = ModelCheckpoint(
+        folder,
+        filename="last",
+        every_n_train_steps=trainer.checkpoint_every_steps,
+        enable_version_counter=False,
+        save_top_k=1,
+    )
+    return [*stable, StopBySignal(folder / LAST), regular]
+
+
+def _result(
+    lightning: L.Trainer,
+    module: LanguageModeling,
+    throughput: Throughput,
+    recorder: CurveRecorder,
+) -> FitResult:
+    steps = lightning.global_step
     return FitResult(
-        steps=lightning.global_step,
-        tokens=lightning.global_step * recipe.batch_size * seq_len,
+        steps=steps,
+        tokens=steps * module.recipe.batch_size * module.seq_len,
         tokens_per_s=throughput.tokens_per_s,
         mfu=throughput.mfu,
         peak_rss_mib=peak_rss_mib(),
@@ -185,28 +221,20 @@ def fit(
 
 
 def _lightning(
+    module: LanguageModeling,
     trainer: TrainerSettings,
-    max_steps: int,
-    accumulation: int,
     callbacks: list[L.Callback],
     folder: Path | None,
     loggers: Any,
 ) -> L.Trainer:
-    if folder is not None:
-        callbacks.append(
-            ModelCheckpoint(
-                folder,
-                filename="last",
-                every_n_train_steps=trainer.checkpoint_every_steps,
-                enable_version_counter=False,
-                save_top_k=1,
-            )
-        )
+    """Lightning's trainer for `module`; without a `folder` it writes no checkpoints."""
+    max_steps = min(module.steps, trainer.max_steps or module.steps)
+    accumulation = trainer.accumulation(module.recipe.batch_size)
     assert trainer.precision is not Precision.auto  # the settings have resolved it
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # flash.slurm does that
-    # Held-out losses along the way are worth their time only on runs that have several of them.
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # flash.slurm queues jobs again
+    # Validation during a run is worth its time only on runs long enough for several of them.
     evaluate = loggers is not False and max_steps > trainer.eval_every_steps
     return L.Trainer(
         accelerator=trainer.accelerator,
@@ -216,7 +244,7 @@ def _lightning(
         precision=lightning_precision(trainer),
         max_steps=max_steps,
         accumulate_grad_batches=accumulation,
-        use_distributed_sampler=False,  # the data know about ranks
+        use_distributed_sampler=False,  # the data set shares out sequences among ranks itself
         logger=loggers,
         callbacks=callbacks,
         plugins=plugins,
@@ -232,20 +260,26 @@ def _lightning(
 
 
 def _run(
-    lightning: L.Trainer, module: LanguageModelling, data: PackedData, last: Path | None
+    lightning: L.Trainer, module: LanguageModeling, data: PackedData, last: Path | None
 ) -> None:
-    """Train, from the checkpoint `last` if there is one."""
+    """Train, from the checkpoint `last` if it is given.
+
+    Raises:
+        InputError: The checkpoint is damaged, or belongs to another architecture.
+        KeyboardInterrupt: Ctrl-C has ended the run.
+        SystemExit: A signal has ended the run.
+    """
     with warnings.catch_warnings():
-        # One process reads a memory map: workers would cost more than they save.
+        # The process reads a memory map; workers would cost more time than they save.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-        # A run that goes on from a shorter one keeps checkpoints of its own, elsewhere or none.
+        # A run that goes on from a shorter one has other checkpoint callbacks or another folder.
         warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
         warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
         try:
             lightning.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         except OSError:
-            stop_others(lightning)  # they would wait for this one, and complain
+            stop_others(lightning)  # else they wait for this process and fail
             raise
         except (RuntimeError, EOFError, KeyError) as error:
             if last is not None and lightning.global_step == 0:
@@ -258,7 +292,7 @@ def _run(
             if callable(handler):
                 handler(stopped.number, None)
             if not lightning.is_global_zero:
-                # Lightning takes another code for a crash, and kills the main process.
+                # Lightning takes any other code for a crash and kills the main process.
                 raise SystemExit(0) from None
             raise
         except SystemExit:

@@ -1,4 +1,4 @@
-"""The LightningModule: next-token cross-entropy, distillation from a teacher, or a mix."""
+"""The LightningModule for next-token cross-entropy, distillation from a teacher, or a mix."""
 
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,31 @@ from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.model.losses import LossSums, Operands, TopLogProbs, linear_losses
 from flash.model.quantization import fake_quantize, head_operands
-from flash.training.distributed import shard, whole
+from flash.training.distributed import full_tensor, shard
 from flash.training.settings import OnSpike, RecipeSettings, TrainerSettings
-from flash.training.stability import Guard, Verdict, drop_gradients
+from flash.training.stability import StepGuard, StepStatus, drop_gradients
 from flash.training.teacher import Teacher
 
 
-class LanguageModelling(L.LightningModule):
+class LanguageModeling(L.LightningModule):
     """Trains a decoder on packed sequences.
 
-    The gradient of a step is that of the mean over all tokens of its batch that count, however many
-    devices and micro-batches they are spread over.
+    The gradient of a step is that of the mean loss over all tokens in the loss mask of its batch.
+    It does not depend on the number of devices and micro-batches that share the batch.
 
     Args:
         model: The decoder to train.
-        recipe: Loss weights, optimiser and schedule.
-        trainer: Device, precision, and what to do about faults.
-        steps: Optimiser steps that the schedule is stretched over.
-        seq_len: Tokens a sequence, for the learning rate's scale.
-        teacher: The unpruned backbone, or what it said about the batches to come; required when
-            `recipe.kd_weight` > 0.
-        last: Checkpoint that a spike may rewind to.
+        recipe: Loss weights, optimizer and schedule.
+        trainer: Device, precision and treatment of faulty steps.
+        steps: Optimizer steps that the schedule is stretched over.
+        seq_len: Tokens per sequence, which set the scale of the learning rate.
+        teacher: The unpruned backbone, or its stored outputs for the sequences of the run; required
+            if `recipe.kd_weight` > 0.
+        last: Checkpoint that `on_spike=rewind` goes back to.
+
+    Attributes:
+        guard: Check of each step before it is taken.
+        step_loss: Mean loss of the last step over its whole batch [nats per token].
 
     Raises:
         InputError: Distillation without a teacher, or with one of another vocabulary.
@@ -53,9 +57,9 @@ class LanguageModelling(L.LightningModule):
         last: Path | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.recipe, self.settings, self.steps = model, recipe, trainer, steps
-        self.seq_len, self.last = seq_len, last
-        self.guard = Guard(trainer.spike_factor, trainer.max_skipped, recipe.lr)
+        self.model, self.recipe, self.trainer_settings = model, recipe, trainer
+        self.steps, self.seq_len, self.last = steps, seq_len, last
+        self.guard = StepGuard(trainer.spike_factor, trainer.max_skipped, recipe.lr)
         self.step_loss = float("nan")
         model.checkpoint_layers = trainer.activation_checkpointing
         if recipe.qat:
@@ -63,21 +67,22 @@ class LanguageModelling(L.LightningModule):
         running = None
         if recipe.kd_weight > 0:
             running = _running_teacher(teacher, model, recipe)
-        # Kept out of the module tree: neither belongs in a checkpoint.
+        # Outside of the module tree, as neither belongs in a checkpoint.
         self._outside: dict[str, Any] = {"teacher": running}
         self._parts: list[tuple[Tensor, Tensor, int]] = []
 
     def configure_model(self) -> None:
-        """Share out the model and its teacher, if the strategy has a mesh for that; compile."""
+        """Shard model and teacher if the strategy has a device mesh; compile the forward pass."""
         mesh: DeviceMesh | None = self._device_mesh  # pyright: ignore[reportAssignmentType]
         for model in (self.model, self._outside["teacher"]):
             if mesh is not None and model is not None:
-                shard(model, mesh["data_parallel"], self.settings.precision)
+                shard(model, mesh["data_parallel"], self.trainer_settings.precision)
         hidden = self.model.hidden
-        self._outside["hidden"] = torch.compile(hidden) if self.settings.compile else hidden
+        compiled = self.trainer_settings.compile
+        self._outside["hidden"] = torch.compile(hidden) if compiled else hidden
 
     def losses(self, batch: Batch) -> tuple[LossSums, Tensor]:
-        """Sums over the targets of a micro-batch that count, and how many these are."""
+        """Loss sums over the targets in the loss mask of a micro-batch, and their number."""
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
         hidden = self._outside["hidden"](inputs, documents=batch.documents).flatten(0, 1)
         count = torch.tensor(len(targets), device=targets.device)
@@ -88,15 +93,15 @@ class LanguageModelling(L.LightningModule):
         sums = linear_losses(
             Operands(*head_operands(self.model, hidden)),
             targets,
-            teacher=self._taught(batch, learn),
+            teacher=self._teacher_outputs(batch, learn),
             kd_weight=self.recipe.kd_weight,
             temperature=self.recipe.temperature,
         )
         return sums, count
 
     @torch.no_grad()
-    def _taught(self, batch: Batch, learn: Any) -> Operands | TopLogProbs | None:
-        """What the teacher says about the targets that count."""
+    def _teacher_outputs(self, batch: Batch, learn: Any) -> Operands | TopLogProbs | None:
+        """The teacher's outputs for the targets in the loss mask; None without a teacher."""
         if batch.top_ids is not None and batch.top_log_probs is not None:
             ids, log_probs = batch.top_ids.flatten(0, 1), batch.top_log_probs.flatten(0, 1)
             return TopLogProbs(ids[learn], log_probs[learn])
@@ -110,14 +115,14 @@ class LanguageModelling(L.LightningModule):
         sums, count = self.losses(batch)
         positions = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
         self._parts.append((torch.stack([part.detach() for part in sums]), count, positions))
-        # By positions and not by those that count, whose number in the whole batch is not known
-        # yet: `on_before_optimizer_step` makes up for it.
+        # A mean over all positions, as the number of targets in the loss mask of the whole batch is
+        # not known yet. `on_before_optimizer_step` corrects the gradient.
         return sums.total / positions
 
     def _take_parts(self) -> tuple[Tensor, float]:
-        """Mean losses over the step's batch `(total, ce, kd)`, and positions a token that counts.
+        """Mean losses `(total, ce, kd)` of the step's batch, and positions per target in the mask.
 
-        The same on all ranks.
+        Both are the same on all ranks. The micro-batches of the step are forgotten.
         """
         sums = torch.stack([part for part, _, _ in self._parts]).sum(0)
         counts = torch.stack([count for _, count, _ in self._parts]).sum().to(sums.dtype)
@@ -126,22 +131,23 @@ class LanguageModelling(L.LightningModule):
         together = torch.cat([sums, counts[None]])
         if self.trainer.world_size > 1:
             together = self.trainer.strategy.reduce(together, reduce_op="sum")
-        learnt = float(together[3])
-        return together[:3] / max(learnt, 1.0), positions / max(learnt, 1.0)
+        targets = max(float(together[3]), 1.0)
+        return together[:3] / targets, positions / targets
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, scale = self._take_parts()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_([p.grad for p in parameters], scale)  # pyright: ignore
-        # Lightning refuses to clip for fused optimisers under autocast, lest a loss scaler be in
-        # the way; bf16 and fp32 have none.
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip))
+        # Lightning refuses to clip gradients of fused optimizers under autocast, because a loss
+        # scaler might interfere; bf16 and fp32 have none.
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip))
         self.step_loss = float(means[0])
-        verdict = self.guard.judge(self.step_loss, float(norm))
-        if verdict is not Verdict.good:
+        status = self.guard.check(self.step_loss, float(norm))
+        if status is not StepStatus.good:
             drop_gradients(list(self.model.parameters()))
-            if verdict is Verdict.spike and self.settings.on_spike is OnSpike.rewind:
+            rewinds = self.trainer_settings.on_spike is OnSpike.rewind
+            if status is StepStatus.spike and rewinds:
                 self._rewind()
         names = ("loss", "ce", "kd") if self.recipe.kd_weight > 0 else ("loss", "ce")
         for name, value in zip(names, means, strict=False):
@@ -150,7 +156,7 @@ class LanguageModelling(L.LightningModule):
         self.log("train/skipped_steps", float(self.guard.skipped))
 
     def _rewind(self) -> None:
-        """Weights and optimiser as in the last checkpoint; schedule and data go on."""
+        """Load weights and optimizer state of the last checkpoint; schedule and data go on."""
         if self.last is None or not self.last.is_file():
             return
         strategy = self.trainer.strategy
@@ -173,7 +179,7 @@ class LanguageModelling(L.LightningModule):
         checkpoint["guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "guard" in checkpoint:  # older ones have none
+        if "guard" in checkpoint:  # checkpoints of older versions have none
             self.guard.load_state_dict(checkpoint["guard"])
 
     def on_fit_start(self) -> None:
@@ -203,7 +209,11 @@ class LanguageModelling(L.LightningModule):
 def _running_teacher(
     teacher: Teacher | None, model: Decoder, recipe: RecipeSettings
 ) -> Decoder | None:
-    """The teacher that is run along; None where the batches bring what it says."""
+    """The teacher that runs along; None if the batches carry its stored outputs.
+
+    Raises:
+        InputError: There is no teacher, or its vocabulary is not the student's.
+    """
     if isinstance(teacher, TaughtSequences):
         return None
     if teacher is None:

@@ -1,4 +1,4 @@
-"""Where metrics go: Weights & Biases (offline without a key), CSV files, or nowhere."""
+"""Loggers of metrics: Weights & Biases (offline without a key), CSV files, or none."""
 
 import netrc
 import os
@@ -13,7 +13,7 @@ from flash.training.settings import LoggerKind, LoggerSettings
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking."""
+    """True if W&B finds a key in the environment or in `.netrc`, so that it need not ask."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -23,33 +23,33 @@ def has_wandb_key() -> bool:
 
 
 def make_logger(
-    settings: LoggerSettings, *, folder: Path, run: str, job: str, config: Mapping[str, Any]
+    logger: LoggerSettings, *, folder: Path, run: str, job: str, config: Mapping[str, Any]
 ) -> Logger | None:
-    """The Lightning logger of one run.
+    """The Lightning logger of one run; None if metrics are not kept.
 
     Args:
-        settings: Which backend.
-        folder: Where local files go.
+        logger: Backend and its options.
+        folder: Folder of local files; made if it is missing.
         run: Name of the run.
         job: Kind of job, to group runs by: train, search or export.
         config: Settings to record.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if settings.kind is LoggerKind.none:
+    if logger.kind is LoggerKind.none:
         return None
-    if settings.kind is LoggerKind.csv:
+    if logger.kind is LoggerKind.csv:
         return CSVLogger(folder, name="csv", version="")
     os.environ.setdefault("WANDB_SILENT", "true")
-    offline = settings.offline if settings.offline is not None else not has_wandb_key()
+    offline = logger.offline if logger.offline is not None else not has_wandb_key()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         return WandbLogger(
             name=run,
-            project=settings.project,
-            entity=settings.entity,
+            project=logger.project,
+            entity=logger.entity,
             save_dir=folder,
             offline=offline,
-            mode="offline" if offline else "online",  # also where W&B was set up before
+            mode="offline" if offline else "online",  # W&B ignores `offline` after an earlier run
             group=job,
             job_type=job,
             config=dict(config),
@@ -57,7 +57,7 @@ def make_logger(
 
 
 def close_logger(logger: Logger | None) -> None:
-    """Flush and end a run, so that the next one in this process is a new one."""
+    """Flush and end a run, so that the next logger of this process starts a new one."""
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()
     elif logger is not None:

@@ -1,4 +1,4 @@
-"""The training loss along a run, kept in its checkpoints and watched by those who may stop it."""
+"""The training loss along a run, kept in its checkpoints, and the callbacks that record it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,20 +9,20 @@ from typing import Any
 
 import lightning as L
 
-from flash.training.lightning_module import LanguageModelling
+from flash.training.lightning_module import LanguageModeling
 
-MOST_PARTS = 32
-"""Parts of a curve: enough to see its shape, and each a mean over so many steps that runs on the
-same batches can be compared."""
+MAX_PARTS = 32
+"""Most points of a loss curve: enough to show its shape, and few enough that each is a mean over
+many steps, so that runs on the same batches can be compared."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Training loss of a run so far, as means over equal parts of it.
+    """Training loss of a run so far, as means over equal parts of the run.
 
     Attributes:
-        losses: Of each part that is over [nats a token].
-        parts: How many the whole run has.
+        losses: Mean loss of each finished part [nats per token].
+        parts: Number of parts of the whole run.
     """
 
     losses: tuple[float, ...]
@@ -30,33 +30,33 @@ class Curve:
 
     @classmethod
     def of(cls, losses: Sequence[float], steps: int) -> "Curve":
-        """The curve of a run of `steps` steps, of which these are the losses so far."""
-        parts = min(steps, MOST_PARTS)
+        """The curve of a run of `steps` steps, from the losses of the steps so far."""
+        parts = min(steps, MAX_PARTS)
         edges = [round(i * steps / parts) for i in range(parts + 1)]
         over = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b <= len(losses)]
         return cls(tuple(_mean(losses[a:b]) for a, b in over), parts)
 
     def points(self, tokens: int) -> list[list[float]]:
-        """Tokens seen at the end of each part and its loss, for a run of `tokens` in all."""
+        """Tokens seen by the end of each part, with its loss, in a run of `tokens` tokens."""
         return [[tokens * (i + 1) / self.parts, loss] for i, loss in enumerate(self.losses)]
 
 
 def _mean(losses: Sequence[float]) -> float:
-    """Without those that are not finite: such steps were left out."""
+    """Mean of the finite losses; the steps of all others were left out."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     return fmean(finite) if finite else math.nan
 
 
 Watch = Callable[[Curve], None]
-"""Called whenever a part of the curve is over; ends the run by raising."""
+"""Function that is called with the curve after each of its parts; it may raise to end the run."""
 
 
 class CurveRecorder(L.Callback):
-    """Notes the loss of every step, those before a resumption included.
+    """Records the loss of every step, including those before the run was resumed.
 
     Args:
-        steps: Of the whole run.
-        watch: Told of every part that is over.
+        steps: Optimizer steps of the whole run.
+        watch: Called with the curve after each of its parts; None calls nothing.
     """
 
     def __init__(self, steps: int, watch: Watch | None) -> None:
@@ -65,7 +65,7 @@ class CurveRecorder(L.Callback):
 
     @property
     def curve(self) -> Curve:
-        """So far."""
+        """The curve of the steps so far."""
         return Curve.of(self._losses, self.steps)
 
     def on_train_batch_end(
@@ -76,12 +76,12 @@ class CurveRecorder(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        assert isinstance(pl_module, LanguageModelling)
+        assert isinstance(pl_module, LanguageModeling)
         step = trainer.global_step
         if step == len(self._losses):
-            return  # a micro-batch of a step that is not over
+            return  # more micro-batches of this step follow
         self._losses.append(pl_module.step_loss)
-        parts = min(self.steps, MOST_PARTS)
+        parts = min(self.steps, MAX_PARTS)
         ends = {round(i * self.steps / parts) for i in range(1, parts + 1)}
         if self.watch is not None and step in ends:
             self.watch(self.curve)
@@ -93,12 +93,12 @@ class CurveRecorder(L.Callback):
         self._losses = list(state_dict["losses"])
 
 
-class SaveOnce(L.Callback):
-    """A checkpoint after a certain step, to continue from with another schedule.
+class SaveAtStep(L.Callback):
+    """Writes one checkpoint, with which another run can go on under another schedule.
 
     Args:
-        step: Steps done by then.
-        path: The file.
+        step: Number of finished steps at which it is written.
+        path: File of the checkpoint.
     """
 
     def __init__(self, step: int, path: Path) -> None:
@@ -113,4 +113,4 @@ class SaveOnce(L.Callback):
         batch_idx: int,
     ) -> None:
         if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser
+            trainer.save_checkpoint(self.path, weights_only=False)  # includes the optimizer

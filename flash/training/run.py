@@ -15,7 +15,7 @@ from flash.arch import ArchSpec, count_parameters
 from flash.data.module import PackedData, find_tokenizer
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id, load_tokenizer
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
@@ -52,7 +52,8 @@ def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
             f"arch.stock={changes['stock']}: expected an architecture of ours; stock baselines "
             "have a latency but no weights, see `export.py model=random`"
         )
-    spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})
+    with under("arch"):
+        spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})
     check_fits(spec, backbone.spec)
     return spec
 
@@ -311,7 +312,7 @@ def _train(
             # Checkpoints carry the key: other settings start over, not from foreign ones.
             folder=folder / "checkpoints" / key,
             loggers=logger if logger is not None else False,
-            what=name,
+            label=name,
         )
         if before is None:
             return None

@@ -1,4 +1,4 @@
-"""What goes wrong in long runs: steps without a finite gradient, spikes of the loss, signals."""
+"""Faults of long runs: non-finite gradients, loss spikes, signals, and checkpoints cut short."""
 
 import logging
 import os
@@ -21,98 +21,112 @@ from flash.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-_RECENT = 64
-_ENOUGH = 16
-"""Steps after which a median says something."""
+_RECENT_STEPS = 64
+"""Number of good steps whose losses are kept for the median and the quartiles."""
+_MIN_STEPS = 16
+"""Number of kept losses below which no loss counts as a spike."""
 
 
-class Verdict(Enum):
-    """About a step that is about to be taken."""
+class StepStatus(Enum):
+    """Result of checking one optimizer step before it is taken."""
 
     good = "good"
-    broken = "broken"
-    """Its gradient is not finite."""
+    non_finite = "non_finite"
+    """The loss or the gradient norm is infinite or not a number."""
     spike = "spike"
+    """The loss is far above those of the recent steps."""
 
 
-class Guard:
-    """Judges steps by their loss and gradient norm, which are the same on all ranks.
+class StepGuard:
+    """Checks each optimizer step by its loss and gradient norm, and counts those left out.
+
+    Loss and norm are the same on all ranks, so all ranks come to the same result.
 
     Args:
-        spike_factor: Quartile distances above the median from which a loss is a spike; None: never.
-        max_skipped: Steps left out in a row that are too many.
-        lr: For the error's words.
+        spike_factor: Number of interquartile ranges above the median of the recent losses from
+            which a loss is a spike; None turns the check off.
+        max_skipped: Most steps in a row that may be left out.
+        lr: Peak learning rate, named in errors.
 
     Attributes:
-        skipped: Steps left out so far, those before a resumption included.
-        in_a_row: Of them, without a good one since.
+        skipped: Steps left out so far, including those before the run was resumed.
+        skipped_in_a_row: Steps left out since the last good one.
     """
 
     def __init__(self, spike_factor: float | None, max_skipped: int, lr: float) -> None:
         self.spike_factor, self.max_skipped, self.lr = spike_factor, max_skipped, lr
-        self.skipped = self.in_a_row = 0
-        self._losses: deque[float] = deque(maxlen=_RECENT)
+        self.skipped = self.skipped_in_a_row = 0
+        self._losses: deque[float] = deque(maxlen=_RECENT_STEPS)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, to judge as this one would."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": list(self._losses)}
+        """The counts and recent losses, with which a resumed run goes on as this one would."""
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self.skipped_in_a_row,
+            "losses": list(self._losses),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self._losses = deque(state["losses"], maxlen=_RECENT)
+        """Restore counts and recent losses from `state_dict`."""
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["in_a_row"]
+        self._losses = deque(state["losses"], maxlen=_RECENT_STEPS)
 
-    def judge(self, loss: float, norm: float) -> Verdict:
-        """Whether to take the step.
+    def check(self, loss: float, norm: float) -> StepStatus:
+        """Status of a step; all but good steps must be left out.
+
+        Args:
+            loss: Mean training loss of the step [nats per token].
+            norm: Gradient norm before clipping.
 
         Raises:
-            InputError: Too many in a row were not to be taken.
+            InputError: More than `max_skipped` steps in a row must be left out.
         """
-        verdict = Verdict.good
+        status = StepStatus.good
         if not torch.tensor([loss, norm]).isfinite().all():
-            verdict = Verdict.broken
-        elif self._stands_out(loss):
-            verdict = Verdict.spike
-        if verdict is Verdict.good:
+            status = StepStatus.non_finite
+        elif self._is_spike(loss):
+            status = StepStatus.spike
+        if status is StepStatus.good:
             self._losses.append(loss)
-            self.in_a_row = 0
-            return verdict
+            self.skipped_in_a_row = 0
+            return status
         self.skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row > self.max_skipped:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.max_skipped:
             raise InputError(
-                f"recipe.lr={self.lr}: training diverged, {self.in_a_row} steps in a row had to be "
-                f"left out (loss {loss:.3g}, gradient norm {norm:.3g}); lower it"
+                f"recipe.lr={self.lr}: training diverged, {self.skipped_in_a_row} steps in a row "
+                f"had to be left out (loss {loss:.3g}, gradient norm {norm:.3g}); lower it"
             )
-        return verdict
+        return status
 
     def check_end(self, steps: int) -> None:
-        """See that a run of so many steps did not end amid bad ones.
+        """Check that a run of `steps` steps did not end with a long row of steps left out.
 
         Raises:
-            InputError: The last half or more of its steps were left out.
+            InputError: Half of the steps or more were left out in a row at the end.
         """
-        if 2 * self.in_a_row >= steps > 0:
+        if 2 * self.skipped_in_a_row >= steps > 0:
             raise InputError(
-                f"recipe.lr={self.lr}: training diverged, its last {self.in_a_row} of {steps} "
-                "steps had to be left out; lower it"
+                f"recipe.lr={self.lr}: training diverged, its last {self.skipped_in_a_row} of "
+                f"{steps} steps had to be left out; lower it"
             )
 
-    def _stands_out(self, loss: float) -> bool:
-        if self.spike_factor is None or len(self._losses) < _ENOUGH:
+    def _is_spike(self, loss: float) -> bool:
+        if self.spike_factor is None or len(self._losses) < _MIN_STEPS:
             return False
         first, median, third = statistics.quantiles(self._losses, n=4)
         return loss > median + self.spike_factor * (third - first)
 
 
 class StopBySignal(L.Callback):
-    """SIGTERM and SIGUSR2 end a run after its step, with a checkpoint, on all ranks alike.
+    """Ends a run on SIGTERM or SIGUSR2, after the current step and with a checkpoint.
 
-    Slurm sends them before it takes a machine away. What was set up for the signal before (in a
-    job of ours: to be queued again) happens then.
+    Slurm sends these signals before it takes a machine away. If one rank has received a signal, all
+    ranks stop after the same step. `fit` then calls the handler that the signal had before; in a
+    Slurm job it queues the job again.
 
     Args:
-        path: The checkpoint; None writes none.
+        path: File of the checkpoint; None writes none.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -124,9 +138,9 @@ class StopBySignal(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # signals are the main thread's
-        # Lightning has put its own in place by now. In the end it restores what was there before
-        # its own; a `teardown` here would come later, and put Lightning's back.
+            return  # only the main thread may set signal handlers
+        # Lightning has set handlers of its own by now. At the end it restores those that were there
+        # before; a `teardown` of this callback would come later and bring Lightning's back.
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._note)
 
@@ -157,10 +171,10 @@ class StopBySignal(L.Callback):
 
 
 class Stopped(SystemExit):
-    """A signal ended the run; its checkpoint is written.
+    """End of a run by a signal, after its checkpoint was written.
 
     Attributes:
-        number: The signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -169,7 +183,7 @@ class Stopped(SystemExit):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, but a kill or a full disk keeps the one before."""
+    """Lightning's checkpoint files, replaced atomically; a kill or a full disk harms none."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -178,15 +192,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            # PyTorch closes its archive while the disk's error is on its way, and fails once more.
+            # PyTorch closes its archive while it handles the error of the disk, and fails again.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            where = cause.filename or str(path)  # so that the one line can name it
+            where = cause.filename or str(path)  # `flash.config` names it in its one line
             raise OSError(cause.errno, cause.strerror, where) from error
 
 
 def drop_gradients(parameters: list[Tensor]) -> None:
-    """Make the optimiser's next step leave everything as it is."""
+    """Drop all gradients, so that the next step of the optimizer changes nothing."""
     for parameter in parameters:
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""The teacher of a run: the backbone itself, or what it said about the run's sequences before."""
+"""The teacher of a run: the backbone itself, or its stored outputs for the run's sequences."""
 
 import logging
 import shutil
@@ -19,22 +19,23 @@ from flash.model.losses import Operands, top_log_probs
 from flash.paths import Runs, digest
 from flash.progress import progress_bar
 from flash.prune.importance import fingerprint
-from flash.training.distributed import own_device, share_of_run
+from flash.training.distributed import local_device, rank_fraction
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
 
 Teacher = Decoder | TaughtSequences
 
-_AT_ONCE = 8
-"""Sequences that the teacher reads at a time, where the trainer does not say."""
+_DEFAULT_BATCH = 8
+"""Most sequences per forward pass of the teacher if `trainer.micro_batch` is null."""
 
 
 def check_top_k(recipe: RecipeSettings, data: DataSettings, vocab_size: int) -> None:
-    """Check that `recipe.kd_top_k` can be had, before any work.
+    """Check that `recipe.kd_top_k` can be used with these data.
 
     Raises:
-        InputError: As many tokens as the vocabulary has, or data that cannot be read by index.
+        InputError: It is as large as the vocabulary, or the data are streamed and so cannot be read
+            by index.
     """
     k = recipe.kd_top_k
     if recipe.kd_weight == 0 or k is None:
@@ -51,10 +52,12 @@ def check_top_k(recipe: RecipeSettings, data: DataSettings, vocab_size: int) -> 
 
 
 def load_teacher(backbone: Backbone, precision: Precision) -> Decoder:
-    """The backbone, to learn from: in bf16 where products are in bf16 anyway, for half the memory.
+    """The backbone as a teacher.
+
+    With bf16 products its weights are in bf16 too, which halves their memory.
 
     Raises:
-        InputError: It has no weights, or they are damaged.
+        InputError: The backbone has no weights, or they are damaged.
     """
     teacher = backbone.load()
     return teacher.bfloat16() if precision is Precision.bf16 else teacher
@@ -67,14 +70,16 @@ def teacher_of(
     trainer: TrainerSettings,
     runs: Runs,
 ) -> Teacher | None:
-    """What `recipe` learns from beside the text; None without distillation.
+    """The teacher that `recipe` asks for; None without distillation.
 
-    With `kd_top_k` the backbone reads the sequences of the run first, unless it has for an earlier
-    run on the same text: a candidate's or a winner's. What is there after a kill is not done again.
-    Processes of one run that exist by now (torchrun, Slurm) share the work.
+    With `kd_top_k`, the backbone first reads all sequences of the run and stores its likeliest
+    tokens for them. Outputs that an earlier run on the same text has stored are used again, and so
+    are those that a killed run has finished. If several processes of the run exist by now (with
+    torchrun or Slurm), they share the work.
 
     Raises:
-        InputError: No weights, `check_top_k`, or no room on the disk.
+        InputError: The backbone has no weights, `check_top_k` fails, or the disk has too little
+            room.
     """
     check_top_k(recipe, data.settings, backbone.spec.vocab_size)
     if recipe.kd_weight == 0:
@@ -82,7 +87,7 @@ def teacher_of(
     if recipe.kd_top_k is None:
         return load_teacher(backbone, trainer.precision)
     taught = _open(backbone, data, recipe, trainer.precision, runs)
-    ahead = 1 + 2 * data.settings.workers  # what loaders have read when the run ends
+    ahead = 1 + 2 * data.settings.workers  # batches that loaders have read ahead when the run ends
     steps = recipe.steps(data.settings.seq_len) + ahead
     missing = taught.missing(steps * recipe.batch_size)
     if missing:
@@ -124,11 +129,12 @@ def _write(
     recipe: RecipeSettings,
     trainer: TrainerSettings,
 ) -> None:
-    device = own_device(trainer)
-    answer = _answers(load_teacher(backbone, trainer.precision).to(device), recipe, trainer)
-    at_once = trainer.micro_batch or min(recipe.batch_size, _AT_ONCE)
-    # Each process begins elsewhere and leaves out what another has written meanwhile.
-    first = share_of_run() * len(missing)
+    """Let the backbone read the `missing` parts, and store its outputs."""
+    device = local_device(trainer)
+    answer = _top_k_outputs(load_teacher(backbone, trainer.precision).to(device), recipe, trainer)
+    at_once = trainer.micro_batch or min(recipe.batch_size, _DEFAULT_BATCH)
+    # Each process begins at a part of its own and skips those that others have written meanwhile.
+    first = rank_fraction() * len(missing)
     order = missing[int(first) :] + missing[: int(first)]
     total = sum(len(taught.members(part)) for part in missing)
     log.info("the teacher reads %s sequences ahead -> %s", f"{total:,}", taught.folder)
@@ -141,9 +147,10 @@ def _write(
                 bar.update(done)
 
 
-def _answers(
+def _top_k_outputs(
     teacher: Decoder, recipe: RecipeSettings, trainer: TrainerSettings
 ) -> Callable[[list[Batch]], tuple[Tensor, Tensor]]:
+    """A function from sequences to the teacher's likeliest tokens and their log-probabilities."""
     teacher.requires_grad_(False).eval()
     device, k = next(teacher.parameters()).device, recipe.kd_top_k
     assert k is not None

@@ -64,16 +64,16 @@ def test_samples_are_uniform_over_the_members():
     assert chi2 < members + 4 * np.sqrt(2 * members)  # 4 standard deviations
 
 
-def test_neighbours_are_members_one_step_away_and_mutual():
+def test_neighbors_are_members_one_step_away_and_mutual():
     space = SearchSpace(SMALL, BACKBONE)
     spec = space.make(64, 128, parse_pattern("F-F"))
-    neighbours = list(space.neighbours(spec))
-    assert len(neighbours) == len(set(neighbours))
-    assert spec not in neighbours
-    assert all(n in space for n in neighbours)
-    assert all(spec in space.neighbours(n) for n in neighbours)
-    assert space.make(128, 128, spec.layer_types) in neighbours
-    assert space.make(64, 128, parse_pattern("FF")) in neighbours
+    neighbors = list(space.neighbors(spec))
+    assert len(neighbors) == len(set(neighbors))
+    assert spec not in neighbors
+    assert all(n in space for n in neighbors)
+    assert all(spec in space.neighbors(n) for n in neighbors)
+    assert space.make(128, 128, spec.layer_types) in neighbors
+    assert space.make(64, 128, parse_pattern("FF")) in neighbors
 
 
 def test_encoding_inverts():
@@ -99,7 +99,7 @@ def test_stratified_draws_visit_every_size():
 def test_non_members_are_told_why():
     space = SearchSpace(SMALL, BACKBONE)
     good = space.make(64, 128, parse_pattern("FF-"))
-    assert space.why_not(good) is None
+    assert space.violated_rule(good) is None
     reasons = {
         "num_layers=6": good.replace(layer_types=parse_pattern("F" * 6)),
         "ffn_dim=256": good.replace(ffn_dim=256),
@@ -108,7 +108,7 @@ def test_non_members_are_told_why():
         "fixed settings": good.replace(num_heads=16),
     }
     for reason, spec in reasons.items():
-        assert reason in (space.why_not(spec) or "")
+        assert reason in (space.violated_rule(spec) or "")
         with pytest.raises(InputError):
             space.encode(spec)
 
@@ -117,7 +117,35 @@ def test_a_space_larger_than_the_backbone_is_refused():
     wide = SpaceSettings(**{**vars(SMALL), "model_dim": Choices(min=2048, max=4096, step=2048)})
     with pytest.raises(InputError, match=r"space\.model_dim\.max=4096.*backbone's 2048"):
         SearchSpace(wide, BACKBONE)
-    with pytest.raises(InputError, match=r"space\.kinds.*full_attention"):
-        SearchSpace(SpaceSettings(**{**vars(SMALL), "kinds": [Attention.skip_attention]}), BACKBONE)
-    with pytest.raises(InputError, match=r"space\.max=10"):
-        Choices(min=1, max=10, step=2)
+
+
+@pytest.mark.parametrize("key", ["model_dim", "ffn_dim"])
+def test_widths_that_are_not_whole_groups_are_refused(key):
+    odd = SpaceSettings(**{**vars(SMALL), key: Choices(min=64, max=128, step=16)})
+    with pytest.raises(InputError, match=rf"^space\.{key}=80: expected a multiple of 32"):
+        SearchSpace(odd, BACKBONE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kinds": [Attention.skip_attention]}, r"^kinds=\['skip_attention'\]: .*full_attention"),
+        ({"max_efficient_run": -1}, "^max_efficient_run=-1: expected 0 or more"),
+    ],
+)
+def test_illegal_rules_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        SpaceSettings(**{**vars(SMALL), **change})
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"min": 1, "max": 10, "step": 2}, r"^max=10: expected min \+ a whole number of steps"),
+        ({"min": 0, "max": 10}, "^min=0: expected a positive integer"),
+        ({"min": 1, "max": 10, "step": 0}, "^step=0: expected a positive integer"),
+    ],
+)
+def test_illegal_choices_are_refused(choices, message):
+    with pytest.raises(InputError, match=message):
+        Choices(**choices)

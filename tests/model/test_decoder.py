@@ -45,7 +45,7 @@ SPEC = ArchSpec(
 
 
 def assert_same_logits(ours, theirs):
-    """Equal to 1e-5 of the largest logit, in fp32."""
+    """Assert that fp32 logits agree within 1e-5 of the largest one."""
     assert ours.dtype == theirs.dtype == torch.float32
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
@@ -64,7 +64,7 @@ def _theirs(family: str, tied: bool):
     )
     model = Qwen3ForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):  # all ones would hide a norm that is left out
+        if name.endswith("norm.weight"):  # gains of one would hide a missing norm
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 

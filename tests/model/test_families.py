@@ -1,4 +1,4 @@
-"""Every family against transformers on random weights: both directions, and through pruning."""
+"""All model families against transformers on random weights, in both directions and pruned."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
-from flash.model.attention import Reach, attend
+from flash.model.attention import MaskSpec, attend
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
@@ -82,12 +82,12 @@ PLAIN = ArchSpec(
 
 
 def their_model(name: str, tied: bool) -> nn.Module:
-    """A model of transformers' with random weights, biases and gains included."""
+    """A model of transformers with random weights, biases and gains."""
     torch.manual_seed(0)
     config = {**COMMON, "tie_word_embeddings": tied, **CONFIGS[name]}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("norm.weight"):  # ones would hide a norm that is left out
+        if parameter_name.endswith("norm.weight"):  # gains of one would hide a missing norm
             nn.init.uniform_(parameter, 0.5, 1.5)
         elif parameter_name.endswith("bias"):
             nn.init.normal_(parameter)
@@ -185,6 +185,15 @@ def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path):
         Backbone.open(settings)
 
 
+def test_an_illegal_architecture_of_a_backbone_is_named_as_it_was_typed():
+    settings = BackboneSettings(name="x", arch={**PLAIN.to_dict(), "ffn_dim": 33})
+    with pytest.raises(InputError, match=r"^backbone\.arch\.ffn_dim=33: expected a multiple of 32"):
+        Backbone.open(settings)
+    settings.arch = {**PLAIN.to_dict(), "rope_scaling": {"kind": "linear", "factr": 2.0}}
+    with pytest.raises(InputError, match=r"^backbone\.arch\.rope_scaling\.factr: unknown key"):
+        Backbone.open(settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -198,7 +207,11 @@ def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path):
             "rope_type=yarn: expected one of default, linear",
         ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor: missing"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: expected a number"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+            r"^config\.json: rope_scaling\.factor=0\.5: expected a number",
+        ),
+        ({"hidden_size": 80}, r"^config\.json: model_dim=80: expected a multiple of 32"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0"),
         ({"model_type": "llama4_text"}, "moe_layers=.*expected"),
         ({"model_type": "llama4_text", "moe_layers": []}, "no_rope_layers=.*expected rotary"),
@@ -227,7 +240,7 @@ def test_documents_do_not_see_each_other():
         tokens = torch.randint(0, 97, (2, 12))
         documents = torch.tensor([[0] * 5 + [1] * 7, [4] * 12])
         joined = model.hidden(tokens, documents=documents)
-        # Rotary embeddings are relative: a document's place in the window does not matter.
+        # Rotary embeddings are relative, so the place of a document does not matter.
         torch.testing.assert_close(joined[:1, 5:], model.hidden(tokens[:1, 5:]))
         torch.testing.assert_close(joined[1:], model.hidden(tokens[1:]))
 
@@ -239,6 +252,6 @@ def test_block_masks_are_the_same_masks():
     q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
     documents = torch.tensor([[0] * 15 + [1] * 25, [0] * 40])
     for window, docs in ((7, None), (None, documents), (7, documents)):
-        reach = Reach(0, 40, docs, torch.device("cpu"))
-        dense, blocks = attend(q, k, v, reach.mask(window)), attend(q, k, v, reach.blocks(window))
+        spec = MaskSpec(0, 40, docs, torch.device("cpu"))
+        dense, blocks = attend(q, k, v, spec.mask(window)), attend(q, k, v, spec.block_mask(window))
         torch.testing.assert_close(dense, blocks, rtol=1e-5, atol=1e-5)

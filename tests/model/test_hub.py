@@ -1,4 +1,4 @@
-"""Backbones by their names on the hub: a hub on loopback, the real client in a fresh process."""
+"""Backbones by their names on the hub, with a hub on loopback and the real client."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ except InputError as error:
 
 
 class Hub(ThreadingHTTPServer):
-    """One model, `team/small`, out of a folder; `log` has what was asked for."""
+    """A hub with one model, `team/small`, served from a folder; `log` lists the requests."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -90,7 +90,7 @@ def server(backbone_folder) -> Iterator[Hub]:
 
 
 def ask(name: str, home: Path, **environment: str) -> str:
-    """What SCRIPT prints."""
+    """Lines that SCRIPT prints in a fresh process."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
     command = [sys.executable, "-c", SCRIPT, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -113,7 +113,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(server, tmp_path):
     endpoint = f"http://127.0.0.1:{server.server_port}"
     gated = ask("team/gated", tmp_path, HF_ENDPOINT=endpoint)
     assert gated == (
-        "backbone.weights=team/gated: expected access to a gated model; accept its licence on the "
+        "backbone.weights=team/gated: expected access to a gated model; accept its license on the "
         "hub and run `hf auth login`"
     )
     assert "found neither; check the name" in ask("team/none", tmp_path, HF_ENDPOINT=endpoint)

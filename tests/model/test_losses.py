@@ -1,4 +1,4 @@
-"""The chunked losses against the plain ones, gradients included."""
+"""Chunked losses and their gradients against plain ones."""
 
 import pytest
 import torch

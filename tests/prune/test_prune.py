@@ -1,4 +1,4 @@
-"""The prune operator against the masked backbone."""
+"""The prune operator against the backbone with masked channels and layers."""
 
 import math
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_skipped_attention_equals_zeroed_output_projection(backbone):
 
 
 def test_pruned_width_equals_masked_width_up_to_the_norms_mean(backbone):
-    """RMSNorm divides by a mean over d channels; d' kept ones have the mean of d' instead.
+    """The correction for RMSNorm, which divides by a mean over d channels before and d' after.
 
     With the other channels zero both see the same sum of squares, so each norm of the pruned model
     gives sqrt(d'/d) times the masked one's. Gains scaled by sqrt(d/d') make them equal.

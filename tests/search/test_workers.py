@@ -103,7 +103,7 @@ def test_a_trial_of_a_living_worker_is_left_alone(tmp_path):
     path, space = tmp_path / "study.db", toy.make_space()
     toy.run(path, trials=4)
     mine, other = (toy.open_toy(path, space) for _ in range(2))
-    spec = next(space.neighbours(mine.trials()[1].spec))
+    spec = next(space.neighbors(mine.trials()[1].spec))
     mine.plan([spec], {k: v.tolist() for k, v in toy.costs([spec]).items()}, (4, 1))
     mine.enqueue(space)
     with mine.working():

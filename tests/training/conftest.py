@@ -7,7 +7,7 @@ from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
 
 @pytest.fixture
 def settings(request, backbone_settings, data_settings, tmp_path) -> TrainSettings:
-    """A cut of the backbone, trained by the RECIPE and TRAINER of the test's module."""
+    """Training of a pruned backbone with RECIPE and TRAINER of the test's module."""
     return TrainSettings(
         backbone=backbone_settings,
         data=data_settings,

@@ -1,4 +1,4 @@
-"""Small decoders that training tests compare."""
+"""Small decoders for training tests, and their comparison."""
 
 import torch
 
@@ -7,11 +7,11 @@ from tests.conftest import SMALL
 
 
 def make_model() -> Decoder:
-    """The same random weights each time."""
+    """A small decoder with the same random weights each time."""
     torch.manual_seed(1)
     return Decoder(SMALL)
 
 
 def same_weights(a: Decoder, b: Decoder) -> bool:
-    """Bit by bit."""
+    """True if all weights are equal bit by bit."""
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

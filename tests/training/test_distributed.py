@@ -1,4 +1,4 @@
-"""Two processes on this machine (gloo) against one: the same losses, checkpoints that move."""
+"""Runs on two processes of this machine (gloo) against runs on one, and their checkpoints."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.training.decoders import make_model
 
 RECIPE = RecipeSettings(name="test", tokens=8 * 128, batch_size=4, lr=3e-3, kd_weight=0.5)
 TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=4)
-# Lightning starts the second process with the same command, so this has to be a file.
+# A script in a file, because Lightning starts the second process with the same command.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -30,7 +30,7 @@ from flash.data.tokenizer import load_tokenizer
 from flash.model.checkpoint import state_to_save
 from flash.training.fit import fit
 from flash.training.settings import Strategy
-from flash.training.distributed import is_main_process
+from flash.ranks import is_main_process
 import dataclasses
 from tests.training.decoders import make_model
 from tests.training.test_distributed import RECIPE, TRAINER, teacher
@@ -62,7 +62,7 @@ def teacher():
 
 @pytest.fixture
 def on_two(tmp_path, corpus):
-    """Runs steps up to a number on two processes; returns losses and final weights."""
+    """A function that trains on two processes and returns losses and final weights."""
     script = tmp_path / "two.py"
     script.write_text(SCRIPT, "utf-8")
 

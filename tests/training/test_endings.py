@@ -1,4 +1,4 @@
-"""How runs end that do not end by themselves: signals, full disks, several processes."""
+"""Runs that end early, by signals and full disks, on one process and on two."""
 
 import os
 import resource
@@ -12,14 +12,14 @@ import pytest
 
 from flash.training.fit import fit
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
-from flash.training.stability import Guard, Verdict
+from flash.training.stability import StepGuard, StepStatus
 from tests.training.decoders import make_model
 
 RECIPE = RecipeSettings(name="test", tokens=4 * 128, batch_size=4, lr=3e-3)
 TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=2)
 
 
-def test_signals_mean_again_what_they_meant_before_the_run(data):
+def test_signal_handlers_are_restored_after_the_run(data):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
     fit(make_model(), data, RECIPE, TRAINER)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before
@@ -27,14 +27,14 @@ def test_signals_mean_again_what_they_meant_before_the_run(data):
 
 def test_a_signal_ends_the_run_with_a_checkpoint_of_its_step(data, tmp_path, monkeypatch):
     handled: list[int] = []
-    judge = Guard.judge
+    check = StepGuard.check
 
-    def judge_and_send(guard: Guard, loss: float, norm: float) -> Verdict:
+    def check_and_send(guard: StepGuard, loss: float, norm: float) -> StepStatus:
         if not handled:
             os.kill(os.getpid(), signal.SIGUSR2)
-        return judge(guard, loss, norm)
+        return check(guard, loss, norm)
 
-    monkeypatch.setattr(Guard, "judge", judge_and_send)
+    monkeypatch.setattr(StepGuard, "check", check_and_send)
     before = signal.signal(signal.SIGUSR2, lambda number, frame: handled.append(number))
     try:
         with pytest.raises(SystemExit) as ended:
@@ -46,7 +46,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_its_step(data, tmp_path, mon
     assert fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path).steps == 4
 
 
-def test_a_disk_that_takes_no_more_is_named_and_the_checkpoint_before_stays(data, tmp_path):
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(data, tmp_path):
     fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path)
     last = tmp_path / "last.ckpt"
     before = last.read_bytes()
@@ -64,7 +64,7 @@ def test_a_disk_that_takes_no_more_is_named_and_the_checkpoint_before_stays(data
 
 @pytest.fixture
 def command(backbone_folder, corpus, tmp_path):
-    """Train on two processes."""
+    """A function that makes a command which trains on two processes."""
 
     def command(*changes: str) -> list[str]:
         return [

@@ -1,4 +1,4 @@
-"""The loss curve of a run: kept through interruptions, watched, and continued for longer."""
+"""The loss curve of a run: interruptions, observers, and continuation for more tokens."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_parts_of_a_curve_are_means_over_equal_parts_of_the_run():
     assert Curve.of([3.0, 1.0, 2.0], 4) == Curve((3.0, 1.0, 2.0), 4)
     curve = Curve.of([float(i) for i in range(50)], 96)
     assert curve.parts == 32
-    assert curve.losses == tuple(3.0 * i + 1 for i in range(16))  # the 17th is not over
+    assert curve.losses == tuple(3.0 * i + 1 for i in range(16))  # the 17th part is not finished
     assert curve.points(9600)[:2] == [[300.0, 1.0], [600.0, 4.0]]
 
 
@@ -50,7 +50,7 @@ def test_a_run_that_goes_on_for_longer_is_the_longer_run(data, tmp_path):
     assert done.steps == 20
     assert list(done.curve) == list(expected.curve)
     assert list(done.curve[:8]) == list(first.curve[:8])
-    assert done.curve[8] != first.curve[8]  # the short one's learning rate has begun to fall
+    assert done.curve[8] != first.curve[8]  # the learning rate of the short run has begun to fall
 
 
 def test_a_stopped_run_keeps_its_curve(data, tmp_path):
@@ -64,7 +64,21 @@ def test_a_stopped_run_keeps_its_curve(data, tmp_path):
     with pytest.raises(InputError, match="enough"):
         fit(make_model(), data, RECIPE, TRAINER, folder=tmp_path, watch=stop_once)
     resumed = fit(Decoder(SMALL), data, RECIPE, TRAINER, folder=tmp_path, watch=stop_once)
-    assert seen == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 11, 12]  # part 5 came before its checkpoint
+    assert seen == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+    ]  # part 5 ended before its checkpoint was written
     assert list(resumed.curve) == list(fit(make_model(), data, RECIPE, TRAINER).curve)
 
 

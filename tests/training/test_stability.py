@@ -1,4 +1,4 @@
-"""Steps that must not be taken, signals, and what a run says before it starts."""
+"""Steps that must be left out, gradients of micro-batches, and the estimate of time and cost."""
 
 import dataclasses
 import logging
@@ -9,10 +9,10 @@ import torch
 
 from flash.errors import InputError
 from flash.training.fit import fit
-from flash.training.lightning_module import LanguageModelling
+from flash.training.lightning_module import LanguageModeling
 from flash.training.loss_curve import Curve
 from flash.training.settings import LrReference, OnSpike, Precision, RecipeSettings, TrainerSettings
-from flash.training.stability import Guard, Verdict
+from flash.training.stability import StepGuard, StepStatus
 from tests.training.decoders import make_model, same_weights
 
 RECIPE = RecipeSettings(name="test", tokens=24 * 128, batch_size=4, lr=3e-3)
@@ -21,18 +21,18 @@ TRAINER = TrainerSettings(precision=Precision.fp32, checkpoint_every_steps=10)
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Multiplies the loss of some steps."""
+    """A function that multiplies the loss of some steps by a factor."""
 
     def spoil(steps, factor):
-        losses = LanguageModelling.losses
+        losses = LanguageModeling.losses
 
-        def spoilt(self, batch):
+        def spoiled(self, batch):
             sums, count = losses(self, batch)
             if self.trainer.global_step in steps:
                 sums = type(sums)(*(part * factor for part in sums))
             return sums, count
 
-        monkeypatch.setattr(LanguageModelling, "losses", spoilt)
+        monkeypatch.setattr(LanguageModeling, "losses", spoiled)
 
     return spoil
 
@@ -79,16 +79,16 @@ def test_a_spike_is_left_out_or_rewound(data, spoil, tmp_path):
     assert same_weights(rewinding, at_20)
 
 
-def test_a_spike_stands_out_of_the_last_steps():
-    guard = Guard(5.0, 3, 1e-3)
+def test_a_spike_is_far_above_the_recent_losses():
+    guard = StepGuard(5.0, 3, 1e-3)
     for i in range(20):
-        assert guard.judge(2.0 + 0.01 * (i % 5), 1.0) is Verdict.good
-    assert guard.judge(2.1, 1.0) is Verdict.good
-    assert guard.judge(2.5, 1.0) is Verdict.spike
-    assert guard.judge(2.0, math.nan) is Verdict.broken
-    assert guard.judge(2.0, 1.0) is Verdict.good
-    assert (guard.skipped, guard.in_a_row) == (2, 0)
-    assert Guard(None, 3, 1e-3).judge(1e6, 1.0) is Verdict.good
+        assert guard.check(2.0 + 0.01 * (i % 5), 1.0) is StepStatus.good
+    assert guard.check(2.1, 1.0) is StepStatus.good
+    assert guard.check(2.5, 1.0) is StepStatus.spike
+    assert guard.check(2.0, math.nan) is StepStatus.non_finite
+    assert guard.check(2.0, 1.0) is StepStatus.good
+    assert (guard.skipped, guard.skipped_in_a_row) == (2, 0)
+    assert StepGuard(None, 3, 1e-3).check(1e6, 1.0) is StepStatus.good
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -127,20 +127,20 @@ def test_a_run_says_how_long_it_will_take_and_what_it_will_cost(data, monkeypatc
     monkeypatch.setattr("flash.training.callbacks.measure_peak_flops", lambda *args: 1e5)
     caplog.set_level(logging.INFO)
     trainer = dataclasses.replace(TRAINER, usd_per_hour=2.0)
-    fit(make_model(), data, RECIPE, trainer, what="small")
-    said = [r.getMessage() for r in caplog.records if "hours" in r.getMessage()]
-    assert len(said) == 1  # the time of the first steps is too short to be worth a line
-    assert said[0].startswith("small: 3,072 tokens in 24 steps on 1 device(s): about")
-    assert said[0].endswith("USD")
+    fit(make_model(), data, RECIPE, trainer, label="small")
+    logged = [r.getMessage() for r in caplog.records if "hours" in r.getMessage()]
+    assert len(logged) == 1  # by the times of the first steps the run is too short for a second
+    assert logged[0].startswith("small: 3,072 tokens in 24 steps on 1 device(s): about")
+    assert logged[0].endswith("USD")
 
 
-def test_a_resumed_run_judges_as_one_that_was_not_stopped():
-    whole, resumed = Guard(5.0, 3, 1e-3), Guard(5.0, 3, 1e-3)
+def test_a_resumed_guard_checks_as_one_that_was_not_stopped():
+    whole, resumed = StepGuard(5.0, 3, 1e-3), StepGuard(5.0, 3, 1e-3)
     for i in range(20):
-        whole.judge(2.0 + 0.01 * (i % 5), 1.0)
+        whole.check(2.0 + 0.01 * (i % 5), 1.0)
     resumed.load_state_dict(whole.state_dict())
-    assert resumed.judge(2.5, 1.0) is whole.judge(2.5, 1.0) is Verdict.spike
-    assert (resumed.skipped, resumed.in_a_row) == (1, 1)
+    assert resumed.check(2.5, 1.0) is whole.check(2.5, 1.0) is StepStatus.spike
+    assert (resumed.skipped, resumed.skipped_in_a_row) == (1, 1)
 
 
 def test_a_step_left_out_leaves_no_hole_in_the_curve():

@@ -1,4 +1,4 @@
-"""What follows pruning: instruction tuning, training aware of quantisation, chains of stages."""
+"""Stages after pruning: instruction tuning, quantization-aware training, chains of stages."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ TRAINER = TrainerSettings(precision=Precision.fp32)
 
 @pytest.fixture
 def chat(tmp_path) -> DataSettings:
-    """Conversations of very unequal length: some sequences have little to learn."""
+    """Conversations of very unequal length, so that some sequences have few tokens to learn."""
     path = tmp_path / "chats.jsonl"
     rows = []
     for i in range(60):
@@ -115,7 +115,7 @@ def test_devices_that_are_not_there_are_named_before_any_work(settings, monkeypa
         train(dataclasses.replace(settings, start="nowhere"))
 
 
-def test_training_aware_of_quantisation_is_of_the_rounded_model(settings):
+def test_quantization_aware_training_is_of_the_rounded_model(settings):
     train(settings)
     cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
     settings = dataclasses.replace(

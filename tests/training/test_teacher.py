@@ -1,4 +1,4 @@
-"""The teacher's likeliest tokens, computed ahead: the same as a teacher that runs along."""
+"""Stored top-k outputs of the teacher against a teacher that runs along."""
 
 import dataclasses
 from itertools import islice
@@ -39,15 +39,15 @@ def runs(tmp_path) -> Runs:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Files of eight sequences."""
+    """Limits the files of teacher outputs to eight sequences."""
     monkeypatch.setattr("flash.data.teacher_cache.PART_TOKENS", 8 * 32)
 
 
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
-    """Sequences that teachers have read ahead."""
+    """Batch sizes of the sequences that teachers have read ahead."""
     read: list[int] = []
-    answers = teacher._answers
+    answers = teacher._top_k_outputs
 
     def counting(*args):
         answer = answers(*args)
@@ -58,7 +58,7 @@ def counted(monkeypatch) -> list[int]:
 
         return one
 
-    monkeypatch.setattr(teacher, "_answers", counting)
+    monkeypatch.setattr(teacher, "_top_k_outputs", counting)
     return read
 
 
@@ -74,7 +74,7 @@ def test_all_tokens_but_one_train_like_a_teacher_that_runs_along(
         done = fit(models[-1], data, recipe, TRAINER, teacher=taught)
         assert done.steps == 12
     pairs = list(zip(*(model.parameters() for model in models), strict=True))
-    # Kept in half precision, so not equal; Adam's first steps are as long for any gradient.
+    # Outputs are stored in half precision, so weights are close but not equal.
     apart = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
     moved = torch.cat([
         (a - b).flatten()
@@ -84,7 +84,7 @@ def test_all_tokens_but_one_train_like_a_teacher_that_runs_along(
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_each_sequence_has_what_the_teacher_says_about_it(
+def test_each_sequence_has_the_outputs_of_the_teacher_for_it(
     masks, data_settings, backbone, runs, small_parts
 ):
     changed = dataclasses.replace(data_settings, document_masks=masks)
@@ -100,7 +100,7 @@ def test_each_sequence_has_what_the_teacher_says_about_it(
         assert batch.top_ids.shape == (4, 32, 8)
         kept = batch.top_log_probs.flatten(0, 1).float()
         torch.testing.assert_close(kept, log_probs, rtol=2e-3, atol=2e-3)
-        # Equally likely tokens may change places.
+        # The order of equally likely tokens is undefined.
         same = (batch.top_ids.flatten(0, 1) == ids).float().mean()
         assert same > 0.99
 
@@ -110,7 +110,7 @@ def test_a_second_student_and_a_second_start_need_no_teacher(
 ):
     settings = dataclasses.replace(settings, recipe=TOP)
     first = train(settings)
-    # Seven files of eight: the run has 12 steps of 4, and reads one ahead.
+    # Seven files of eight sequences: the run has 12 steps of 4 and reads one batch ahead.
     assert sum(counted) == 56
     monkeypatch.setattr(teacher, "load_teacher", None)
     second = train(dataclasses.replace(settings, name="other", arch={"layer_types": "FF-"}))
@@ -123,7 +123,9 @@ def test_a_longer_run_adds_what_is_missing(data, backbone, runs, counted, small_
     assert sum(counted) == 32
     taught = teacher_of(backbone, data, TOP, TRAINER, runs)
     assert sum(counted) == 56
-    endless = dataclasses.replace(TOP, tokens=10**6)  # several epochs: no sequence twice
+    endless = dataclasses.replace(
+        TOP, tokens=10**6
+    )  # several epochs, but each sequence is read only once
     teacher_of(backbone, data, endless, TRAINER, runs)
     assert sum(counted) == len(data.train_set)
     assert taught.missing(10**6) == []
@@ -132,7 +134,7 @@ def test_a_longer_run_adds_what_is_missing(data, backbone, runs, counted, small_
 def test_after_a_kill_only_the_unfinished_file_is_done_again(
     data, backbone, runs, counted, small_parts, monkeypatch
 ):
-    answers = teacher._answers
+    answers = teacher._top_k_outputs
 
     def killed(*args):
         answer = answers(*args)
@@ -145,7 +147,7 @@ def test_after_a_kill_only_the_unfinished_file_is_done_again(
         return one
 
     with monkeypatch.context() as patch:
-        patch.setattr(teacher, "_answers", killed)
+        patch.setattr(teacher, "_top_k_outputs", killed)
         with pytest.raises(KeyboardInterrupt):
             teacher_of(backbone, data, TOP, TRAINER, runs)
     counted.clear()
@@ -199,7 +201,7 @@ def test_a_damaged_file_is_named(data, backbone, runs, small_parts):
         fit(make_model(), data, TOP, TRAINER, teacher=taught)
 
 
-def test_what_cannot_be_kept_is_refused_before_work(settings, counted, tmp_path):
+def test_a_top_k_that_cannot_be_stored_is_refused_before_work(settings, counted, tmp_path):
     with pytest.raises(InputError, match=r"kd_top_k=320: expected below the vocabulary of 320"):
         train(dataclasses.replace(settings, recipe=dataclasses.replace(TOP, kd_top_k=320)))
     with pytest.raises(InputError, match=r"recipe.kd_top_k=0: expected a positive integer"):

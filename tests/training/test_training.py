@@ -1,4 +1,4 @@
-"""Training: the same losses after a kill, distillation, and the job behind train.py."""
+"""Training runs: resumption after a kill, distillation, and the job behind train.py."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path):
     whole, parts = make_model(), make_model()
     fit(whole, data, RECIPE, TRAINER)
     fit(parts, data, RECIPE, dataclasses.replace(TRAINER, max_steps=5), folder=tmp_path / "c")
-    resumed = Decoder(SMALL)  # other random weights: all state comes from the checkpoint
+    resumed = Decoder(SMALL)  # other random weights, as all state comes from the checkpoint
     done = fit(resumed, data, RECIPE, TRAINER, folder=tmp_path / "c")
     assert done.steps == 12
     assert same_weights(whole, resumed)
@@ -179,6 +179,9 @@ def test_an_arch_that_does_not_fit_is_refused_before_any_work(
     settings = _settings(backbone_settings, data_settings, tmp_path, arch={"ffn_dim": 1024})
     with pytest.raises(InputError, match=r"arch\.ffn_dim=1024: expected at most the backbone's"):
         train(settings)
+    settings.arch = {"ffn_dim": 33}
+    with pytest.raises(InputError, match=r"^arch\.ffn_dim=33: expected a multiple of 32"):
+        train(settings)
     assert not (tmp_path / "runs").exists()
 
 
@@ -220,7 +223,7 @@ def _weights(folder) -> bytes:
 def test_a_job_that_is_killed_or_told_to_stop_goes_on_as_if_it_had_not_been(
     data_settings, backbone_folder, tmp_path
 ):
-    torch.set_num_threads(1)  # as in the processes below: sums must not depend on it
+    torch.set_num_threads(1)  # as in the processes below, as sums depend on it
     of = (data_settings.path, str(backbone_folder))
     script = (
         "import logging, sys\n"
@@ -244,10 +247,10 @@ def test_a_job_that_is_killed_or_told_to_stop_goes_on_as_if_it_had_not_been(
     with start(told, 1000) as job:
         _wait_for_training(job)
         job.terminate()
-        said = job.stderr.read()
-        assert job.wait() == 128 + signal.SIGTERM, said
-    assert "stopped by SIGTERM after step" in said
-    assert list(told.rglob("last.ckpt"))  # the only one before the end
+        output = job.stderr.read()
+        assert job.wait() == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM after step" in output
+    assert list(told.rglob("last.ckpt"))  # written by the signal alone
     for folder in (killed, told):
         assert not (folder / "models" / "c" / "result.json").exists()
         train(_job(*of, str(folder)))
@@ -255,7 +258,7 @@ def test_a_job_that_is_killed_or_told_to_stop_goes_on_as_if_it_had_not_been(
 
 
 def _wait_for_training(job) -> None:
-    """Until the process catches SIGTERM, which it does from its first step on."""
+    """Wait until the process catches SIGTERM, as it does from its first step on."""
     until = time.monotonic() + 120
     while job.poll() is None and time.monotonic() < until:
         status = Path(f"/proc/{job.pid}/status").read_text()
