@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
+from flash.compat.torch import assume
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 from flash.model.decoder import rotary_table
 
@@ -135,8 +136,8 @@ class CallPlan(nn.Module):
 
     def forward(self, input_pos: Tensor, length: int) -> CallRange:
         start = cast(int, input_pos[0].item())  # symbolic in an export
-        torch._check(start >= 0)
-        torch._check(start + length <= self.max_context)
+        assume(start >= 0)
+        assume(start + length <= self.max_context)
         cos = self.cos.narrow(0, start, length)
         sin = self.sin.narrow(0, start, length)
         last = self.last_query(start, length) if self.last_query is not None else None
@@ -185,8 +186,8 @@ def _simple(number: int, most: int) -> int:
     of a symbol with bounds, not of an expression with minima and maxima.
     """
     symbol = cast(int, torch.full((1,), number, dtype=torch.long).item())
-    torch._check(symbol >= 1)
-    torch._check(symbol <= most)
+    assume(symbol >= 1)
+    assume(symbol <= most)
     return symbol
 
 

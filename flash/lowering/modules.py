@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
+from flash.compat.executorch import register_operators
 from flash.log_filters import quiet
 from flash.lowering.attention_plan import CallPlan, CallRange
 from flash.lowering.kv_cache import attention_of
@@ -25,8 +26,7 @@ from flash.model.decoder import Decoder, FeedForward, Layer, RMSNorm, SelfAttent
 def load_custom_ops() -> None:
     """Register `llama::*` and the quantised embedding kernels, once."""
     with quiet():
-        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
-        import executorch.kernels.quantized  # noqa: F401
+        register_operators()
 
 
 def _share(weight: Tensor) -> nn.Parameter:

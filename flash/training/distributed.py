@@ -1,12 +1,10 @@
 """Several devices: Lightning's strategies, and how a decoder is shared out among them."""
 
 import os
-import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -74,13 +72,6 @@ def wait_for_others() -> None:
     """Until all processes of the run are here; nothing to wait for where there is one."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def stop_others(lightning: L.Trainer) -> None:
-    """End the processes that this one has started."""
-    launcher = lightning.strategy.launcher
-    if launcher is not None:
-        launcher.kill(signal.SIGKILL)
 
 
 def make_strategy(trainer: TrainerSettings) -> Strategy | str:
