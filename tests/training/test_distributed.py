@@ -30,7 +30,7 @@ from flash.data.tokenizer import load_tokenizer
 from flash.model.checkpoint import state_to_save
 from flash.training.fit import fit
 from flash.training.settings import Strategy
-from flash.training.distributed import is_main_process
+from flash.ranks import is_main_process
 import dataclasses
 from tests.training.decoders import make_model
 from tests.training.test_distributed import RECIPE, TRAINER, teacher
