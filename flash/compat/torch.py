@@ -9,10 +9,13 @@ Names that PyTorch 2.13 does not export, and the reasons to use them:
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
+
+if TYPE_CHECKING:  # training needs no exporter
+    from torch.export import ExportedProgram
 
 
 def assume(condition: bool) -> None:
@@ -25,7 +28,7 @@ def scale_in_place(tensors: Sequence[Tensor | None], factor: float) -> None:
     torch._foreach_mul_(tensors, factor)  # pyright: ignore  the stubs know one overload
 
 
-def clear_fake_tensor_caches(programs: Iterable[ExportedProgram]) -> None:
+def clear_fake_tensor_caches(programs: "Iterable[ExportedProgram]") -> None:
     """Empty the caches of fake tensors: the process-wide one, and that of each program's shapes.
 
     Their keys hold the delegates of lowered programs, and so the weights.

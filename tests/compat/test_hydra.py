@@ -88,4 +88,4 @@ def test_a_missing_option_is_told_with_those_there_are(tmp_path):
             compose("root", ["+data=chta"])
         assert missing_option(raised.value) == ("data/chta", ["chat", "files"])
         unknown = SimpleNamespace(missing_cfg_file=None, options=None)
-        assert missing_option(unknown) == ("", None)  # pyright: ignore[reportArgumentType]
+        assert missing_option(unknown) == ("", None)

@@ -55,11 +55,11 @@ def test_errors_know_their_key():
             node.inner.size = "many"
         assert (error_key(wrong.value), error_schema(wrong.value)) == ("inner.size", Inner)
         with pytest.raises(OmegaConfBaseException) as unknown:
-            OmegaConf.update(node, "inner.siez", 1)
-        assert (error_key(unknown.value), error_schema(unknown.value)) == ("inner.siez", Inner)
+            OmegaConf.update(node, "inner.width", 1)
+        assert (error_key(unknown.value), error_schema(unknown.value)) == ("inner.width", Inner)
         with pytest.raises(OmegaConfBaseException) as item:
-            OmegaConf.merge(node, {"rows": [{"siez": 1}]})
-        assert (error_key(item.value), error_schema(item.value)) == ("siez", Inner)
+            OmegaConf.merge(node, {"rows": [{"width": 1}]})
+        assert (error_key(item.value), error_schema(item.value)) == ("width", Inner)
         assert error_key(OmegaConfBaseException("x")) == ""
 
 
