@@ -12,12 +12,13 @@ import shutil
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from omegaconf import DictConfig
 
+from flash.compat import submitit
 from flash.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class JobFailed(Exception):
 
 def in_job() -> bool:
     """True if submitit has started this process."""
-    return "SUBMITIT_EXECUTOR" in os.environ
+    return submitit.in_job()
 
 
 def check_launcher(launcher: DictConfig, runs: str) -> None:
@@ -84,7 +85,7 @@ def check_launcher(launcher: DictConfig, runs: str) -> None:
     Raises:
         InputError: Slurm is not installed.
     """
-    if "Slurm" not in launcher._target_:
+    if not submitit.is_slurm_launcher(launcher):
         return
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise InputError(f"{LAUNCHER}: expected Slurm's sbatch and srun; start it on a login node")
@@ -93,9 +94,9 @@ def check_launcher(launcher: DictConfig, runs: str) -> None:
 
 def explain(error: Exception) -> str | None:
     """One line about an error that submitit has raised; None for any other error."""
-    if not type(error).__module__.startswith("submitit."):
+    lines = submitit.error_lines(error)
+    if lines is None:
         return None
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
     # The lines are Slurm's own, or "Job ... with path ..." and "has not produced ... (state: ...)".
     return f"{' '.join(lines[:2])}; other jobs go on; started again, the command adds workers"
 
@@ -114,9 +115,7 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
     Raises:
         JobFailed: The block has failed.
     """
-    queue_again = typing.cast(
-        Callable[[int, FrameType | None], None], signal.getsignal(signal.SIGUSR2)
-    )
+    queue_again = submitit.requeue_handler()
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:

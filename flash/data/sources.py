@@ -12,12 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] -- of whichever client it is built on
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from flash.compat.huggingface_hub import HTTPError
 from flash.data.settings import DataSettings, FileFormat, TextSourceSettings
 from flash.errors import InputError
 

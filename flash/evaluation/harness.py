@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from flash.arch import Attention
+from flash.compat.lm_eval import Pair, TokenScoringLM, generation_settings, rolling_windows
 from flash.device.base import Device
 from flash.errors import InputError
 from flash.evaluation.tokenization import Texts
@@ -50,7 +48,7 @@ class TokenRow:
     scored: int
 
 
-class TextLM(TemplateLM):
+class TextLM(TokenScoringLM):
     """What both share: the harness's requests as token ids, and answers as text.
 
     Args:
@@ -86,13 +84,8 @@ class TextLM(TemplateLM):
             chat_history, prompt=add_generation_prompt, continued=not add_generation_prompt
         )
 
-    def _loglikelihood_tokens(
-        self,
-        requests: Sequence[tuple[Any, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
-    ) -> list[tuple[float, bool]]:
-        return self._score([self._row(*tokens) for _, *tokens in requests])
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        return self._score([self._row(*pair) for pair in pairs])
 
     def _row(self, context: list[int], continuation: list[int]) -> TokenRow:
         if not 0 < len(continuation) <= self.max_length:
@@ -108,14 +101,9 @@ class TextLM(TemplateLM):
     ) -> list[float]:
         rows, owners = [], []
         for i, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for window in windows:
-                rows.append(self._row(*make_disjoint_window(window)))
+            tokens = self.tok_encode(request.args[0])
+            for pair in rolling_windows(tokens, self.prefix_token_id, self.max_length):
+                rows.append(self._row(*pair))
                 owners.append(i)
         sums = [0.0] * len(requests)
         for owner, (likelihood, _) in zip(owners, self._score(rows), strict=True):
@@ -141,7 +129,7 @@ class TextLM(TemplateLM):
 
     def _limits(self, asked: dict[str, Any], task: str) -> tuple[int, list[str]]:
         """Most new tokens, and stop strings."""
-        values: dict[str, Any] = dict(normalize_gen_kwargs(asked, MAX_NEW_TOKENS))
+        values = generation_settings(asked, MAX_NEW_TOKENS)
         if values["do_sample"]:
             raise InputError(f"task {task}: asks for sampled answers: expected greedy ones")
         new_tokens = values["max_gen_toks"]

@@ -66,16 +66,13 @@ class Tasks:
             InputError: The harness has no such task, one executes code without permission, or its
                 data files are not there.
         """
-        from lm_eval.tasks import TaskManager
+        from flash.compat.lm_eval import index_tasks
 
         # Its news, such as "overwriting num_fewshot", are what was asked for.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [task.name for task in suite.tasks]
-        # The harness's own 14,000 tasks take ten seconds to index.
-        folders = [OWN_TASKS, *([suite.include] if suite.include else [])]
-        manager = TaskManager(include_path=folders, include_defaults=False)
-        if not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=folders)
+        folders = [OWN_TASKS, *([Path(suite.include)] if suite.include else [])]
+        manager = index_tasks(folders, set(names))
         tasks = cls(suite, manager)
         for task in suite.tasks:
             name = task.name
@@ -93,15 +90,9 @@ class Tasks:
 
     def _about(self, name: str) -> dict[str, Any]:
         """What the task's YAML says."""
-        return self.manager.task_index[name].cfg or {}
+        from flash.compat.lm_eval import task_config
 
-    def _request(self, task: TaskSettings) -> str | dict[str, Any]:
-        """What the harness's loader is asked for; it lets groups change what a task's file says."""
-        if not task.files:
-            return task.name
-        data = {**self._about(task.name).get("dataset_kwargs", {}), "data_files": data_files(task)}
-        changed = {"task": task.name, "dataset_kwargs": data}
-        return {"group": "with_files", "task": [changed]}
+        return task_config(self.manager, name)
 
     def load(self, task: TaskSettings) -> Any:
         """The task with its data, or a group of tasks, as the harness has it.
@@ -111,10 +102,12 @@ class Tasks:
         """
         from datasets.exceptions import DatasetsError
 
+        from flash.compat.lm_eval import load_task, set_fewshot
+
         if self.suite.allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric of such tasks
         try:
-            loaded = self.manager.load([self._request(task)])
+            loaded = load_task(self.manager, task.name, data_files(task))
         except (OSError, ValueError, DatasetsError) as error:
             dataset = self._about(task.name).get("dataset_path", "of its subtasks")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -123,19 +116,14 @@ class Tasks:
                 "downloaded once, so run this with a network first, or copy the cache (HF_HOME) "
                 "of a machine that has it"
             ) from error
-        if task.files:
-            loaded = {"tasks": loaded["tasks"]}  # without the group of `_request`
-        for each in loaded["tasks"].values():
-            if task.fewshot is not None:
-                each.set_config(key="num_fewshot", value=task.fewshot)
-            elif each.get_config("num_fewshot") is None:
-                each.set_config(key="num_fewshot", value=0)
-            each.set_fewshot_seed(seed=self.suite.seed)
+        set_fewshot(loaded, task.fewshot, self.suite.seed)
         return loaded
 
     def run(self, name: str, loaded: Any, model: "LM", limit: int | None, key: str) -> TaskResult:
         """Ask the model all questions of a loaded task."""
         from lm_eval.evaluator import evaluate
+
+        from flash.compat.lm_eval import fewshot_of
 
         random.seed(self.suite.seed)
         np.random.seed(self.suite.seed)
@@ -151,10 +139,9 @@ class Tasks:
             confirm_run_unsafe_code=self.suite.allow_code_execution,
         )
         values = {**found["results"], **found.get("groups", {})}[name]
-        shots = [each.get_config("num_fewshot") for each in loaded["tasks"].values()]
         return TaskResult(
             name=name,
-            shots=max(shots),
+            shots=fewshot_of(loaded),
             samples=sum(counts["effective"] for counts in found["n-samples"].values()),
             metrics={
                 metric: float(value)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
+from flash.compat.torch import assume
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 from flash.model.decoder import rotary_table
 
@@ -163,8 +164,8 @@ class CallPlan(nn.Module):
     def forward(self, input_pos: Tensor, length: int) -> CallRange:
         """Plan a call of `length` tokens that begins at position `input_pos` `[1]`."""
         start = cast(int, input_pos[0].item())  # symbolic in an export
-        torch._check(start >= 0)
-        torch._check(start + length <= self.max_context)
+        assume(start >= 0)
+        assume(start + length <= self.max_context)
         cos = self.cos.narrow(0, start, length)
         sin = self.sin.narrow(0, start, length)
         planner = self.last_query_planner
@@ -221,8 +222,8 @@ def _as_bounded_symbol(number: int, most: int) -> int:
     They can prove that of a symbol with bounds, but not of an expression with minima and maxima.
     """
     symbol = cast(int, torch.full((1,), number, dtype=torch.long).item())
-    torch._check(symbol >= 1)
-    torch._check(symbol <= most)
+    assume(symbol >= 1)
+    assume(symbol <= most)
     return symbol
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
+from flash.compat.executorch import clear_compared_nodes, edge_compile_config
+from flash.compat.torch import clear_fake_tensor_caches
 from flash.files import atomic_write
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
@@ -129,13 +131,8 @@ def serialize(
         fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import (
-        EdgeCompileConfig,
-        ExecutorchBackendConfig,
-        to_edge_transform_and_lower,
-    )
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -146,14 +143,13 @@ def serialize(
         edge = to_edge_transform_and_lower(
             programs,
             partitioner=[XnnpackPartitioner()],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            compile_config=edge_compile_config(),
             constant_methods=constants,
         )
         program = edge.to_executorch(
             ExecutorchBackendConfig(
                 do_quant_fusion_and_const_prop=True,
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
             )
         )
         data = bytes(program.buffer)
@@ -169,16 +165,8 @@ def _clear_caches(programs: Sequence[ExportedProgram]) -> None:
     is keyed by the nodes of their graphs. Eleven models of the paper's size in one process took
     24 GB.
     """
-    from executorch.exir.backend.utils import is_same_node
-    from torch._subclasses import FakeTensorMode
-
-    FakeTensorMode.cache_clear()
-    is_same_node.cache_clear()
-    for program in programs:
-        for node in program.graph.nodes:
-            mode = getattr(node.meta.get("val"), "fake_mode", None)
-            if mode is not None and mode.shape_env is not None:
-                mode.shape_env.fake_tensor_cache.clear()
+    clear_fake_tensor_caches(programs)
+    clear_compared_nodes()
 
 
 def write(path: Path, data: bytes) -> None:

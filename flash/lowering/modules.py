@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, Attention
+from flash.compat.executorch import register_operators
 from flash.log_filters import quiet
 from flash.lowering.attention_plan import CallPlan, CallRange
 from flash.lowering.kv_cache import make_attention
@@ -26,8 +27,7 @@ from flash.model.decoder import Decoder, FeedForward, Layer, RMSNorm, SelfAttent
 def load_custom_ops() -> None:
     """Register the operators `llama::*` and the quantised embedding's kernels with torch."""
     with quiet():
-        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
-        import executorch.kernels.quantized  # noqa: F401
+        register_operators()
 
 
 def _share(weight: Tensor) -> nn.Parameter:

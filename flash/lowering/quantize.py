@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from flash.arch import Quantization
+from flash.compat.torchao import tensor_parts, with_parts
 from flash.lowering.settings import LoweringSettings
 from flash.model.quantization import embedding_recipe, linear_recipe
 
@@ -52,10 +53,8 @@ def _quantize_rows(module: nn.Linear | nn.Embedding, recipe: Any) -> None:
         part.weight = nn.Parameter(rows, requires_grad=False)
         quantize_(part, recipe, filter_fn=lambda module, name: True)
         quantized = part.weight.data  # torchao's, with tensors and attributes of its own
-        for name in quantized.tensor_data_names:
-            values = getattr(quantized, name)
+        for name, values in tensor_parts(quantized).items():
             if start == 0:
                 data[name] = values.new_empty((len(weight), *values.shape[1:]))
             data[name][start : start + step] = values
-    kept = {name: getattr(quantized, name) for name in quantized.tensor_attribute_names}
-    module.weight = nn.Parameter(type(quantized)(**data, **kept), requires_grad=False)
+    module.weight = nn.Parameter(with_parts(quantized, data), requires_grad=False)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flash.arch import GROUP
+from flash.compat.torchao import linear_operands
 from flash.log_filters import quiet
 from flash.model.decoder import Decoder
 
@@ -75,7 +76,4 @@ def head_operands(
     model: Decoder, hidden: Float[Tensor, "n c"]
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "vocab c"]]:
     """The two factors of the logits, rounded if `model` is fake-quantized."""
-    head: Any = model.lm_head
-    if not hasattr(head, "weight_fake_quantizer"):
-        return hidden, head.weight
-    return head.activation_fake_quantizer(hidden), head.weight_fake_quantizer(head.weight)
+    return linear_operands(model.lm_head, hidden)

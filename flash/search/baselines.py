@@ -18,6 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from flash.arch import ArchSpec, Attention, SearchSpace
+from flash.compat.optuna import generation_attrs
 from flash.search.acquisition import greedy_batch
 from flash.search.proposal import Request
 from flash.search.settings import Sampler
@@ -60,7 +61,7 @@ def ask_optuna(request: Request) -> list[ArchSpec]:
                     distributions=distributions,
                     values=[loss, *map(float, costs[i])],
                     # Trials run in order, so that this is how Optuna would have counted.
-                    system_attrs={NSGAIISampler._get_generation_key(): i // size},
+                    system_attrs=generation_attrs(i // size),
                 )
             )
         found: dict[ArchSpec, None] = {}

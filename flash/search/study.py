@@ -18,12 +18,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from flash.arch import ArchSpec, Choices, SearchSpace
+from flash.compat.optuna import TrialStorage
 from flash.errors import InputError, under
 from flash.search.fingerprint import check_fingerprint
 from flash.search.objectives import Objective
@@ -100,8 +100,7 @@ class Study:
     ) -> None:
         self.objectives = tuple(objectives)
         self.heartbeat_s = heartbeat_s
-        self._study, self._storage = study, study._storage
-        self._id = self._storage.get_study_id_from_name(study.study_name)
+        self._study, self._storage = study, TrialStorage(study)
         self._lock, self._depth, self._retries = lock, 0, retries
         self._owner = Owner.make()
         self._finished: dict[int, Trial] = {}
@@ -191,7 +190,7 @@ class Study:
             # Whose it is comes first: a running trial without an owner would run for ever.
             self._set(trial, "owner", self._owner.to_dict())
             self._beat(trial)
-            self._storage.set_trial_state_values(self._trial_id(trial), TrialState.RUNNING)
+            self._storage.set_state(trial.number, TrialState.RUNNING)
             return self._get(trial.number)
 
     @contextmanager
@@ -257,11 +256,10 @@ class Study:
             running = [t for t in self.trials() if t.state is TrialState.RUNNING]
             if not running:
                 return
-            assert isinstance(self._storage, BaseHeartbeat)
-            silent = set(self._storage._get_stale_trial_ids(self._id))
+            silent = self._storage.stale_numbers()
             for trial in running:
                 gone = Owner(**self._owner_of(trial)).gone()
-                if not (self._trial_id(trial) in silent if gone is None else gone):
+                if not (trial.number in silent if gone is None else gone):
                     continue
                 crashes = trial.extra.get("crashes", 0) + 1
                 self._set(trial, "crashes", crashes)
@@ -293,27 +291,23 @@ class Study:
         return False
 
     def _owner_of(self, trial: Trial) -> dict[str, Any]:
-        return self._storage.get_trial(self._trial_id(trial)).user_attrs["owner"]
+        return self._storage.user_attrs(trial.number)["owner"]
 
     def _fail(self, trial: Trial, reason: str) -> None:
         self._set(trial, "reason", reason)
         self._study.tell(trial.number, state=TrialState.FAIL)
 
     def _requeue(self, trial: Trial) -> None:
-        self._storage.set_trial_state_values(self._trial_id(trial), TrialState.WAITING)
+        self._storage.set_state(trial.number, TrialState.WAITING)
 
     def _beat(self, trial: Trial) -> None:
-        assert isinstance(self._storage, BaseHeartbeat)
-        self._storage.record_heartbeat(self._trial_id(trial))
+        self._storage.record_heartbeat(trial.number)
 
     def _get(self, number: int) -> Trial:
         return self.trials()[number]
 
-    def _trial_id(self, trial: Trial) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
-
     def _set(self, trial: Trial, key: str, value: Any) -> None:
-        self._storage.set_trial_user_attr(self._trial_id(trial), key, value)
+        self._storage.set_user_attr(trial.number, key, value)
 
 
 def open_study(

@@ -1,12 +1,10 @@
 """Training on several devices: Lightning's strategies, and the sharding of a decoder."""
 
 import os
-import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -74,13 +72,6 @@ def wait_for_others() -> None:
     """Wait until all processes of the run have come here; returns at once if there is only one."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def stop_others(lightning: L.Trainer) -> None:
-    """Kill the processes of the run that this one has started."""
-    launcher = lightning.strategy.launcher
-    if launcher is not None:
-        launcher.kill(signal.SIGKILL)
 
 
 def make_strategy(trainer: TrainerSettings) -> Strategy | str:

@@ -16,6 +16,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from flash.compat.lightning import kill_launched_processes
 from flash.data.batch import collate
 from flash.data.module import PackedData
 from flash.data.teacher_cache import TaughtSequences
@@ -26,7 +27,7 @@ from flash.model.quantization import head_operands
 from flash.progress import progress
 from flash.ranks import is_main_process
 from flash.training.callbacks import Throughput
-from flash.training.distributed import gather, lightning_precision, make_strategy, stop_others
+from flash.training.distributed import gather, lightning_precision, make_strategy
 from flash.training.lightning_module import LanguageModeling
 from flash.training.loss_curve import CurveRecorder, SaveAtStep, Watch
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
@@ -279,7 +280,7 @@ def _run(
         try:
             lightning.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         except OSError:
-            stop_others(lightning)  # else they wait for this process and fail
+            kill_launched_processes(lightning)  # else they wait for this process and fail
             raise
         except (RuntimeError, EOFError, KeyError) as error:
             if last is not None and lightning.global_step == 0:

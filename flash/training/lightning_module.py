@@ -6,9 +6,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
+from flash.compat.torch import scale_in_place
 from flash.data.batch import Batch
 from flash.data.teacher_cache import TaughtSequences
 from flash.errors import InputError
@@ -73,7 +73,7 @@ class LanguageModeling(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard model and teacher if the strategy has a device mesh; compile the forward pass."""
-        mesh: DeviceMesh | None = self._device_mesh  # pyright: ignore[reportAssignmentType]
+        mesh = self.device_mesh
         for model in (self.model, self._outside["teacher"]):
             if mesh is not None and model is not None:
                 shard(model, mesh["data_parallel"], self.trainer_settings.precision)
@@ -138,7 +138,7 @@ class LanguageModeling(L.LightningModule):
         means, scale = self._take_parts()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters], scale)  # pyright: ignore
+            scale_in_place([p.grad for p in parameters], scale)
         # Lightning refuses to clip gradients of fused optimizers under autocast, because a loss
         # scaler might interfere; bf16 and fp32 have none.
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.grad_clip))
@@ -184,7 +184,7 @@ class LanguageModeling(L.LightningModule):
 
     def on_fit_start(self) -> None:
         teacher: Decoder | None = self._outside["teacher"]
-        if teacher is not None and self._device_mesh is None:
+        if teacher is not None and self.device_mesh is None:
             teacher.to(self.device)
 
     def configure_optimizers(self) -> Any:

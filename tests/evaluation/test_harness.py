@@ -97,7 +97,7 @@ def test_a_likeliest_continuation_is_called_so(folder):
     model = DecoderLM(load(folder), Texts.open(folder))
     tokens = model.tok_encode("def add(a, b):")
     [written] = model._continue([tokens], 6, [])
-    found = model._loglikelihood_tokens([(None, tokens, written), (None, tokens, [5, 6])])
+    found = model.score_pairs([(tokens, written), (tokens, [5, 6])])
     assert [likeliest for _, likeliest in found] == [True, False]
 
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_answered_is_said(folder):
     with pytest.raises(InputError, match="task toy: asks for sampled answers"):
         model.generate_until(requests("generate_until", [("a", asked)]))
     with pytest.raises(InputError, match="a continuation of 900 tokens: expected 1 to the 96"):
-        model._loglikelihood_tokens([(None, [1], [2] * 900)])
+        model.score_pairs([([1], [2] * 900)])
 
 
 @pytest.fixture(scope="module", params=["F-F", "S"])
@@ -170,8 +170,8 @@ def test_shared_beginnings_are_read_once_where_caches_hold_all(pair, monkeypatch
         program._runtime, "score_many", lambda *a, **k: reuse.append(k["reuse"]) or many(*a, **k)
     )
     texts = [(list(range(9, 60)), 40), (list(range(9, 60)), 40), (list(range(9, 30)), 5)]
-    rows = [(None, tokens[:first], tokens[first:]) for tokens, first in texts]
-    found = program._loglikelihood_tokens(rows)
+    rows = [(tokens[:first], tokens[first:]) for tokens, first in texts]
+    found = program.score_pairs(rows)
     fresh = many(program._program, texts, reuse=False)
     expected = [sum(scores["log_likelihoods"]) for scores in fresh]
     assert [value for value, _ in found] == pytest.approx(expected, abs=1e-4)

@@ -93,7 +93,7 @@ def test_accuracy_is_that_of_the_likelihoods(settings, checkpoint):
         pairs = [
             model._encode_pair(f"Q: {row['question']}\nA:", f" {each}") for each in row["choices"]
         ]
-        sums = [value for value, _ in model._loglikelihood_tokens([(None, *p) for p in pairs])]
+        sums = [value for value, _ in model.score_pairs(pairs)]
         mean = [s / len(each) for s, each in zip(sums, row["choices"], strict=True)]
         right += sums.index(max(sums)) == row["label"]
         right_normalised += mean.index(max(mean)) == row["label"]

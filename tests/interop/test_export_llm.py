@@ -134,14 +134,14 @@ def test_shapes_have_the_published_number_of_parameters(name, parameters):
 
 
 def test_counts_are_those_of_the_stack_itself():
-    """In a process of its own: the child changes the stack's classes."""
+    """In a process of its own: this changes the stack's classes."""
     code = """
-from flash.interop import export_llm_child as child
+from flash.compat import executorch_llm
 from flash.interop.baselines import STOCK_MODELS
 for name, model in STOCK_MODELS.items():
     if name.startswith("gemma3"):
-        child.llama_transformer.TransformerBlock = child.CompleteBlock
-    shape = child.meta_model(dict(model.params))
+        executorch_llm.complete_layers()
+    shape = executorch_llm.meta_model(dict(model.params))
     weights = sum(p.numel() for p in shape.parameters())
     print(weights - shape.output.weight.numel())
 """

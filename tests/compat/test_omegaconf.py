@@ -1,0 +1,88 @@
+"""OmegaConf's interfaces behind flash.compat.omegaconf."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tests.compat.contract import contract
+
+
+@dataclass
+class Inner:
+    size: int = 1
+
+
+@dataclass
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    empty: Inner | None = None
+    missing: Inner = MISSING
+    rows: list[Inner] = field(default_factory=list)
+
+
+def test_children_are_seen_without_being_resolved():
+    with contract(
+        "omegaconf's DictConfig._get_node, _is_none or _is_missing",
+        "flash.compat.omegaconf.child_mapping",
+        "walk a configuration that is not complete",
+    ):
+        from flash.compat.omegaconf import child_mapping
+
+        node = OmegaConf.structured(Outer)
+        child = child_mapping(node, "inner")
+        assert child is not None
+        assert list(child) == ["size"]
+        assert child_mapping(node, "empty") is None
+        assert child_mapping(node, "missing") is None
+        assert child_mapping(node, "rows") is None
+        plain = OmegaConf.create({"there": {"a": 1}, "elsewhere": "${nowhere}"})
+        assert child_mapping(plain, "there") == {"a": 1}
+        assert child_mapping(plain, "elsewhere") is None
+
+
+def test_errors_know_their_key():
+    with contract(
+        "omegaconf's OmegaConfBaseException.full_key, .key or .object_type",
+        "flash.compat.omegaconf.error_key",
+        "name the key that an error is about",
+    ):
+        from flash.compat.omegaconf import error_key, error_schema
+
+        node = OmegaConf.structured(Outer)
+        with pytest.raises(OmegaConfBaseException) as wrong:
+            node.inner.size = "many"
+        assert (error_key(wrong.value), error_schema(wrong.value)) == ("inner.size", Inner)
+        with pytest.raises(OmegaConfBaseException) as unknown:
+            OmegaConf.update(node, "inner.width", 1)
+        assert (error_key(unknown.value), error_schema(unknown.value)) == ("inner.width", Inner)
+        with pytest.raises(OmegaConfBaseException) as item:
+            OmegaConf.merge(node, {"rows": [{"width": 1}]})
+        assert (error_key(item.value), error_schema(item.value)) == ("width", Inner)
+        assert error_key(OmegaConfBaseException("x")) == ""
+
+
+def test_a_key_within_null_is_told():
+    with contract(
+        "omegaconf's AssertionError 'Unexpected type for root'",
+        "flash.compat.omegaconf.sets_key_within_null",
+        "explain an override below a null",
+    ):
+        from flash.compat.omegaconf import sets_key_within_null
+
+        with pytest.raises(AssertionError) as raised:
+            OmegaConf.update(OmegaConf.structured(Outer), "empty.size", 1)
+        assert sets_key_within_null(raised.value)
+        assert not sets_key_within_null(AssertionError("another"))
+
+
+def test_the_modules_that_settings_need_import_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, flash.compat.hydra, flash.compat.omegaconf, flash.compat.submitit;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

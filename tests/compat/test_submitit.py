@@ -1,0 +1,83 @@
+"""The interfaces of submitit and of Hydra's launcher behind flash.compat.submitit."""
+
+import signal
+from typing import Any
+
+import pytest
+
+from tests.compat.contract import contract
+
+pytest.importorskip("submitit")
+
+
+def test_a_job_is_told_by_its_environment(monkeypatch):
+    with contract(
+        "submitit's environment variable SUBMITIT_EXECUTOR",
+        "flash.compat.submitit.in_job",
+        "tell a job from a command",
+    ):
+        from submitit.local.local import LocalJobEnvironment
+
+        from flash.compat.submitit import in_job
+
+        monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+        assert not in_job()
+        assert not LocalJobEnvironment().activated()
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+        assert in_job()
+        assert LocalJobEnvironment().activated()
+
+
+def test_sigusr2_queues_a_job_again():
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)}
+    with contract(
+        "submitit's handler SignalHandler.checkpoint_and_try_requeue of SIGUSR2",
+        "flash.compat.submitit.requeue_handler",
+        "put a job that Slurm stops into the queue again",
+    ):
+        from submitit.local.local import LocalJobEnvironment
+
+        from flash.compat.submitit import requeue_handler
+
+        nothing: Any = None
+        try:
+            LocalJobEnvironment()._handle_signals(nothing, nothing)
+            name = getattr(requeue_handler(), "__name__", None)
+            assert name == "checkpoint_and_try_requeue"
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+def test_its_errors_are_known():
+    with contract(
+        "submitit's package of errors",
+        "flash.compat.submitit.error_lines",
+        "explain the failure of a job in one line",
+    ):
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        from flash.compat.submitit import error_lines
+
+        said = "Job failed\n-------\n  sbatch: no partition \n"
+        for kind in (FailedJobError, UncompletedJobError):
+            assert error_lines(kind(said)) == ["Job failed", "sbatch: no partition"]
+        assert error_lines(ValueError(said)) is None
+
+
+def test_launchers_are_told_apart():
+    with contract(
+        "_target_ of the configuration of Hydra's submitit launcher",
+        "flash.compat.submitit.is_slurm_launcher",
+        "look for Slurm before a job is queued",
+    ):
+        from flash.compat.hydra import plugin_option
+        from flash.compat.submitit import is_slurm_launcher
+
+        slurm, local = (
+            plugin_option("hydra/launcher", f"submitit_{kind}") for kind in ("slurm", "local")
+        )
+        assert slurm is not None
+        assert local is not None
+        assert is_slurm_launcher(slurm)
+        assert not is_slurm_launcher(local)
