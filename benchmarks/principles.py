@@ -82,7 +82,7 @@ def recipe(tokens: int, start: str) -> RecipeSettings:
 
 @cache
 def _inputs() -> Inputs:
-    data = DataSettings(name="stdlib", heldout_sequences=32)
+    data = DataSettings(name="stdlib", validation_sequences=32)
     backbone = Backbone.open(conf.TINY)
     return Inputs.open(backbone, data, recipe(TOKENS, "pruned"), seed=0, runs=RUNS)
 

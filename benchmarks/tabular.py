@@ -48,7 +48,7 @@ SPACE = SpaceSettings(
     max_efficient_run=1,  # so that all kinds stay and the space can still be exhausted
 )
 """512 members: 128 patterns, two widths, two FFN widths."""
-DATA = DataSettings(name="stdlib", heldout_sequences=16)
+DATA = DataSettings(name="stdlib", validation_sequences=16)
 RECIPE = RecipeSettings(name="tabular", tokens=12288, batch_size=1, lr=1e-3, warmup_ratio=0.1)
 NOISE_SPECS = 6
 

@@ -276,7 +276,7 @@ def one_line_errors(schema: type) -> Iterator[None]:
             raise
         _fail(  # OmegaConf's, which does not say where
             "an override sets a key within a value that is null; give the value as a whole, as in "
-            "'data.heldout={path: FILE}'"
+            "'data.validation={path: FILE}'"
         )
     except KeyboardInterrupt:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)

@@ -19,6 +19,12 @@ KEYS = {
         f"device.{name}": f"device.workload.{name}"
         for name in ("prompts", "contexts", "decode_tokens")
     },
+    "data.source": "data.kind",
+    "data.parts": "data.sources",
+    "data.lanes": "data.logical_shards",
+    "data.heldout": "data.validation",
+    "data.heldout_percent": "data.validation_percent",
+    "data.heldout_sequences": "data.validation_sequences",
     "form": "format",
 }
 """Present key by former key."""
@@ -34,6 +40,8 @@ OPTIONS = {"latency=physical": "latency=analytical"}
 
 def present_name(key: str) -> str | None:
     """Hint for a key that was renamed or removed, or None for a key that never was."""
-    if key in KEYS:
-        return f"renamed to {KEYS[key]}"
+    for former, present in KEYS.items():  # also within stages (then.ift.data.heldout) and groups
+        start, found, rest = key.partition(former)
+        if found and start[-1:] in {"", "."} and rest[:1] in {"", ".", "["}:
+            return f"renamed to {start}{present}{rest}"
     return REMOVED.get(key)

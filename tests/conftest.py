@@ -39,12 +39,12 @@ def corpus(tmp_path_factory) -> Path:
 def data_settings(corpus) -> DataSettings:
     return DataSettings(
         name="test",
-        source=DataKind.folder,
+        kind=DataKind.folder,
         path=str(corpus),
-        heldout_percent=20,
+        validation_percent=20,
         seq_len=32,
         bpe_vocab_size=320,
-        heldout_sequences=8,
+        validation_sequences=8,
     )
 
 

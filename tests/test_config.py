@@ -15,7 +15,7 @@ from flash.config import ROOTS, entry, load, register
 NEEDS = {
     "data=folder": ["data.path=x"],
     "data=shards": ["data.path=x"],
-    "data=files": ["data.parts=[{path: x}]"],
+    "data=files": ["data.sources=[{path: x}]"],
 }
 """What an option leaves to the user."""
 
@@ -91,7 +91,7 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
         ("train", "recipe=contine", "did you mean 'continue'?"),
         ("train", "+arch=flash_65m", "did you mean 'flash_650m'?"),
         ("train", "trainer.max_steps=0", "trainer.max_steps=0: expected a positive integer"),
-        ("train", "data.heldout.path=x", "give the value as a whole"),
+        ("train", "data.validation.path=x", "give the value as a whole"),
         ("search", "search.trails=5", "search.trails: unknown key; did you mean 'trials'?"),
         (
             "search",

@@ -79,11 +79,11 @@ def common(corpus, backbone_folder, tmp_path_factory):
 
     data = DataSettings(
         name="test",
-        source=DataKind.folder,
+        kind=DataKind.folder,
         path=str(corpus),
-        heldout_percent=20,
+        validation_percent=20,
         seq_len=32,
-        heldout_sequences=8,
+        validation_sequences=8,
     )
     return {
         "backbone": BackboneSettings(name="small", weights=str(backbone_folder)),

@@ -1,4 +1,4 @@
-"""What a training or held-out batch is."""
+"""Batches of training and validation sequences."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,27 +12,28 @@ class Batch(NamedTuple):
     """Packed sequences. A single sequence is a `Batch` too, without the first axis.
 
     Attributes:
-        tokens: Token ids; the model reads all but the last and predicts all but the first.
-        learn: Targets (`tokens[:, 1:]`) that count for the loss; None: all.
-        documents: Number of the document that each input (`tokens[:, :-1]`) belongs to, for
-            attention masks; None: sequences are attended to as a whole.
-        place: Where in the stream each sequence ends, for resuming (`flash.data.stream`); None for
-            data that is read by index.
-        top_ids: The teacher's likeliest tokens in the place of each target; None: no teacher, or
-            one that runs along.
-        top_log_probs: Theirs, and last that of all others together (`TopLogProbs`) [nats].
+        tokens: Token ids. The model reads all but the last and predicts all but the first.
+        loss_mask: True for the targets (`tokens[:, 1:]`) that count for the loss. None: all count.
+        document_ids: Number, within the sequence, of the document that each input
+            (`tokens[:, :-1]`) belongs to, for attention masks. None: no masks between documents.
+        stream_state: State of the stream after each sequence, to resume from
+            (`flash.data.stream.LogicalShard`). None for data that are read by index.
+        top_ids: The teacher's most likely tokens for each target. None: no teacher, or one that
+            runs along with the training.
+        top_log_probs: Their log probabilities and, last, the one of all other tokens together
+            (`flash.model.losses.TopLogProbs`) [nats].
     """
 
     tokens: Int[Tensor, "b s+1"]
-    learn: Bool[Tensor, "b s"] | None = None
-    documents: Int[Tensor, "b s"] | None = None
-    place: Int[Tensor, "b place"] | None = None
+    loss_mask: Bool[Tensor, "b s"] | None = None
+    document_ids: Int[Tensor, "b s"] | None = None
+    stream_state: Int[Tensor, "b state"] | None = None
     top_ids: Int[Tensor, "b s k"] | None = None
     top_log_probs: Float[Tensor, "b s k+1"] | None = None
 
 
 def collate(sequences: Sequence[Batch]) -> Batch:
-    """Sequences of one kind as a batch."""
+    """Stack sequences that have the same fields into a batch."""
     fields = (
         None if values[0] is None else torch.stack(values)
         for values in zip(*sequences, strict=True)
@@ -40,7 +41,10 @@ def collate(sequences: Sequence[Batch]) -> Batch:
     return Batch(*fields)  # pyright: ignore[reportArgumentType]
 
 
-def document_numbers(tokens: Int[Tensor, " s+1"], end_of_text: int) -> Int[Tensor, " s"]:
-    """Number of the document within the sequence, by input; end-of-text is its document's last."""
+def document_ids_of(tokens: Int[Tensor, " s+1"], end_of_text: int) -> Int[Tensor, " s"]:
+    """Number the documents of a sequence and return the number of each input token.
+
+    An end-of-text token belongs to the document that it ends.
+    """
     ends = tokens[:-1] == end_of_text
     return ends.cumsum(0) - ends.long()

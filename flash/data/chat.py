@@ -1,4 +1,7 @@
-"""Conversations: rendered with the tokenizer's chat template, learnt on assistant tokens alone."""
+"""Conversations: rendered with the tokenizer's chat template, encoded, and masked for the loss.
+
+Only the tokens of the assistant count for the loss.
+"""
 
 import json
 import logging
@@ -11,7 +14,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from flash.data.encoders import Encoded
+from flash.data.encoders import EncodedDocument
 from flash.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -20,22 +23,23 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatEncoder:
-    """Lists of `{role, content}` as tokens.
+    """Encoder of conversations, given as lists of `{role, content}`.
 
-    What the assistant says is what the template puts between `{% generation %}` and
-    `{% endgeneration %}`. Without those it is what each assistant message adds to the rendering of
-    the messages before it with the prompt to answer, so its end-of-turn token belongs to it.
+    The assistant's text is the text that the template puts between `{% generation %}` and
+    `{% endgeneration %}`. In a template without these marks it is the text that each assistant
+    message adds to the rendering of the messages before it, generation prompt included; the
+    end-of-turn token therefore belongs to the message.
 
     Args:
-        tokenizer: Encodes rendered text.
-        template: Jinja source of the template.
-        special: Special tokens by name (`bos_token`, ...), for the template.
-        limit: Longer conversations are cut to this [tokens].
-        skip_damaged: Leave conversations out that the template refuses, with a warning.
+        tokenizer: Encoder of the rendered text.
+        template: Jinja source of the chat template.
+        special: Special tokens by name (`bos_token`, ...) that the template may use.
+        max_tokens: Length to which longer conversations are cut [tokens].
+        skip_damaged: Skip conversations that the template refuses, with a warning.
     """
 
-    wanted = "assistant tokens"
-    cuts = False
+    needed = "assistant tokens"
+    splits_documents = False
 
     def __init__(
         self,
@@ -43,18 +47,18 @@ class ChatEncoder:
         template: str,
         special: dict[str, str],
         *,
-        limit: int,
+        max_tokens: int,
         skip_damaged: bool = False,
     ) -> None:
-        self.tokenizer, self.template, self.limit = tokenizer, template, limit
+        self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
         self.skip_damaged = skip_damaged
         self._renderer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
         self._marked = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
 
-    def encode(self, values: list[Any]) -> list[Encoded | None]:
+    def encode(self, values: list[Any]) -> list[EncodedDocument | None]:
         return [self._encode(value) for value in values]
 
-    def _encode(self, messages: Any) -> Encoded | None:
+    def _encode(self, messages: Any) -> EncodedDocument | None:
         _check(messages)
         try:
             encoded = self._from_marks(messages) if self._marked else self._from_prefixes(messages)
@@ -62,28 +66,29 @@ class ChatEncoder:
             if not self.skip_damaged:
                 raise InputError(
                     f"{error} in a conversation that begins {str(messages[0])[:80]!r}; mend it, or "
-                    "set data.skip_damaged=true to leave such ones out"
+                    "set data.skip_damaged=true to skip such conversations"
                 ) from error
-            log.warning("a conversation is left out: %s", error)
+            log.warning("a conversation is skipped: %s", error)
             return None
-        # The first token has nothing before it to be predicted from.
-        return encoded if encoded.learn is not None and encoded.learn[1:].any() else None
+        # The first token cannot be predicted, as no token comes before it.
+        mask = encoded.loss_mask
+        return encoded if mask is not None and mask[1:].any() else None
 
-    def _from_marks(self, messages: list[dict[str, Any]]) -> Encoded:
+    def _from_marks(self, messages: list[dict[str, Any]]) -> EncodedDocument:
         out: Any = self._renderer.apply_chat_template(
             messages,
             chat_template=self.template,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        tokens = np.array(out["input_ids"][: self.limit], np.int64)
-        return Encoded(tokens, np.array(out["assistant_masks"][: self.limit], bool))
+        tokens = np.array(out["input_ids"][: self.max_tokens], np.int64)
+        return EncodedDocument(tokens, np.array(out["assistant_masks"][: self.max_tokens], bool))
 
-    def _from_prefixes(self, messages: list[dict[str, Any]]) -> Encoded:
+    def _from_prefixes(self, messages: list[dict[str, Any]]) -> EncodedDocument:
         whole = self._render(messages)
         encoding = self.tokenizer.encode(whole, add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets[: self.limit]], np.int64)
-        learn = np.zeros(len(starts), bool)
+        starts = np.array([start for start, _ in encoding.offsets[: self.max_tokens]], np.int64)
+        loss_mask = np.zeros(len(starts), bool)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self._render(messages[:i], prompt=True)
@@ -91,11 +96,11 @@ class ChatEncoder:
                 if not (after.startswith(before) and whole.startswith(after)):
                     raise InputError(
                         f"data.chat_template: message {i} is rendered differently once others "
-                        "follow, so what the assistant said cannot be told; expected a template "
+                        "follow, so the assistant's text cannot be located; expected a template "
                         "with {% generation %} marks"
                     )
-                learn |= (starts >= len(before)) & (starts < len(after))
-        return Encoded(np.array(encoding.ids[: self.limit], np.int64), learn)
+                loss_mask |= (starts >= len(before)) & (starts < len(after))
+        return EncodedDocument(np.array(encoding.ids[: self.max_tokens], np.int64), loss_mask)
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         if not messages:
@@ -121,14 +126,17 @@ def _check(messages: Any) -> None:
 
 
 def read_template(folder: Path | None, chosen: str | None) -> tuple[str, dict[str, str]]:
-    """Source of the chat template, and the special tokens that it may name.
+    """Read the chat template and the special tokens that it may use.
 
     Args:
-        folder: Of the tokenizer: `chat_template.jinja` or `tokenizer_config.json` have it.
-        chosen: A Jinja file instead.
+        folder: Folder of the tokenizer, with `chat_template.jinja` or `tokenizer_config.json`.
+        chosen: Jinja file to read the template from instead.
+
+    Returns:
+        Jinja source of the template, and special tokens by name.
 
     Raises:
-        InputError: There is none, or it cannot be read.
+        InputError: No template was found, or a file is damaged.
     """
     config: dict[str, Any] = {}
     path = folder / "tokenizer_config.json" if folder is not None else None
@@ -153,7 +161,7 @@ def _template(folder: Path | None, chosen: str | None, configured: Any) -> str:
         return Path(chosen).read_text("utf-8")
     if folder is not None and (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
-    if isinstance(configured, list):  # several by name
+    if isinstance(configured, list):  # several templates, each with a name
         configured = {entry["name"]: entry["template"] for entry in configured}.get("default")
     if not isinstance(configured, str):
         raise InputError(

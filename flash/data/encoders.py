@@ -1,4 +1,4 @@
-"""From a row of a data set to tokens."""
+"""Conversion of values of a data set to tokens."""
 
 import hashlib
 import json
@@ -13,68 +13,83 @@ from flash.errors import InputError
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedDocument:
     """A document as tokens.
 
     Attributes:
         tokens: Token ids `(n,)`, at least one.
-        learn: Which of them a model is to predict `(n,)`; None: all.
+        loss_mask: True for the tokens that the model learns to predict `(n,)`. None: all.
     """
 
     tokens: np.ndarray
-    learn: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def last(self, count: int) -> "Encoded":
-        """Its last `count` tokens."""
+    def tail(self, count: int) -> "EncodedDocument":
+        """The last `count` tokens of the document."""
         start = len(self) - count
-        return Encoded(self.tokens[start:], None if self.learn is None else self.learn[start:])
+        mask = None if self.loss_mask is None else self.loss_mask[start:]
+        return EncodedDocument(self.tokens[start:], mask)
 
 
 class Encoder(Protocol):
-    """Turns values of a part's column into tokens.
+    """Converter of the values in a source's column to tokens.
 
     Attributes:
-        wanted: What a value must have to be of use, in words.
-        cuts: Whether documents are cut at the ends of sequences; else they are kept whole.
+        needed: Content that a value must have to be of use, for error messages.
+        splits_documents: True if a document may be cut at the end of a sequence; False if
+            documents stay whole.
     """
 
-    wanted: str
-    cuts: bool
+    needed: str
+    splits_documents: bool
 
-    def encode(self, values: list[Any]) -> list[Encoded | None]:
-        """Tokens of each value; None where there is nothing to learn.
+    def encode(self, values: list[Any]) -> list[EncodedDocument | None]:
+        """Tokens of each value; None for a value without anything to learn.
 
         Raises:
-            InputError: A value of the wrong kind.
+            InputError: A value has the wrong type.
         """
         ...
 
 
 class TextEncoder:
-    """Text followed by end-of-text."""
+    """Encoder of plain text; end-of-text follows each document.
 
-    wanted = "text"
-    cuts = True
+    Args:
+        tokenizer: Tokenizer with an end-of-text token.
+    """
+
+    needed = "text"
+    splits_documents = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.end_of_text = tokenizer, end_of_text_id(tokenizer)
 
-    def encode(self, values: list[Any]) -> list[Encoded | None]:
+    def encode(self, values: list[Any]) -> list[EncodedDocument | None]:
         for value in values:
             if not isinstance(value, str):
                 raise InputError(f"expected text, found {type(value).__name__}")
         encodings = self.tokenizer.encode_batch_fast(values, add_special_tokens=False)
         return [
-            Encoded(np.array([*encoding.ids, self.end_of_text], np.int64)) if encoding.ids else None
+            EncodedDocument(np.array([*encoding.ids, self.end_of_text], np.int64))
+            if encoding.ids
+            else None
             for encoding in encodings
         ]
 
 
-def is_held_out(value: Any, percent: int) -> bool:
-    """Whether a document is held out: the same wherever it occurs."""
+def in_validation_split(value: Any, percent: int) -> bool:
+    """Assign a document to the validation split by a hash of its content.
+
+    Copies of a document are all in the same split.
+
+    Args:
+        value: Text, or a value that JSON can represent.
+        percent: Share of the validation split [%].
+    """
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:4], "big") % 100 < percent

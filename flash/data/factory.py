@@ -1,4 +1,4 @@
-"""From settings to sequences: what each source needs, and every check before work starts."""
+"""Opening of the data of any kind: from settings to training and validation sequences."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from flash.data.encoders import Encoder, TextEncoder
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
 from flash.data.shards import open_shards, tokenizer_digest
-from flash.data.stream import Corpus, Lane, Side
+from flash.data.stream import LogicalShard, Split, StreamedSequences
 from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
 from flash.files import atomic_write
@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from flash.data.sources import TextSource
 
 
-class InMemory(Dataset[Batch]):
-    """Sequences that were read already."""
+class InMemorySequences(Dataset[Batch]):
+    """Sequences that are held in memory.
+
+    Args:
+        batch: All of the sequences.
+    """
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -40,95 +44,88 @@ class InMemory(Dataset[Batch]):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A source, ready to be read.
+class DataSplits:
+    """Sequences of both splits.
 
     Attributes:
-        train: Training sequences: by index, or streamed.
-        heldout: Held-out sequences.
-        digest: Hash of what decides both.
+        train: Training sequences, read by index or streamed.
+        validation: Validation sequences.
+        digest: Hash of everything that decides both.
     """
 
-    train: PackedSequences | Corpus
-    heldout: PackedSequences | InMemory
+    train: PackedSequences | StreamedSequences
+    validation: PackedSequences | InMemorySequences
     digest: str
 
 
-def open_source(
+def open_splits(
     settings: DataSettings, tokenizer: Tokenizer, *, seed: int, cache: Path, folder: Path | None
-) -> Opened:
-    """Training and held-out sequences of whatever source.
+) -> DataSplits:
+    """Open and check the data, and return the sequences of both splits.
 
     Args:
-        settings: Which.
-        tokenizer: Encodes text.
-        seed: Order, where it is streamed.
-        cache: Folder for token streams.
-        folder: Of the tokenizer, for its chat template.
+        settings: Data to open, of any kind.
+        tokenizer: Encoder of the text.
+        seed: Seed of the order of streamed data.
+        cache: Folder for token streams and validation sequences.
+        folder: Folder of the tokenizer, for its chat template.
 
     Raises:
-        InputError: Data that cannot be used.
+        InputError: The data cannot be used.
     """
     if settings.streamed:
         return _open_streamed(settings, tokenizer, seed, cache, folder)
-    if settings.source is DataKind.shards:
+    if settings.kind is DataKind.shards:
         path = Path(str(settings.path))
         opened = open_shards(path, tokenizer, cache, skip_damaged=settings.skip_damaged)
     else:
         opened = tokenize(settings, tokenizer, cache)
     end = end_of_text_id(tokenizer) if settings.document_masks else None
-    return Opened(
+    return DataSplits(
         PackedSequences(opened.train, settings.seq_len, end_of_text=end),
-        PackedSequences(opened.heldout, settings.seq_len, end_of_text=end),
+        PackedSequences(opened.validation, settings.seq_len, end_of_text=end),
         opened.digest,
     )
 
 
 def _open_streamed(
     settings: DataSettings, tokenizer: Tokenizer, seed: int, cache: Path, folder: Path | None
-) -> Opened:
-    from flash.data.sources import TextSource, open_parts  # takes a second to import
+) -> DataSplits:
+    from flash.data.sources import TextSource, open_sources  # takes a second to import
 
     encoder, template = _encoder(settings, tokenizer, folder)
-    parts = open_parts(settings)
-    held = settings.heldout
-    train = Corpus(
-        parts=parts,
+    separate = settings.validation
+    train = StreamedSequences(
+        sources=open_sources(settings),
         encoder=encoder,
         seq_len=settings.seq_len,
         end_of_text=end_of_text_id(tokenizer),
-        lanes=settings.lanes,
+        logical_shards=settings.logical_shards,
         seed=seed,
-        side=Side.train if held is None else Side.all,
-        heldout_percent=settings.heldout_percent,
+        split=Split.train if separate is None else Split.all,
+        validation_percent=settings.validation_percent,
         document_masks=settings.document_masks,
     )
-    heldout = dataclasses.replace(train, lanes=1, seed=0, side=Side.heldout, once=True)
-    if held is not None:
-        part = TextSource(held, "data.heldout", skip_damaged=settings.skip_damaged)
-        heldout = dataclasses.replace(heldout, parts=[part], side=Side.all)
-    key = digest({
-        "tokenizer": tokenizer_digest(tokenizer),
-        "template": template,
-        "source": settings.source.value,
-        "parts": [_described(part) for part in parts],
-        "heldout": [settings.heldout_percent, [_described(part) for part in heldout.parts]],
-        "masks": settings.document_masks,
-        "lanes": settings.lanes,
-    })
+    validation = dataclasses.replace(
+        train, logical_shards=1, seed=0, split=Split.validation, single_pass=True
+    )
+    if separate is not None:
+        source = TextSource(separate, "data.validation", skip_damaged=settings.skip_damaged)
+        validation = dataclasses.replace(validation, sources=[source], split=Split.all)
+    key = _digest(train, validation, settings, [tokenizer_digest(tokenizer), template])
     next(train.first(1))  # finds missing text or a wrong column now, not in a worker later
-    count = settings.heldout_sequences
-    path = cache / f"heldout_{key}_{settings.seq_len}_{count}.safetensors"
+    count = settings.validation_sequences
+    path = cache / f"validation_{key}_{settings.seq_len}_{count}.safetensors"
     if not path.is_file():
-        _save_heldout(heldout, settings, path)
-    return Opened(train, InMemory(Batch(**load_file(path))), key)
+        _save_validation(validation, settings, path)
+    return DataSplits(train, InMemorySequences(Batch(**load_file(path))), key)
 
 
 def _encoder(
     settings: DataSettings, tokenizer: Tokenizer, folder: Path | None
 ) -> tuple[Encoder, str | None]:
-    """What turns values into tokens, and the chat template in use."""
-    if settings.source is not DataKind.chat:
+    """Encoder of the data, and the chat template that it uses."""
+    if settings.kind is not DataKind.chat:
         return TextEncoder(tokenizer), None
     from flash.data.chat import ChatEncoder, read_template  # transformers takes seconds to import
 
@@ -137,33 +134,64 @@ def _encoder(
         tokenizer,
         template,
         special,
-        limit=settings.seq_len + 1,
+        max_tokens=settings.seq_len + 1,
         skip_damaged=settings.skip_damaged,
     )
     return encoder, template
 
 
-def _described(part: "TextSource") -> Any:
-    """What decides a part's documents and their share."""
-    settings = part.settings
-    return [part.fingerprint, settings.column, settings.unit.value, settings.weight]
+def _digest(
+    train: StreamedSequences,
+    validation: StreamedSequences,
+    settings: DataSettings,
+    encoding: list[str | None],
+) -> str:
+    """Hash of everything that decides the sequences of both splits, except their length.
+
+    Its keys have the names that settings had when they were first written to results; other names
+    would change the digest of the same data.
+
+    Args:
+        train: The training split.
+        validation: The validation split.
+        settings: Settings of both.
+        encoding: Hash of the tokenizer, and the chat template.
+    """
+    return digest({
+        "tokenizer": encoding[0],
+        "template": encoding[1],
+        "source": settings.kind.value,
+        "parts": [_identity(source) for source in train.sources],
+        "heldout": [
+            settings.validation_percent,
+            [_identity(source) for source in validation.sources],
+        ],
+        "masks": settings.document_masks,
+        "lanes": settings.logical_shards,
+    })
 
 
-def _save_heldout(corpus: Corpus, settings: DataSettings, path: Path) -> None:
-    """Keep the held-out sequences, so that they stay the same and need reading just once."""
-    count = settings.heldout_sequences
+def _identity(source: "TextSource") -> list[Any]:
+    """Values that decide the documents of a source and their share."""
+    settings = source.settings
+    return [source.fingerprint, settings.column, settings.unit.value, settings.weight]
+
+
+def _save_validation(validation: StreamedSequences, settings: DataSettings, path: Path) -> None:
+    """Write the validation sequences to disk, so that they are read from their sources once."""
+    count = settings.validation_sequences
     sequences = []
-    for sequence in Lane(corpus, 0, corpus.first_places()[0]):
-        sequences.append(sequence._replace(place=None))
+    for sequence in LogicalShard(validation, 0, validation.initial_states()[0]):
+        sequences.append(sequence._replace(stream_state=None))
         if len(sequences) == count:
             break
     if not sequences:
-        key = "data.heldout"
-        if settings.heldout is None:
-            key = f"data.heldout_percent={settings.heldout_percent}"
+        key = "data.validation"
+        if settings.validation is None:
+            key = f"data.validation_percent={settings.validation_percent}"
         raise InputError(
-            f"{key}: gives less than a sequence of data.seq_len={settings.seq_len} held-out "
-            f"tokens with {corpus.encoder.wanted}; expected more text, or a larger share"
+            f"{key}: gives less than a sequence of data.seq_len={settings.seq_len} tokens with "
+            f"{validation.encoder.needed}; expected more text, or a larger share"
         )
     tensors = {
         name: field

@@ -1,4 +1,4 @@
-"""Text files to train on, and which of them are held out."""
+"""Text files to train on, and their split into training and validation."""
 
 import hashlib
 import sysconfig
@@ -11,38 +11,45 @@ from flash.errors import InputError
 
 @dataclass(frozen=True)
 class Document:
-    """One file of a corpus."""
+    """One text file.
+
+    Attributes:
+        name: Path relative to the folder that was searched, with forward slashes.
+        path: Path to read the file from.
+    """
 
     name: str
-    """Path relative to the corpus folder, with forward slashes."""
     path: Path
 
     @property
     def digest(self) -> str:
-        """Hash of the name: the same on every machine, whatever the folder."""
+        """Hash of the name, which is the same on every machine, wherever the folder is."""
         return hashlib.sha256(self.name.encode()).hexdigest()
 
-    def is_held_out(self, percent: int) -> bool:
+    def in_validation_split(self, percent: int) -> bool:
+        """Assign the file to the validation split, of `percent` of the files, by its digest."""
         return int(self.digest[:8], 16) % 100 < percent
 
 
 def find_documents(settings: DataSettings) -> list[Document]:
-    """All files of the corpus, in the order of their hash, so that neighbours are unrelated.
+    """Find all text files of `data.kind` stdlib or folder.
+
+    They are in the order of their hash, so that neighbors are unrelated.
 
     Raises:
         InputError: The folder does not exist, or no file in it matches.
     """
-    if settings.source is DataKind.stdlib:
-        root, key = Path(sysconfig.get_path("stdlib")), "data.source=stdlib"
+    if settings.kind is DataKind.stdlib:
+        root, key = Path(sysconfig.get_path("stdlib")), "data.kind=stdlib"
     else:
         root, key = Path(str(settings.path)), f"data.path={settings.path}"
     if not root.is_dir():
-        raise InputError(f"{key}: expected a folder, {root} is none")
+        raise InputError(f"{key}: expected a folder, {root} is not one")
     documents = []
     for path in root.rglob(settings.pattern):
         name = path.relative_to(root).as_posix()
         installed = "site-packages/" in name or "dist-packages/" in name
-        if path.is_file() and not (settings.source is DataKind.stdlib and installed):
+        if path.is_file() and not (settings.kind is DataKind.stdlib and installed):
             documents.append(Document(name, path))
     if not documents:
         raise InputError(f"{key}: expected files that match {settings.pattern}, found none")
@@ -50,7 +57,7 @@ def find_documents(settings: DataSettings) -> list[Document]:
 
 
 def read_text(document: Document) -> str:
-    """The file's text; bytes that are not UTF-8 become replacement characters.
+    """Read a file; bytes that are not UTF-8 become replacement characters.
 
     Raises:
         InputError: The file cannot be read.

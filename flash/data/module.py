@@ -1,4 +1,4 @@
-"""Batches for Lightning."""
+"""Lightning data module: resumable training batches, and the validation sequences."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -13,40 +13,45 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from flash.data.batch import Batch, collate
-from flash.data.factory import InMemory, open_source
+from flash.data.factory import InMemorySequences, open_splits
 from flash.data.files import find_documents, read_text
 from flash.data.packed import PackedSequences
-from flash.data.sampler import ResumableBatches, Share
+from flash.data.sampler import ResumableBatchSampler, Share
 from flash.data.settings import DataKind, DataSettings
-from flash.data.stream import Batches, Corpus, Stream
-from flash.data.teacher_cache import TaughtSequences
+from flash.data.stream import SequenceStream, StreamedSequences, StreamLoader
+from flash.data.teacher_cache import TeacherCache
 from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from flash.errors import InputError
 from flash.files import write_text
 
 _AT_ONCE = 16
-"""Most held-out or calibration sequences at a time."""
+"""Most validation or calibration sequences per batch."""
 
 
 def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) -> Path:
-    """The tokenizer.json to use: the setting's, else `default`, else one trained on the corpus.
+    """Find the tokenizer.json to use: the setting's, else `default`, else one that is trained.
+
+    Args:
+        settings: Data settings; a tokenizer can be trained on text files only.
+        default: The backbone's own tokenizer, if there is one.
+        cache: Folder for trained tokenizers.
 
     Raises:
-        InputError: The named file cannot be used, or there is none and no corpus of text files.
+        InputError: The named file cannot be used, or there is none and no text files to train on.
     """
     path = Path(settings.tokenizer) if settings.tokenizer else default
     if path is not None:
         load_tokenizer(path)
         return path
-    if settings.source not in {DataKind.stdlib, DataKind.folder}:
+    if settings.kind not in {DataKind.stdlib, DataKind.folder}:
         raise InputError(
-            f"data.tokenizer=null: expected a tokenizer.json for data.source="
-            f"{settings.source.value}, as the backbone has none"
+            f"data.tokenizer=null: expected a tokenizer.json for data.kind="
+            f"{settings.kind.value}, as the backbone has none"
         )
     training = [
         document
         for document in find_documents(settings)
-        if not document.is_held_out(settings.heldout_percent)
+        if not document.in_validation_split(settings.validation_percent)
     ]
     trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}.json"
     if not trained.is_file():
@@ -56,28 +61,30 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
 
 
 class PackedData(L.LightningDataModule):
-    """Training batches in a reproducible, resumable order, and the held-out sequences.
+    """Training batches in a reproducible, resumable order, and the validation sequences.
 
-    The order is the same whatever the number of ranks, micro-batches and workers, and goes on from
-    a checkpoint with any other number of them. The trainer must not bring a sampler of its own
+    The order is the same for any number of ranks, micro-batches and workers. A run resumes from a
+    checkpoint with any other number of them. The trainer must not add a sampler of its own
     (`use_distributed_sampler=False`).
 
     Args:
-        settings: Corpus and sequence length.
-        tokenizer: Encodes the corpus.
-        batch_size: Sequences an optimiser step, over all ranks.
-        seed: Order of the training sequences.
+        settings: Text and sequence length.
+        tokenizer: Encoder of the text.
+        batch_size: Sequences per optimizer step, over all ranks.
+        seed: Seed of the order of the training sequences.
         cache: Folder for token streams.
-        folder: Of the tokenizer, where its chat template is; only for `source: chat`.
+        folder: Folder of the tokenizer, with its chat template; only for `data.kind=chat`.
 
     Attributes:
-        digest: Hash of all texts, their order if they are streamed, and of the tokenizer.
+        train_set: Training sequences, read by index or streamed.
+        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer.
         bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
-        heldout_set: Held-out sequences, each a `Batch` without the first axis.
-        taught: The training sequences with what a teacher says; to be set where there is one.
+        validation_set: Validation sequences, each a `Batch` without the first axis.
+        teacher_cache: Training sequences with a teacher's most likely tokens, to be set before
+            training. None: no cache.
 
     Raises:
-        InputError: Data that cannot be used.
+        InputError: The data cannot be used.
     """
 
     def __init__(
@@ -92,23 +99,25 @@ class PackedData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.settings, self.batch_size, self.seed = settings, batch_size, seed
-        opened = open_source(settings, tokenizer, seed=seed, cache=cache, folder=folder)
-        self.train_set: PackedSequences | Corpus = opened.train
-        self.digest, self.bytes_per_token = opened.digest, token_bytes(tokenizer)
-        self.heldout_set: Subset[Batch] = _spread(opened.heldout, settings.heldout_sequences)
-        self.taught: TaughtSequences | None = None
+        splits = open_splits(settings, tokenizer, seed=seed, cache=cache, folder=folder)
+        self.train_set: PackedSequences | StreamedSequences = splits.train
+        self.digest, self.bytes_per_token = splits.digest, token_bytes(tokenizer)
+        self.validation_set: Subset[Batch] = _evenly_spaced(
+            splits.validation, settings.validation_sequences
+        )
+        self.teacher_cache: TeacherCache | None = None
         self._steps: int | None = None
-        self._places: Tensor | None = None
-        self._seen: list[Tensor | None] = []
+        self._states: Tensor | None = None
+        self._trained: list[Tensor | None] = []
 
     def setup(self, stage: str) -> None:
-        # A run begins; if it goes on from a checkpoint, `load_state_dict` comes next.
+        # A run begins. If it resumes from a checkpoint, Lightning calls `load_state_dict` next.
         if stage == "fit":
-            self._steps, self._places, self._seen = None, None, []
+            self._steps, self._states, self._trained = None, None, []
 
     @property
     def share(self) -> Share:
-        """What this rank takes of each batch."""
+        """Share of this rank in each batch."""
         trainer = self.trainer
         if trainer is None:
             return Share(self.batch_size)
@@ -119,98 +128,102 @@ class PackedData(L.LightningDataModule):
             trainer.accumulate_grad_batches,
         )
 
-    def train_dataloader(self) -> "DataLoader[Batch] | Batches":
+    def train_dataloader(self) -> "DataLoader[Batch] | StreamLoader":
         if self._steps is None:
-            # No data have been counted yet: a new run, or a checkpoint that says only this.
+            # No batch has been counted yet: a new run, or a checkpoint that holds the step only.
             self._steps = self.trainer.global_step if self.trainer is not None else 0
         share, workers = self.share, self.settings.workers
-        if isinstance(self.train_set, Corpus):
-            if self._places is None:
-                self._places = self.train_set.first_places()
+        if isinstance(self.train_set, StreamedSequences):
+            if self._states is None:
+                self._states = self.train_set.initial_states()
                 self._steps = 0
-            return Batches(
-                Stream(self.train_set, share, self._steps, self._places.clone()), workers
-            )
-        batches = ResumableBatches(len(self.train_set), share, self.seed, self._steps)
+            stream = SequenceStream(self.train_set, share, self._steps, self._states.clone())
+            return StreamLoader(stream, workers)
+        batches = ResumableBatchSampler(len(self.train_set), share, self.seed, self._steps)
         return DataLoader(
-            self.taught if self.taught is not None else self.train_set,
+            self.teacher_cache if self.teacher_cache is not None else self.train_set,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=workers,
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count what is trained on: workers and Lightning itself have read further."""
+        """Count the batches that are trained on; workers and Lightning have read further ahead."""
         if self.trainer is not None and self.trainer.training:
-            self._seen.append(batch.place)
-            if len(self._seen) == self.share.accumulation:
+            self._trained.append(batch.stream_state)
+            if len(self._trained) == self.share.accumulation:
                 self._count_step()
         return batch
 
     def _count_step(self) -> None:
         assert self._steps is not None
         self._steps += 1
-        for places in self._seen:
-            if places is not None:
-                assert self._places is not None
-                for place in places:  # in order: the last one of a lane counts
-                    self._places[int(place[0])] = place
-        self._seen = []
+        for states in self._trained:
+            if states is not None:
+                assert self._states is not None
+                for state in states:  # in order, so that the last state of a logical shard counts
+                    self._states[int(state[0])] = state
+        self._trained = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps that data were taken for, and the place of each lane; the same on all ranks."""
-        places = self._places.clone() if self._places is not None else None
-        if places is not None and self.trainer is not None and self.trainer.world_size > 1:
+        """Steps trained on and the state of each logical shard; the same on all ranks."""
+        states = self._states.clone() if self._states is not None else None
+        if states is not None and self.trainer is not None and self.trainer.world_size > 1:
             strategy = self.trainer.strategy
-            gathered = strategy.all_gather(places.to(strategy.root_device))
-            lanes = torch.arange(len(places))
-            places = gathered.cpu()[lanes % self.trainer.world_size, lanes]
-        return {"steps": self._steps, "places": places}
+            gathered = strategy.all_gather(states.to(strategy.root_device))
+            shards = torch.arange(len(states))
+            states = gathered.cpu()[shards % self.trainer.world_size, shards]
+        return {"steps": self._steps, "stream_states": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        steps, places = state_dict["steps"], state_dict["places"]
-        if isinstance(self.train_set, Corpus):
-            fresh = self.train_set.first_places()
-            if places is None or places.shape != fresh.shape:
-                raise InputError(
-                    "data: the checkpoint is of other data.parts or data.lanes; start over with "
-                    "another name, or set them back"
-                )
-            self._places = places.clone()
-        self._steps = steps
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """This rank's share of the held-out sequences, in as many batches as every other rank's.
+        """Resume after the steps of a checkpoint.
 
         Raises:
-            InputError: Fewer sequences than ranks.
+            InputError: The checkpoint belongs to streamed data of other sources or shards.
+        """
+        states = state_dict.get("stream_states")
+        if isinstance(self.train_set, StreamedSequences):
+            initial = self.train_set.initial_states()
+            if states is None or states.shape != initial.shape:
+                raise InputError(
+                    "data: the checkpoint is of other data.sources or data.logical_shards; start "
+                    "over with another name, or set them back"
+                )
+            self._states = states.clone()
+        self._steps = state_dict["steps"]
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Batches of this rank's validation sequences; every rank has the same number of them.
+
+        Raises:
+            InputError: The validation split has fewer sequences than there are ranks.
         """
         share = self.share
-        total = len(self.heldout_set)
+        total = len(self.validation_set)
         if total < share.world_size:
             raise InputError(
-                f"data.heldout_sequences={total}: expected at least one for each of "
+                f"data.validation_sequences={total}: expected at least one for each of "
                 f"{share.world_size} ranks"
             )
         mine = np.arange(share.rank, total, share.world_size)
-        # Two or more at a time, so that ranks with one sequence less have no batch less.
+        # Batches of two or more, so that ranks with one sequence less do not have a batch less.
         size = max(2, min(share.micro_batch, _AT_ONCE))
         batches = np.array_split(mine, -(-total // share.world_size) // size or 1)
         return DataLoader(
-            self.heldout_set,
+            self.validation_set,
             batch_sampler=[batch.tolist() for batch in batches],
             collate_fn=collate,
         )
 
     def calibration_batches(self, tokens: int) -> Iterator[Tensor]:
-        """Training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""
+        """Yield training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""
         count = max(1, tokens // self.settings.seq_len)
         sequences = self._first_sequences(count)
         while chosen := list(islice(sequences, min(self.batch_size, _AT_ONCE))):
             yield torch.stack([sequence.tokens[:-1] for sequence in chosen])
 
     def _first_sequences(self, count: int) -> Iterator[Batch]:
-        if isinstance(self.train_set, Corpus):
+        if isinstance(self.train_set, StreamedSequences):
             yield from self.train_set.first(count)
             return
         generator = torch.Generator().manual_seed(self.seed)
@@ -219,8 +232,11 @@ class PackedData(L.LightningDataModule):
             yield self.train_set[i]
 
 
-def _spread(sequences: "PackedSequences | InMemory", count: int) -> Subset[Batch]:
-    """`count` of them, or all, evenly spread, so that a few still come from many documents."""
+def _evenly_spaced(sequences: PackedSequences | InMemorySequences, count: int) -> Subset[Batch]:
+    """Select `count` sequences, or all for 0.
+
+    They are evenly spaced, so that even a few come from many documents.
+    """
     count = min(count or len(sequences), len(sequences))
     chosen = torch.linspace(0, len(sequences) - 1, count).long().unique().tolist()
     return Subset(sequences, chosen)

@@ -1,4 +1,4 @@
-"""Token streams on disk, and fixed-length sequences cut from them."""
+"""Token streams on disk, and sequences of fixed length that are cut from them."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from flash.data.batch import Batch, document_numbers
+from flash.data.batch import Batch, document_ids_of
 from flash.data.files import Document, find_documents, read_text
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id
@@ -22,21 +22,21 @@ from flash.progress import progress
 
 @dataclass(frozen=True)
 class TokenStreams:
-    """A tokenised corpus: one stream a split, each document followed by end-of-text.
+    """Tokenised text: one stream for each split, with end-of-text after each document.
 
     Attributes:
         train: Memory-mapped token ids `(n,)` for training and calibration.
-        heldout: The same for the files that are held out.
+        validation: Memory-mapped token ids `(n,)` of the validation split.
         digest: Hash of all texts and of the tokenizer.
     """
 
     train: np.ndarray
-    heldout: np.ndarray
+    validation: np.ndarray
     digest: str
 
 
 class TokenArray(Protocol):
-    """A stream of token ids that windows can be cut out of."""
+    """Stream of token ids that returns the tokens of any window as an array."""
 
     def __len__(self) -> int: ...
 
@@ -44,28 +44,35 @@ class TokenArray(Protocol):
 
 
 def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> TokenStreams:
-    """Token streams of the corpus, from `cache` when texts and tokenizer are unchanged.
+    """Tokenise all text files of `data.kind` stdlib or folder.
+
+    The streams are read from `cache` when texts, tokenizer and split are unchanged.
+
+    Args:
+        settings: Files to read and share of the validation split.
+        tokenizer: Encoder of the text.
+        cache: Folder for the token streams.
 
     Raises:
-        InputError: The corpus is empty or unreadable, or a split has no file.
+        InputError: No file is found, a file cannot be read, or a split has no file.
     """
     texts = [(document, read_text(document)) for document in find_documents(settings)]
     hasher = hashlib.sha256(tokenizer.to_str().encode())
-    hasher.update(str(settings.heldout_percent).encode())
+    hasher.update(str(settings.validation_percent).encode())
     for document, text in texts:
         hasher.update(document.digest.encode())
         hasher.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
     digest = hasher.hexdigest()[:16]
-    folder = cache / digest
-    splits: dict[str, list[tuple[Document, str]]] = {"train": [], "heldout": []}
+    folder = cache / f"streams_{digest}"
+    splits: dict[str, list[tuple[Document, str]]] = {"train": [], "validation": []}
     for document, text in texts:
-        held_out = document.is_held_out(settings.heldout_percent)
-        splits["heldout" if held_out else "train"].append((document, text))
+        validation = document.in_validation_split(settings.validation_percent)
+        splits["validation" if validation else "train"].append((document, text))
     for split, members in splits.items():
         if not members:
             raise InputError(
-                f"data.heldout_percent={settings.heldout_percent}: leaves the {split} split of "
-                f"{len(texts)} files empty; expected a share that gives both splits a file"
+                f"data.validation_percent={settings.validation_percent}: leaves the {split} split "
+                f"of {len(texts)} files empty; expected a share that gives both splits a file"
             )
     # The summary is written last: a folder that has it is complete.
     if not (folder / "summary.json").is_file():
@@ -78,36 +85,40 @@ def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> Token
         write_text(folder / "summary.json", json.dumps(summary))
     return TokenStreams(
         train=np.load(folder / "train.npy", mmap_mode="r"),
-        heldout=np.load(folder / "heldout.npy", mmap_mode="r"),
+        validation=np.load(folder / "validation.npy", mmap_mode="r"),
         digest=digest,
     )
 
 
 def token_type(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
-    """Smallest type that holds every token id."""
+    """Smallest unsigned integer type that holds every token id."""
     return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type, split: str) -> np.ndarray:
     end = end_of_text_id(tokenizer)
     chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-    parts: list[np.ndarray] = []
+    documents: list[np.ndarray] = []
     for chunk in progress(chunks, f"tokenising {split}"):
         for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
-            parts.append(np.array([*encoding.ids, end], dtype=dtype))
-    return np.concatenate(parts)
+            documents.append(np.array([*encoding.ids, end], dtype=dtype))
+    return np.concatenate(documents)
 
 
 class PackedSequences(Dataset[Batch]):
-    """Consecutive windows of `seq_len + 1` tokens; each predicts its last `seq_len` tokens.
+    """Consecutive windows of `seq_len + 1` tokens; all but the first token are targets.
 
-    Windows overlap by the one token that is input to one and target to the one before, so every
-    token but the first is a target exactly once.
+    Neighboring windows share one token, the last target of one and the first input of the next.
+    Every token but the first of the stream is therefore a target exactly once.
 
     Args:
-        tokens: The stream `(n,)`.
-        seq_len: Tokens a window predicts.
-        end_of_text: Id that ends documents, to number them by; None leaves them out.
+        tokens: Stream of `n` token ids.
+        seq_len: Targets per window.
+        end_of_text: Id of the token that ends documents, for `Batch.document_ids`. None omits
+            these ids.
+
+    Raises:
+        InputError: The stream has fewer tokens than a window.
     """
 
     def __init__(self, tokens: TokenArray, seq_len: int, *, end_of_text: int | None = None) -> None:
@@ -126,4 +137,4 @@ class PackedSequences(Dataset[Batch]):
         tokens = torch.from_numpy(window.astype(np.int64))
         if self.end_of_text is None:
             return Batch(tokens)
-        return Batch(tokens, documents=document_numbers(tokens, self.end_of_text))
+        return Batch(tokens, document_ids=document_ids_of(tokens, self.end_of_text))

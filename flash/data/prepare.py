@@ -1,4 +1,4 @@
-"""`python -m flash.data prepare`: a mixture tokenised ahead, into shards."""
+"""`flash prepare`: tokenisation of a mixture into shards, ahead of training."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from flash.data.module import find_tokenizer
 from flash.data.packed import token_type
 from flash.data.settings import DataKind, DataSettings, PrepareSettings
 from flash.data.shards import Manifest, Shard, tokenizer_digest, write_shard
-from flash.data.stream import Corpus, Mixture, Side
+from flash.data.stream import Mixture, Split, StreamedSequences
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TOGETHER = 256
-"""Documents tokenised at a time, by as many threads as there are processors."""
-_HELDOUT_TOKENS = 1 << 20
-"""Held-out tokens kept, where they are a share of the documents."""
+_DOCUMENTS_AT_ONCE = 256
+"""Documents that are tokenised at a time, by as many threads as there are processors."""
+_VALIDATION_TOKENS = 1 << 20
+"""Least tokens of a validation split that is a share of the documents."""
 
 
 def prepare(settings: PrepareSettings) -> Path:
-    """Write the shards, or those that are missing, and return their folder.
+    """Write the shards that are missing, and return their folder.
 
     Raises:
-        InputError: Settings, tokenizer or data that cannot be used, or a folder of other shards.
+        InputError: Settings, tokenizer or data cannot be used, or the folder holds other shards.
     """
     data = settings.data
-    require(data.source is DataKind.datasets, "data.source", data.source.value, "datasets")
+    require(data.kind is DataKind.datasets, "data.kind", data.kind.value, "datasets")
     runs = Runs(Path(settings.runs))
     backbone = Backbone.open(settings.backbone)
     tokenizer = load_tokenizer(find_tokenizer(data, backbone.tokenizer, runs.tokens))
-    from flash.data.sources import open_parts  # takes a second to import
+    from flash.data.sources import open_sources  # takes a second to import
 
-    parts = open_parts(data)
+    sources = open_sources(data)
     folder = Path(settings.out) if settings.out else runs.root / "shards" / data.name
-    manifest = _manifest(settings, parts, tokenizer, folder)
+    manifest = _manifest(settings, sources, tokenizer, folder)
     if manifest.complete:
         log.info("%s is finished: %s tokens", folder, f"{manifest.tokens:,}")
         return folder
-    corpus = _corpus(settings, parts, tokenizer)
+    train = _training_split(settings, sources, tokenizer)
     dtype = token_type(tokenizer)
-    if manifest.heldout is None:
-        manifest.heldout = _write_heldout(folder, corpus, data, dtype)
+    if manifest.validation is None:
+        manifest.validation = _write_validation(folder, train, data, dtype)
         manifest.write(folder)
-    _write_shards(folder, corpus, manifest, settings, dtype)
+    _write_shards(folder, train, manifest, settings, dtype)
     log.info(
         "%s: %s tokens in %d shards; train with data=shards data.path=%s",
         folder,
@@ -67,25 +67,27 @@ def prepare(settings: PrepareSettings) -> Path:
     return folder
 
 
-def _corpus(settings: PrepareSettings, parts: "list[TextSource]", tokenizer: Tokenizer) -> Corpus:
-    """What goes into the training shards: all in one lane."""
+def _training_split(
+    settings: PrepareSettings, sources: "list[TextSource]", tokenizer: Tokenizer
+) -> StreamedSequences:
+    """Training split of the mixture, as one logical shard."""
     data, encoder = settings.data, TextEncoder(tokenizer)
-    return Corpus(
-        parts=parts,
+    return StreamedSequences(
+        sources=sources,
         encoder=encoder,
         seq_len=data.seq_len,
         end_of_text=encoder.end_of_text,
         seed=settings.seed,
-        side=Side.all if data.heldout is not None else Side.train,
-        heldout_percent=data.heldout_percent,
-        once=settings.tokens is None,
+        split=Split.all if data.validation is not None else Split.train,
+        validation_percent=data.validation_percent,
+        single_pass=settings.tokens is None,
     )
 
 
 def _manifest(
-    settings: PrepareSettings, parts: "list[TextSource]", tokenizer: Tokenizer, folder: Path
+    settings: PrepareSettings, sources: "list[TextSource]", tokenizer: Tokenizer, folder: Path
 ) -> Manifest:
-    """What is there of these very shards, or an empty manifest.
+    """Read the manifest of these shards; an empty one if the folder has none.
 
     Raises:
         InputError: The folder holds other shards.
@@ -93,10 +95,11 @@ def _manifest(
     data: dict[str, Any] = json.loads(
         json.dumps(dataclasses.asdict(settings.data), default=lambda value: value.value)
     )
-    chosen = {key: data[key] for key in ("parts", "heldout", "heldout_percent", "skip_damaged")}
+    keys = ("sources", "validation", "validation_percent", "skip_damaged")
+    chosen = {key: data[key] for key in keys}
     decisive = {
         **chosen,
-        "files": [part.fingerprint for part in parts],
+        "files": [source.fingerprint for source in sources],
         "tokenizer": tokenizer_digest(tokenizer),
         "tokens": settings.tokens,
         "shard_tokens": settings.shard_tokens,
@@ -114,36 +117,43 @@ def _manifest(
     return manifest
 
 
-def _write_heldout(folder: Path, corpus: Corpus, data: DataSettings, dtype: type) -> Shard:
-    if data.heldout is not None:
+def _write_validation(
+    folder: Path, train: StreamedSequences, data: DataSettings, dtype: type
+) -> Shard:
+    separate = data.validation
+    if separate is not None:
         from flash.data.sources import TextSource
 
-        part = TextSource(data.heldout, "data.heldout", skip_damaged=data.skip_damaged)
-        source = dataclasses.replace(corpus, parts=[part], side=Side.all, once=True)
+        source = TextSource(separate, "data.validation", skip_damaged=data.skip_damaged)
+        split = dataclasses.replace(train, sources=[source], split=Split.all, single_pass=True)
     else:
-        source = dataclasses.replace(corpus, side=Side.heldout, once=True)
-    mixture = Mixture(source, lane=0)
+        split = dataclasses.replace(train, split=Split.validation, single_pass=True)
+    mixture = Mixture(split, shard=0)
     documents: list[np.ndarray] = []
     count = 0
-    while taken := mixture.take(_TOGETHER if data.heldout is not None else 1):
+    while taken := mixture.take(_DOCUMENTS_AT_ONCE if separate is not None else 1):
         documents += [document.tokens.astype(dtype) for document in taken]
         count += sum(map(len, taken))
-        if data.heldout is None and count >= _HELDOUT_TOKENS:
+        if separate is None and count >= _VALIDATION_TOKENS:
             break
     if not documents:
         raise InputError(
-            f"data.heldout_percent={data.heldout_percent}: holds out no document; expected a "
-            "larger share, or data.heldout"
+            f"data.validation_percent={data.validation_percent}: leaves the validation split "
+            "without a document; expected a larger share, or data.validation"
         )
-    return write_shard(folder, "heldout.npy", documents)
+    return write_shard(folder, "validation.npy", documents)
 
 
 def _write_shards(
-    folder: Path, corpus: Corpus, manifest: Manifest, settings: PrepareSettings, dtype: type
+    folder: Path,
+    train: StreamedSequences,
+    manifest: Manifest,
+    settings: PrepareSettings,
+    dtype: type,
 ) -> None:
-    """Training shards from where the manifest stands; it is written after each."""
+    """Write the training shards that the manifest lacks, and the manifest after each."""
     state = np.array(manifest.state, np.int64) if manifest.state is not None else None
-    mixture = Mixture(corpus, lane=0, state=state)
+    mixture = Mixture(train, shard=0, state=state)
     wanted = settings.tokens
     with progress_bar("tokenising", wanted, " tokens") as bar:
         bar.update(manifest.tokens)
@@ -154,7 +164,7 @@ def _write_shards(
             if wanted is not None:
                 limit = min(limit, wanted - manifest.tokens)
             while count < limit and not ended:
-                taken = mixture.take(_TOGETHER)
+                taken = mixture.take(_DOCUMENTS_AT_ONCE)
                 documents += [document.tokens.astype(dtype) for document in taken]
                 count += sum(map(len, taken))
                 ended = not taken
@@ -165,5 +175,8 @@ def _write_shards(
             manifest.state = mixture.state.tolist()
             manifest.complete = ended or (wanted is not None and manifest.tokens >= wanted)
             if manifest.complete and not manifest.shards:
-                raise InputError("data.parts: 0 tokens are left without held-out documents")
+                raise InputError(
+                    "data.sources: 0 tokens are left without the documents of the validation "
+                    "split; expected more text, or a smaller data.validation_percent"
+                )
             manifest.write(folder)

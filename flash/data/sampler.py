@@ -1,4 +1,7 @@
-"""Which sequences a rank gets, and when: the same whatever the number of ranks."""
+"""Order of the training sequences and their division among ranks.
+
+The order of the sequences is the same for any number of ranks.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,20 +13,20 @@ from flash.errors import InputError
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank takes of every global batch.
+    """Share of one rank in every global batch.
 
-    Sequences are numbered through the whole run; step n learns from numbers n * batch_size to
-    (n + 1) * batch_size - 1, and rank r of W has those with number % W == r, in this order, cut
+    Sequences are numbered throughout the run. Step n learns from numbers n * batch_size to
+    (n + 1) * batch_size - 1. Rank r of W gets the numbers with number % W == r, in this order, cut
     into `accumulation` micro-batches.
 
     Attributes:
-        batch_size: Sequences an optimiser step, over all ranks.
-        world_size: Ranks.
-        rank: This one.
-        accumulation: Micro-batches a step.
+        batch_size: Sequences per optimizer step, over all ranks.
+        world_size: Number of ranks.
+        rank: Number of this rank.
+        accumulation: Micro-batches per optimizer step.
 
     Raises:
-        InputError: The global batch is no multiple of ranks x accumulation.
+        InputError: The global batch is not a multiple of ranks x accumulation.
     """
 
     batch_size: int
@@ -41,38 +44,41 @@ class Share:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of this rank at a time."""
+        """Sequences per micro-batch of this rank."""
         return self.batch_size // (self.world_size * self.accumulation)
 
-    def first(self, steps: int) -> int:
-        """How many sequences this rank has had after so many steps."""
+    def sequences_after(self, steps: int) -> int:
+        """Number of sequences that this rank has received after `steps` optimizer steps."""
         return steps * self.batch_size // self.world_size
 
 
-class ResumableBatches:
+class ResumableBatchSampler:
     """Endless micro-batches of dataset indices; the n-th depends on seed, share and n alone.
 
-    Each epoch is a permutation of its own and begins where the one before ends, also within a
-    batch, so that an epoch has every sequence exactly once.
+    Each epoch is a permutation of its own that contains every sequence exactly once. It begins
+    where the previous epoch ends, even within a batch.
 
     Args:
         num_sequences: Size of the dataset; at least the batch size.
-        share: Of this rank.
-        seed: Decides every permutation.
-        start: Optimiser steps to skip.
+        share: Share of this rank.
+        seed: Seed of all permutations.
+        start: Optimizer steps to skip.
+
+    Raises:
+        InputError: The dataset has fewer sequences than a batch.
     """
 
     def __init__(self, num_sequences: int, share: Share, seed: int, start: int = 0) -> None:
         if num_sequences < share.batch_size:
             raise InputError(
                 f"recipe.batch_size={share.batch_size}: expected at most {num_sequences}, "
-                "the number of sequences in the corpus"
+                "the number of training sequences"
             )
         self.num_sequences, self.share = num_sequences, share
         self.seed, self.start = seed, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        share, first = self.share, self.share.first(self.start)
+        share, first = self.share, self.share.sequences_after(self.start)
         orders: dict[int, np.ndarray] = {}
         while True:
             local = np.arange(first, first + share.micro_batch)
@@ -89,5 +95,5 @@ class ResumableBatches:
 
 
 def epoch_order(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """Every index once, as an epoch has them `(num_sequences,)`."""
+    """Permutation of all sequence indices for one epoch, `(num_sequences,)`."""
     return np.random.default_rng((seed, epoch)).permutation(num_sequences)

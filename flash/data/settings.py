@@ -1,5 +1,9 @@
-"""Config group `data`: where text comes from and how it becomes sequences."""
+"""Config group `data`: the origin of text, and the sequences that it becomes.
 
+Errors that are raised here name a key relative to its class; `flash.config` adds the path.
+"""
+
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -10,58 +14,68 @@ from flash.model.settings import BackboneSettings
 
 
 class DataKind(Enum):
-    """Where a corpus comes from."""
+    """Origin of the text."""
 
     stdlib = "stdlib"
     """The sources of Python's standard library, which every machine has."""
     folder = "folder"
     """Text files below `data.path`."""
     datasets = "datasets"
-    """`data.parts`, tokenised and packed while training."""
+    """The mixture `data.sources`, tokenised and packed while training."""
     shards = "shards"
-    """What `python -m flash.data prepare` made of a corpus, in `data.path`."""
+    """Tokens that `flash prepare` wrote to `data.path`."""
     chat = "chat"
-    """Conversations in `data.parts`, for instruction tuning."""
+    """Conversations in `data.sources`, for instruction tuning."""
 
 
 class FileFormat(Enum):
-    """Kind of the files of a part."""
+    """Format of a source's files."""
 
     parquet = "parquet"
+    """Columns and rows; a row is a document."""
     jsonl = "jsonl"
+    """One JSON object per line; an object is a document."""
     txt = "txt"
+    """Plain text; `unit` decides the extent of a document."""
 
 
 class DocumentUnit(Enum):
-    """What a document is in a text file."""
+    """Extent of a document in a text file."""
 
     document = "document"
     """The whole file."""
     paragraph = "paragraph"
-    """What blank lines separate."""
+    """Text between blank lines."""
     line = "line"
+    """One line."""
 
 
 @dataclass(kw_only=True)
 class TextSourceSettings:
-    """One part of a mixture: files, or a data set of the Hugging Face hub."""
+    """One source of a mixture: files, or a data set of the Hugging Face hub."""
 
     path: str
-    """A file, a folder, a pattern with `*`, or a data set's name on the hub."""
+    """File, folder, pattern with `*`, or name of a data set on the hub."""
     name: str | None = None
-    """Configuration of a data set that has several; only for the hub."""
+    """Configuration of a hub data set that has several. Null is its default one. It has no effect
+    on files."""
     revision: str | None = None
-    """Branch, tag or commit; only for the hub. Null is the newest: name one for long runs."""
+    """Branch, tag or commit of a hub data set. Null is the newest commit: name one for long runs.
+    It has no effect on files."""
     split: str = "train"
-    """Only for the hub."""
+    """Split of a hub data set. It has no effect on files."""
     format: FileFormat | None = None
-    """Kind of the files; null goes by their suffix."""
+    """Format of the files. Null derives it from their suffix."""
     column: str = "text"
-    """Holds the text or, for `source: chat`, the list of messages."""
+    """Column that holds the text or, for `data.kind=chat`, the list of messages."""
     unit: DocumentUnit = DocumentUnit.document
-    """What a document is; only for text files."""
+    """Extent of a document in text files. It has no effect on other formats."""
     weight: float = 1.0
-    """Share of the tokens, relative to the other parts."""
+    """Share of the tokens relative to the other sources; positive."""
+
+    def __post_init__(self) -> None:
+        valid = math.isfinite(self.weight) and self.weight > 0
+        require(valid, "weight", self.weight, "a positive number")
 
 
 @dataclass(kw_only=True)
@@ -69,110 +83,119 @@ class DataSettings:
     """Config group `data`."""
 
     name: str
-    source: DataKind = DataKind.stdlib
+    """Name of the data in the names of files: trained tokenizers and folders of shards."""
+    kind: DataKind = DataKind.stdlib
+    """Origin of the text."""
     path: str | None = None
-    """Folder of the corpus, for `source: folder`, or of the shards, for `source: shards`."""
+    """Folder of the text files for `kind=folder`, or of the shards for `kind=shards`; null for
+    every other kind."""
     pattern: str = "*.py"
-    """Files that belong to the corpus, matched below the folder at any depth."""
-    parts: list[TextSourceSettings] = field(default_factory=list)
-    """The mixture, for `source: datasets` and `source: chat`."""
-    heldout: TextSourceSettings | None = None
-    """Held-out text; null holds out a share of the training text. Only where there are parts."""
-    heldout_percent: int = 5
-    """Share kept out of training and calibration [%]: of the files, by a hash of their path, or of
-    the documents, by a hash of their text."""
+    """Pattern of the file names to read, at any depth, for `kind=stdlib` and `kind=folder`."""
+    sources: list[TextSourceSettings] = field(default_factory=list)
+    """The mixture for `kind=datasets` and `kind=chat`; empty for every other kind."""
+    validation: TextSourceSettings | None = None
+    """Text of the validation split. Null takes a share of the training text
+    (`validation_percent`). It can be set only with `sources`."""
+    validation_percent: int = 5
+    """Share that is kept out of training and calibration [%], from 1 to 99: of the files, by a hash
+    of their path, or of streamed documents, by a hash of their text. It has no effect where
+    `validation` is set, nor with `kind=shards`."""
     seq_len: int = 512
-    """Tokens a sequence."""
+    """Tokens per sequence that the model reads and predicts; at least 2."""
     document_masks: bool = False
-    """Whether documents in one sequence cannot attend to each other."""
+    """Forbid documents in the same sequence to attend to each other."""
     tokenizer: str | None = None
-    """A tokenizer.json; by default the backbone's own."""
+    """Path of a tokenizer.json. Null is the tokenizer of the backbone."""
     bpe_vocab_size: int = 2048
-    """Entries of the tokenizer that is trained on the corpus when the backbone has none."""
+    """Entries of the tokenizer that is trained on the text, at least 300. It has an effect only
+    with a backbone that has no tokenizer, `tokenizer=null`, and `kind=stdlib` or `kind=folder`."""
     chat_template: str | None = None
-    """A Jinja file; by default the template beside the tokenizer. Only for `source: chat`."""
-    heldout_sequences: int = 48
-    """Sequences that the held-out loss is computed on; 0 takes all of them."""
-    lanes: int = 64
-    """Pieces that a streamed corpus is dealt to: ranks x workers must divide it. It decides the
-    order, ranks and workers do not."""
+    """Path of a Jinja file for `kind=chat`. Null is the template beside the tokenizer."""
+    validation_sequences: int = 48
+    """Sequences for the validation loss. 0 takes all, which streamed data allow only where
+    `validation` is set."""
+    logical_shards: int = 64
+    """Shares into which streamed data are divided: a multiple of ranks x `workers`. Ranks and
+    workers do not change the order of the sequences; this number does. It has an effect only with
+    `sources`."""
     workers: int = 0
-    """Processes a rank that read (and tokenise) ahead; 0 does it between the steps."""
+    """Processes per rank that read (and tokenise) ahead. 0 reads between the steps."""
     skip_damaged: bool = False
-    """Leave damaged shards and files out, with a warning, where they would be an error."""
+    """Skip damaged shards, files and conversations with a warning. False makes them an error."""
 
     def __post_init__(self) -> None:
         require(
-            0 < self.heldout_percent < 100,
-            "data.heldout_percent",
-            self.heldout_percent,
+            0 < self.validation_percent < 100,
+            "validation_percent",
+            self.validation_percent,
             "a whole number from 1 to 99",
         )
-        require(self.seq_len >= 2, "data.seq_len", self.seq_len, "2 or more tokens")
+        require(self.seq_len >= 2, "seq_len", self.seq_len, "2 or more tokens")
+        require(self.bpe_vocab_size >= 300, "bpe_vocab_size", self.bpe_vocab_size, "300 or more")
         require(
-            self.bpe_vocab_size >= 300, "data.bpe_vocab_size", self.bpe_vocab_size, "300 or more"
-        )
-        require(
-            self.heldout_sequences >= 0,
-            "data.heldout_sequences",
-            self.heldout_sequences,
+            self.validation_sequences >= 0,
+            "validation_sequences",
+            self.validation_sequences,
             "0 (all) or more",
         )
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.workers >= 0, "workers", self.workers, "0 or more")
         require(
-            self.lanes > 0 and self.lanes % max(self.workers, 1) == 0,
-            "data.lanes",
-            self.lanes,
-            f"a positive multiple of data.workers={self.workers}",
+            self.logical_shards > 0 and self.logical_shards % max(self.workers, 1) == 0,
+            "logical_shards",
+            self.logical_shards,
+            f"a positive multiple of workers={self.workers}",
         )
-        self._check_source()
+        self._check_path()
+        self._check_sources()
 
     @property
     def streamed(self) -> bool:
-        """Whether the corpus is `parts`."""
-        return self.source in {DataKind.datasets, DataKind.chat}
+        """True where the text is read from `sources` while training."""
+        return self.kind in {DataKind.datasets, DataKind.chat}
 
-    def _check_source(self) -> None:
-        source = f"data.source={self.source.value}"
-        if self.source in {DataKind.folder, DataKind.shards}:
+    def _check_path(self) -> None:
+        kind = f"kind={self.kind.value}"
+        if self.kind in {DataKind.folder, DataKind.shards}:
             if self.path is None:
-                raise InputError(f"data.path=null: expected a folder for {source}; set it")
+                raise InputError(f"path=null: expected a folder for {kind}; set it")
         elif self.path is not None:
-            raise InputError(f"data.path={self.path}: has no effect with {source}")
-        if self.streamed and not self.parts:
-            raise InputError(f"data.parts=[]: expected one or more for {source}; set it")
-        if not self.streamed and (self.parts or self.heldout is not None):
-            key = "parts" if self.parts else "heldout"
-            raise InputError(f"data.{key}: has no effect with {source}; use data.source=datasets")
-        if self.chat_template is not None and self.source is not DataKind.chat:
+            raise InputError(f"path={self.path}: expected null, it has no effect with {kind}")
+
+    def _check_sources(self) -> None:
+        kind = f"kind={self.kind.value}"
+        if self.streamed and not self.sources:
+            raise InputError(f"sources=[]: expected one or more for {kind}; set it")
+        if not self.streamed and (self.sources or self.validation is not None):
+            key = "sources" if self.sources else "validation"
+            raise InputError(f"{key}: has no effect with {kind}; use kind=datasets")
+        if self.chat_template is not None and self.kind is not DataKind.chat:
             raise InputError(
-                f"data.chat_template={self.chat_template}: has no effect with {source}"
+                f"chat_template={self.chat_template}: expected null, it has no effect with {kind}"
             )
-        for i, part in enumerate(self.parts):
-            require(part.weight > 0, f"data.parts[{i}].weight", part.weight, "a positive number")
-        if self.streamed and self.heldout is None and self.heldout_sequences == 0:
+        if self.streamed and self.validation is None and self.validation_sequences == 0:
             raise InputError(
-                "data.heldout_sequences=0: expected how many, as all of a share of streamed "
-                "documents means reading them all; set it, or name data.heldout"
+                "validation_sequences=0: expected 1 or more, as all of a share of streamed "
+                "documents would mean reading every document; set it, or name validation"
             )
 
 
 @dataclass(kw_only=True)
 class PrepareSettings:
-    """Root of `python -m flash.data prepare`."""
+    """Root of `flash prepare`."""
 
     backbone: BackboneSettings = MISSING
-    """Its tokenizer is used."""
+    """Model whose tokenizer encodes the text, unless `data.tokenizer` names another one."""
     data: DataSettings = MISSING
+    """Text to prepare, of `data.kind=datasets`."""
     out: str | None = None
-    """Folder for the shards; null is `shards/NAME` in `runs`."""
+    """Folder for the shards. Null is `RUNS/shards/NAME`, of `runs` and `data.name`."""
     tokens: int | None = None
-    """Training tokens to prepare; parts are repeated where their weight asks for more than they
+    """Training tokens to prepare; sources are repeated where their weight asks for more than they
     have. Null takes every document once, and weights decide nothing but the order."""
     shard_tokens: int = 1 << 27
-    """Tokens a shard, give or take some documents."""
+    """Least tokens per shard but the last; shards end with a whole document."""
     seed: int = 0
-    """Decides the order."""
+    """Seed of the order of the documents; 0 or more."""
     runs: str = "runs"
     """Folder for everything that runs produce."""
 
@@ -184,3 +207,4 @@ class PrepareSettings:
             self.tokens,
             "a positive integer or null",
         )
+        require(self.seed >= 0, "seed", self.seed, "0 or more")

@@ -1,4 +1,4 @@
-"""Tokens prepared ahead: memory-mapped shards and the manifest that says what they hold."""
+"""Prepared tokens: memory-mapped shards and the manifest that describes them."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from flash.progress import progress
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Shard:
 
     Attributes:
         file: Name within the folder.
-        tokens: How many.
-        documents: How many.
-        sha256: Of the file.
+        tokens: Number of tokens.
+        documents: Number of documents.
+        sha256: Hash of the file.
     """
 
     file: str
@@ -41,41 +41,44 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What a folder of shards holds; written after each shard, so that preparing can go on.
+    """Description of a folder of shards.
+
+    It is written after each shard, so that an interrupted preparation can resume.
 
     Attributes:
-        key: Hash of all that decides the tokens.
+        key: Hash of everything that decides the tokens.
         tokenizer: Hash of the tokenizer.
-        shards: Training tokens, in order.
-        heldout: Held-out tokens.
-        state: Where the mixture goes on (`flash.data.stream.Mixture.state`).
-        complete: Whether that is nowhere.
-        data: Settings that the tokens were made with, for people.
+        shards: Shards of the training split, in order.
+        validation: Shard of the validation split; None before it is written.
+        state: State of the mixture after the last shard (`flash.data.stream.Mixture.state`).
+        complete: True once all shards are written.
+        data: Settings that the shards were made with, for people to read.
     """
 
     key: str
     tokenizer: str
     shards: list[Shard] = field(default_factory=list)
-    heldout: Shard | None = None
+    validation: Shard | None = None
     state: list[list[int]] | None = None
     complete: bool = False
     data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        """Training tokens."""
+        """Number of training tokens."""
         return sum(shard.tokens for shard in self.shards)
 
     def write(self, folder: Path) -> None:
+        """Write the manifest into `folder`, in place of the one before."""
         values = {"version": _VERSION, **asdict(self)}
         write_text(folder / MANIFEST, json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
-        """The manifest in `folder`, or None where there is none.
+        """Read the manifest in `folder`; None if there is no such file.
 
         Raises:
-            InputError: It is damaged, or of another version.
+            InputError: The file is damaged, or was written by another version.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -83,21 +86,26 @@ class Manifest:
         try:
             values = json.loads(path.read_text("utf-8"))
             if values.pop("version") != _VERSION:
-                raise InputError(f"{path}: of another version; prepare the shards again")
+                raise InputError(
+                    f"{path}: of another version; delete the folder and run `flash prepare` again"
+                )
             shards = [Shard(**shard) for shard in values.pop("shards")]
-            heldout = values.pop("heldout")
-            return cls(**values, shards=shards, heldout=Shard(**heldout) if heldout else None)
+            found = values.pop("validation")
+            validation = Shard(**found) if found else None
+            return cls(**values, shards=shards, validation=validation)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: damaged ({error}); prepare the shards again") from error
+            raise InputError(
+                f"{path}: damaged ({error}); delete the folder and run `flash prepare` again"
+            ) from error
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Hash of a tokenizer."""
+    """Hash of a tokenizer's vocabulary, rules and special tokens."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
 
 def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Shard:
-    """Write documents as one shard; the file is there whole or not at all."""
+    """Write documents as one shard; the file is written as a whole or not at all."""
     tokens = np.concatenate(documents)
     with atomic_write(folder / name) as file:
         np.save(file, tokens)
@@ -105,7 +113,11 @@ def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Sha
 
 
 class ShardedTokens:
-    """Shards one after the other as one stream, read from disk as it is needed."""
+    """Concatenation of shards as one stream, read from disk on demand.
+
+    Args:
+        paths: Files of the shards, in order.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._arrays = [np.load(path, mmap_mode="r") for path in paths]
@@ -115,7 +127,7 @@ class ShardedTokens:
         return int(self._ends[-1])
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """Tokens `[start, stop)` `(stop - start,)`."""
+        """Tokens from `start` to `stop - 1`, `(stop - start,)`."""
         start, stop, _ = window.indices(len(self))
         first, last = np.searchsorted(self._ends, (start, max(start, stop - 1)), side="right")
         begin = int(self._ends[first - 1]) if first else 0
@@ -125,47 +137,47 @@ class ShardedTokens:
 
 
 @dataclass(frozen=True)
-class OpenShards:
-    """Shards that were found whole.
+class ShardSplits:
+    """Token streams of shards whose hashes were checked.
 
     Attributes:
-        train: Training tokens.
-        heldout: Held-out tokens.
-        digest: Hash of both and of the tokenizer.
+        train: Tokens of the training split.
+        validation: Tokens of the validation split.
+        digest: Hash of both splits and of the tokenizer.
     """
 
     train: ShardedTokens
-    heldout: ShardedTokens
+    validation: ShardedTokens
     digest: str
 
 
 def open_shards(
     folder: Path, tokenizer: Tokenizer, cache: Path, *, skip_damaged: bool = False
-) -> OpenShards:
-    """Check the shards in `folder` and map them.
+) -> ShardSplits:
+    """Check the shards in `folder` and map them into memory.
 
     Args:
-        folder: Written by `python -m flash.data prepare`.
-        tokenizer: Must be the one that they were made with.
-        cache: Where it is noted that a file was found whole, so that it is hashed just once.
-        skip_damaged: Leave damaged training shards out, with a warning.
+        folder: Folder that `flash prepare` wrote.
+        tokenizer: Tokenizer that the shards were made with.
+        cache: Folder for notes of the files whose hash was right, so that each is hashed once.
+        skip_damaged: Skip damaged training shards, with a warning.
 
     Raises:
-        InputError: No shards, unfinished ones, ones of another tokenizer, or damaged ones.
+        InputError: Shards are missing, unfinished, damaged, or made with another tokenizer.
     """
-    manifest, heldout = _finished(folder, tokenizer)
+    manifest, validation = _finished(folder, tokenizer)
     whole = []
-    problems = _problems(folder, [*manifest.shards, heldout], cache)
-    for shard in (*manifest.shards, heldout):
+    problems = _problems(folder, [*manifest.shards, validation], cache)
+    for shard in (*manifest.shards, validation):
         problem = problems.get(shard.file)
         if problem is None:
             whole.append(shard)
-        elif skip_damaged and shard is not heldout:
-            log.warning("%s: %s and is left out", folder / shard.file, problem)
+        elif skip_damaged and shard is not validation:
+            log.warning("%s: %s and is skipped", folder / shard.file, problem)
         else:
             raise InputError(
                 f"{folder / shard.file}: {problem} ({len(problems)} such files); copy it again, "
-                "or set data.skip_damaged=true to leave damaged training shards out"
+                "or set data.skip_damaged=true to skip damaged training shards"
             )
     train = whole[:-1]
     if not train:
@@ -173,30 +185,29 @@ def open_shards(
             f"data.path={folder}: expected a whole shard of {len(manifest.shards)}, found none"
         )
     hashes = " ".join([manifest.tokenizer, *(shard.sha256 for shard in whole)])
-    return OpenShards(
+    return ShardSplits(
         ShardedTokens([folder / shard.file for shard in train]),
-        ShardedTokens([folder / heldout.file]),
+        ShardedTokens([folder / validation.file]),
         hashlib.sha256(hashes.encode()).hexdigest()[:16],
     )
 
 
 def _finished(folder: Path, tokenizer: Tokenizer) -> tuple[Manifest, Shard]:
-    """The manifest of finished shards of this tokenizer, and the held-out one of them."""
+    """Manifest of finished shards of this tokenizer, and their validation shard."""
     named = f"data.path={folder}"
     manifest = Manifest.read(folder)
     if manifest is None:
         raise InputError(
-            f"{named}: expected a folder with {MANIFEST}; make it with "
-            "`python -m flash.data prepare`"
+            f"{named}: expected a folder with {MANIFEST}; make it with `flash prepare`"
         )
-    if not manifest.complete or manifest.heldout is None:
-        raise InputError(f"{named}: is not finished; run `python -m flash.data prepare` again")
+    if not manifest.complete or manifest.validation is None:
+        raise InputError(f"{named}: is not finished; run `flash prepare` again")
     if manifest.tokenizer != tokenizer_digest(tokenizer):
         raise InputError(
             f"{named}: was made with another tokenizer than this backbone's; prepare it again "
             "with this backbone, or set data.tokenizer"
         )
-    return manifest, manifest.heldout
+    return manifest, manifest.validation
 
 
 def _sha256(path: Path) -> str:
@@ -205,7 +216,7 @@ def _sha256(path: Path) -> str:
 
 
 def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, str]:
-    """What is wrong with the files that are not what the manifest says, by name."""
+    """Problems of missing and damaged files, by file name."""
     notes = cache / f"whole_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     known: dict[str, Any] = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
     problems: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The parts of a mixture: opened and checked, read row by row."""
+"""Sources of a mixture: opening, checking, and reading row by row."""
 
 import glob
 import hashlib
@@ -20,7 +20,7 @@ from flash.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# The library writes a line of its own before it raises; ours says the same and what to do.
+# The library logs each error before it raises it; our message says the same and adds a remedy.
 logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
 _SUFFIXES = {
@@ -29,28 +29,29 @@ _SUFFIXES = {
     ".json": FileFormat.jsonl,
     ".txt": FileFormat.txt,
 }
-_PACKED = (".gz", ".zst", ".bz2", ".xz")
-_MANY = 1 << 14
-"""More files than this are read in groups: each costs some memory in every process."""
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_MAX_FILES = 1 << 14
+"""Most files that are read one by one, as each costs some memory in every process. More than these
+are read in groups."""
 _ROWS = 1000
-"""Rows read at a time."""
+"""Rows that are read at a time."""
 
 
 class TextSource:
-    """One part of a mixture.
+    """One source of a mixture, opened and checked.
 
     Args:
-        settings: Where it is.
-        key: Setting that named it, for errors: `data.parts[0]`.
-        skip_damaged: Leave damaged files out, with a warning.
+        settings: Location and format of the source.
+        key: Key of the setting that names the source, for errors, such as `data.sources[0]`.
+        skip_damaged: Skip damaged files, with a warning.
 
     Attributes:
-        fingerprint: Changes when the data do: the commit on the hub, or each file's name, size and
-            a hash of its first and last 64 KiB.
-        num_files: Files, or groups of files if there are very many.
+        fingerprint: Identity of the data: the commit on the hub, or for each file its name, its
+            size and a hash of its first and last 64 KiB.
+        num_files: Number of files, or of groups of files where these are very many.
 
     Raises:
-        InputError: Nothing there, unreadable, or no such column.
+        InputError: The source is missing or cannot be read, or lacks the column.
     """
 
     def __init__(self, settings: TextSourceSettings, key: str, *, skip_damaged: bool) -> None:
@@ -65,17 +66,23 @@ class TextSource:
             self.fingerprint = [_file_fingerprint(path) for path in self.files]
             self.dataset = self._open_files(self.files, kind)
         self._check_column()
-        self.num_files = min(self.dataset.num_shards, _MANY)
+        self.num_files = min(self.dataset.num_shards, _MAX_FILES)
 
     def values(self, file: int, offset: int, stride: int, start: int) -> Iterator[Any]:
-        """Rows `offset`, `offset + stride`, ... of a file, without the first `start` of them.
+        """Read the values of the column in every `stride`-th row of a file.
+
+        Args:
+            file: Number of the file, below `num_files`.
+            offset: First of the rows.
+            stride: Distance between rows.
+            start: Number of these rows to skip.
 
         Raises:
-            InputError: The file is damaged and damage is not to be skipped.
+            InputError: The file is damaged, and `skip_damaged` is false.
         """
         row, seen = offset + start * stride, 0
         data = self.dataset.shard(self.num_files, file).with_format("arrow")
-        # `iter`, as `__iter__` would deal the file out to the workers of a DataLoader once more.
+        # `iter`, because `__iter__` would divide the file among the workers of a DataLoader again.
         tables = data.iter(batch_size=_ROWS)
         while True:
             try:
@@ -94,30 +101,30 @@ class TextSource:
 
     def _damaged(self, file: int, error: Exception) -> None:
         if self.files is None and isinstance(error, OSError):
-            raise error  # of the network, most likely
+            raise error  # most likely an error of the network
         if self.files is not None and len(self.files) == self.num_files:
             name = str(self.files[file])
         else:
             name = f"file {file} of {self.settings.path}"
-        self._leave_out(name, error)
+        self._skip_or_raise(name, error)
 
-    def _leave_out(self, name: str, error: Exception) -> None:
-        problem = _line(error)
+    def _skip_or_raise(self, name: str, error: Exception) -> None:
+        problem = _first_line(error)
         if not self.skip_damaged:
             raise InputError(
                 f"{self.key}.path: {name} is damaged ({problem}); copy it again, or set "
-                "data.skip_damaged=true to leave it out"
+                "data.skip_damaged=true to skip it"
             ) from error
-        log.warning("%s: %s is damaged and left out (%s)", self.key, name, problem)
+        log.warning("%s: %s is damaged and is skipped (%s)", self.key, name, problem)
 
     def _readable(self, files: list[Path]) -> list[Path]:
-        """Those parquet files whose footer can be read."""
+        """Select the parquet files whose footer can be read."""
         readable = []
         for path in files:
             try:
                 pq.read_metadata(path)
             except (pa.ArrowException, OSError) as error:
-                self._leave_out(str(path), error)
+                self._skip_or_raise(str(path), error)
             else:
                 readable.append(path)
         if not readable:
@@ -137,17 +144,17 @@ class TextSource:
         try:
             return load_dataset(builder, data_files=names, split="train", streaming=True, **options)
         except (pa.ArrowException, ValueError, OSError) as error:
-            problem = f"expected {kind.value} files ({_line(error)})"
+            problem = f"expected {kind.value} files ({_first_line(error)})"
             raise InputError(f"{self.key}.path={self.settings.path}: {problem}") from error
 
     def _check_column(self) -> None:
         names = self.dataset.column_names
-        if names is None:  # said nowhere: the first row shows it
+        if names is None:  # unknown before the first row is read
             try:
                 first: Any = next(self.dataset.with_format("arrow").iter(batch_size=1), None)
             except (pa.ArrowException, ValueError) as error:
                 raise InputError(
-                    f"{self.key}.path={self.settings.path}: cannot be read ({_line(error)})"
+                    f"{self.key}.path={self.settings.path}: cannot be read ({_first_line(error)})"
                 ) from error
             names = first.column_names if first is not None else []
         if self.settings.column not in names:
@@ -157,20 +164,20 @@ class TextSource:
             )
 
 
-def open_parts(settings: DataSettings) -> list[TextSource]:
-    """The mixture.
+def open_sources(settings: DataSettings) -> list[TextSource]:
+    """Open all sources of the mixture.
 
     Raises:
-        InputError: A part cannot be used.
+        InputError: A source cannot be used.
     """
     return [
-        TextSource(part, f"data.parts[{i}]", skip_damaged=settings.skip_damaged)
-        for i, part in enumerate(settings.parts)
+        TextSource(source, f"data.sources[{i}]", skip_damaged=settings.skip_damaged)
+        for i, source in enumerate(settings.sources)
     ]
 
 
 def _find(settings: TextSourceSettings, key: str) -> list[Path] | None:
-    """The files, in the order of their names; None for a data set of the hub."""
+    """List the files in the order of their names; None for a data set of the hub."""
     path = Path(settings.path)
     if path.is_dir():
         kinds = {s for s, kind in _SUFFIXES.items() if settings.format in {None, kind}}
@@ -195,7 +202,7 @@ def _find(settings: TextSourceSettings, key: str) -> list[Path] | None:
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in _PACKED else path.suffix
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def _format(files: list[Path], settings: TextSourceSettings, key: str) -> FileFormat:
@@ -221,7 +228,7 @@ def _file_fingerprint(path: Path) -> str:
 
 
 def _open_hub(settings: TextSourceSettings, key: str) -> tuple[IterableDataset, list[str]]:
-    """The data set at one commit, and what that is."""
+    """Open a data set of the hub at one commit; also return its identity."""
     named = f"{key}.path={settings.path}"
     try:
         info = HfApi().dataset_info(settings.path, revision=settings.revision, timeout=30)
@@ -229,27 +236,27 @@ def _open_hub(settings: TextSourceSettings, key: str) -> tuple[IterableDataset, 
             settings.path,
             settings.name,
             split=settings.split,
-            revision=info.sha,  # also if the hub moves on meanwhile
+            revision=info.sha,  # the same even if a newer commit appears meanwhile
             streaming=True,
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, FileNotFoundError) as error:
         raise InputError(
             f"{named}: expected files or a data set on the hub, found neither, or it needs "
-            f"permission; check path and revision, or run `hf auth login` ({_line(error)})"
+            f"permission; check path and revision, or run `hf auth login` ({_first_line(error)})"
         ) from error
     except (HTTPError, OSError) as error:
         raise InputError(
-            f"{named}: the hub cannot be reached to read this data set ({_line(error)}); run where "
-            "there is a network, or name files"
+            f"{named}: the hub cannot be reached to read this data set ({_first_line(error)}); run "
+            "where there is a network, or name files"
         ) from error
-    except (ValueError, RuntimeError) as error:  # no such configuration or split; a script
+    except (ValueError, RuntimeError) as error:  # unknown configuration or split, or a script
         raise InputError(
             f"{named}: cannot be read with {key}.name={settings.name} and "
-            f"{key}.split={settings.split} ({_line(error)})"
+            f"{key}.split={settings.split} ({_first_line(error)})"
         ) from error
     return dataset, [settings.path, str(settings.name), settings.split, str(info.sha)]
 
 
-def _line(error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    return said[0] if said else type(error).__name__
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,13 +1,14 @@
-"""Endless sequences from streamed parts: the same whatever the number of ranks and workers.
+"""Endless sequences from a streamed mixture, the same for any number of ranks and workers.
 
-The corpus is dealt to a fixed number of lanes. Each has files of its own (or, where files are few,
-every n-th row of shared ones), mixes the parts, tokenises and packs, and repeats its documents in a
-new order when all have been read. Sequence number g of the run is the next one of lane g % lanes,
-so ranks and workers only decide who computes it.
+The data are divided into a fixed number of logical shards. Each shard has files of its own (or,
+where files are few, every n-th row of shared files). It mixes the sources, tokenises and packs
+documents, and repeats them in a new order once all have been read. Sequence number g of the run is
+the next sequence of shard g % logical_shards. Ranks and workers therefore decide only where a
+sequence is computed.
 
-Each sequence carries the place in its lane where it ends. The places of those that were learnt from
-are all that a checkpoint needs: a lane that goes on from one reads the file that it was in from its
-beginning, and tokenises one document again at most.
+Each sequence carries the state of its shard after it. A checkpoint needs nothing but the states
+after the sequences that were trained on. A shard that resumes from a state reads the current file
+again from its beginning, and tokenises at most one document again.
 """
 
 import math
@@ -23,155 +24,182 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from flash.data.batch import Batch, collate, document_numbers
-from flash.data.encoders import Encoded, Encoder, is_held_out
+from flash.data.batch import Batch, collate, document_ids_of
+from flash.data.encoders import EncodedDocument, Encoder, in_validation_split
 from flash.data.sampler import Share
 from flash.errors import InputError
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
 
-_BLOCK = 128
-"""Documents of a lane that are shuffled among themselves, and read at a time."""
-_EVEN = 16
-"""Pieces a lane has at least, so that lanes differ by less than 1/16."""
-_APART_TOKENS = 8192
-"""Lanes do not all begin with the same part."""
+_SHUFFLE_BLOCK = 128
+"""Documents of a logical shard that are read at a time and shuffled among themselves."""
+_MIN_SLICES = 16
+"""Least number of file slices per logical shard, so that shards differ by less than 1/16."""
+_HEAD_START_TOKENS = 8192
+"""Largest random head start of a source, so that shards begin with different sources [tokens]."""
 
 
-class Side(Enum):
-    """Which documents are read."""
+class Split(Enum):
+    """Part of the documents that is read."""
 
     train = "train"
-    heldout = "heldout"
+    """Documents outside the validation split."""
+    validation = "validation"
+    """Documents in the validation split."""
     all = "all"
+    """All documents."""
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What all lanes have in common.
+class StreamedSequences:
+    """Endless sequences of a mixture; the settings that all logical shards share.
 
     Attributes:
-        parts: The mixture.
-        encoder: Row to tokens.
-        seq_len: Tokens a sequence.
-        end_of_text: Fills sequences up; ends documents where they are cut.
-        lanes: How many.
-        seed: Decides every order.
-        side: Which documents are read.
-        heldout_percent: Share that is held out, if `side` is not all of them [%].
-        document_masks: Whether sequences say which document an input is of.
-        once: Whether every document is read just once, and weights decide nothing but the order.
+        sources: Sources of the mixture.
+        encoder: Converter of rows to tokens.
+        seq_len: Targets per sequence, which has one token more.
+        end_of_text: Id of the token that ends documents and fills sequences up.
+        logical_shards: Number of logical shards.
+        seed: Seed of every order.
+        split: Documents that are read.
+        validation_percent: Share of the validation split, unless `split` is `all` [%].
+        document_masks: True if sequences carry `Batch.document_ids`.
+        single_pass: True if every document is read once only, and weights decide nothing but the
+            order.
     """
 
-    parts: "list[TextSource]"
+    sources: "list[TextSource]"
     encoder: Encoder
     seq_len: int
     end_of_text: int
-    lanes: int = 1
+    logical_shards: int = 1
     seed: int = 0
-    side: Side = Side.all
-    heldout_percent: int = 0
+    split: Split = Split.all
+    validation_percent: int = 0
     document_masks: bool = False
-    once: bool = False
+    single_pass: bool = False
 
-    def first_places(self) -> Tensor:
-        """Where the lanes begin `(lanes, place)`."""
-        places = torch.zeros(self.lanes, 2 + 4 * len(self.parts), dtype=torch.long)
-        places[:, 0] = torch.arange(self.lanes)
-        return places
+    def initial_states(self) -> Tensor:
+        """States of all logical shards at the beginning of a run `(logical_shards, state)`."""
+        states = torch.zeros(self.logical_shards, 2 + 4 * len(self.sources), dtype=torch.long)
+        states[:, 0] = torch.arange(self.logical_shards)
+        return states
 
     def first(self, count: int) -> Iterator[Batch]:
-        """The first sequences of the run.
+        """Compute the first `count` sequences of the run.
 
         Raises:
-            InputError: A part has nothing for a lane.
+            InputError: A source has no documents for a logical shard.
         """
-        for sequence in islice(Stream(self, Share(1), 0, self.first_places()), count):
+        for sequence in islice(SequenceStream(self, Share(1), 0, self.initial_states()), count):
             if isinstance(sequence, InputError):
                 raise sequence
             yield sequence
 
-    def reads(self, value: Any) -> bool:
-        """Whether a document is on the side that is read."""
-        if self.side is Side.all:
+    def includes(self, value: Any) -> bool:
+        """True if a document belongs to the split that is read."""
+        if self.split is Split.all:
             return True
-        return is_held_out(value, self.heldout_percent) == (self.side is Side.heldout)
+        return in_validation_split(value, self.validation_percent) == (
+            self.split is Split.validation
+        )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows `offset`, `offset + stride`, ... of a file."""
+class FileSlice:
+    """Rows `offset`, `offset + stride`, ... of a file.
+
+    Attributes:
+        file: Number of the file in its source.
+        offset: First row.
+        stride: Distance between rows.
+    """
 
     file: int
     offset: int
     stride: int
 
 
-def pieces_of(num_files: int, lane: int, lanes: int) -> list[Piece]:
-    """What a lane reads: whole files, or where these are few, every n-th row of shared ones."""
-    stride = min(lanes // math.gcd(num_files, lanes), math.ceil(_EVEN * lanes / num_files))
-    numbers = range(lane, num_files * stride, lanes)
-    return [Piece(number % num_files, number // num_files, stride) for number in numbers]
+def slices_of(num_files: int, shard: int, logical_shards: int) -> list[FileSlice]:
+    """Assign file slices to a logical shard.
+
+    Each shard gets whole files or, where these are few, every n-th row of shared files.
+    """
+    stride = min(
+        logical_shards // math.gcd(num_files, logical_shards),
+        math.ceil(_MIN_SLICES * logical_shards / num_files),
+    )
+    numbers = range(shard, num_files * stride, logical_shards)
+    return [FileSlice(number % num_files, number // num_files, stride) for number in numbers]
 
 
 Position = tuple[int, int, int]
-"""Epoch, piece in the epoch's order, and rows of that piece."""
+"""Position in a source: epoch, number of the file slice in the epoch's order, and rows read of that
+slice."""
 
 
 class Mixture:
-    """The documents of one lane, from all parts in the shares that their weights say.
+    """Documents of one logical shard, drawn from all sources in proportion to their weights.
+
+    Args:
+        sequences: Settings of the stream.
+        shard: Number of the logical shard.
+        state: State to resume from. None begins the first epoch.
 
     Attributes:
-        state: A row a part: its tokens so far, and the three numbers of its position.
+        state: One row per source: its tokens so far and the three numbers of its position.
     """
 
-    def __init__(self, corpus: Corpus, lane: int, state: np.ndarray | None = None) -> None:
-        self.corpus, self.lane = corpus, lane
-        num_parts = len(corpus.parts)
-        self.state = np.zeros((num_parts, 4), np.int64) if state is None else state.copy()
-        self._weights = np.array([part.settings.weight for part in corpus.parts])
-        random = np.random.default_rng((corpus.seed, lane))
-        self._head_start = random.random(num_parts) * _APART_TOKENS
-        self._reading: dict[int, Iterator[tuple[Position, Any]]] = {}
+    def __init__(
+        self, sequences: StreamedSequences, shard: int, state: np.ndarray | None = None
+    ) -> None:
+        self.sequences, self.shard = sequences, shard
+        num_sources = len(sequences.sources)
+        self.state = np.zeros((num_sources, 4), np.int64) if state is None else state.copy()
+        self._weights = np.array([source.settings.weight for source in sequences.sources])
+        random = np.random.default_rng((sequences.seed, shard))
+        self._head_start = random.random(num_sources) * _HEAD_START_TOKENS
+        self._readers: dict[int, Iterator[tuple[Position, Any]]] = {}
 
     @property
-    def read_once(self) -> bool:
-        """Whether each part has been read to its end."""
+    def exhausted(self) -> bool:
+        """True once every source has been read to its end."""
         return bool((self.state[:, 1] > 0).all())
 
-    def take(self, count: int = 1) -> list[Encoded]:
-        """Up to `count` documents of the part that is furthest behind, but at least one.
+    def take(self, count: int = 1) -> list[EncodedDocument]:
+        """Read up to `count` documents of the source that is furthest behind its share.
 
-        None at all if the corpus is read once and this is its end.
+        Returns:
+            At least one document, or none at the end of a single pass.
 
         Raises:
-            InputError: A part has nothing for this lane.
+            InputError: A source has no documents for this logical shard.
         """
-        ends = 0
-        while not (self.corpus.once and self.read_once):
-            behind = self.state[:, 0] / self._weights + self._head_start
-            if self.corpus.once:
-                behind[self.state[:, 1] > 0] = np.inf
-            part = int(np.argmin(behind))
-            values = self._read(part, count)
-            taken = self._encode(part, values)
+        ends, single_pass = 0, self.sequences.single_pass
+        while not (single_pass and self.exhausted):
+            progress = self.state[:, 0] / self._weights + self._head_start
+            if single_pass:
+                progress[self.state[:, 1] > 0] = np.inf
+            source = int(np.argmin(progress))
+            values = self._read(source, count)
+            taken = self._encode(source, values)
             if taken:
-                self.state[part, 0] += sum(map(len, taken))
+                self.state[source, 0] += sum(map(len, taken))
                 return taken
             ends += len(values) < count
-            if ends == 2 and not self.corpus.once:
-                raise self._nothing(part)
+            if ends == 2 and not single_pass:
+                raise self._no_documents(source)
         return []
 
-    def _read(self, part: int, count: int) -> list[Any]:
-        """The next documents, fewer than `count` only at the end of an epoch."""
-        if part not in self._reading:
-            epoch, piece, row = self.state[part, 1:].tolist()
-            self._reading[part] = self._documents(part, (epoch, piece, row))
+    def _read(self, source: int, count: int) -> list[Any]:
+        """Read the next documents; fewer than `count` only at the end of an epoch."""
+        if source not in self._readers:
+            epoch, file_slice, row = self.state[source, 1:].tolist()
+            self._readers[source] = self._documents(source, (epoch, file_slice, row))
         values: list[Any] = []
-        for position, value in self._reading[part]:
-            self.state[part, 1:] = position
+        for position, value in self._readers[source]:
+            self.state[source, 1:] = position
             if value is None:
                 break
             values.append(value)
@@ -179,99 +207,108 @@ class Mixture:
                 break
         return values
 
-    def _encode(self, part: int, values: list[Any]) -> list[Encoded]:
+    def _encode(self, source: int, values: list[Any]) -> list[EncodedDocument]:
         try:
-            encoded = self.corpus.encoder.encode(values)
+            encoded = self.sequences.encoder.encode(values)
         except InputError as error:
-            settings = self.corpus.parts[part].settings
-            key = f"{self.corpus.parts[part].key}.column={settings.column}"
+            settings = self.sequences.sources[source].settings
+            key = f"{self.sequences.sources[source].key}.column={settings.column}"
             raise InputError(f"{key}: {error}") from error
         return [document for document in encoded if document is not None]
 
-    def _nothing(self, part: int) -> InputError:
-        settings = self.corpus.parts[part].settings
+    def _no_documents(self, source: int) -> InputError:
+        settings = self.sequences.sources[source].settings
         return InputError(
-            f"{self.corpus.parts[part].key}.path={settings.path}: 0 documents with "
-            f"{self.corpus.encoder.wanted} are left for lane {self.lane} of {self.corpus.lanes} "
-            "without empty and held-out ones; expected one or more: lower data.lanes, or give more"
+            f"{self.sequences.sources[source].key}.path={settings.path}: logical shard "
+            f"{self.shard} of {self.sequences.logical_shards} has 0 documents with "
+            f"{self.sequences.encoder.needed}, without those of the validation split; expected one "
+            "or more: lower data.logical_shards, or give more documents"
         )
 
-    def _documents(self, part: int, start: Position) -> Iterator[tuple[Position, Any]]:
-        """Documents from a position on, each with the position after it; None ends an epoch."""
-        source = self.corpus.parts[part]
-        pieces = pieces_of(source.num_files, self.lane, self.corpus.lanes)
-        epoch, first_piece, first_row = start
+    def _documents(self, source: int, start: Position) -> Iterator[tuple[Position, Any]]:
+        """Read documents from a position on, each with the position after it.
+
+        None in place of a document marks the end of an epoch.
+        """
+        opened = self.sequences.sources[source]
+        slices = slices_of(opened.num_files, self.shard, self.sequences.logical_shards)
+        epoch, first_slice, first_row = start
         while True:
-            seed = (self.corpus.seed, part, self.lane, epoch)
-            order = np.random.default_rng(seed).permutation(len(pieces))
-            for piece in range(first_piece, len(pieces)):
-                chosen = pieces[order[piece]]
-                for row, value in self._shuffled(source, chosen, (*seed, piece), first_row):
-                    if value is not None and self.corpus.reads(value):
-                        yield (epoch, piece, row), value
+            seed = (self.sequences.seed, source, self.shard, epoch)
+            order = np.random.default_rng(seed).permutation(len(slices))
+            for number in range(first_slice, len(slices)):
+                chosen = slices[order[number]]
+                for row, value in self._shuffled(opened, chosen, (*seed, number), first_row):
+                    if value is not None and self.sequences.includes(value):
+                        yield (epoch, number, row), value
                 first_row = 0
-            epoch, first_piece = epoch + 1, 0
+            epoch, first_slice = epoch + 1, 0
             yield (epoch, 0, 0), None
 
     @staticmethod
     def _shuffled(
-        source: "TextSource", piece: Piece, seed: tuple[int, ...], start: int
+        source: "TextSource", file_slice: FileSlice, seed: tuple[int, ...], start: int
     ) -> Iterator[tuple[int, Any]]:
-        """Rows of a piece, shuffled block by block, without the first `start`; each with its end.
+        """Read the rows of a slice from `start` on, shuffled block by block.
 
-        Which row comes when is a function of its block alone, so that nothing of the order has to
-        be kept in a checkpoint.
+        Each value comes with the number of rows read after it. The order of rows is a function of
+        their block alone, so that a checkpoint need not contain any of it.
         """
-        number = start // _BLOCK
-        rows = source.values(piece.file, piece.offset, piece.stride, number * _BLOCK)
-        skip = start - number * _BLOCK
-        while block := list(islice(rows, _BLOCK)):
+        number = start // _SHUFFLE_BLOCK
+        rows = source.values(
+            file_slice.file, file_slice.offset, file_slice.stride, number * _SHUFFLE_BLOCK
+        )
+        skip = start - number * _SHUFFLE_BLOCK
+        while block := list(islice(rows, _SHUFFLE_BLOCK)):
             order = np.random.default_rng((*seed, number)).permutation(len(block))
             for i in range(skip, len(block)):
-                yield number * _BLOCK + i + 1, block[order[i]]
+                yield number * _SHUFFLE_BLOCK + i + 1, block[order[i]]
             number, skip = number + 1, 0
 
 
-class Lane:
-    """Sequences of one lane.
+class LogicalShard:
+    """Sequences of one logical shard.
 
-    Every sequence's `place` is: the lane, the tokens of the last document taken that belong to the
-    sequences after it, and the mixture's state from before that document was taken.
+    The `stream_state` of a sequence consists of the number of the shard, the number of tokens of
+    the last document taken that belong to later sequences, and the state of the mixture before that
+    document was taken.
 
     Args:
-        corpus: What is read.
-        number: Of this lane.
-        place: Where to go on: the `place` of the last sequence before, or the first one.
+        sequences: Settings of the stream.
+        number: Number of this shard.
+        state: `stream_state` of the sequence before the first one, or an initial state.
     """
 
-    def __init__(self, corpus: Corpus, number: int, place: Tensor) -> None:
-        self.corpus, self.number = corpus, number
-        self._left = int(place[1])
-        self._mixture = Mixture(corpus, number, place[2:].numpy().reshape(-1, 4))
+    def __init__(self, sequences: StreamedSequences, number: int, state: Tensor) -> None:
+        self.sequences, self.number = sequences, number
+        self._left = int(state[1])
+        self._mixture = Mixture(sequences, number, state[2:].numpy().reshape(-1, 4))
         self._before = self._mixture.state.copy()
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._cut() if self.corpus.encoder.cuts else self._whole()
+        if self.sequences.encoder.splits_documents:
+            return self._split_documents()
+        return self._whole_documents()
 
-    def _take(self) -> Encoded | None:
+    def _take(self) -> EncodedDocument | None:
         self._before = self._mixture.state.copy()
         taken = self._mixture.take()
         return taken[0] if taken else None
 
-    def _resume(self) -> Encoded | None:
-        """What was left of the last document taken."""
+    def _resume(self) -> EncodedDocument | None:
+        """Take the remaining tokens of the last document again."""
         document = self._take() if self._left else None
-        return document.last(self._left) if document is not None else None
+        return document.tail(self._left) if document is not None else None
 
-    def _place(self, left: int) -> Tensor:
+    def _state(self, left: int) -> Tensor:
         return torch.tensor([self.number, left, *self._before.flatten().tolist()])
 
-    def _cut(self) -> Iterator[Batch]:
-        """Documents one after the other, cut wherever a sequence ends.
+    def _split_documents(self) -> Iterator[Batch]:
+        """Join documents and cut them wherever a sequence ends.
 
         Sequences overlap by one token, which is a target in the first and an input in the second.
         """
-        seq_len, end_of_text = self.corpus.seq_len, self.corpus.end_of_text
+        seq_len, end_of_text = self.sequences.seq_len, self.sequences.end_of_text
         resumed = self._resume()
         buffer = resumed.tokens if resumed is not None else np.empty(0, np.int64)
         while True:
@@ -282,12 +319,13 @@ class Lane:
                 buffer = np.concatenate([buffer, document.tokens])
             tokens = torch.from_numpy(buffer[: seq_len + 1].copy())
             buffer = buffer[seq_len:]
-            numbers = document_numbers(tokens, end_of_text) if self.corpus.document_masks else None
-            yield Batch(tokens, None, numbers, self._place(len(buffer)))
+            masks = self.sequences.document_masks
+            document_ids = document_ids_of(tokens, end_of_text) if masks else None
+            yield Batch(tokens, None, document_ids, self._state(len(buffer)))
 
-    def _whole(self) -> Iterator[Batch]:
-        """As many whole documents as fit into a sequence, and end-of-text up to its end."""
-        size = self.corpus.seq_len + 1
+    def _whole_documents(self) -> Iterator[Batch]:
+        """Pack as many whole documents as fit into a sequence; fill it up with end-of-text."""
+        size = self.sequences.seq_len + 1
         pending = self._resume() or self._take()
         while pending is not None:
             members, room = [pending], size - len(pending)
@@ -298,89 +336,94 @@ class Lane:
                 pending = self._take()
             yield self._packed(members, room, 0 if pending is None else len(pending))
 
-    def _packed(self, members: list[Encoded], room: int, left: int) -> Batch:
-        fill = Encoded(np.full(room, self.corpus.end_of_text, np.int64))
-        learnt = []
+    def _packed(self, members: list[EncodedDocument], room: int, left: int) -> Batch:
+        fill = EncodedDocument(np.full(room, self.sequences.end_of_text, np.int64))
+        masks = []
         for member in members:
-            learn = np.ones(len(member), bool) if member.learn is None else member.learn.copy()
-            learn[0] = False  # nothing of its own document comes before it
-            learnt.append(learn)
+            known = member.loss_mask
+            mask = np.ones(len(member), bool) if known is None else known.copy()
+            mask[0] = False  # no token of the same document comes before it
+            masks.append(mask)
         tokens = np.concatenate([member.tokens for member in (*members, fill)])
-        learn = np.concatenate([*learnt, np.zeros(room, bool)])[1:]
+        loss_mask = np.concatenate([*masks, np.zeros(room, bool)])[1:]
         lengths = [len(member) for member in (*members, fill)]
-        numbers = np.repeat(np.arange(len(lengths)), lengths)[:-1]
+        document_ids = np.repeat(np.arange(len(lengths)), lengths)[:-1]
         return Batch(
             torch.from_numpy(tokens),
-            torch.from_numpy(learn),
-            torch.from_numpy(numbers) if self.corpus.document_masks else None,
-            self._place(left),
+            torch.from_numpy(loss_mask),
+            torch.from_numpy(document_ids) if self.sequences.document_masks else None,
+            self._state(left),
         )
 
 
-class Stream(IterableDataset[Batch | InputError]):
-    """The sequences of one rank, in their order, from a step on.
+class SequenceStream(IterableDataset[Batch | InputError]):
+    """Sequences of one rank, in their order, from an optimizer step on.
 
-    A DataLoader asks its workers in turn for a sequence each: the worker with number w computes
-    every `workers`-th, which are all of the same lanes. An error is passed on as a value, as
-    the loader would wrap it.
+    A DataLoader asks its workers in turn for one sequence each. The worker with number w computes
+    every `workers`-th sequence, and all of these come from the same logical shards. An error is
+    passed on as a value, because the loader would wrap an exception.
 
     Args:
-        corpus: What is read.
-        share: Of this rank.
-        steps: Optimiser steps done.
-        places: Place where each lane goes on `(lanes, place)`.
+        sequences: Settings of the stream.
+        share: Share of this rank.
+        steps: Optimizer steps done.
+        states: State of each logical shard `(logical_shards, state)`.
     """
 
-    def __init__(self, corpus: Corpus, share: Share, steps: int, places: Tensor) -> None:
-        self.corpus, self.share, self.places = corpus, share, places
-        self._first = share.first(steps)
+    def __init__(
+        self, sequences: StreamedSequences, share: Share, steps: int, states: Tensor
+    ) -> None:
+        self.sequences, self.share, self.states = sequences, share, states
+        self._first = share.sequences_after(steps)
 
     def __iter__(self) -> Iterator[Batch | InputError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        lanes: dict[int, Iterator[Batch]] = {}
+        shards: dict[int, Iterator[Batch]] = {}
         local = self._first + number
         try:
             while True:
-                lane = (self.share.rank + local * self.share.world_size) % self.corpus.lanes
-                if lane not in lanes:
-                    lanes[lane] = iter(Lane(self.corpus, lane, self.places[lane]))
-                yield next(lanes[lane])
+                sequence = self.share.rank + local * self.share.world_size
+                shard = sequence % self.sequences.logical_shards
+                if shard not in shards:
+                    shards[shard] = iter(LogicalShard(self.sequences, shard, self.states[shard]))
+                yield next(shards[shard])
                 local += workers
         except InputError as error:
             yield error
 
 
-class Batches:
-    """Micro-batches of a stream, from workers that read ahead.
+class StreamLoader:
+    """Loader of micro-batches from a stream, with workers that read ahead.
 
     Args:
-        stream: Of this rank.
-        workers: Processes; 0 reads between the steps.
+        stream: Sequences of this rank.
+        workers: Number of processes. 0 reads between the steps.
 
     Raises:
-        InputError: Ranks x workers do not divide the lanes.
+        InputError: The number of logical shards is not a multiple of ranks x workers.
     """
 
-    def __init__(self, stream: Stream, workers: int) -> None:
-        lanes, ranks = stream.corpus.lanes, stream.share.world_size
-        if lanes % (ranks * max(workers, 1)):
-            fitting = [n for n in range(1, lanes // ranks + 1) if lanes % (ranks * n) == 0]
+    def __init__(self, stream: SequenceStream, workers: int) -> None:
+        shards, ranks = stream.sequences.logical_shards, stream.share.world_size
+        if shards % (ranks * max(workers, 1)):
+            fitting = [n for n in range(1, shards // ranks + 1) if shards % (ranks * n) == 0]
             remedy = (
                 f"set data.workers to one of {', '.join(map(str, fitting))}"
                 if fitting
-                else "use another number of ranks (trainer.devices), or start over with other lanes"
+                else "use another number of ranks (trainer.devices), or start over with another "
+                "number of logical shards"
             )
             raise InputError(
-                f"data.lanes={lanes}: expected a multiple of {ranks} ranks x "
+                f"data.logical_shards={shards}: expected a multiple of {ranks} ranks x "
                 f"data.workers={workers}; {remedy}"
             )
         self.stream, self.workers = stream, workers
 
     def __iter__(self) -> Iterator[Batch]:
         if self.workers:
-            # Workers are forked, and encode one document at a time: its threads would be in the
-            # way, and the library says so on stderr unless told.
+            # Workers are forked and encode one document at a time. Threads of the tokenizer would
+            # be in the way, and the library warns about them on stderr unless they are turned off.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         loader = DataLoader(self.stream, batch_size=None, num_workers=self.workers)
         sequences: list[Batch] = []

@@ -1,4 +1,4 @@
-"""What a teacher says about training sequences, kept on disk and read beside their tokens."""
+"""Teacher cache: a teacher's most likely tokens for training sequences, stored on disk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -19,22 +19,23 @@ from flash.errors import InputError
 from flash.files import atomic_write
 
 PART_TOKENS = 2**16
-"""About how many tokens a file is of."""
+"""Approximate number of targets per file."""
 
-Answer = Callable[[list[Batch]], tuple[Int[Tensor, "b s k"], Float[Tensor, "b s k+1"]]]
-"""Sequences to their `Batch.top_ids` and `Batch.top_log_probs`."""
+TeacherForward = Callable[[list[Batch]], tuple[Int[Tensor, "b s k"], Float[Tensor, "b s k+1"]]]
+"""Function from sequences to their `Batch.top_ids` and `Batch.top_log_probs`."""
 
 
-class TaughtSequences(Dataset[Batch]):
-    """Training sequences with `top_ids` and `top_log_probs`, of a run that is known ahead.
+class TeacherCache(Dataset[Batch]):
+    """Training sequences with the cached `top_ids` and `top_log_probs` of a teacher.
 
-    Kept in the order in which the first epoch has the sequences, whole files only: a run of any
-    number of tokens, batch size, ranks and micro-batches reads them, and a longer one adds to them.
+    The files hold the sequences in the order of the first epoch. Runs with any number of tokens,
+    ranks and micro-batches and any batch size read the same files; a longer run adds files. A file
+    is written as a whole or not at all.
 
     Args:
-        sequences: Without a teacher.
-        seed: Decides the order.
-        folder: Of the files; by all that decides what is in them.
+        sequences: The training sequences without a teacher.
+        seed: Seed of the order of the first epoch.
+        folder: Folder of the files; its name must depend on everything that decides their content.
     """
 
     def __init__(self, sequences: PackedSequences, seed: int, folder: Path) -> None:
@@ -59,29 +60,38 @@ class TaughtSequences(Dataset[Batch]):
         return self.sequences[index]._replace(top_ids=ids, top_log_probs=log_probs)
 
     def path(self, part: int) -> Path:
-        """File of that number."""
+        """Path of the file with number `part`."""
         return self.folder / f"part_{part:05d}.safetensors"
 
     def missing(self, count: int) -> list[int]:
-        """Numbers of the files that a run of `count` sequences still lacks."""
+        """Numbers of the missing files for a run of `count` sequences."""
         rows = min(count, len(self))
         return [part for part in range(-(-rows // self._rows)) if not self.path(part).is_file()]
 
     def members(self, part: int) -> Sequence[int]:
-        """Indices of the sequences in a file, in its order."""
+        """Indices of the sequences in a file, in the order of its rows."""
         return self.order[part * self._rows : (part + 1) * self._rows].tolist()
 
-    def write(self, part: int, answer: Answer, at_once: int) -> Iterator[int]:
-        """Write a file, `at_once` sequences at a time; yields how many were done."""
+    def write(self, part: int, teacher: TeacherForward, at_once: int) -> Iterator[int]:
+        """Compute and write one file.
+
+        Args:
+            part: Number of the file.
+            teacher: Function that computes the tokens and probabilities.
+            at_once: Most sequences per call of `teacher`.
+
+        Yields:
+            Number of sequences of each call, once it has returned.
+        """
         indices = self.members(part)
         ids: list[Tensor] = []
         log_probs: list[Tensor] = []
         for start in range(0, len(indices), at_once):
             batch = [self.sequences[i] for i in indices[start : start + at_once]]
-            of_batch = answer(batch)
-            ids.append(of_batch[0].to("cpu", torch.int32))
-            # 11 bits: half a percent of a probability around exp(-10), which hardly matters.
-            log_probs.append(of_batch[1].to("cpu", torch.float16))
+            top_ids, top_log_probs = teacher(batch)
+            ids.append(top_ids.to("cpu", torch.int32))
+            # 11 bits: half a percent of error for probabilities near exp(-10), which is harmless.
+            log_probs.append(top_log_probs.to("cpu", torch.float16))
             yield len(batch)
         tensors = {"ids": torch.cat(ids), "log_probs": torch.cat(log_probs)}
         with atomic_write(self.path(part)) as file:

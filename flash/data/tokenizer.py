@@ -10,15 +10,15 @@ from tokenizers.models import BPE
 from flash.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
-"""Ends a document and begins the next one."""
+"""Token that ends each document."""
 
-# A newline keeps its indentation, so that a Python block costs one token a line. No look-ahead: the
-# regex engine of on-device runtimes has none.
+# A newline keeps the indentation after it, so that indentation costs one token per line. No
+# look-ahead is used, because the regex engine of on-device runtimes does not support it.
 _SPLIT = r"\n[ \t]*| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of `vocab_size` entries fitted to `texts`."""
+    """Train a byte-level BPE tokenizer of `vocab_size` entries on `texts`."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -56,8 +56,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def end_of_text_id(tokenizer: Tokenizer, path: Path | str = "tokenizer") -> int:
     """Id of the token that separates documents.
 
+    Args:
+        tokenizer: Tokenizer to search for a common end-of-text token.
+        path: Its origin, for the error message.
+
     Raises:
-        InputError: The tokenizer has none.
+        InputError: The tokenizer has no such token.
     """
     for token in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>"):
         found = tokenizer.token_to_id(token)
@@ -67,9 +71,9 @@ def end_of_text_id(tokenizer: Tokenizer, path: Path | str = "tokenizer") -> int:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each token id stands for, `(vocab,)`; special tokens stand for none.
+    """Number of UTF-8 bytes that each token id stands for, `(vocab,)`; 0 for special tokens.
 
-    In a byte-level vocabulary every character of an entry is one byte.
+    The vocabulary must be a byte-level one, in which each character of an entry is one byte.
     """
     special = {
         token_id

@@ -96,8 +96,8 @@ class ExportJob:
         )
         length = min(limits)
         count = max(1, settings.perplexity_tokens // length)
-        heldout = self.inputs.data.heldout_set
-        return [heldout[i].tokens[:length] for i in range(min(count, len(heldout)))]
+        sequences = self.inputs.data.validation_set
+        return [sequences[i].tokens[:length] for i in range(min(count, len(sequences)))]
 
     def check(self) -> None:
         """Refuse what could only fail later.
@@ -203,7 +203,7 @@ def _keys(
     reference: ExportResult | None,
     inputs: Inputs,
 ) -> dict[ExportFormat, str]:
-    text = [inputs.data.digest, settings.data.heldout_sequences, settings.perplexity_tokens]
+    text = [inputs.data.digest, settings.data.validation_sequences, settings.perplexity_tokens]
     source = {"weights": fingerprint(weights), "data": text}
     program = {
         "device": device.identity(),

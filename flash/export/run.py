@@ -199,7 +199,7 @@ def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
         **{f"export/{name}_se_ms": latency.se_ms for name, latency in measured.latencies.items()},
         **{f"export/{name}_speedup": value for name, value in result.speedups.items()},
         "export/pte_mib": result.pte_bytes / 2**20,
-        "export/heldout_loss": result.quality.loss,
+        "export/val_loss": result.quality.loss,
         "export/perplexity_change_pct": result.artefact.change_pct,
         "export/top1_agreement": result.artefact.agreement,
     }

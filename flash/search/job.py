@@ -75,7 +75,7 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
         "data": [inputs.data.digest, settings.data.seq_len],
-        "heldout_sequences": settings.data.heldout_sequences,
+        "heldout_sequences": settings.data.validation_sequences,
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,
         "device": open_device(settings.device).identity(),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from flash.compat.lightning import kill_launched_processes
 from flash.data.batch import collate
 from flash.data.module import PackedData
-from flash.data.teacher_cache import TaughtSequences
+from flash.data.teacher_cache import TeacherCache
 from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.model.losses import Operands, linear_losses
@@ -73,15 +73,15 @@ def validate(model: Decoder, data: PackedData, precision: Precision) -> Validati
     total, tokens, num_bytes = 0.0, 0, 0
     device = next(model.parameters()).device
     batches = DataLoader(
-        data.heldout_set, batch_size=min(data.batch_size, _MAX_BATCH), collate_fn=collate
+        data.validation_set, batch_size=min(data.batch_size, _MAX_BATCH), collate_fn=collate
     )
     for batch in progress(batches, "held-out loss"):
         batch = move_data_to_device(batch, device)
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
-            hidden = model.hidden(inputs, documents=batch.documents).flatten(0, 1)
-            if batch.learn is not None:
-                learn = batch.learn.flatten()
+            hidden = model.hidden(inputs, documents=batch.document_ids).flatten(0, 1)
+            if batch.loss_mask is not None:
+                learn = batch.loss_mask.flatten()
                 hidden, targets = hidden[learn], targets[learn]
             student = Operands(*head_operands(model, hidden))
             total += float(linear_losses(student, targets).ce)
@@ -158,7 +158,7 @@ def fit(
     last = folder / LAST if folder is not None else None
     module = _module(trained, data, recipe, trainer, teacher, last)
     shown = label if show_progress and is_main_process() else None
-    data.taught = teacher if isinstance(teacher, TaughtSequences) else None
+    data.teacher_cache = teacher if isinstance(teacher, TeacherCache) else None
     throughput = Throughput(trainer, shown, teacher.spec if isinstance(teacher, Decoder) else None)
     recorder = CurveRecorder(module.steps, watch)
     stable = recipe.stable_steps(module.seq_len) if keep_stable else 0

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flash.compat.torch import scale_in_place
 from flash.data.batch import Batch
-from flash.data.teacher_cache import TaughtSequences
+from flash.data.teacher_cache import TeacherCache
 from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.model.losses import LossSums, Operands, TopLogProbs, linear_losses
@@ -84,11 +84,11 @@ class LanguageModeling(L.LightningModule):
     def losses(self, batch: Batch) -> tuple[LossSums, Tensor]:
         """Loss sums over the targets in the loss mask of a micro-batch, and their number."""
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
-        hidden = self._outside["hidden"](inputs, documents=batch.documents).flatten(0, 1)
+        hidden = self._outside["hidden"](inputs, documents=batch.document_ids).flatten(0, 1)
         count = torch.tensor(len(targets), device=targets.device)
         learn: Any = slice(None)
-        if batch.learn is not None:
-            learn = batch.learn.flatten()
+        if batch.loss_mask is not None:
+            learn = batch.loss_mask.flatten()
             hidden, targets, count = hidden[learn], targets[learn], learn.sum()
         sums = linear_losses(
             Operands(*head_operands(self.model, hidden)),
@@ -108,7 +108,7 @@ class LanguageModeling(L.LightningModule):
         teacher: Decoder | None = self._outside["teacher"]
         if teacher is None:
             return None
-        hidden = teacher.hidden(batch.tokens[:, :-1], documents=batch.documents).flatten(0, 1)
+        hidden = teacher.hidden(batch.tokens[:, :-1], documents=batch.document_ids).flatten(0, 1)
         return Operands(hidden[learn], teacher.lm_head.weight)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -166,14 +166,14 @@ class LanguageModeling(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
-        hidden = self.model.hidden(inputs, documents=batch.documents).flatten(0, 1)
-        if batch.learn is not None:
-            learn = batch.learn.flatten()
+        hidden = self.model.hidden(inputs, documents=batch.document_ids).flatten(0, 1)
+        if batch.loss_mask is not None:
+            learn = batch.loss_mask.flatten()
             hidden, targets = hidden[learn], targets[learn]
         sums = linear_losses(Operands(*head_operands(self.model, hidden)), targets)
         loss = sums.ce / max(len(targets), 1)
         ranks = self.trainer.world_size > 1
-        self.log("heldout/loss", loss, batch_size=max(len(targets), 1), sync_dist=ranks)
+        self.log("val/loss", loss, batch_size=max(len(targets), 1), sync_dist=ranks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["guard"] = self.guard.state_dict()
@@ -214,7 +214,7 @@ def _running_teacher(
     Raises:
         InputError: There is no teacher, or its vocabulary is not the student's.
     """
-    if isinstance(teacher, TaughtSequences):
+    if isinstance(teacher, TeacherCache):
         return None
     if teacher is None:
         raise InputError(

@@ -319,9 +319,9 @@ def _train(
         after = validate(model.to(device), inputs.data, precision)
         if logger is not None:
             metrics = {
-                "heldout/loss_before": before.loss,
-                "heldout/loss_after": after.loss,
-                "heldout/bits_per_byte": after.bits_per_byte,
+                "val/loss_before": before.loss,
+                "val/loss_after": after.loss,
+                "val/bits_per_byte": after.bits_per_byte,
                 "parameters": count_parameters(spec).total,
             }
             logger.log_metrics(metrics, step=done.steps)

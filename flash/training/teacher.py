@@ -11,7 +11,7 @@ from flash.data.batch import Batch, collate
 from flash.data.module import PackedData
 from flash.data.packed import PackedSequences
 from flash.data.settings import DataSettings
-from flash.data.teacher_cache import TaughtSequences
+from flash.data.teacher_cache import TeacherCache
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
@@ -24,7 +24,7 @@ from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
 
-Teacher = Decoder | TaughtSequences
+Teacher = Decoder | TeacherCache
 
 _DEFAULT_BATCH = 8
 """Most sequences per forward pass of the teacher if `trainer.micro_batch` is null."""
@@ -46,7 +46,7 @@ def check_top_k(recipe: RecipeSettings, data: DataSettings, vocab_size: int) -> 
         not data.streamed,
         "recipe.kd_top_k",
         k,
-        f"null for data.source={data.source.value}, which is streamed; make shards of it "
+        f"null for data.kind={data.kind.value}, which is streamed; make shards of it "
         "(`flash prepare`) and train with data=shards",
     )
 
@@ -98,7 +98,7 @@ def teacher_of(
 
 def _open(
     backbone: Backbone, data: PackedData, recipe: RecipeSettings, precision: Precision, runs: Runs
-) -> TaughtSequences:
+) -> TeacherCache:
     assert isinstance(data.train_set, PackedSequences)
     assert backbone.folder is not None
     decisive = {
@@ -106,10 +106,10 @@ def _open(
         "data": [data.digest, data.settings.seq_len, data.settings.document_masks, data.seed],
         "distillation": [recipe.kd_top_k, recipe.temperature, precision.value],
     }
-    return TaughtSequences(data.train_set, data.seed, runs.teacher(digest(decisive)))
+    return TeacherCache(data.train_set, data.seed, runs.teacher(digest(decisive)))
 
 
-def _check_room(taught: TaughtSequences, missing: list[int], seq_len: int, k: int) -> None:
+def _check_room(taught: TeacherCache, missing: list[int], seq_len: int, k: int) -> None:
     tokens = seq_len * sum(len(taught.members(part)) for part in missing)
     needed = tokens * (4 * k + 2 * (k + 1))
     taught.folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _check_room(taught: TaughtSequences, missing: list[int], seq_len: int, k: in
 
 
 def _write(
-    taught: TaughtSequences,
+    taught: TeacherCache,
     missing: list[int],
     backbone: Backbone,
     recipe: RecipeSettings,
@@ -160,7 +160,7 @@ def _top_k_outputs(
     def answer(sequences: list[Batch]) -> tuple[Tensor, Tensor]:
         batch = collate(sequences)
         inputs = batch.tokens[:, :-1].to(device)
-        documents = batch.documents.to(device) if batch.documents is not None else None
+        documents = batch.document_ids.to(device) if batch.document_ids is not None else None
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             hidden = teacher.hidden(inputs, documents=documents).flatten(0, 1)
             top = top_log_probs(Operands(hidden, teacher.lm_head.weight), k, recipe.temperature)

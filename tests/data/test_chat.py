@@ -1,4 +1,4 @@
-"""Conversations become tokens of which the assistant's alone are learnt."""
+"""Conversations become tokens, of which only the assistant's count for the loss."""
 
 import json
 from pathlib import Path
@@ -33,12 +33,12 @@ def chat(number: int, turns: int = 1) -> list[dict[str, str]]:
     return messages
 
 
-def encoder(tokenizer, template=CHATML, limit=1000, **options) -> ChatEncoder:
-    return ChatEncoder(tokenizer, template, {}, limit=limit, **options)
+def encoder(tokenizer, template=CHATML, max_tokens=1000, **options) -> ChatEncoder:
+    return ChatEncoder(tokenizer, template, {}, max_tokens=max_tokens, **options)
 
 
 def learnt(tokenizer, encoded) -> str:
-    return tokenizer.decode(encoded.tokens[encoded.learn].tolist(), skip_special_tokens=False)
+    return tokenizer.decode(encoded.tokens[encoded.loss_mask].tolist(), skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("template", [CHATML, UNMARKED])
@@ -53,7 +53,7 @@ def test_the_assistants_words_and_end_of_turn_are_learnt(tokenizer, template):
 
 
 def test_conversations_with_nothing_to_learn_are_left_out(tokenizer):
-    made = encoder(tokenizer, limit=12)
+    made = encoder(tokenizer, max_tokens=12)
     assert made.encode([chat(1)[:2], chat(1)]) == [None, None]  # no answer; the answer is cut off
 
 
@@ -69,7 +69,7 @@ def test_refused_conversations_are_left_out_only_if_told(tokenizer, caplog):
     kept = encoder(tokenizer, strict, skip_damaged=True).encode([chat(1, turns=2), chat(1)])
     assert kept[0] is None
     assert kept[1] is not None
-    assert "a conversation is left out: too long" in caplog.text
+    assert "a conversation is skipped: too long" in caplog.text
 
 
 def test_other_columns_are_named(tokenizer):
@@ -85,14 +85,14 @@ def settings(tmp_path) -> DataSettings:
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return DataSettings(
         name="chat",
-        source=DataKind.chat,
-        parts=[TextSourceSettings(path=str(tmp_path / "chats.jsonl"), column="messages")],
-        heldout_percent=20,
+        kind=DataKind.chat,
+        sources=[TextSourceSettings(path=str(tmp_path / "chats.jsonl"), column="messages")],
+        validation_percent=20,
         chat_template="conf/data/chatml.jinja",
         seq_len=120,
-        heldout_sequences=2,
+        validation_sequences=2,
         document_masks=True,
-        lanes=4,
+        logical_shards=4,
     )
 
 
@@ -102,40 +102,40 @@ def test_whole_conversations_are_packed(settings, tokenizer, tmp_path):
     start = tokenizer.encode("<|im_start|>system", add_special_tokens=False).ids
     batch = next(iter(data.train_dataloader()))
     assert batch.tokens.shape == (4, 121)
-    assert batch.learn is not None
-    assert batch.documents is not None
-    for tokens, learn, documents in zip(batch.tokens, batch.learn, batch.documents, strict=True):
-        for number in documents.unique().tolist():
-            members = tokens[:-1][documents == number].tolist()
+    assert batch.loss_mask is not None
+    assert batch.document_ids is not None
+    for tokens, mask, ids in zip(batch.tokens, batch.loss_mask, batch.document_ids, strict=True):
+        for number in ids.unique().tolist():
+            members = tokens[:-1][ids == number].tolist()
             whole = members[: len(start)] == start
             assert whole or set(members) == {end}  # a conversation from its beginning, or filling
-        said = tokenizer.decode(tokens[1:][learn].tolist(), skip_special_tokens=False)
+        said = tokenizer.decode(tokens[1:][mask].tolist(), skip_special_tokens=False)
         assert said.count("yes") >= said.count("<|im_end|>") > 0
         assert "say" not in said
-        assert not learn[tokens[1:] == end].any()
-    assert int(batch.documents.max()) > 0  # several in one sequence
+        assert not mask[tokens[1:] == end].any()
+    assert int(batch.document_ids.max()) > 0  # several in one sequence
 
 
 def test_packed_conversations_resume(settings, tokenizer, tmp_path):
     data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
     batches = iter(data.train_dataloader())
     first = [next(batches) for _ in range(6)]
-    places = data.train_set.first_places()  # pyright: ignore
+    states = data.train_set.initial_states()  # pyright: ignore
     for batch in first[:3]:
-        for place in batch.place:  # pyright: ignore
-            places[int(place[0])] = place
-    data.load_state_dict({"steps": 3, "places": places})
+        for state in batch.stream_state:  # pyright: ignore
+            states[int(state[0])] = state
+    data.load_state_dict({"steps": 3, "stream_states": states})
     resumed = iter(data.train_dataloader())
     for batch in first[3:]:
         again = next(resumed)
         assert torch.equal(again.tokens, batch.tokens)
-        assert torch.equal(again.learn, batch.learn)  # pyright: ignore
+        assert torch.equal(again.loss_mask, batch.loss_mask)  # pyright: ignore
 
 
 def test_no_assistant_tokens_are_an_error(settings, tokenizer, tmp_path):
     lines = [json.dumps({"messages": chat(i)[:2]}) for i in range(20)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    with pytest.raises(InputError, match=r"data\.parts\[0\].*0 documents with assistant tokens"):
+    with pytest.raises(InputError, match=r"data\.sources\[0\].*0 documents with assistant tokens"):
         PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
 
 

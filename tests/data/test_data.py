@@ -6,7 +6,7 @@ import pytest
 from flash.data.files import find_documents
 from flash.data.module import PackedData, find_tokenizer
 from flash.data.packed import PackedSequences, tokenize
-from flash.data.sampler import ResumableBatches, Share
+from flash.data.sampler import ResumableBatchSampler, Share
 from flash.data.settings import DataKind, DataSettings
 from flash.data.tokenizer import load_tokenizer, token_bytes
 from flash.errors import InputError
@@ -20,12 +20,12 @@ def tokenizer(data_settings, tmp_path):
 def test_held_out_files_are_in_no_training_stream(data_settings, tokenizer, tmp_path):
     streams = tokenize(data_settings, tokenizer, tmp_path)
     documents = find_documents(data_settings)
-    held = [d for d in documents if d.is_held_out(20)]
+    held = [d for d in documents if d.in_validation_split(20)]
     assert 0 < len(held) < len(documents)
     end = tokenizer.token_to_id("<|endoftext|>")
     for split, members in (
-        (streams.heldout, held),
-        (streams.train, [d for d in documents if not d.is_held_out(20)]),
+        (streams.validation, held),
+        (streams.train, [d for d in documents if not d.in_validation_split(20)]),
     ):
         decoded = [
             tokenizer.decode(part[part != end].tolist())
@@ -40,14 +40,14 @@ def test_the_split_depends_on_the_relative_path_alone(data_settings, corpus, tmp
     for path in corpus.iterdir():
         (other / path.name).write_text("other text", "utf-8")
     moved = DataSettings(**{**vars(data_settings), "path": str(other)})
-    split = {d.name: d.is_held_out(20) for d in find_documents(data_settings)}
-    assert split == {d.name: d.is_held_out(20) for d in find_documents(moved)}
+    split = {d.name: d.in_validation_split(20) for d in find_documents(data_settings)}
+    assert split == {d.name: d.in_validation_split(20) for d in find_documents(moved)}
 
 
 def test_bytes_per_token_add_up_to_the_text(data_settings, tokenizer, tmp_path):
     streams = tokenize(data_settings, tokenizer, tmp_path)
     lengths = token_bytes(tokenizer)
-    texts = [d for d in find_documents(data_settings) if not d.is_held_out(20)]
+    texts = [d for d in find_documents(data_settings) if not d.in_validation_split(20)]
     total = sum(len(d.path.read_bytes()) for d in texts)
     assert lengths[streams.train].sum() == total
 
@@ -70,7 +70,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once():
 def whole_batches(num_sequences, world_size, accumulation, steps, seed=3, start=0):
     """Global batches of 4, put together from all ranks and micro-batches."""
     shares = [Share(4, world_size, rank, accumulation) for rank in range(world_size)]
-    ranks = [iter(ResumableBatches(num_sequences, share, seed, start)) for share in shares]
+    ranks = [iter(ResumableBatchSampler(num_sequences, share, seed, start)) for share in shares]
     return [
         sorted(i for rank in ranks for _ in range(accumulation) for i in next(rank))
         for _ in range(steps)
@@ -78,16 +78,16 @@ def whole_batches(num_sequences, world_size, accumulation, steps, seed=3, start=
 
 
 def test_batches_resume_in_the_middle_of_an_epoch():
-    whole = list(islice(ResumableBatches(23, Share(4), seed=3), 17))
+    whole = list(islice(ResumableBatchSampler(23, Share(4), seed=3), 17))
     for start in (1, 4, 5, 6, 12):
-        resumed = list(islice(ResumableBatches(23, Share(4), seed=3, start=start), 17 - start))
+        resumed = list(islice(ResumableBatchSampler(23, Share(4), seed=3, start=start), 17 - start))
         assert resumed == whole[start:]
     assert whole[:5] != whole[5:10]
-    assert whole != list(islice(ResumableBatches(23, Share(4), seed=4), 17))
+    assert whole != list(islice(ResumableBatchSampler(23, Share(4), seed=4), 17))
 
 
 def test_each_epoch_has_every_sequence_once():
-    batches = list(islice(ResumableBatches(23, Share(4), seed=3), 23))
+    batches = list(islice(ResumableBatchSampler(23, Share(4), seed=3), 23))
     seen = [i for batch in batches for i in batch]
     for epoch in range(4):
         assert sorted(seen[epoch * 23 : (epoch + 1) * 23]) == list(range(23))
@@ -104,7 +104,7 @@ def test_indivisible_batches_are_named():
     with pytest.raises(InputError, match=r"recipe\.batch_size=8.*trainer\.devices.*micro_batch"):
         Share(8, world_size=3)
     with pytest.raises(InputError, match=r"recipe\.batch_size=8: expected at most 5"):
-        ResumableBatches(5, Share(8), seed=0)
+        ResumableBatchSampler(5, Share(8), seed=0)
 
 
 def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
@@ -116,17 +116,17 @@ def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
 
 
 def test_bad_corpora_are_named(tmp_path, data_settings):
-    missing = DataSettings(name="x", source=DataKind.folder, path=str(tmp_path / "none"))
+    missing = DataSettings(name="x", kind=DataKind.folder, path=str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"data\.path=.*none: expected a folder"):
         find_documents(missing)
     (tmp_path / "empty").mkdir()
-    empty = DataSettings(name="x", source=DataKind.folder, path=str(tmp_path / "empty"))
+    empty = DataSettings(name="x", kind=DataKind.folder, path=str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"expected files that match \*\.py, found none"):
         find_documents(empty)
-    with pytest.raises(InputError, match=r"data\.path=null"):
-        DataSettings(name="x", source=DataKind.folder)
-    with pytest.raises(InputError, match=r"data\.heldout_percent=100"):
-        DataSettings(name="x", heldout_percent=100)
+    with pytest.raises(InputError, match=r"^path=null: expected a folder for kind=folder"):
+        DataSettings(name="x", kind=DataKind.folder)
+    with pytest.raises(InputError, match=r"^validation_percent=100: expected a whole number"):
+        DataSettings(name="x", validation_percent=100)
 
 
 def test_bad_tokenizers_are_named(tmp_path, data_settings):

@@ -47,17 +47,17 @@ def settings_of(folder: Path, kind: str, workers: int = 0) -> DataSettings:
         rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (folder / "texts.jsonl").write_text(rows, "utf-8")
         source = {
-            "source": DataKind.datasets,
-            "parts": [TextSourceSettings(path=str(folder / "texts.jsonl"))],
+            "kind": DataKind.datasets,
+            "sources": [TextSourceSettings(path=str(folder / "texts.jsonl"))],
         }
     else:
         texts = folder / "texts"
         texts.mkdir(exist_ok=True)
         for i, line in enumerate(lines):
             (texts / f"{i}.py").write_text(line, "utf-8")
-        source = {"source": DataKind.folder, "path": str(texts)}
+        source = {"kind": DataKind.folder, "path": str(texts)}
     return DataSettings(
-        name="t", seq_len=16, heldout_sequences=6, lanes=4, workers=workers, **source
+        name="t", seq_len=16, validation_sequences=6, logical_shards=4, workers=workers, **source
     )
 
 
@@ -117,15 +117,15 @@ def test_one_data_module_serves_several_runs(kind, tmp_path):
 def test_checkpoints_of_another_mixture_are_refused(tmp_path):
     fit(data_of(tmp_path, "datasets"), tmp_path, steps=1)
     data = data_of(tmp_path, "datasets")
-    data.train_set = type(data.train_set)(**{**vars(data.train_set), "lanes": 8})
-    with pytest.raises(InputError, match=r"other data\.parts or data\.lanes"):
+    data.train_set = type(data.train_set)(**{**vars(data.train_set), "logical_shards": 8})
+    with pytest.raises(InputError, match=r"other data\.sources or data\.logical_shards"):
         fit(data, tmp_path, steps=2, checkpoint=tmp_path / "1.ckpt")
 
 
 @pytest.mark.parametrize(("total", "world_size"), [(6, 1), (6, 4), (7, 2), (5, 5), (6, 5)])
 def test_ranks_share_the_held_out_sequences(total, world_size, tmp_path, monkeypatch):
     data = data_of(tmp_path, "folder")
-    data.heldout_set = torch.utils.data.Subset(data.train_set, range(total))  # pyright: ignore
+    data.validation_set = torch.utils.data.Subset(data.train_set, range(total))  # pyright: ignore
     batches = []
     for rank in range(world_size):
         share = Share(60, world_size, rank, accumulation=60 // world_size)
@@ -133,10 +133,10 @@ def test_ranks_share_the_held_out_sequences(total, world_size, tmp_path, monkeyp
         batches.append([batch.tokens for batch in data.val_dataloader()])
     assert len({len(mine) for mine in batches}) == 1  # else collectives would wait for ever
     rows = [tuple(row.tolist()) for mine in batches for batch in mine for row in batch]
-    assert sorted(rows) == sorted(tuple(row.tokens.tolist()) for row in data.heldout_set)
+    assert sorted(rows) == sorted(tuple(row.tokens.tolist()) for row in data.validation_set)
     monkeypatch.setattr(PackedData, "share", Share(60, 10))
     if total < 10:
-        with pytest.raises(InputError, match=r"data\.heldout_sequences=\d: .*10 ranks"):
+        with pytest.raises(InputError, match=r"data\.validation_sequences=\d: .*10 ranks"):
             data.val_dataloader()
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from flash.config import entry
-from flash.data.encoders import is_held_out
+from flash.data.encoders import in_validation_split
 from flash.data.module import PackedData
 from flash.data.prepare import prepare
 from flash.data.settings import DataKind, DataSettings, PrepareSettings, TextSourceSettings
@@ -34,9 +34,9 @@ def files(tmp_path_factory):
 def settings(files, backbone_settings, tmp_path) -> PrepareSettings:
     data = DataSettings(
         name="texts",
-        source=DataKind.datasets,
-        parts=[TextSourceSettings(path=str(files))],
-        heldout_percent=10,
+        kind=DataKind.datasets,
+        sources=[TextSourceSettings(path=str(files))],
+        validation_percent=10,
     )
     return PrepareSettings(
         backbone=backbone_settings,
@@ -69,9 +69,9 @@ def test_every_document_is_in_one_shard_once(settings, tokenizer):
         for shard in manifest.shards
         for text in documents(np.load(folder / shard.file), tokenizer)
     ]
-    assert sorted(found) == sorted(text for text in TEXTS if not is_held_out(text, 10))
-    held = documents(np.load(folder / "heldout.npy"), tokenizer)
-    assert sorted(held) == sorted(text for text in TEXTS if is_held_out(text, 10))
+    assert sorted(found) == sorted(text for text in TEXTS if not in_validation_split(text, 10))
+    held = documents(np.load(folder / "validation.npy"), tokenizer)
+    assert sorted(held) == sorted(text for text in TEXTS if in_validation_split(text, 10))
     assert [shard.documents for shard in manifest.shards] == [
         len(documents(np.load(folder / shard.file), tokenizer)) for shard in manifest.shards
     ]
@@ -102,8 +102,8 @@ def test_weights_decide_how_many_tokens(settings, tmp_path, tokenizer):
     (tmp_path / "b.jsonl").write_text(
         "".join(json.dumps({"text": f"# note {i}"}) + "\n" for i in range(50)), "utf-8"
     )
-    settings.data.parts[0].weight = 3.0
-    settings.data.parts.append(TextSourceSettings(path=str(tmp_path / "b.jsonl")))
+    settings.data.sources[0].weight = 3.0
+    settings.data.sources.append(TextSourceSettings(path=str(tmp_path / "b.jsonl")))
     settings.tokens = 12_000
     folder = prepare(settings)
     manifest = Manifest.read(folder)
@@ -119,9 +119,7 @@ def test_weights_decide_how_many_tokens(settings, tmp_path, tokenizer):
 
 
 def opened(folder, tokenizer, tmp_path, **options) -> PackedData:
-    settings = DataSettings(
-        name="s", source=DataKind.shards, path=str(folder), seq_len=32, **options
-    )
+    settings = DataSettings(name="s", kind=DataKind.shards, path=str(folder), seq_len=32, **options)
     return PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path / "cache")
 
 
@@ -156,14 +154,14 @@ def test_damaged_shards_are_named_and_left_out_only_if_told(settings, tokenizer,
     with pytest.raises(InputError, match=r"train_00001\.npy: is damaged .*skip_damaged=true"):
         opened(folder, tokenizer, tmp_path)
     rest = opened(folder, tokenizer, tmp_path, skip_damaged=True)
-    assert "train_00001.npy: is damaged and is left out" in caplog.text
+    assert "train_00001.npy: is damaged and is skipped" in caplog.text
     assert len(rest.train_set) < len(whole.train_set)  # pyright: ignore
     assert rest.digest != whole.digest
     path.unlink()
     with pytest.raises(InputError, match=r"train_00001\.npy: is missing"):
         opened(folder, tokenizer, tmp_path)
-    (folder / "heldout.npy").write_bytes(b"")
-    with pytest.raises(InputError, match=r"heldout\.npy: is damaged"):
+    (folder / "validation.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=r"validation\.npy: is damaged"):
         opened(folder, tokenizer, tmp_path, skip_damaged=True)
 
 
@@ -175,7 +173,7 @@ def test_whole_shards_are_hashed_once(settings, tokenizer, tmp_path, monkeypatch
 
 
 def test_unusable_shards_are_named(settings, tokenizer, tmp_path):
-    with pytest.raises(InputError, match=r"data\.path=.*python -m flash\.data prepare"):
+    with pytest.raises(InputError, match=r"data\.path=.*flash prepare"):
         open_shards(tmp_path, tokenizer, tmp_path)
     folder = prepare(settings)
     settings.seed = 1
@@ -193,7 +191,7 @@ def test_the_command_prepares(files, backbone_folder, tmp_path):
     command = [sys.executable, "-m", "flash", "prepare", "data=files", f"runs={tmp_path}"]
     backbone = f"backbone.weights={backbone_folder}"
     done = subprocess.run(
-        [*command, backbone, f"data.parts=[{{path: {files}}}]"], capture_output=True, text=True
+        [*command, backbone, f"data.sources=[{{path: {files}}}]"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     manifest = Manifest.read(tmp_path / "shards" / "files")
@@ -204,7 +202,7 @@ def test_the_command_prepares(files, backbone_folder, tmp_path):
 def test_wrong_keys_of_a_part_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["prepare", "data=files", "data.parts=[{pth: texts}]"])
+    monkeypatch.setattr(sys, "argv", ["prepare", "data=files", "data.sources=[{pth: texts}]"])
     with pytest.raises(SystemExit) as stop:
         entry("prepare", pytest.fail)
     assert stop.value.code == 2

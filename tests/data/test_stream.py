@@ -11,13 +11,19 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from flash.data.encoders import TextEncoder, is_held_out
-from flash.data.factory import open_source
+from flash.data.encoders import TextEncoder, in_validation_split
+from flash.data.factory import open_splits
 from flash.data.module import PackedData
 from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSourceSettings
 from flash.data.sources import TextSource
-from flash.data.stream import Batches, Corpus, Side, Stream, pieces_of
+from flash.data.stream import (
+    SequenceStream,
+    Split,
+    StreamedSequences,
+    StreamLoader,
+    slices_of,
+)
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 
@@ -48,76 +54,84 @@ def files(tmp_path_factory):
     return folder
 
 
-def corpus_of(files, tokenizer, parts=None, **changes) -> Corpus:
-    settings = parts or [TextSourceSettings(path=str(files / "*.parquet"))]
-    opened = [TextSource(p, f"data.parts[{i}]", skip_damaged=False) for i, p in enumerate(settings)]
+def sequences_of(files, tokenizer, sources=None, **changes) -> StreamedSequences:
+    settings = sources or [TextSourceSettings(path=str(files / "*.parquet"))]
+    opened = [
+        TextSource(source, f"data.sources[{i}]", skip_damaged=False)
+        for i, source in enumerate(settings)
+    ]
     encoder = TextEncoder(tokenizer)
-    values = {"lanes": 12, "seed": 5, **changes}
-    return Corpus(opened, encoder, SEQ_LEN, encoder.end_of_text, **values)
+    values = {"logical_shards": 12, "seed": 5, **changes}
+    return StreamedSequences(opened, encoder, SEQ_LEN, encoder.end_of_text, **values)
 
 
-def take(corpus, world_size, workers, steps, *, batch_size=12, start=0, places=None):
-    """Global batches (in the order of their sequences), and the places after the last of them."""
-    places = corpus.first_places() if places is None else places
+def take(sequences, world_size, workers, steps, *, batch_size=12, start=0, states=None):
+    """Global batches (in the order of their sequences), and the states after the last of them."""
+    states = sequences.initial_states() if states is None else states
     ranks = []
     for rank in range(world_size):
-        stream = Stream(corpus, Share(batch_size, world_size, rank), start, places.clone())
-        ranks.append(iter(Batches(stream, workers)))
-    batches, places = [], places.clone()
+        stream = SequenceStream(
+            sequences, Share(batch_size, world_size, rank), start, states.clone()
+        )
+        ranks.append(iter(StreamLoader(stream, workers)))
+    batches, states = [], states.clone()
     for _ in range(steps):
         mine = [next(rank) for rank in ranks]
         for batch in mine:
-            for place in batch.place:
-                places[int(place[0])] = place
+            for state in batch.stream_state:
+                states[int(state[0])] = state
         rows = [mine[g % world_size].tokens[g // world_size] for g in range(batch_size)]
         batches.append(torch.stack(rows))
     del ranks
-    return torch.stack(batches), places
+    return torch.stack(batches), states
 
 
-def documents_in(windows, corpus) -> list[list[int]]:
-    """Documents of consecutive windows of one lane, the last, unfinished one left out."""
+def documents_in(windows, sequences) -> list[list[int]]:
+    """Documents of consecutive windows of one logical shard, the last, unfinished one left out."""
     stream = [int(windows[0][0])] + [int(t) for window in windows for t in window[1:]]
     found: list[list[int]] = [[]]
     for token in stream:
         found[-1].append(token)
-        if token == corpus.end_of_text:
+        if token == sequences.end_of_text:
             found.append([])
     return found[:-1]
 
 
-def encoded(corpus, values) -> list[tuple[int, ...]]:
-    return [tuple(d.tokens.tolist()) for d in corpus.encoder.encode(values) if d is not None]
+def encoded(sequences, values) -> list[tuple[int, ...]]:
+    return [tuple(d.tokens.tolist()) for d in sequences.encoder.encode(values) if d is not None]
 
 
 def test_every_document_is_seen_once_an_epoch(files, tokenizer):
-    corpus = corpus_of(files, tokenizer)
-    batches, _ = take(corpus, 1, 0, steps=200)
-    by_lane = batches.flatten(0, 1)
+    sequences = sequences_of(files, tokenizer)
+    batches, _ = take(sequences, 1, 0, steps=200)
+    in_order = batches.flatten(0, 1)
     first_epoch: Counter = Counter()
-    for lane in range(corpus.lanes):
-        found = [tuple(d) for d in documents_in(by_lane[lane :: corpus.lanes], corpus)]
+    for shard in range(sequences.logical_shards):
+        found = [
+            tuple(d) for d in documents_in(in_order[shard :: sequences.logical_shards], sequences)
+        ]
         size = sum(
-            len(range(piece.offset, 50, piece.stride)) for piece in pieces_of(3, lane, corpus.lanes)
+            len(range(rows.offset, 50, rows.stride))
+            for rows in slices_of(3, shard, sequences.logical_shards)
         )
         assert len(found) > 2 * size  # two whole epochs at least
         assert sorted(found[:size]) == sorted(found[size : 2 * size])
         assert found[:size] != found[size : 2 * size]  # in another order
         first_epoch.update(found[:size])
-    assert first_epoch == Counter(encoded(corpus, texts(0, 150)))
+    assert first_epoch == Counter(encoded(sequences, texts(0, 150)))
 
 
-@pytest.mark.parametrize("lanes", [1, 4, 12, 64])
+@pytest.mark.parametrize("logical_shards", [1, 4, 12, 64])
 @pytest.mark.parametrize("num_files", [1, 3, 40, 1000])
-def test_lanes_share_all_rows_evenly(num_files, lanes):
+def test_logical_shards_share_all_rows_evenly(num_files, logical_shards):
     rows = 130
     seen: Counter = Counter()
     sizes = []
-    for lane in range(lanes):
+    for shard in range(logical_shards):
         mine = [
-            (piece.file, row)
-            for piece in pieces_of(num_files, lane, lanes)
-            for row in range(piece.offset, rows, piece.stride)
+            (part.file, row)
+            for part in slices_of(num_files, shard, logical_shards)
+            for row in range(part.offset, rows, part.stride)
         ]
         seen.update(mine)
         sizes.append(len(mine))
@@ -129,50 +143,50 @@ def test_lanes_share_all_rows_evenly(num_files, lanes):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 2), (2, 3), (6, 1)])
 def test_ranks_and_workers_change_nothing(files, tokenizer, world_size, workers):
-    corpus = corpus_of(files, tokenizer)
-    whole, end = take(corpus, 1, 0, steps=5)
-    dealt, dealt_end = take(corpus, world_size, workers, steps=5)
+    sequences = sequences_of(files, tokenizer)
+    whole, end = take(sequences, 1, 0, steps=5)
+    dealt, dealt_end = take(sequences, world_size, workers, steps=5)
     assert torch.equal(dealt, whole)
     assert torch.equal(dealt_end, end)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_runs_go_on_with_other_numbers_of_ranks_and_workers(files, tokenizer):
-    parts = [
+    sources = [
         TextSourceSettings(path=str(files / "*.parquet"), weight=2.0),
         TextSourceSettings(path=str(files / "code.jsonl"), column="content"),
     ]
-    corpus = corpus_of(files, tokenizer, parts)
-    whole, _ = take(corpus, 1, 0, steps=20)
-    places, done = None, 0
+    sequences = sequences_of(files, tokenizer, sources)
+    whole, _ = take(sequences, 1, 0, steps=20)
+    states, done = None, 0
     for world_size, workers, steps in ((2, 2, 3), (1, 0, 4), (3, 1, 6), (1, 3, 7)):
-        some, places = take(corpus, world_size, workers, steps, start=done, places=places)
+        some, states = take(sequences, world_size, workers, steps, start=done, states=states)
         assert torch.equal(some, whole[done : done + steps])
         done += steps
 
 
 def test_resuming_tokenises_one_document_again_at_most(files, tokenizer, monkeypatch):
-    corpus = corpus_of(files, tokenizer, lanes=1)
-    _, places = take(corpus, 1, 0, steps=8, batch_size=4)
+    sequences = sequences_of(files, tokenizer, logical_shards=1)
+    _, states = take(sequences, 1, 0, steps=8, batch_size=4)
     encodings = []
-    encode = corpus.encoder.encode
-    monkeypatch.setattr(corpus.encoder, "encode", lambda v: encodings.append(v) or encode(v))
-    stream = iter(Stream(corpus, Share(4), 8, places))
+    encode = sequences.encoder.encode
+    monkeypatch.setattr(sequences.encoder, "encode", lambda v: encodings.append(v) or encode(v))
+    stream = iter(SequenceStream(sequences, Share(4), 8, states))
     first = next(stream)
-    needed = int((first.tokens == corpus.end_of_text).sum())
+    needed = int((first.tokens == sequences.end_of_text).sum())
     assert len(encodings) <= needed + 2
 
 
 def test_mixtures_keep_their_weights_in_tokens(files, tokenizer):
-    parts = [
+    sources = [
         TextSourceSettings(path=str(files / "*.parquet"), weight=0.7),
         TextSourceSettings(path=str(files / "code.jsonl"), column="content", weight=0.2),
         TextSourceSettings(path=str(files / "lines.txt"), unit=DocumentUnit.line, weight=0.1),
     ]
-    corpus = corpus_of(files, tokenizer, parts, lanes=1)
-    batches, _ = take(corpus, 1, 0, steps=1, batch_size=6000)
+    sequences = sequences_of(files, tokenizer, sources, logical_shards=1)
+    batches, _ = take(sequences, 1, 0, steps=1, batch_size=6000)
     shares: Counter = Counter()
-    for document in documents_in(batches[0], corpus):
+    for document in documents_in(batches[0], sequences):
         number = int(tokenizer.decode(document).split(">")[0].strip("<"))
         shares[min(number // 1000, 2)] += len(document)
     total = sum(shares.values())
@@ -183,63 +197,63 @@ def test_mixtures_keep_their_weights_in_tokens(files, tokenizer):
 def test_held_out_documents_are_never_trained_on(files, tokenizer, tmp_path):
     settings = DataSettings(
         name="t",
-        source=DataKind.datasets,
-        parts=[TextSourceSettings(path=str(files / "*.parquet"))],
-        heldout_percent=20,
+        kind=DataKind.datasets,
+        sources=[TextSourceSettings(path=str(files / "*.parquet"))],
+        validation_percent=20,
         seq_len=SEQ_LEN,
-        heldout_sequences=10_000,
-        lanes=1,
+        validation_sequences=10_000,
+        logical_shards=1,
     )
-    opened = open_source(settings, tokenizer, seed=0, cache=tmp_path, folder=None)
-    corpus = opened.train
-    assert isinstance(corpus, Corpus)
-    held = [text for text in texts(0, 150) if is_held_out(text, 20)]
+    splits = open_splits(settings, tokenizer, seed=0, cache=tmp_path, folder=None)
+    sequences = splits.train
+    assert isinstance(sequences, StreamedSequences)
+    held = [text for text in texts(0, 150) if in_validation_split(text, 20)]
     assert 0 < len(held) < 150
-    heldout = [opened.heldout[i].tokens for i in range(len(opened.heldout))]
-    seen = {tuple(d) for d in documents_in(heldout, corpus)}
-    assert seen <= set(encoded(corpus, held))
+    validation = [splits.validation[i].tokens for i in range(len(splits.validation))]
+    seen = {tuple(d) for d in documents_in(validation, sequences)}
+    assert seen <= set(encoded(sequences, held))
     assert len(seen) >= len(held) - 1  # the last, incomplete sequence is left out
-    batches, _ = take(corpus, 1, 0, steps=100)
-    trained = {tuple(d) for d in documents_in(batches.flatten(0, 1), corpus)}
-    assert trained == set(encoded(corpus, [t for t in texts(0, 150) if t not in held]))
+    batches, _ = take(sequences, 1, 0, steps=100)
+    trained = {tuple(d) for d in documents_in(batches.flatten(0, 1), sequences)}
+    assert trained == set(encoded(sequences, [t for t in texts(0, 150) if t not in held]))
 
 
-def test_held_out_text_can_be_a_part_of_its_own(files, tokenizer, tmp_path):
+def test_validation_text_can_be_a_source_of_its_own(files, tokenizer, tmp_path):
     settings = DataSettings(
         name="t",
-        source=DataKind.datasets,
-        parts=[TextSourceSettings(path=str(files / "*.parquet"))],
-        heldout=TextSourceSettings(path=str(files / "lines.txt"), unit=DocumentUnit.line),
+        kind=DataKind.datasets,
+        sources=[TextSourceSettings(path=str(files / "*.parquet"))],
+        validation=TextSourceSettings(path=str(files / "lines.txt"), unit=DocumentUnit.line),
         seq_len=SEQ_LEN,
-        heldout_sequences=0,
-        lanes=1,
+        validation_sequences=0,
+        logical_shards=1,
     )
     data = PackedData(settings, tokenizer, batch_size=2, seed=0, cache=tmp_path)
     rows = [batch.tokens for batch in data.val_dataloader()]
     assert "<20" in tokenizer.decode(torch.cat(rows).flatten().tolist())
-    corpus = data.train_set
-    assert isinstance(corpus, Corpus)
-    assert corpus.side is Side.all
-    assert sum(len(r) for r in rows) == len(data.heldout_set)  # pyright: ignore
+    sequences = data.train_set
+    assert isinstance(sequences, StreamedSequences)
+    assert sequences.split is Split.all
+    assert sum(len(r) for r in rows) == len(data.validation_set)  # pyright: ignore
 
 
 def test_documents_are_numbered_for_masks(files, tokenizer):
-    corpus = corpus_of(files, tokenizer, document_masks=True, lanes=1)
-    for sequence in corpus.first(20):
-        assert sequence.documents is not None
-        ends = sequence.tokens[:-1] == corpus.end_of_text
+    sequences = sequences_of(files, tokenizer, document_masks=True, logical_shards=1)
+    for sequence in sequences.first(20):
+        assert sequence.document_ids is not None
+        ends = sequence.tokens[:-1] == sequences.end_of_text
         expected = torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)[:-1]])
-        assert torch.equal(sequence.documents, expected)
+        assert torch.equal(sequence.document_ids, expected)
 
 
 def test_calibration_reads_the_training_stream(files, tokenizer, tmp_path):
     settings = DataSettings(
         name="t",
-        source=DataKind.datasets,
-        parts=[TextSourceSettings(path=str(files / "*.parquet"))],
+        kind=DataKind.datasets,
+        sources=[TextSourceSettings(path=str(files / "*.parquet"))],
         seq_len=SEQ_LEN,
-        heldout_sequences=2,
-        lanes=4,
+        validation_sequences=2,
+        logical_shards=4,
     )
     data = PackedData(settings, tokenizer, batch_size=3, seed=0, cache=tmp_path)
     batches = list(data.calibration_batches(SEQ_LEN * 8))
@@ -248,32 +262,38 @@ def test_calibration_reads_the_training_stream(files, tokenizer, tmp_path):
     assert torch.equal(batches[0], first[:, :-1])
 
 
-def test_lanes_that_ranks_and_workers_cannot_share_are_named(files, tokenizer):
-    corpus = corpus_of(files, tokenizer)
-    stream = Stream(corpus, Share(10, 2), 0, corpus.first_places())
-    with pytest.raises(InputError, match=r"data\.lanes=12: .*2 ranks.*workers=4; .*1, 2, 3, 6"):
-        Batches(stream, 4)
-    stream = Stream(corpus, Share(10, 5), 0, corpus.first_places())
+def test_logical_shards_that_ranks_and_workers_cannot_share_are_named(files, tokenizer):
+    sequences = sequences_of(files, tokenizer)
+    stream = SequenceStream(sequences, Share(10, 2), 0, sequences.initial_states())
+    expected = r"data\.logical_shards=12: .*2 ranks.*workers=4; .*1, 2, 3, 6"
+    with pytest.raises(InputError, match=expected):
+        StreamLoader(stream, 4)
+    stream = SequenceStream(sequences, Share(10, 5), 0, sequences.initial_states())
     with pytest.raises(InputError, match=r"another number of ranks"):
-        Batches(stream, 1)
+        StreamLoader(stream, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_lanes_without_documents_are_named(tmp_path, tokenizer, workers):
+def test_logical_shards_without_documents_are_named(tmp_path, tokenizer, workers):
     (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', "utf-8")
-    corpus = corpus_of(None, tokenizer, [TextSourceSettings(path=str(tmp_path / "few.jsonl"))])
-    batches = Batches(Stream(corpus, Share(12), 0, corpus.first_places()), workers)
-    with pytest.raises(InputError, match=r"data\.parts\[0\]\.path=.*lane 2 of 12.*lower data\.lan"):
+    sequences = sequences_of(
+        None, tokenizer, [TextSourceSettings(path=str(tmp_path / "few.jsonl"))]
+    )
+    batches = StreamLoader(
+        SequenceStream(sequences, Share(12), 0, sequences.initial_states()), workers
+    )
+    expected = r"data\.sources\[0\]\.path=.*logical shard 2 of 12 .*lower data\.log"
+    with pytest.raises(InputError, match=expected):
         next(iter(batches))
 
 
-def test_bad_parts_are_named(files, tmp_path):
+def test_bad_sources_are_named(files, tmp_path):
     def opened(**changes):
-        return TextSource(TextSourceSettings(**changes), "data.parts[1]", skip_damaged=False)
+        return TextSource(TextSourceSettings(**changes), "data.sources[1]", skip_damaged=False)
 
-    with pytest.raises(InputError, match=r"data\.parts\[1\]\.column=txt: .*id, text"):
+    with pytest.raises(InputError, match=r"data\.sources\[1\]\.column=txt: .*id, text"):
         opened(path=str(files / "*.parquet"), column="txt")
-    with pytest.raises(InputError, match=r"data\.parts\[1\]\.column=text: .*content"):
+    with pytest.raises(InputError, match=r"data\.sources\[1\]\.column=text: .*content"):
         opened(path=str(files / "code.jsonl"))
     with pytest.raises(InputError, match=r"none\.parquet: no such file"):
         opened(path=str(tmp_path / "none.parquet"))
@@ -283,32 +303,32 @@ def test_bad_parts_are_named(files, tmp_path):
     with pytest.raises(InputError, match=r"expected a file with something in it"):
         opened(path=str(tmp_path / "empty.jsonl"))
     (tmp_path / "bad.jsonl").write_text("no json\n", "utf-8")
-    with pytest.raises(InputError, match=r"data\.parts\[1\]\.path=.*bad\.jsonl: cannot be read"):
+    with pytest.raises(InputError, match=r"data\.sources\[1\]\.path=.*bad\.jsonl: cannot be read"):
         opened(path=str(tmp_path / "bad.jsonl"))
     with pytest.raises(InputError, match=r"expected files of one kind"):
         opened(path=str(files))
-    with pytest.raises(InputError, match=r"data\.parts\[1\]\.path=owner/name: .*cannot be reached"):
+    with pytest.raises(InputError, match=r"sources\[1\]\.path=owner/name: .*cannot be reached"):
         opened(path="owner/name")
 
 
 def test_columns_of_another_kind_are_named(files, tokenizer):
     part = TextSourceSettings(path=str(files / "*.parquet"), column="id")
-    with pytest.raises(InputError, match=r"data\.parts\[0\]\.column=id: expected text, found int"):
-        next(corpus_of(files, tokenizer, [part]).first(1))
+    with pytest.raises(InputError, match=r"data\.sources\[0\]\.column=id: expected text, f.* int"):
+        next(sequences_of(files, tokenizer, [part]).first(1))
 
 
-def test_nothing_held_out_is_named(tmp_path, tokenizer):
+def test_empty_validation_splits_are_named(tmp_path, tokenizer):
     (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', "utf-8")
     settings = DataSettings(
         name="t",
-        source=DataKind.datasets,
-        parts=[TextSourceSettings(path=str(tmp_path / "few.jsonl"))],
-        heldout_percent=1,
+        kind=DataKind.datasets,
+        sources=[TextSourceSettings(path=str(tmp_path / "few.jsonl"))],
+        validation_percent=1,
         seq_len=4,
-        lanes=1,
+        logical_shards=1,
     )
-    with pytest.raises(InputError, match=r"data\.heldout_percent=1: gives less than a sequence"):
-        open_source(settings, tokenizer, seed=0, cache=tmp_path, folder=None)
+    with pytest.raises(InputError, match=r"data\.validation_percent=1: gives less than a sequence"):
+        open_splits(settings, tokenizer, seed=0, cache=tmp_path, folder=None)
 
 
 @pytest.mark.parametrize("damage", ["footer", "page"])
@@ -326,13 +346,13 @@ def test_damaged_files_are_named_and_left_out_only_if_told(tmp_path, tokenizer, 
     settings = TextSourceSettings(path=str(tmp_path / "*.parquet"))
 
     def read(skip_damaged):
-        part = TextSource(settings, "data.parts[0]", skip_damaged=skip_damaged)
+        part = TextSource(settings, "data.sources[0]", skip_damaged=skip_damaged)
         return [v for file in range(part.num_files) for v in part.values(file, 0, 1, 0)]
 
     with pytest.raises(InputError, match=r"part1\.parquet is damaged.*skip_damaged"):
         read(skip_damaged=False)
     assert read(skip_damaged=True) == texts(0, 50)
-    assert "part1.parquet is damaged and left out" in caplog.text
+    assert "part1.parquet is damaged and is skipped" in caplog.text
 
 
 def test_rows_are_strided_across_batches_of_a_file(tmp_path):

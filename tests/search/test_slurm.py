@@ -176,7 +176,7 @@ def launch(slurm, corpus, backbone_folder, runs):
         f"backbone.weights={backbone_folder}",
         "backbone.name=small",
         *("data=folder", f"data.path={corpus}", "data.pattern='*.py'"),
-        *("data.heldout_percent=20", "data.seq_len=32", "data.heldout_sequences=8"),
+        *("data.validation_percent=20", "data.seq_len=32", "data.validation_sequences=8"),
         *("space.num_layers.min=1", "space.num_layers.max=3"),
         *("space.model_dim.min=32", "space.model_dim.max=64", "space.model_dim.step=32"),
         *("space.ffn_dim.min=64", "space.ffn_dim.max=128", "space.ffn_dim.step=64"),

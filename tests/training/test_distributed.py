@@ -36,8 +36,8 @@ from tests.training.decoders import make_model
 from tests.training.test_distributed import RECIPE, TRAINER, teacher
 
 strategy, max_steps, corpus, cache, folder, out = sys.argv[1:]
-data = DataSettings(name="test", source=DataKind.folder, path=corpus, heldout_percent=20,
-                    seq_len=32, bpe_vocab_size=320, heldout_sequences=8)
+data = DataSettings(name="test", kind=DataKind.folder, path=corpus, validation_percent=20,
+                    seq_len=32, bpe_vocab_size=320, validation_sequences=8)
 tokenizer = load_tokenizer(find_tokenizer(data, None, Path(cache)))
 packed = PackedData(data, tokenizer, batch_size=4, seed=0, cache=Path(cache))
 trainer = dataclasses.replace(TRAINER, devices=2, strategy=Strategy[strategy],
@@ -126,7 +126,7 @@ def test_the_command_starts_its_other_processes_and_says_an_error_once(
             f"data.path={corpus}",
             "data.pattern=*.py",
             "data.seq_len=32",
-            "data.heldout_sequences=4",
+            "data.validation_sequences=4",
             "recipe.tokens=512",
             "recipe.calibration_tokens=256",
             "trainer.devices=2",

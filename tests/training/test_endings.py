@@ -75,7 +75,7 @@ def command(backbone_folder, corpus, tmp_path):
             f"data.path={corpus}",
             "data.pattern=*.py",
             "data.seq_len=32",
-            "data.heldout_sequences=4",
+            "data.validation_sequences=4",
             "recipe.batch_size=4",
             "recipe.calibration_tokens=256",
             "trainer=cpu",

@@ -44,13 +44,13 @@ def chat(tmp_path) -> DataSettings:
     path.write_text("\n".join(rows) + "\n", "utf-8")
     return DataSettings(
         name="chat",
-        source=DataKind.chat,
-        parts=[TextSourceSettings(path=str(path), column="messages")],
+        kind=DataKind.chat,
+        sources=[TextSourceSettings(path=str(path), column="messages")],
         chat_template=str(TEMPLATE),
-        heldout_percent=20,
-        heldout_sequences=4,
+        validation_percent=20,
+        validation_sequences=4,
         seq_len=64,
-        lanes=2,
+        logical_shards=2,
         document_masks=True,
     )
 

@@ -92,10 +92,10 @@ def test_each_sequence_has_the_outputs_of_the_teacher_for_it(
     data = PackedData(changed, tokenizer, batch_size=4, seed=3, cache=runs.tokens)
     taught = teacher_of(backbone, data, TOP, TRAINER, runs)
     model = backbone.load()
-    data.taught = taught
+    data.teacher_cache = taught
     for batch in islice(data.train_dataloader(), 12):
         with torch.no_grad():
-            hidden = model.hidden(batch.tokens[:, :-1], documents=batch.documents).flatten(0, 1)
+            hidden = model.hidden(batch.tokens[:, :-1], documents=batch.document_ids).flatten(0, 1)
             ids, log_probs = top_log_probs(Operands(hidden, model.lm_head.weight), 8)
         assert batch.top_ids.shape == (4, 32, 8)
         kept = batch.top_log_probs.flatten(0, 1).float()
@@ -162,13 +162,13 @@ def test_processes_of_a_run_begin_with_different_files(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     written = []
-    write = teacher.TaughtSequences.write
+    write = teacher.TeacherCache.write
 
     def noting(self, part, *args):
         written.append(part)
         return write(self, part, *args)
 
-    monkeypatch.setattr(teacher.TaughtSequences, "write", noting)
+    monkeypatch.setattr(teacher.TeacherCache, "write", noting)
     teacher_of(backbone, data, TOP, TRAINER, runs)
     assert written == [3, 4, 5, 6, 0, 1, 2]
 
@@ -210,14 +210,14 @@ def test_a_top_k_that_cannot_be_stored_is_refused_before_work(settings, counted,
     path.write_text("".join(f'{{"text": "def f{i}(x): return x"}}\n' for i in range(400)))
     streamed = DataSettings(
         name="mix",
-        source=DataKind.datasets,
-        parts=[TextSourceSettings(path=str(path))],
-        heldout_percent=20,
-        heldout_sequences=2,
+        kind=DataKind.datasets,
+        sources=[TextSourceSettings(path=str(path))],
+        validation_percent=20,
+        validation_sequences=2,
         seq_len=16,
-        lanes=1,
+        logical_shards=1,
     )
-    with pytest.raises(InputError, match=r"kd_top_k=8: expected null for data.source=datasets"):
+    with pytest.raises(InputError, match=r"kd_top_k=8: expected null for data.kind=datasets"):
         train(dataclasses.replace(settings, recipe=TOP, data=streamed))
     assert counted == []
 
