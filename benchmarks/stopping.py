@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from record import Recorder
 
 from flash.search.objectives import Objective, Problem
-from flash.search.pruner import TrialPruned, judge
+from flash.search.pruner import TrialPruned, maybe_prune
 from flash.search.study import Trial
 from flash.training.loss_curve import Curve
 
@@ -46,7 +46,7 @@ def ended_after(trial: Trial, before: list[Trial], problem: Problem, error: floa
     parts = len(trial.curve)
     for done in range(1, parts + 1):
         try:
-            judge(trial, Curve(tuple(trial.curve[:done]), parts), before, problem, error)
+            maybe_prune(trial, Curve(tuple(trial.curve[:done]), parts), before, problem, error)
         except TrialPruned:
             return done
     return None

@@ -9,7 +9,7 @@ import torch
 from flash.arch import parse_pattern
 from flash.model.backbone import Backbone
 from flash.paths import Runs
-from flash.search.evaluate import ShortTraining, tidy
+from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.loop import EvaluationError
 from flash.search.pruner import TrialPruned
 from flash.training.run import Inputs, importance_of
@@ -118,7 +118,7 @@ def test_only_beaten_candidates_lose_their_checkpoints(evaluate):
         folder.mkdir(parents=True)
         (folder / "stable.ckpt").touch()  # 2 is being trained by another worker
         names.append(folder.name)
-    tidy(evaluate, {1, 7})
+    remove_checkpoints(evaluate, {1, 7})
     assert sorted(path.name for path in Path(evaluate.folder or "").iterdir()) == [
         names[0],
         names[2],
