@@ -19,7 +19,7 @@ from record import Recorder
 import conf
 from flash.arch import ArchSpec, Quantization, SearchSpace, weight_bytes
 from flash.device.workload import Point
-from flash.latency.cost_model import SpecTable, counted
+from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import LoweringSettings
 from flash.progress import progress
 from flash.search import study
@@ -38,7 +38,7 @@ MANY = 10_000
 def costs(specs: list[ArchSpec]) -> dict[str, np.ndarray]:
     """Counted work at nominal rates, and bytes."""
     lowering, point = LoweringSettings(max_context=2048), Point.parse("prefill_2048")
-    work = counted(SpecTable.of(specs), point, lowering, lowering.chunk)
+    work = nominal_work_ms(SpecTable.of(specs), point, lowering, lowering.chunk)
     size = [weight_bytes(spec, Quantization.int8da4w) / 2**20 for spec in specs]
     return {"prefill_ms": work.sum(axis=1), "size_mib": np.array(size)}
 

@@ -29,7 +29,7 @@ import conf
 from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
 from flash.data.settings import DataSettings
 from flash.device.workload import Point
-from flash.latency.cost_model import SpecTable, counted
+from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 from flash.model.backbone import Backbone
 from flash.paths import Runs
@@ -98,7 +98,7 @@ def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str
     lowering = LoweringSettings(sliding=form, attention=AttentionForm.sdpa, skip_unread=False)
     return {
         f"{point.phase.value}_ms": float(
-            counted(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()
+            nominal_work_ms(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()
         )
         for point in (Point.parse("prefill_2048"), Point.parse("decode_2048"))
     }

@@ -1,4 +1,4 @@
-"""`python -m flash.latency`: a measurement store as CSV, or two stores as one."""
+"""`python -m flash.latency`: export a measurement store as CSV, or merge two stores."""
 
 import argparse
 import sys
