@@ -1,4 +1,4 @@
-"""`python -m flash.evaluation`: benchmarks of lm-evaluation-harness on a model or its program."""
+"""`python -m flash.evaluation`: run a benchmark suite on a model or its exported program."""
 
 import sys
 
@@ -7,5 +7,5 @@ from flash.evaluation.run import evaluate
 from flash.evaluation.settings import EvaluateSettings
 
 if __name__ == "__main__":
-    sys.argv[0] = "-m flash.evaluation"  # how people start it again
+    sys.argv[0] = "-m flash.evaluation"  # shown in usage messages
     entry(EvaluateSettings, evaluate)

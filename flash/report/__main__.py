@@ -1,4 +1,4 @@
-"""`python -m flash.report`: print the result table and write the page, for a `runs` folder."""
+"""`python -m flash.report`: print the result table of a study and write its HTML page."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from flash.training.loggers import has_wandb_key
 
 
 def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
-    """The table and every figure as one W&B run; offline without a key."""
+    """Log the result table and every figure as one W&B run, offline without an API key."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -78,20 +78,9 @@ def search(
     """
     check_limits(space, problem, seed)
 
-    def take() -> Trial | None:
-        """Take the next waiting trial; propose a batch if there is none."""
-        with study.lock():
-            study.recover()
-            study.enqueue(space)  # a kill may have followed a plan
-            trial = study.start()
-            if trial is None and _plan(study, space, problem, settings, seed):
-                study.enqueue(space)
-                trial = study.start()
-            return trial
-
     with study.working(), progress_bar("search", settings.trials, unit="trial") as bar:
         while True:
-            trial = take()
+            trial = _next_trial(study, space, problem, settings, seed)
             if trial is not None:
                 finished = _evaluate(study, trial, evaluate, problem, settings.stop_error)
                 if on_trial is not None:
@@ -141,6 +130,20 @@ def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float
         if trial.finished:
             history.append(volume)
     return history
+
+
+def _next_trial(
+    study: Study, space: SearchSpace, problem: Problem, settings: SearchSettings, seed: int
+) -> Trial | None:
+    """Start the first waiting trial; plan a batch if none waits. None if no trial is left."""
+    with study.lock():
+        study.recover()
+        study.enqueue(space)  # a kill may have followed a plan
+        trial = study.start()
+        if trial is None and _plan(study, space, problem, settings, seed):
+            study.enqueue(space)
+            trial = study.start()
+        return trial
 
 
 def _plan(

@@ -1,4 +1,4 @@
-"""Counted work, and the predictors made of it, on a simulated device of another form."""
+"""Facts about counted work and the analytical predictor, on a simulated device."""
 
 from dataclasses import replace
 
@@ -144,7 +144,7 @@ def test_intervals_hold_as_often_as_they_say():
     assert 0.84 <= np.mean(coverage) <= 0.96
 
 
-def test_physical_beats_the_process_over_shapes_and_parameters():
+def test_analytical_predictor_beats_the_process_over_shapes_and_parameters():
     point, device = PREFILL_512, DEVICES["nominal"]
     errors = {
         name: np.mean([
@@ -152,12 +152,12 @@ def test_physical_beats_the_process_over_shapes_and_parameters():
             for seed in range(4)
         ])
         for name, make in {
-            "physical": lambda: AnalyticalPredictor(point, LOWERING),
+            "analytical": lambda: AnalyticalPredictor(point, LOWERING),
             "gp": GaussianProcess,
             "params": lambda: PowerLaw(parameters),
         }.items()
     }
-    assert 1.2 * errors["physical"] < errors["gp"]
+    assert 1.2 * errors["analytical"] < errors["gp"]
     assert 1.5 * errors["gp"] < errors["params"]
 
 
@@ -173,7 +173,7 @@ def test_ring_form_is_learned_as_well():
 )
 @pytest.mark.parametrize("phase", list(Phase))
 def test_latency_between_measured_points(phase, measured, between):
-    """Within one chunk; a call more is a step."""
+    """Interpolate within one chunk; a further call is a step."""
     device, rng = DEVICES["nominal"], np.random.default_rng(0)
     specs = [*FLASH.stratified(rng, 20), BACKBONE]
     unseen = FLASH.stratified(rng, 50)
@@ -195,7 +195,7 @@ def test_latency_between_measured_points(phase, measured, between):
 
 
 class Quadratic:
-    """Prefill of a device whose attention is exactly quadratic."""
+    """Predictor of prefill on a device whose attention is exactly quadratic."""
 
     def __init__(self, tokens):
         self.value = np.array([3.0 * tokens + 2e-3 * tokens**2])

@@ -1,4 +1,4 @@
-"""Facts about stage 1, with a device whose latencies are known."""
+"""Facts about stage 1, on a device whose latencies are known."""
 
 import json
 import time
@@ -52,7 +52,7 @@ ACTIVE = LatencySettings(predictor=PredictorKind.physical, group_size=5, whole_m
 
 @pytest.fixture
 def lowered(monkeypatch):
-    """Names of what was lowered; a "program" is the description of its subject."""
+    """Names of the lowered subjects; a "program" is the description of its subject."""
     names = []
 
     def lower(subject, settings):

@@ -1,4 +1,4 @@
-"""What one device teaches about another."""
+"""Facts about the transfer of a predictor from one device to another."""
 
 import numpy as np
 import pytest

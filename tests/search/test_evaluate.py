@@ -1,4 +1,4 @@
-"""One candidate: interrupted, out of memory, and what is left of its checkpoints."""
+"""Facts about the evaluation of a candidate: interruptions, lack of memory, checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_candidates_learn_from_a_teacher_that_spoke_ahead(evaluate, monkeypatch)
 
 
 def left(evaluate: ShortTraining, number: int) -> list[str]:
-    """Names of a candidate's checkpoints."""
+    """List the names of a candidate's checkpoints."""
     folder = evaluate.checkpoints(SPEC, number)
     assert folder is not None
     return sorted(path.name for path in folder.glob("*"))

@@ -1,4 +1,4 @@
-"""Other objectives, limits, frontiers without new training, and longer training of the best."""
+"""Facts about objectives, limits, rescored frontiers, and longer training of the best trials."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Ending hopeless trials early, and being wrong no more often than was said."""
+"""Facts about early stopping: savings, and an error rate within the setting."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PARTS = 4
 
 
 def curve_of(final: float, rng: np.random.Generator) -> list[float]:
-    """Losses along a run that ends at about `final`: the earlier, the less they tell."""
+    """Draw the losses of a run that ends near `final`; early losses correlate less with it."""
     noise = rng.normal(size=PARTS) * 0.02 * np.arange(PARTS, 0, -1)
     return list(final**0.8 * 1.5 * np.exp(noise))
 
@@ -32,7 +32,7 @@ def trial(number, loss, cost, curve, state=TrialState.COMPLETE):
 
 
 def verdict(running, curve, trials, error):
-    """The first verdict on a run, as it goes through its rungs."""
+    """Return the first decision of the pruner to stop a run, at any of its rungs."""
     for parts in range(1, PARTS + 1):
         try:
             maybe_prune(running, Curve(tuple(curve[:parts]), PARTS), trials, toy.PROBLEM, error)
@@ -86,7 +86,7 @@ def test_a_forecast_is_a_line_in_logarithms():
 
 
 def evaluation(evaluated=None):
-    """Trials whose training loss tells much of the final one."""
+    """Evaluator of trials whose training losses predict the final loss well."""
 
     def evaluate(spec, number, watch):
         curve = [toy.loss(spec) * (1.2 + 0.1 * part) for part in range(PARTS, 0, -1)]
