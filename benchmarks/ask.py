@@ -54,6 +54,7 @@ def loss(spec: ArchSpec) -> float:
 
 
 def trials(space: SearchSpace, n: int, seed: int) -> list[Trial]:
+    """Make n complete trials with synthetic losses."""
     specs = space.stratified(np.random.default_rng(seed), n)
     known = costs(specs)
     return [
@@ -70,6 +71,7 @@ def trials(space: SearchSpace, n: int, seed: int) -> list[Trial]:
 
 
 def problem(*objectives: Objective) -> Problem:
+    """Make a problem whose reference point is above the largest member of the space."""
     space_ = conf.space("flash")
     top = space_.make(2048, 8192, tuple(space_.kinds[:1]) * 16)
     worst = {key: float(values[0]) for key, values in costs([top]).items()}

@@ -47,6 +47,7 @@ FOLDER = Path("runs/limits")
 
 
 def spec() -> ArchSpec:
+    """Return the shape of flash_350m without QK-norm."""
     return conf.winner("flash_350m").replace(qk_norm=False)
 
 
@@ -61,6 +62,7 @@ def files() -> tuple[Path, Path]:
 
 
 def make(path: Path) -> None:
+    """Write our program or the GGUF file, as the suffix of `path` says."""
     torch.manual_seed(0)
     model = Decoder(spec())
     if path.suffix == ".pte":

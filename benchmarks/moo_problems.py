@@ -71,7 +71,7 @@ NO_NOISE = 1e-3
 """Noise level given to BoTorch for problems without noise, as a share of the range, which keeps
 matrices regular."""
 MC_SAMPLES = 128
-"""As in BoTorch's tutorial."""
+"""Draws of qNEHVI, as in BoTorch's tutorial."""
 
 
 class Problem:
@@ -113,8 +113,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 
 Ask = Callable[[Problem, NDArray[np.float64], list[int], int, int], list[int]]
-"""n further members of a problem's set, given the observations, the members evaluated so far (of no
-others may the unknown objective be read), n and a seed."""
+"""Function (problem, observations, evaluated members, n, seed) -> n further members of the set. It
+may read the unknown objective of evaluated members only."""
 
 
 def ask_flash(

@@ -30,7 +30,7 @@ from flash.model.decoder import Decoder
 MODELS = ("flash_350m", "flash_650m")
 CONTEXT, DECODE, TURNS = 2048, 16, 3
 FORMS = {"ours": AttentionForm.matmul, "stock": AttentionForm.sdpa}
-"""Each with the default chunk that goes with it."""
+"""Form of attention of each program; the default chunk follows from it."""
 FOLDER = Path("runs/serving")
 
 

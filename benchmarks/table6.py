@@ -37,7 +37,7 @@ MODELS = (
     "llama3_2_1b",
     "gemma3_1b",
 )
-"""Cheap ones first."""
+"""Models in order of their cost."""
 MEASURE = "measure"
 
 

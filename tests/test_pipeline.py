@@ -362,7 +362,7 @@ def test_a_baseline_is_trained_once_and_sets_the_reference_point(common, searche
     settings.search.baseline = {**baseline, "ffn_dim": 96}
     with pytest.raises(InputError, match=r"search\.baseline=.*member of space test: ffn_dim=96"):
         run_search(settings)
-    settings.search.baseline = {"model_dim": 48}  # an illegal architecture
+    settings.search.baseline = {"model_dim": 48}  # no architecture at all
     with pytest.raises(InputError, match=r"search\.baseline=.*space test: arch\.model_dim=48"):
         run_search(settings)
 

@@ -71,7 +71,7 @@ class Tasks:
         # Its warnings, such as "overwriting num_fewshot", report what the settings ask for.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [task.name for task in suite.tasks]
-        # Indexing the 14,000 tasks of the harness takes ten seconds.
+        # The harness's own 14,000 tasks take ten seconds to index.
         folders = [OWN_TASKS, *([suite.include] if suite.include else [])]
         manager = TaskManager(include_path=folders, include_defaults=False)
         if not set(names) <= set(manager.all_tasks):
@@ -96,7 +96,7 @@ class Tasks:
         return self.manager.task_index[name].cfg or {}
 
     def _request(self, task: TaskSettings) -> str | dict[str, Any]:
-        """Build the request to the loader: a name, or a group that overrides the data files."""
+        """What the harness's loader is asked for; it lets groups change what a task's file says."""
         if not task.files:
             return task.name
         data = {**self._about(task.name).get("dataset_kwargs", {}), "data_files": data_files(task)}

@@ -116,7 +116,7 @@ def cross_validate(
     folds: int | None = None,
     seed: int = 0,
 ) -> Scores:
-    """Compute the scores of `cross_predict`, which has the same arguments."""
+    """Scores of `cross_predict`, which has the same arguments."""
     prediction = cross_predict(make_predictor, specs, values_ms, errors_ms, folds=folds, seed=seed)
     return score(prediction, values_ms)
 

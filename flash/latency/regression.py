@@ -71,6 +71,7 @@ class _UnitCube:
 
     @classmethod
     def of(cls, X: Matrix) -> "_UnitCube":
+        """Return the scaling that maps these rows onto the unit cube."""
         low = X.min(axis=0)
         spread = X.max(axis=0) - low
         return cls(low, np.where(spread > 0, spread, 1.0))

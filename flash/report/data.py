@@ -42,6 +42,7 @@ class TrialPoint:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return count_parameters(self.spec).total
 
 
@@ -70,6 +71,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return count_parameters(self.spec).total
 
 
@@ -118,6 +120,7 @@ class ReportData:
 
     @property
     def backbone(self) -> Model:
+        """Row of the backbone, the first of `models`."""
         return self.models[0]
 
     @property

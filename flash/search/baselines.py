@@ -60,7 +60,7 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
                     params=_params(space, spec),
                     distributions=distributions,
                     values=[loss, *map(float, costs[i])],
-                    # Trials run in order, so Optuna would have assigned the same generation.
+                    # Trials run in order, so that this is how Optuna would have counted.
                     system_attrs={NSGAIISampler._get_generation_key(): i // size},
                 )
             )

@@ -90,7 +90,7 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     """Return the architecture from which the reference point is derived.
 
     Raises:
-        InputError: The architecture is illegal or outside the space.
+        InputError: An illegal architecture, or one outside the space.
     """
     if not changes:
         return backbone

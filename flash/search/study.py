@@ -51,6 +51,7 @@ class Trial:
 
     @property
     def complete(self) -> bool:
+        """True if the trial has a loss."""
         return self.state is TrialState.COMPLETE
 
     @property
@@ -110,6 +111,7 @@ class Study:
 
     @property
     def name(self) -> str:
+        """Name of the study."""
         return self._study.study_name
 
     @property

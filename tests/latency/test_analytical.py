@@ -173,7 +173,7 @@ def test_ring_form_is_learned_as_well():
 )
 @pytest.mark.parametrize("phase", list(Phase))
 def test_latency_between_measured_points(phase, measured, between):
-    """Interpolate within one chunk; a further call is a step."""
+    """Within one chunk; a call more is a step."""
     device, rng = DEVICES["nominal"], np.random.default_rng(0)
     specs = [*FLASH.stratified(rng, 20), BACKBONE]
     unseen = FLASH.stratified(rng, 50)
@@ -195,7 +195,7 @@ def test_latency_between_measured_points(phase, measured, between):
 
 
 class Quadratic:
-    """Predictor of prefill on a device whose attention is exactly quadratic."""
+    """Prefill of a device whose attention is exactly quadratic."""
 
     def __init__(self, tokens):
         self.value = np.array([3.0 * tokens + 2e-3 * tokens**2])
