@@ -96,7 +96,7 @@ def test_a_diverged_trial_fails_and_leaves_nothing(evaluate):
     assert left(evaluate, 0) == []
 
 
-def test_a_hopeless_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
+def test_a_pruned_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
     def stop(curve):
         if len(curve.losses) == 6:
             raise TrialPruned(3.0, 0.01, curve)

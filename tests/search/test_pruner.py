@@ -36,8 +36,8 @@ def verdict(running, curve, trials, error):
     for parts in range(1, PARTS + 1):
         try:
             maybe_prune(running, Curve(tuple(curve[:parts]), PARTS), trials, toy.PROBLEM, error)
-        except TrialPruned as hopeless:
-            return hopeless
+        except TrialPruned as pruned:
+            return pruned
     return None
 
 
@@ -93,8 +93,8 @@ def evaluation(evaluated=None):
         for parts in range(1, PARTS + 1):
             try:
                 watch(Curve(tuple(curve[:parts]), PARTS))
-            except TrialPruned as hopeless:
-                hopeless.info["curve"] = [[parts, loss] for loss in curve[:parts]]
+            except TrialPruned as pruned:
+                pruned.info["curve"] = [[parts, loss] for loss in curve[:parts]]
                 raise
         if evaluated is not None:
             evaluated.append(number)
