@@ -1,10 +1,11 @@
-"""How long does it take to ask for candidates? In the paper's space, with synthetic losses.
+"""Time to propose candidates in the paper's space, with synthetic losses.
 
-`ask_8_s` is for one batch of 8 with 200 finished trials, a median over 3 seeds; the sampler is the
-case. `trial_s` is what a trial of a search costs beside its training: planning, the study's
-commits, judging whether it is hopeless, over a search of 64 trials that are known at once (pruning
-comes on top, see benchmarks/prune.py). `study_10k_s` is what reading a study of 10,000 finished
-trials and making its report takes.
+- `ask_8_s`: seconds for one batch of 8 with 200 finished trials, median over 3 seeds. The case is
+  the sampler.
+- `trial_s`: seconds of a trial besides its training, over a search of 64 trials whose losses are
+  known at once: planning, commits to the study and early stopping. Cutting the candidate out of the
+  backbone comes on top (benchmarks/prune.py).
+- `study_10k_s`: seconds to read a study of 10,000 finished trials and to write its report.
 """
 
 import tempfile
@@ -19,7 +20,7 @@ from record import Recorder
 import conf
 from flash.arch import ArchSpec, Quantization, SearchSpace, weight_bytes
 from flash.device.workload import Point
-from flash.latency.cost_model import SpecTable, counted
+from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import LoweringSettings
 from flash.progress import progress
 from flash.search import study
@@ -36,15 +37,15 @@ MANY = 10_000
 
 
 def costs(specs: list[ArchSpec]) -> dict[str, np.ndarray]:
-    """Counted work at nominal rates, and bytes."""
+    """Compute counted work at nominal rates [ms] and the size of the weights [MiB]."""
     lowering, point = LoweringSettings(max_context=2048), Point.parse("prefill_2048")
-    work = counted(SpecTable.of(specs), point, lowering, lowering.chunk)
+    work = nominal_work_ms(SpecTable.of(specs), point, lowering, lowering.chunk)
     size = [weight_bytes(spec, Quantization.int8da4w) / 2**20 for spec in specs]
     return {"prefill_ms": work.sum(axis=1), "size_mib": np.array(size)}
 
 
 def loss(spec: ArchSpec) -> float:
-    """A smooth law of the sizes; attention helps most early, and runs without it hurt."""
+    """Compute a synthetic loss: smooth in the sizes; early attention helps, efficient runs hurt."""
     early = np.exp(-np.linspace(0.0, 2.0, spec.num_layers))
     harm = {"F": 0.0, "S": 0.3, "-": 1.0}
     missing = early @ [harm[letter] for letter in spec.pattern] / early.sum()
@@ -53,6 +54,7 @@ def loss(spec: ArchSpec) -> float:
 
 
 def trials(space: SearchSpace, n: int, seed: int) -> list[Trial]:
+    """Make n complete trials with synthetic losses."""
     specs = space.stratified(np.random.default_rng(seed), n)
     known = costs(specs)
     return [
@@ -69,6 +71,7 @@ def trials(space: SearchSpace, n: int, seed: int) -> list[Trial]:
 
 
 def problem(*objectives: Objective) -> Problem:
+    """Make a problem whose reference point is above the largest member of the space."""
     space_ = conf.space("flash")
     top = space_.make(2048, 8192, tuple(space_.kinds[:1]) * 16)
     worst = {key: float(values[0]) for key, values in costs([top]).items()}
@@ -81,7 +84,7 @@ def problem(*objectives: Objective) -> Problem:
 
 
 def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
-    """Seconds for 8 candidates with 200 finished trials."""
+    """Measure the seconds to propose 8 candidates with 200 finished trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = SearchSettings(study="ask", sampler=sampler)
     asked, given = problem(*objectives), conf.space("flash")
@@ -93,7 +96,7 @@ def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
 
 
 def trial_s() -> float:
-    """Seconds of a search for each of its trials, none of which trains."""
+    """Measure the seconds of each trial of a search that does not train."""
     given = conf.space("flash")
     settings = SearchSettings(study="trials", trials=64)
     asked = problem(Objective.quality, Objective.prefill)
@@ -119,7 +122,7 @@ def trial_s() -> float:
 
 
 def study_10k_s(asked: Problem) -> float:
-    """Seconds to read a study of many trials and to write its report."""
+    """Measure the seconds to read a study of many trials and to write its report."""
     given = conf.space("flash")
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "study.db")
@@ -144,7 +147,7 @@ def study_10k_s(asked: Problem) -> float:
 
 
 def fill(path: Path, space: SearchSpace, many: list[Trial], asked: Problem) -> None:
-    """Add finished trials as a search would leave them, without its care for each."""
+    """Add finished trials as a search would leave them, without its commit for each."""
     storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
     with storage.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA synchronous=OFF")

@@ -1,4 +1,4 @@
-"""Settings of the benchmarks, from the files that users get."""
+"""Settings of the benchmarks, read from the configuration files of the product."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ Group = TypeVar("Group")
 
 
 def group(name: str, schema: type[Group]) -> Group:
-    """A file of a config group, such as `space/flash`, as settings."""
+    """Read a file of a config group, such as `space/flash`, as settings."""
     values = OmegaConf.load(ROOT / "conf" / f"{name}.yaml")
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     assert isinstance(settings, schema)
@@ -26,24 +26,24 @@ def group(name: str, schema: type[Group]) -> Group:
 
 
 def flash_backbone() -> ArchSpec:
-    """The paper's."""
+    """Return the backbone of the paper."""
     text = (ROOT / "conf" / "backbone" / "mobilellm_pro_shallow.yaml").read_text("utf-8")
     return ArchSpec.from_dict(yaml.safe_load(text)["arch"])
 
 
 def winner(name: str) -> ArchSpec:
-    """One of the paper's, such as `flash_650m`."""
+    """Return a winner of the paper, such as `flash_650m`."""
     changes = yaml.safe_load((ROOT / "conf" / "arch" / f"{name}.yaml").read_text("utf-8"))
     del changes["defaults"]
     return ArchSpec.from_dict({**flash_backbone().to_dict(), **changes})
 
 
 def space(name: str) -> SearchSpace:
-    """`flash` or `tiny`, of the backbone of that name."""
+    """Return the space `flash` or `tiny` of the corresponding backbone."""
     backbone = flash_backbone() if name == "flash" else Backbone.open(TINY).spec
     return SearchSpace(group(f"space/{name}", SpaceSettings), backbone)
 
 
 def host() -> DeviceSettings:
-    """device=host."""
+    """Return the settings of device=host."""
     return group("device/host", DeviceSettings)

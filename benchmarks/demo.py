@@ -1,7 +1,7 @@
 """Seconds of each stage of `make demo` on an empty `runs` folder, and of a second run.
 
-`python benchmarks/demo.py [FOLDER]`: works in FOLDER, which must not exist yet and is kept, or in a
-temporary one.
+`python benchmarks/demo.py [FOLDER]` works in FOLDER, which must not exist yet and is kept, or in a
+temporary folder.
 """
 
 import subprocess

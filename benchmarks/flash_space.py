@@ -1,12 +1,12 @@
-"""Collect the truths that the latency benchmarks compare with: whole models of the paper's space.
+"""Collection of the dataset of the latency benchmarks: whole models of the paper's space.
 
 `python benchmarks/flash_space.py` measures, in `space=flash`, 24 stratified architectures and the
 backbone, then the grid of blocks, and adds them to `benchmarks/data/flash_space.jsonl`: prefill at
 512 and 2048 tokens, decode at 512 and 1536, 8da4w g32, one thread. It takes hours, can be stopped
-and started again at any time, and repeats what is not precise.
+and restarted at any time, and repeats imprecise measurements.
 
-Those who only read the dataset take `recorded`: it belongs to the machine that it was measured on,
-whatever machine reads it.
+Code that only reads the dataset calls `recorded`, which reports the identity of the machine on
+which the dataset was measured, whatever machine reads it.
 """
 
 import argparse
@@ -42,12 +42,12 @@ SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
 
 
 def models() -> list[ArchSpec]:
-    """The architectures of the dataset; the backbone is the last."""
+    """Return the architectures of the dataset; the backbone is the last."""
     return whole_models(conf.space("flash"), conf.flash_backbone(), MODELS, seed=0)
 
 
 class Recorded(HostDevice):
-    """The machine of the dataset."""
+    """Device with the identity of the machine on which the dataset was measured."""
 
     def identity(self) -> dict[str, str | int]:
         return next(iter(MeasurementStore(STORE))).conditions.device
@@ -56,7 +56,7 @@ class Recorded(HostDevice):
 def open_bench(
     device: Device, store: Path, cache_dir: Path = conf.ROOT / "runs" / "lowered"
 ) -> Profiler:
-    """A bench over a store."""
+    """Open a profiler over a store."""
     return make_bench(
         backbone=conf.flash_backbone(),
         device=device,
@@ -69,7 +69,7 @@ def open_bench(
 
 
 def recorded() -> Profiler:
-    """The dataset, which was measured beside one layer of the backbone."""
+    """Open the dataset, whose reference program is one layer of the backbone."""
     one_layer = conf.flash_backbone().replace(
         layer_types=(Attention.full_attention,), tie_embeddings=True
     )

@@ -1,8 +1,9 @@
-"""Does cutting by importance keep more quality than cutting at random, or the best parts first?
+"""Pruning by importance compared with pruning at random and in reverse order.
 
-Held-out loss of the tiny backbone after cuts of FFN, width and layers, chosen by the paper's
-metrics (`activation`), at random (median of 3 seeds) and in reverse; right after the cut, and after
-a short recovery (`/recovered`). The uncut backbone is `none`.
+The metric is the held-out loss of the tiny backbone after cuts of FFN, width and layers. The parts
+to keep are chosen by the paper's importance metrics (`activation`), at random (median of 3 seeds)
+or in reverse order. Losses are measured right after the cut and after a short recovery training
+(`/recovered`). The case `none` is the uncut backbone.
 """
 
 import dataclasses

@@ -1,18 +1,18 @@
-"""How far from the machine's limits a program runs, and llama.cpp on the same shape beside it.
+"""Speed of a program relative to the limits of the machine and to llama.cpp on the same shape.
 
-flash_350m without QK-norm (so that llama.cpp skips what we skip), random weights: ours in 8da4w
-with a 4-bit embedding and a float cache, llama.cpp's in q4_0, both in groups of 32, same threads.
-In each of several fresh processes one and then the other is timed.
+The shape is flash_350m without QK-norm (for the sake of llama.cpp) with random weights. Our program
+is in 8da4w with a 4-bit embedding and a float cache, that of llama.cpp in q4_0, both in groups of
+32 and with the same number of threads. Each of several fresh processes times one, then the other.
 
-- `prefill_int8_share`: operations of the linear layers in a second, over those of the fastest of
-  torch's int8 matrix products (a 1024-cube; its engines are tried, such as FBGEMM and oneDNN).
-  `torch._int_mm` is no limit: without VNNI it ran at 1 GOP/s where FBGEMM reached 150.
-- `decode_bandwidth_share`: bytes of weights and cache read for a token, over the rate at which a
-  buffer of 256 MiB is summed.
-- `prefill_ratio_vs_llama_cpp`, `decode_ratio_vs_llama_cpp`: its time over ours, one by one.
+- `prefill_int8_share`: operations per second of the linear layers, relative to the fastest int8
+  matrix product of torch (a 1024-cube with each engine, such as FBGEMM and oneDNN). `torch._int_mm`
+  is no limit: without VNNI it ran at 1 GOP/s where FBGEMM reached 150.
+- `decode_bandwidth_share`: bytes of weights and cache read per second, relative to the rate at
+  which a buffer of 256 MiB is summed.
+- `prefill_ratio_vs_llama_cpp`, `decode_ratio_vs_llama_cpp`: time of llama.cpp divided by ours.
 
-Needs llama-cpp-python (`pip install llama-cpp-python`, a build of about 15 minutes); without it
-only the shares are measured, and that is said. Files are kept in runs/limits.
+llama-cpp-python is optional (`pip install llama-cpp-python`, a build of about 15 minutes); without
+it only the shares are measured, with a message. Files are kept in runs/limits.
 `python benchmarks/limits.py [--threads N]`
 """
 
@@ -48,11 +48,12 @@ FOLDER = Path("runs/limits")
 
 
 def spec() -> ArchSpec:
+    """Return the shape of flash_350m without QK-norm."""
     return conf.winner("flash_350m").replace(qk_norm=False)
 
 
 def files() -> tuple[Path, Path]:
-    """Our program and llama.cpp's, of the same weights; each made in a process of its own."""
+    """Return our program and that of llama.cpp; each is made in its own process if missing."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = FOLDER / "ours.pte", FOLDER / "theirs.gguf"
     for path in paths:
@@ -62,6 +63,7 @@ def files() -> tuple[Path, Path]:
 
 
 def make(path: Path) -> None:
+    """Write our program or the GGUF file, as the suffix of `path` says."""
     torch.manual_seed(0)
     model = Decoder(spec())
     if path.suffix == ".pte":
@@ -72,7 +74,7 @@ def make(path: Path) -> None:
 
 
 def fastest(run: Callable[[], object], rounds: int = 5) -> float:
-    """Seconds of the fastest of several calls, after one that does not count."""
+    """Measure the seconds of the fastest of several calls, after a warm-up call."""
     run()
     times = []
     for _ in range(rounds):
@@ -83,14 +85,14 @@ def fastest(run: Callable[[], object], rounds: int = 5) -> float:
 
 
 def machine(threads: int) -> dict[str, float]:
-    """Bytes and int8 operations a second."""
+    """Measure the limits of the machine: bytes and int8 operations per second."""
     torch.set_num_threads(threads)
     buffer = torch.ones(64 * 2**20)
     return {"bytes_per_s": 4 * buffer.numel() / fastest(buffer.sum), "int8_per_s": int8_per_s()}
 
 
 def int8_per_s(size: int = 1024) -> float:
-    """Operations a second of the fastest int8 product."""
+    """Measure the operations per second of the fastest int8 matrix product."""
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
     weight = torch.quantize_per_tensor(torch.randn(size, size), 0.02, 0, torch.qint8)
     x = torch.quantize_per_tensor(torch.randn(size, size), 0.02, 128, torch.quint8)
@@ -104,7 +106,7 @@ def int8_per_s(size: int = 1024) -> float:
 
 
 def ours(path: Path, threads: int) -> dict[str, float]:
-    """Seconds of a prompt and of a decode step at each context."""
+    """Measure the seconds of a prompt and of a decode step at each context."""
     settings = DeviceSettings(
         name="host",
         threads=threads,
@@ -121,7 +123,7 @@ def ours(path: Path, threads: int) -> dict[str, float]:
 
 
 def theirs(path: Path, threads: int) -> dict[str, float]:
-    """The same of llama.cpp; to be called in a fresh process."""
+    """Measure the same with llama.cpp; must be called in a fresh process."""
     import llama_cpp
 
     runtime = llama_cpp.Llama(
@@ -172,7 +174,7 @@ def main(threads: int) -> None:
     pairs = list(zip(runs["ours"], runs["machine"], strict=True))
     shares = [linear / own[f"prefill_{PROMPT}"] / limit["int8_per_s"] for own, limit in pairs]
     record.add(f"flash_350m/{PROMPT}", "prefill_int8_share", shares, "ratio")
-    # Of the vocabulary's two copies the head is read whole; of the embedding one row.
+    # A decode step reads the whole output head, but only one row of the embedding.
     embedding = shape.vocab_size * shape.model_dim * (1 / 2 + 5 / 32)
     for context in CONTEXTS:
         moved = (

@@ -1,19 +1,17 @@
-"""The chunked losses against all logits at once, at the paper's vocabulary.
+"""Chunked losses compared with losses of all logits at once, at the paper's vocabulary.
 
-Width 1280, 4096 tokens, vocabulary 202,048, fp32 on the CPU, forward and backward; case `ce` is
-cross-entropy, `kd` half of that and half forward KL to a teacher of width 2048. The usual way is
-`F.cross_entropy(F.linear(hidden, weight))`; with a teacher `F.nll_loss` and `F.kl_div` of the
-log-softmaxes.
+The size is width 1280, 4096 tokens and vocabulary 202,048 in fp32 on the CPU, forward and backward.
+The case `ce` is cross-entropy; `kd` is half cross-entropy and half forward KL to a teacher of width
+2048. The plain implementation is `F.cross_entropy(F.linear(hidden, weight))`, with a teacher
+`F.nll_loss` and `F.kl_div` of the log-softmaxes. Fresh processes alternate, one loss each.
 
-Fresh processes in turns, one loss each; the figures of a pair are compared.
+- `peak_ratio`: ratio of peak memory above that before the call, gradients included (that of the
+  weight alone takes 987 MiB). `peak_mib` of a case and of `<case>/plain` are its two parts.
+- `time_ratio`: our time divided by the plain one; `seconds` is ours.
+- `gradient_error`: largest difference of the gradients relative to their largest value, on all
+  hidden states and every 97th row of the weight.
 
-- `peak_ratio`: memory at its peak above what there was before, gradients included (the weight's
-  alone takes 987 MiB); `peak_mib` of a case and of `<case>/plain` are its two parts.
-- `time_ratio`: ours over theirs; `seconds` ours.
-- `gradient_error`: largest difference of the gradients over their largest value, on all of the
-  hidden states' and every 97th row of the weight's.
-
-`python benchmarks/losses.py smoke` does all of it at a small size and keeps nothing.
+`python benchmarks/losses.py smoke` runs everything at a small size and keeps no results.
 """
 
 import json
@@ -36,7 +34,7 @@ KD_WEIGHT = {"ce": 0.0, "kd": 0.5}
 
 
 def inputs(case: str, size: str) -> tuple[Operands, Operands | None, Tensor]:
-    """Student, teacher and targets."""
+    """Make student, teacher and targets."""
     width, teacher_width, tokens, vocab = SIZES[size]
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width).requires_grad_()
@@ -49,13 +47,13 @@ def inputs(case: str, size: str) -> tuple[Operands, Operands | None, Tensor]:
 
 
 def chunked(student: Operands, teacher: Operands | None, targets: Tensor, kd: float) -> Tensor:
-    """Mean loss, ours."""
+    """Compute the mean loss with the chunked implementation."""
     total = linear_losses(student, targets, teacher=teacher, kd_weight=kd).total
     return total / len(targets)
 
 
 def plain(student: Operands, teacher: Operands | None, targets: Tensor, kd: float) -> Tensor:
-    """Mean loss, the usual way."""
+    """Compute the mean loss with the plain implementation."""
     if teacher is None:
         return F.cross_entropy(F.linear(*student), targets)
     with torch.no_grad():
@@ -69,10 +67,10 @@ WAYS = {"chunked": chunked, "plain": plain}
 
 
 def measure(case: str, size: str, way: str, gradients: Path) -> dict[str, float]:
-    """Seconds, and memory above what there was before [MiB]; for a fresh process."""
+    """Measure seconds and peak memory above that before [MiB]; must run in a fresh process."""
     Path("/proc/self/oom_score_adj").write_text("1000", "ascii")  # the plain `kd` takes 20 GiB
     student, teacher, targets = inputs(case, size)
-    Path("/proc/self/clear_refs").write_text("5", "ascii")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the recorded peak
     before, start = rss_mib(), time.perf_counter()
     WAYS[way](student, teacher, targets, KD_WEIGHT[case]).backward()
     seconds, peak = time.perf_counter() - start, peak_rss_mib() - before

@@ -1,14 +1,15 @@
-"""Lowering against the stock path: seconds a layer, and flash_650m from start to file.
+"""Lowering compared with the stock path: seconds per layer, and flash_650m from start to file.
 
-`lower_s_per_layer`: our path, and the stock passes on the same model, alternated in one process
-after a warm-up. Lowering a whole model costs a fixed part and a part a layer; the latter is the
-difference of a deep and a shallow model over the difference of depths.
+- `lower_s_per_layer`: our path and the stock passes on the same model, alternated in one process
+  after a warm-up. Lowering takes a fixed time and a time per layer; the latter is the difference
+  between a deep and a shallow model divided by the difference of depths.
+- `flash_650m`: one fresh process for each path with random weights, timed from its start to its end
+  with the program in a file. The stock path is the unmodified `export_llm` of ExecuTorch on the
+  same
+  shape: 8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. It takes about 15 minutes
+  and 4 GB.
 
-`flash_650m`: one fresh process each with random weights, timed from its start to its end, the
-program being in a file; the stock way is ExecuTorch's `export_llm` on the same shape, untouched,
-8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. Takes about 15 minutes and 4 GB.
-
-`python benchmarks/lowering.py smoke` does all of it at a small size and keeps nothing.
+`python benchmarks/lowering.py smoke` runs everything at a small size and keeps no results.
 """
 
 import json
@@ -56,7 +57,7 @@ def _seconds(layers: int, fast: bool) -> float:
 
 
 def per_layer(record: Recorder, rounds: int, deep: int) -> None:
-    """Seconds a layer, our path and the stock passes."""
+    """Measure the seconds per layer of our path and of the stock passes."""
     _seconds(1, fast=True)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(rounds):
@@ -70,7 +71,7 @@ def per_layer(record: Recorder, rounds: int, deep: int) -> None:
 
 
 def _write_program(way: str, spec: Path, path: Path) -> None:
-    """One of the two ways, in a process of its own."""
+    """Write a program by one of the two paths; must run in its own process."""
     arch = ArchSpec.from_dict(json.loads(spec.read_text("utf-8")))
     settings = LoweringSettings(max_context=CONTEXT)
     if way == "ours":
@@ -80,7 +81,7 @@ def _write_program(way: str, spec: Path, path: Path) -> None:
 
 
 def _watch(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident memory [MiB] of a process and of those that it waited for."""
+    """Measure seconds and peak resident memory [MiB] of a process and its children."""
     start = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
@@ -91,7 +92,7 @@ def _watch(command: list[str]) -> tuple[float, float]:
 
 
 def whole_model(record: Recorder, case: str, spec: ArchSpec) -> None:
-    """Time and peak memory of one model, both ways."""
+    """Measure time and peak memory of one model with both paths."""
     found: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,32 +1,35 @@
-"""Is our sampler as good as BoTorch's published loop? On BoTorch's own test problems.
+"""Sampler of flash.search compared with BoTorch's published loop, on BoTorch's test problems.
 
-A problem is a fixed set of 1,024 scrambled Sobol points, all of which compete in every ask. One
-objective is the unknown loss, the other is known beforehand, as latency is in a search:
+A problem is a fixed set of 1,024 scrambled Sobol points, all of which compete in every proposal.
+One objective is the unknown loss, the other is known beforehand, as latency is in a search:
 
-- `branin`: BraninCurrin, where Branin is unknown and Currin known; `currin`: the reverse.
+- `branin`: BraninCurrin with Branin unknown and Currin known; `currin`: the reverse.
 - `dtlz2`: DTLZ2 of 6 variables and 2 objectives, the first unknown.
-- `..._noisy`: the unknown objective is observed with Gaussian noise, of 5 % of its range.
+- `..._noisy`: the unknown objective is observed with Gaussian noise of 5 % of its range.
 
-Reference points are BoTorch's. Our model takes logarithms, so the unknown objective is shifted so
-that the greatest value of the set is three times the least, much as losses are; an observation
-would be negative only with noise of ten standard deviations. (To BoTorch's models, which
-standardise, a shift means nothing.) All methods of a seed see the same noise, start from the same
-2 (d + 1) members and add batches of 4. Methods:
+Reference points are those of BoTorch. Our model takes logarithms, so the unknown objective is
+shifted to make the greatest value of the set three times the least, similar to losses; only noise
+of ten standard deviations would make an observation negative. (BoTorch's models standardize, so the
+shift does not affect them.) All methods of a seed see the same noise, start from the same 2 (d + 1)
+members and add batches of 4. Methods:
 
-- `flash`: the model and the acquisition of flash.search.
+- `flash`: the surrogate and the acquisition function of flash.search.
 - `botorch`: the loop of BoTorch's tutorial "Noisy, parallel, multi-objective BO": a Gaussian
-  process for each objective, told the noise, and qNEHVI maximised over the set, greedily.
-- `botorch_known`: the same, but it knows what our sampler knows: the second objective, not the
-  noise.
-- `random`: draws from the set.
+  process with known noise for each objective, and qNEHVI maximized greedily over the set.
+- `botorch_known`: the same with the knowledge of our sampler: the second objective is known, the
+  noise is not.
+- `random`: random draws from the set.
 
-Metrics: `hypervolume_share_16`, `_24` and `_32`: the hypervolume, by values without noise, of so
-many evaluations as a share of the whole set's (medians over 20 seeds; the spread is the distance
-between the quartiles); `ask_s`: time of an ask; `lead_16`, `_24` and `_32` of `flash` only: its
-share less that of `botorch_known` with the same seed. Later, little is left to find: 48 evaluations
-reach 99 % everywhere.
+Metrics:
 
-`python benchmarks/moo_problems.py [CASE ...]` prints; without cases it also keeps the results.
+- `hypervolume_share_16`, `_24` and `_32`: hypervolume after that many evaluations, by values
+  without noise, as a share of that of the whole set (medians over 20 seeds; the spread is the
+  interquartile range). After 48 evaluations it is 99 % everywhere.
+- `ask_s`: seconds of a proposal.
+- `lead_16`, `_24` and `_32`, for `flash` only: its share minus that of `botorch_known` with the
+  same seed.
+
+`python benchmarks/moo_problems.py [CASE ...]` prints the results; without cases it also keeps them.
 A case is `<problem>/<method>`.
 """
 
@@ -65,13 +68,14 @@ BUDGETS = (16, 24, 32)
 NOISE = 0.05
 """Standard deviation of the noise, as a share of the range."""
 NO_NOISE = 1e-3
-"""What BoTorch is told where there is none, as a share of the range, to keep matrices regular."""
+"""Noise level given to BoTorch for problems without noise, as a share of the range, which keeps
+matrices regular."""
 MC_SAMPLES = 128
-"""As in BoTorch's tutorial."""
+"""Draws of qNEHVI, as in BoTorch's tutorial."""
 
 
 class Problem:
-    """A test problem on a fixed set; columns are the unknown, then the known objective."""
+    """Test problem on a fixed set; columns are the unknown, then the known objective."""
 
     def __init__(
         self, function: MultiObjectiveTestProblem, unknown: int = 0, noise: float = 0.0
@@ -88,11 +92,11 @@ class Problem:
         self.volume = self.hypervolume(list(range(POINTS)))
 
     def known(self, points: torch.Tensor) -> torch.Tensor:
-        """The known objective of any points, shape `(..., 1)`."""
+        """Compute the known objective of any points, shape `(..., 1)`."""
         return self.function(points)[..., self.order[1:]]
 
     def observations(self, seed: int) -> NDArray[np.float64]:
-        """What a seed sees of a point when it evaluates it, for all points."""
+        """Draw the noisy observation of every point for one seed."""
         rng = np.random.default_rng((seed, 1))
         return self.values + rng.normal(size=self.values.shape) * self.noises
 
@@ -109,8 +113,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 
 Ask = Callable[[Problem, NDArray[np.float64], list[int], int, int], list[int]]
-"""n further members of a problem's set, given the observations, the members evaluated so far (of no
-others may the unknown objective be read), n and a seed."""
+"""Function (problem, observations, evaluated members, n, seed) -> n further members of the set. It
+may read the unknown objective of evaluated members only."""
 
 
 def ask_flash(
@@ -126,7 +130,7 @@ def ask_flash(
 def ask_botorch(
     problem: Problem, seen: NDArray[np.float64], done: list[int], n: int, seed: int
 ) -> list[int]:
-    targets = -torch.from_numpy(seen[done])  # BoTorch maximises
+    targets = -torch.from_numpy(seen[done])  # BoTorch maximizes
     noises = torch.from_numpy(problem.noises_told**2).expand_as(targets)
     model = ModelListGP(*[
         SingleTaskGP(problem.points[done], targets[:, [i]], noises[:, [i]]) for i in (0, 1)
@@ -150,7 +154,7 @@ def ask_botorch_known(
 def _greatest_nehvi(
     model: ModelList, sampler: MCSampler, problem: Problem, done: list[int], n: int
 ) -> list[int]:
-    # Not qLogNEHVI: its smoothed logarithm is for the sake of gradients, of which a finite set has
+    # Not qLogNEHVI: its smoothed logarithm serves gradients, of which a finite set has
     # no use, and it compiles C++ on first use.
     acquisition = qNoisyExpectedHypervolumeImprovement(
         model=model,
@@ -183,7 +187,7 @@ def _left(done: list[int]) -> NDArray[np.int64]:
 
 
 def run(problem: Problem, ask: Ask, seed: int) -> tuple[list[int], list[float]]:
-    """The members that a method evaluates, in order, and the time of each ask [s]."""
+    """Run a method; return the evaluated members in order and the time of each proposal [s]."""
     seen = problem.observations(seed)
     start = 2 * (problem.function.dim + 1)
     done = np.random.default_rng((seed, 0)).choice(POINTS, start, replace=False).tolist()

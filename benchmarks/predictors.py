@@ -1,10 +1,11 @@
-"""Latency predictors against whole models of the paper's space (benchmarks/data/flash_space.jsonl).
+"""Accuracy and cost of latency predictors on whole models of the paper's space.
 
-Cases are `<predictor>/<latency>`. `blocks` is calibrated on 4 models and the backbone, the default,
-and tested on the others; `physical_8` and `physical_12` are fitted to so many models, picked by
-active measurement, and tested on the others; the rest predict every model by a fit to all others.
-`cost_s` is what building the predictor took: lowering and device time of all that it was fitted to.
-`cost_share_of_800` is that over the cost of 800 such whole models, the paper's stage 1.
+The dataset is benchmarks/data/flash_space.jsonl. Cases are `<predictor>/<latency>`. `blocks` is
+calibrated on the default 4 models and the backbone, and tested on the others. `analytical_8` and
+`analytical_12` are fitted to 8 and 12 models selected by active learning, and tested on the others.
+All other cases are leave-one-out. `cost_s` is the cost of the predictor: lowering and device time
+of all programs of its fit. `cost_share_of_800` is that cost relative to 800 such whole models, the
+paper's stage 1.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +35,7 @@ CALIBRATION_MODELS = LatencySettings().calibration_models
 
 
 def cost_s(bench: Profiler, subjects: Iterable[Subject]) -> float:
-    """Seconds of lowering and device time that all latencies of the subjects took."""
+    """Sum the lowering and device time of all latencies of the subjects [s]."""
     rows: list[StoredLatency] = []
     lowering_s = 0.0
     for subject in subjects:
@@ -63,11 +64,11 @@ def main() -> None:
         values, errors = all_ms[len(parts) :], errors[len(parts) :]
         table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
 
-        def physical(point: Point = point) -> AnalyticalPredictor:
+        def analytical(point: Point = point) -> AnalyticalPredictor:
             return AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk)
 
         makers: dict[str, tuple[Callable[[], Predictor], float]] = {
-            "physical": (physical, whole_s),
+            "analytical": (analytical, whole_s),
             "gp": (GaussianProcess, whole_s),
             "params": (lambda: PowerLaw(parameters), whole_s),
             "flops": (lambda point=point: PowerLaw(lambda t: flops(t, point)), whole_s),
@@ -80,8 +81,8 @@ def main() -> None:
         few = [*range(CALIBRATION_MODELS), len(models) - 1]
         for name, unfitted, picked, more_s in (
             ("blocks", BlockPredictor(table), few, parts_s),
-            ("physical_8", physical(), _pick(physical(), models, 8), 0.0),
-            ("physical_12", physical(), _pick(physical(), models, 12), 0.0),
+            ("analytical_8", analytical(), _pick(analytical(), models, 8), 0.0),
+            ("analytical_12", analytical(), _pick(analytical(), models, 12), 0.0),
         ):
             rest = [i for i in range(len(models)) if i not in picked]
             fitted = unfitted.fit([models[i] for i in picked], values[picked], errors[picked])
@@ -92,7 +93,7 @@ def main() -> None:
 
 
 def _pick(unfitted: AnalyticalPredictor, models: list[ArchSpec], num: int) -> list[int]:
-    """Indices of the backbone and of what is chosen before anything is measured."""
+    """Return the indices of the backbone and of models chosen before any measurement."""
     chosen = {models[-1], *choose(unfitted, [models[-1]], models, num - 1)}
     return [i for i, spec in enumerate(models) if spec in chosen]
 

@@ -1,20 +1,21 @@
-"""The paper's design principles (Sec. 3.5 and 4), tried on the tiny backbone.
+"""Tests of the paper's design principles (Sec. 3.5 and 4) on the tiny backbone.
 
-`python benchmarks/principles.py [STUDY ...]`, all studies without names. Each trains what it needs
-(kept in benchmarks/data/principles.jsonl, so that it can be killed and goes on), prints its figures
-and draws docs/figures/STUDY.svg (by kaleido, which needs Chrome or Chromium):
+`python benchmarks/principles.py [STUDY ...]` runs the named studies; without names it runs all and
+keeps the results. Each study trains the models it needs (kept in benchmarks/data/principles.jsonl,
+so it can be killed and resumed), prints its results and draws docs/figures/STUDY.svg (by kaleido,
+which needs Chrome or Chromium):
 
-- `scratch`: is a pruned start better than a random one at equal tokens, and do both rank 12
-  candidates alike? The random start gets the higher learning rate that suits it.
-- `skip_runs`: 3 and 4 skipped layers of 8, spread out or in a row: the latency is the same.
+- `scratch`: pruned against random start at equal tokens, and the rankings of 12 candidates by both.
+  The random start gets the higher learning rate that suits it.
+- `skip_runs`: 3 and 4 skipped layers of 8, spread out or consecutive, at the same latency.
 - `skip_sliding`: 1 to 4 layers without attention, or with a sliding window in either lowered form
   (stock ring buffer, `ring`), against narrower FFNs.
-- `depth_width`: deep and thin to shallow and wide, all of equal parameters, then of equal latency.
-- `ranking`: how early the order of 12 candidates is that of a long training.
+- `depth_width`: deep and thin to shallow and wide, at equal parameters, then at equal latency.
+- `ranking`: rank correlation of 12 candidates between short trainings and a long one.
 
 Latency is the time to the first token of 2048 by counted work at nominal rates, as in
-benchmarks/tabular.py: so the studies come out alike on every machine, and what a form of sliding
-windows costs is what its operators compute. Without names the results are kept too.
+benchmarks/tabular.py. The studies therefore give the same results on every machine, and the cost of
+a form of sliding windows is the work of its operators.
 """
 
 import itertools
@@ -58,17 +59,17 @@ BUDGETS = (2048, 4096, 8192, TOKENS, 2 * TOKENS)
 
 @cache
 def space() -> SearchSpace:
-    """space=tiny."""
+    """Return the space `tiny`."""
     return conf.space("tiny")
 
 
 def candidates() -> list[ArchSpec]:
-    """Spread over the space by a fixed seed."""
+    """Draw stratified candidates with a fixed seed."""
     return space().stratified(np.random.default_rng(0), CANDIDATES)
 
 
 def recipe(tokens: int, start: str) -> RecipeSettings:
-    """The short training of a search; from random weights with the pretraining's rate."""
+    """Return the recipe of a trial; from scratch with the learning rate of pretraining."""
     return RecipeSettings(
         name="principles",
         tokens=tokens,
@@ -94,7 +95,7 @@ def _scores() -> Importance:
 
 
 class Trained:
-    """Held-out losses by (architecture, start, tokens), trained when they are not known yet."""
+    """Held-out losses by (architecture, start, tokens), trained on demand."""
 
     def __init__(self) -> None:
         self._known = {
@@ -104,7 +105,7 @@ class Trained:
     def losses(
         self, specs: Sequence[ArchSpec], start: str = "pruned", tokens: int = TOKENS
     ) -> list[float]:
-        """Of each architecture [nats a token]."""
+        """Return the loss of each architecture [nats a token]."""
         tied = [spec.replace(tie_embeddings=True) for spec in specs]
         missing = [spec for spec in dict.fromkeys(tied) if (spec, start, tokens) not in self._known]
         for spec in progress(missing, f"{start}, {tokens} tokens"):
@@ -117,7 +118,7 @@ class Trained:
         return [self._known[spec, start, tokens] for spec in tied]
 
     def _train(self, spec: ArchSpec, start: str, tokens: int) -> tuple[float, list[float]]:
-        """Held-out loss and the training losses on the way."""
+        """Train one model; return its held-out loss and its training losses."""
         chosen, trainer = recipe(tokens, start), TrainerSettings()
         inputs = _inputs()
         L.seed_everything(0, verbose=False)
@@ -132,12 +133,12 @@ class Trained:
 
 
 def ttft_ms(specs: Sequence[ArchSpec], form: SlidingForm = SlidingForm.stock) -> list[float]:
-    """Nominal time to the first token of 2048 [ms]."""
+    """Compute the nominal time to the first token of 2048 [ms]."""
     return [tabular.nominal_ms(spec, form)["prefill_ms"] for spec in specs]
 
 
 def scratch(trained: Trained, record: Recorder) -> go.Figure:
-    """Pruned against random start."""
+    """Compare pruned with random starts."""
     specs, tokens = candidates(), 2 * TOKENS
     pruned, random = (trained.losses(specs, start, tokens) for start in ("pruned", "scratch"))
     gaps = [b - a for a, b in zip(pruned, random, strict=True)]
@@ -152,7 +153,7 @@ def scratch(trained: Trained, record: Recorder) -> go.Figure:
 
 
 def skip_runs(trained: Trained, record: Recorder) -> go.Figure:
-    """Spread out or in a row."""
+    """Compare skipped layers that are spread out with consecutive ones."""
     rng, whole = np.random.default_rng(0), space().base
     figure = go.Figure()
     for skipped in (3, 4):
@@ -177,7 +178,7 @@ def skip_runs(trained: Trained, record: Recorder) -> go.Figure:
 
 
 def skip_sliding(trained: Trained, record: Recorder) -> go.Figure:
-    """Skipped, sliding in two forms, or narrower."""
+    """Compare skipped layers, sliding windows in two forms, and narrower FFNs."""
     rng, whole = np.random.default_rng(0), space().base
     sets = []
     for num in (1, 2, 3, 4):
@@ -211,7 +212,7 @@ def skip_sliding(trained: Trained, record: Recorder) -> go.Figure:
 
 
 def depth_width(trained: Trained, record: Recorder) -> go.Figure:
-    """Deep and thin to shallow and wide."""
+    """Compare deep and thin with shallow and wide architectures."""
     whole = space().base
     grid = [
         whole.replace(model_dim=dim, ffn_dim=ffn, layer_types=(Attention.full_attention,) * depth)
@@ -247,7 +248,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
 
 
 def ranking(trained: Trained, record: Recorder) -> go.Figure:
-    """Short against long."""
+    """Compare rankings after short trainings with that after a long one."""
     specs = candidates()
     losses = {tokens: trained.losses(specs, tokens=tokens) for tokens in BUDGETS}
     figure = go.Figure()
@@ -270,7 +271,7 @@ def _replaced(spec: ArchSpec, layers: Sequence[int], kind: Attention) -> ArchSpe
 def _nearest(
     grid: Sequence[ArchSpec], values: np.ndarray, wanted: float, depth: int
 ) -> ArchSpec | None:
-    """Of this depth within 3 %, the one with the backbone's ratio of widths; None without any."""
+    """Find the member of this depth, within 3 %, nearest to the backbone's ratio of widths."""
     ratio = space().base.ffn_dim / space().base.model_dim
     fits = [
         spec

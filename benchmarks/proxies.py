@@ -1,7 +1,8 @@
-"""The paper's Table 2 on this machine: do parameters or FLOPs rank architectures by latency?
+"""The paper's Table 2 on this machine: rank correlation of latency with parameters and FLOPs.
 
-Kendall's tau over the whole models of benchmarks/data/flash_space.jsonl. The paper, on a phone with
-100 architectures at 2k tokens: parameters 0.40 (prefill) and 0.40 (decode), FLOPs 0.46 and 0.55.
+The metric is Kendall's tau over the whole models of benchmarks/data/flash_space.jsonl. The paper
+reports, on a phone with 100 architectures at 2k tokens: parameters 0.40 (prefill) and 0.40
+(decode), FLOPs 0.46 and 0.55.
 """
 
 import flash_space

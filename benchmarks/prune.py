@@ -1,8 +1,10 @@
-"""Cut flash_650m out of a 1.8B-shaped bf16 backbone file: seconds, and peak memory.
+"""Time and peak memory of pruning flash_650m from a backbone file in bf16 with a shape of 1.8B.
 
-`prune_s`: from the open file to the candidate's tensors in memory, page cache warm.
-`peak_over_candidate`: growth of the peak resident memory during it, over the candidate's bytes.
-The backbone is made on the spot (3.6 GB in a temporary folder); its numbers are random.
+- `prune_s`: seconds from the open file to the candidate's tensors in memory, with a warm page
+  cache.
+- `peak_over_candidate`: growth of the peak resident memory relative to the size of the candidate.
+
+The backbone has random weights and is made in a temporary folder (3.6 GB).
 """
 
 import json

@@ -27,7 +27,7 @@ from flash.search.pareto import non_dominated
 FIGURE = conf.ROOT / "docs" / "figures" / "overview.svg"
 MEASURED = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
 PROGRAMS = LoweringSettings(
-    attention=AttentionForm.sdpa, skip_unread=False, max_context=2048, prefill_chunk=1024
+    attention=AttentionForm.sdpa, prefill_last_only=False, max_context=2048, prefill_chunk=1024
 )
 """The form of the measured programs."""
 WIDTH, HEIGHT = 1000, 560

@@ -1,4 +1,4 @@
-"""How every benchmark reports: JSON lines on stdout, the last good run kept in results/."""
+"""Recording of results: JSON lines on stdout, and the last complete run in results/."""
 
 import json
 import os
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Line:
-    """One figure: a median over n runs, with the distance between its quartiles as spread."""
+    """One result: median over n runs, with the interquartile range as spread."""
 
     benchmark: str
     case: str
@@ -30,7 +30,7 @@ class Line:
 
 
 class Recorder:
-    """Prints each line as it comes; `close` replaces the kept results of this benchmark."""
+    """Recorder that prints each line at once; `close` replaces the kept results."""
 
     def __init__(self, benchmark: str) -> None:
         self.benchmark = benchmark
@@ -49,7 +49,7 @@ class Recorder:
         print(self.lines[-1], flush=True)
 
     def close(self) -> None:
-        """Keep the lines: the run was good."""
+        """Keep the lines of a complete run."""
         RESULTS.mkdir(exist_ok=True)
         machine = {
             "benchmark": self.benchmark,
@@ -71,15 +71,15 @@ def _short(value: float) -> float:
 
 
 def rss_mib() -> float:
-    """Resident memory of this process now [MiB]."""
+    """Return the current resident memory of this process [MiB]."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
 def peak_rss_mib() -> float:
-    """Highest resident memory of this program so far [MiB].
+    """Return the peak resident memory of this program so far [MiB].
 
-    Not `ru_maxrss`: a child inherits that from the process that started it.
+    `ru_maxrss` is unsuitable: a child inherits it from the process that started it.
     """
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("VmHWM:"))
@@ -87,9 +87,9 @@ def peak_rss_mib() -> float:
 
 
 def in_fresh_process(script: str, case: str, *arguments: str) -> dict[str, Any]:
-    """Run `script case arguments... RESULT` in a process of its own; returns what it wrote.
+    """Run `script case arguments... RESULT` in its own process; return the JSON that it wrote.
 
-    Peak memory can only be told of a process that did nothing else.
+    Peak memory can only be measured in a process that did nothing else.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
@@ -99,7 +99,7 @@ def in_fresh_process(script: str, case: str, *arguments: str) -> dict[str, Any]:
 
 
 def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each of `runs` in turn, `rounds` times: a drift of the machine then hits all alike."""
+    """Call each of `runs` in turn, `rounds` times, so that drift of the machine affects all."""
     values: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

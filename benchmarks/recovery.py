@@ -1,16 +1,17 @@
-"""What wins back the quality that pruning costs, at equal tokens, on the tiny backbone.
+"""Recovery of the quality lost by pruning, at equal tokens, on the tiny backbone.
 
-One architecture (6 layers of width 224, two without attention), 131,072 tokens, three seeds of
-order and initialisation, the recipes of conf/recipe: `scratch` (random weights, the pretraining's
-rate), `continue` (pruned, cross-entropy), `distill` (pruned, half of it forward KL to the
-backbone).
-`loss` is held out; `margin` how much lower it is than that of the case before, seed by seed.
+One architecture (6 layers of width 224, two without attention) is trained on 131,072 tokens with
+three seeds of data order and initialization, by the recipes of conf/recipe: `scratch` (random
+weights, learning rate of pretraining), `continue` (pruned, cross-entropy) and `distill` (pruned,
+half cross-entropy and half forward KL to the backbone). `loss` is the held-out loss; `margin` is
+its reduction relative to the case before, seed by seed.
 
-Then 8-bit activations and 4-bit weights: `ptq` is the distilled model quantised as it is, `qat` the
-same after 65,536 more tokens with recipe=qat, `more` after as many without the rounding, quantised
-then; `rounded_loss` is their loss with the device's rounding.
+The distilled model is then quantized to 8-bit activations and 4-bit weights: `ptq` without further
+training, `qat` after 65,536 more tokens with recipe=qat, `more` after as many tokens of float
+training. `rounded_loss` is their held-out loss with the rounding of the device.
 
-Runs resume (runs/recovery). Draws docs/figures/recovery.svg (by kaleido, which needs Chrome).
+Interrupted runs resume (runs/recovery). The benchmark draws docs/figures/recovery.svg (by kaleido,
+which needs Chrome).
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ CASES = {"scratch": "pretrain", "continue": "continue", "distill": "distill"}
 
 
 def run(name: str, recipe: RecipeSettings, seed: int, start: str | None = None) -> TrainResult:
-    """One training; a finished one is read."""
+    """Run one training, or read its result if it is finished."""
     backbone = conf.TINY
     arch: dict[str, object] = {} if start else ARCH
     if name == "scratch":
@@ -80,7 +81,7 @@ def checkpoint(name: str, seed: int) -> str:
 
 
 def rounded_loss(name: str, seed: int, inputs: Inputs) -> float:
-    """Held-out loss of a trained model once it is quantised."""
+    """Compute the held-out loss of a trained model after quantization."""
     model = load(Path(checkpoint(name, seed)))
     fake_quantize(model)
     return validate(model, inputs.data, Precision.fp32).loss
@@ -102,7 +103,7 @@ def recovery(record: Recorder) -> dict[str, list[TrainResult]]:
     return results
 
 
-def quantised(record: Recorder, inputs: Inputs) -> None:
+def quantization_stages(record: Recorder, inputs: Inputs) -> None:
     aware = recipe_of("qat", FURTHER)
     for name, recipe in (("qat", aware), ("more", dataclasses.replace(aware, qat=False))):
         for seed in SEEDS:
@@ -118,9 +119,9 @@ def quantised(record: Recorder, inputs: Inputs) -> None:
 
 
 def draw(results: dict[str, list[TrainResult]]) -> None:
-    """Training losses on the way, but not of distillation, and held-out ones before and after."""
+    """Plot training losses (except of distillation) and held-out losses before and after."""
     figure = go.Figure()
-    for case, colour in zip(results, ("#8a8f98", "#e8743b", "#2f6fde"), strict=True):
+    for case, color in zip(results, ("#8a8f98", "#e8743b", "#2f6fde"), strict=True):
         for seed, result in enumerate(results[case]):
             curve = result.fit.curve if case != "distill" else []
             figure.add_scatter(
@@ -128,7 +129,7 @@ def draw(results: dict[str, list[TrainResult]]) -> None:
                 y=list(curve),
                 mode="lines",
                 showlegend=False,
-                line={"color": colour, "width": 1},
+                line={"color": color, "width": 1},
                 opacity=0.5,
             )
             figure.add_scatter(
@@ -138,7 +139,7 @@ def draw(results: dict[str, list[TrainResult]]) -> None:
                 name=case,
                 legendgroup=case,
                 showlegend=seed == 0,
-                marker={"color": colour, "size": 9},
+                marker={"color": color, "size": 9},
             )
     figure.update_layout(template="plotly_white", width=760, height=440)
     figure.update_xaxes(title="tokens")
@@ -156,7 +157,7 @@ def main() -> None:
         seed=0,
         runs=Runs(conf.ROOT / "runs" / "recovery"),
     )
-    quantised(record, inputs)
+    quantization_stages(record, inputs)
     draw(results)
     record.close()
 

@@ -1,22 +1,22 @@
-"""How far two measurements of the same architecture differ, half an hour or more apart.
+"""Repeatability: difference of two measurements of an architecture, at least half an hour apart.
 
 `python benchmarks/repeatability.py --round N` measures 10 architectures of `space=tiny` with the
 settings that users get (device=host: three fresh processes of three runs, repeated until the
 standard error is small) and 10 of `space=flash` once with the protocol of the latency dataset
 (three processes, one run; prefill at 512, decode steps at 1536 and 512), into
-benchmarks/data/repeatability_N.jsonl. A killed round goes on with the next group; `--lower` only
-prepares the programs, which takes longest. Without arguments it compares the rounds that this
-machine has made, each with the one before.
+benchmarks/data/repeatability_N.jsonl. A killed round resumes with the next group; `--lower` only
+prepares the programs, which takes longest. Without arguments the benchmark compares each round of
+this machine with the one before.
 
 Cases are `prefill` and `decode` for `space=tiny`, `flash/prefill_512` and so on for the other.
-`disagreement_pct` is of latencies as predictors get them, corrected for what the machine was slower
-by than at its best, as the reference program that took turns tells
-(flash.latency.profiler.comparable); `raw_disagreement_pct` is of the smallest times as they were.
+`disagreement_pct` is that of latencies as predictors get them: corrected for the slowdown of the
+machine, which the alternating reference program shows (flash.latency.profiler.comparable).
+`raw_disagreement_pct` is that of the uncorrected smallest times.
 
-Cases `dataset/...` tell why the reference is a whole model and how far to trust it: measurements of
-benchmarks/data/flash_space.jsonl, half an hour and more apart, `raw_pct`, and divided by how much
-slower than at best another whole model of the same group was, beyond a slowness that passes for
-noise (`stand_in_1.03_pct` corrects from 3 % on).
+Cases `dataset/...` show the accuracy of a whole model as the reference. They compare measurements
+of benchmarks/data/flash_space.jsonl at least half an hour apart: `raw_pct` without correction;
+`stand_in_1.03_pct` divided by the slowdown of another whole model of the same group, if that
+exceeds 3 %.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SPACES = ("tiny", "flash")
 
 
 def models(space: str) -> list[ArchSpec]:
-    """The architectures, spread over the space."""
+    """Draw architectures that are stratified over the space."""
     if space == "flash":
         return flash_space.models()[:ARCHITECTURES]
     backbone = conf.space("tiny").base
@@ -54,7 +54,7 @@ def models(space: str) -> list[ArchSpec]:
 
 
 def bench(space: str, store: Path) -> Profiler:
-    """What measures a space."""
+    """Open the profiler of a space."""
     device, settings = conf.host(), LatencySettings()
     if space == "flash":
         device = dataclasses.replace(flash_space.DEVICE, prompts=[512])
@@ -71,7 +71,7 @@ def bench(space: str, store: Path) -> Profiler:
 
 
 def compare(record: Recorder, space: str, rounds: list[Path]) -> None:
-    """Every point of a space's workload."""
+    """Compare two rounds at every point of the workload of a space."""
     benches = [bench(space, path) for path in rounds]
     points = benches[0].workload.points
     for point in points:
@@ -94,7 +94,7 @@ def compare(record: Recorder, space: str, rounds: list[Path]) -> None:
 
 
 def stand_in(record: Recorder, point: Point) -> None:
-    """The dataset's disagreements, another whole model in the place of the reference."""
+    """Compute the disagreements of the dataset with another whole model as the reference."""
     dataset = flash_space.recorded()
     rows = {spec: dataset.attempts(Subject(spec=spec), point) for spec in flash_space.models()}
     best = {spec: min(map(_ms, of)) for spec, of in rows.items()}
@@ -121,7 +121,7 @@ def stand_in(record: Recorder, point: Point) -> None:
 
 
 def _group(row: StoredLatency) -> str:
-    """Tells measurements that were taken in the same processes."""
+    """Return a key shared by measurements taken in the same processes."""
     return str([each["started"] for each in row.result["conditions"]])
 
 

@@ -1,4 +1,4 @@
-"""Truths that take hours are kept as they come: files of JSON lines that many processes add to."""
+"""Files of JSON lines to which several processes append results that take hours."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from flash.arch import ArchSpec
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines so far, `spec` as an `ArchSpec`; one that a kill cut short is left out."""
+    """Read the lines, `spec` as an `ArchSpec`; a line truncated by a kill is left out."""
     if not path.is_file():
         return []
     found = []
@@ -24,7 +24,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line and see it to the disk; other processes may do the same."""
+    """Append a line and flush it to disk; other processes may append at the same time."""
     path.parent.mkdir(exist_ok=True)
     with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

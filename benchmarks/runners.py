@@ -1,8 +1,8 @@
-"""Is ExecuTorch's native LLM runner (C++) steadier on the host than our Python runner?
+"""Variability of ExecuTorch's native LLM runner (C++) and of our Python runner on the host.
 
-The tiny backbone as a program; fresh processes of both take turns, each with one prompt of 512
-tokens and 64 decode steps, nothing warmed up, one thread. `ms` is the median over processes,
-`cv_pct` how much they scatter around their mean.
+The program is the tiny backbone. Fresh processes of both runners alternate, each with one prompt of
+512 tokens and 64 decode steps, without warm-up, on one thread. `ms` is the median over processes,
+`cv_pct` their coefficient of variation.
 """
 
 import json

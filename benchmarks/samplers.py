@@ -1,14 +1,14 @@
-"""How many trials does each sampler need? On the tabular truth of benchmarks/tabular.py.
+"""Sample efficiency of the samplers on the tabular benchmark of benchmarks/tabular.py.
 
-Every member of the space is in the table, so that samplers search exactly as they would otherwise:
-whatever they may propose has been trained, and nothing is mapped or interpolated. Cases are the
-samplers, each with the same start-up design of 16 trials, batches of 4 and 20 seeds; metrics are
-`hypervolume_25`, `_50`, `_100` and `_200`: the hypervolume after so many trials as a share of the
-true frontier's (medians; the spread is the distance between the quartiles). The reference point is
-that of a search: 0.6 nats above the largest member, at its latency. `share_of_table` says how much
-of the space so many trials are.
+The table holds every member of the space, so samplers search as usual: all proposals have been
+trained, and nothing is mapped or interpolated. Cases are the samplers, each with the same start-up
+design of 16 trials, batches of 4 and 20 seeds. The metrics `hypervolume_25`, `_50`, `_100` and
+`_200` are the hypervolume after that many trials as a share of that of the true frontier (medians;
+the spread is the interquartile range). The reference point is that of a search: 0.6 nats above the
+largest member, at its latency. `share_of_table` is the number of trials relative to the size of the
+space.
 
-`python benchmarks/samplers.py [CASE ...]` prints; without cases it also keeps the results.
+`python benchmarks/samplers.py [CASE ...]` prints the results; without cases it also keeps them.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ SETTINGS = SearchSettings(study="table", batch=4, startup_trials=16, pool_size=5
 
 
 class Table:
-    """The truth: loss and latency of every member."""
+    """Table of the loss and the latency of every member of the space."""
 
     def __init__(self) -> None:
         self.space = tabular.space()
@@ -62,12 +62,12 @@ class Table:
         return {"prefill_ms": np.array([self.prefill_ms[spec] for spec in specs])}
 
     def volume(self, specs: Sequence[ArchSpec]) -> float:
-        """Hypervolume of these members."""
+        """Compute the hypervolume of these members."""
         points = [(self.loss[spec], self.prefill_ms[spec]) for spec in specs]
         return hypervolume(points, self.problem.reference)
 
     def run(self, sampler: Sampler, trials: int, seed: int) -> list[ArchSpec]:
-        """The members that a search evaluates, in order."""
+        """Run a search; return the evaluated members in order."""
         settings = dataclasses.replace(SETTINGS, sampler=sampler)
         done: list[Trial] = []
         while len(done) < trials:
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def _noise() -> list[float]:
-    """Absolute differences between the losses of one member with two seeds."""
+    """Compute absolute differences between the losses of a member with two seeds."""
     rows = [row for row in tabular.read() if row["loss"] is not None]
     second = {row["spec"]: row["loss"] for row in rows if row["seed"] == 1}
     return [

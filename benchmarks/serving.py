@@ -1,12 +1,13 @@
-"""What we ship against ExecuTorch's own export of the same shape: prefill and decode at 2k.
+"""Our programs compared with ExecuTorch's own export of the same shape: prefill and decode at 2k.
 
-flash_350m and flash_650m with random weights, 8da4w in groups of 32, 4-bit embedding, float cache
-(the faster of the stock exporter's two on x86), 2,048 tokens: the stock program's in calls of 1,024
-tokens, ours of 256, each its best. Fresh processes of the one and the other take turns.
-`prefill_speedup` and `decode_speedup` are stock over ours, turn by turn; `peak_rss_mib` is that of
-the measuring process, Python and torch included.
+The models are flash_350m and flash_650m with random weights in 8da4w with groups of 32, a 4-bit
+embedding and a float cache (the faster of the two caches of the stock exporter on x86). A prompt of
+2,048 tokens is processed in the chunks that suit each best: 1,024 tokens in the stock program, 256
+in ours. Fresh processes of both alternate. `prefill_speedup` and `decode_speedup` are the stock
+time divided by ours, pair by pair; `peak_rss_mib` is the peak memory of the measuring process,
+Python and torch included.
 
-Programs are kept in runs/serving, so that a second run only measures.
+Programs are kept in runs/serving, so a second run only measures.
 `python benchmarks/serving.py [--threads N] [MODEL ...]`; without models it keeps the results.
 """
 
@@ -30,7 +31,7 @@ from flash.model.decoder import Decoder
 MODELS = ("flash_350m", "flash_650m")
 CONTEXT, DECODE, TURNS = 2048, 16, 3
 FORMS = {"ours": AttentionForm.matmul, "stock": AttentionForm.sdpa}
-"""Each with the default chunk that goes with it."""
+"""Form of attention of each program; the default chunk follows from it."""
 FOLDER = Path("runs/serving")
 
 
@@ -50,7 +51,7 @@ def device(threads: int, way: str) -> HostDevice:
 
 
 def lower_one(way: str, model: str, path: Path) -> None:
-    """Write one program; called in a process of its own, which returns its memory."""
+    """Write one program; must run in its own process, whose end frees the memory."""
     spec, settings = conf.winner(model), device(1, way).settings.lowering
     if way == "stock":
         lower_stock_arch(spec, settings, path)
@@ -67,7 +68,7 @@ def program(way: str, model: str) -> Program:
 
 
 def least(measured: Measurement, point: str) -> float:
-    """Milliseconds of the fastest run, or of the fastest step of all runs."""
+    """Return the milliseconds of the fastest run, or of the fastest step of all runs."""
     [samples] = measured.samples
     steps = [step for run in samples[point] for step in run.get("steps_ms", ())]
     return min(steps) if steps else 1e3 * min(run["wall_s"] for run in samples[point])

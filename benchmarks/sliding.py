@@ -1,10 +1,10 @@
-"""What one attention layer costs in each form, at the shape of Flash-650M: is skipping faster?
+"""Latency of one attention half in each lowered form, at the shape of Flash-650M.
 
-The paper found that sliding windows lose to skipped layers, on a runtime whose ring buffer computes
-a whole matrix. Cases `<form>/<latency>`, metric `block_ms`: one attention half in full form, as
-the stock ring buffer, and as the ring that computes little more than the window; a skipped layer
-costs nothing, and `ffn` is the half that every layer keeps. `share_of_full` compares programs that
-took turns in the same processes.
+The paper found sliding windows inferior to skipped layers, on a runtime whose ring buffer computes
+a whole matrix of scores. Cases are `<form>/<latency>`. The metric `block_ms` is the latency of one
+attention half: full, as the stock ring buffer, or as the ring that computes little more than the
+window. A skipped layer costs nothing, and `ffn` is the half that every layer keeps. `share_of_full`
+compares programs that alternated in the same processes.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-"""Early stopping of trials (flash.search.pruner) on real curves: what it saves, how it errs.
+"""Early stopping of trials (flash.search.pruner) on real curves: savings and error rate.
 
-Replays the trainings of benchmarks/data/principles.jsonl as searches: the candidates come in random
-orders, each is judged at its rungs by those before it, and is never really stopped, so that what it
-would have reached is known. Costs are counted work (benchmarks/tabular.py). Cases are the settings
-of `search.stop_error`; `wrongly_stopped` is the share of the trials that reached the frontier of
-their moment that the rule would have ended (to be at most the setting), `tokens_saved` the share of
-all training tokens, `stopped` the share of trials. Medians over the orders.
+The benchmark replays the trainings of benchmarks/data/principles.jsonl as searches in random
+orders. The pruner decides on each trial at its rungs, given the trials before it; the final loss is
+known, since no trial is really stopped. Costs are counted work (benchmarks/tabular.py). Cases are
+values of `search.stop_error`. `wrongly_stopped` is the share of trials on the frontier of their
+time that the pruner would have stopped (it must not exceed the setting), `tokens_saved` the share
+of all training tokens, `stopped` the share of trials. Results are medians over the orders.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from record import Recorder
 
 from flash.search.objectives import Objective, Problem
-from flash.search.pruner import TrialPruned, judge
+from flash.search.pruner import TrialPruned, maybe_prune
 from flash.search.study import Trial
 from flash.training.loss_curve import Curve
 
@@ -25,7 +25,7 @@ ORDERS = 200
 
 
 def trials() -> list[Trial]:
-    """Complete trials with their curves."""
+    """Read the complete trials with their curves."""
     return [
         Trial(
             number=0,
@@ -42,18 +42,18 @@ def trials() -> list[Trial]:
 
 
 def ended_after(trial: Trial, before: list[Trial], problem: Problem, error: float) -> int | None:
-    """Parts of the curve after which the rule ends a trial."""
+    """Return the number of parts of the curve after which the pruner stops a trial."""
     parts = len(trial.curve)
     for done in range(1, parts + 1):
         try:
-            judge(trial, Curve(tuple(trial.curve[:done]), parts), before, problem, error)
+            maybe_prune(trial, Curve(tuple(trial.curve[:done]), parts), before, problem, error)
         except TrialPruned:
             return done
     return None
 
 
 def replay(order: list[Trial], problem: Problem, error: float) -> tuple[float, float, float]:
-    """Shares of good trials ended, of tokens saved, and of trials ended."""
+    """Return the shares of good trials stopped, of tokens saved, and of trials stopped."""
     good = wrong = stopped = 0
     saved = 0.0
     for i, trial in enumerate(order):

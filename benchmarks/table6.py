@@ -2,9 +2,10 @@
 
     python benchmarks/table6.py [CONTEXT...]        # 1024 2048
 
-Random weights in the true shapes, models one after the other in processes of their own, cheap ones
-first. `ttft_s` and `decode_tok_s` are medians over the processes' best times. What `runs/shapes`
-holds of an earlier, stopped run is not measured again; the kept file grows with every model.
+Models have random weights in the true shapes, and run one after the other in their own processes,
+cheap ones first. `ttft_s` and `decode_tok_s` are medians over the best times of the processes.
+Results of an earlier, stopped run in `runs/shapes` are reused; the kept file grows with every
+model.
 """
 
 import json
@@ -37,12 +38,12 @@ MODELS = (
     "llama3_2_1b",
     "gemma3_1b",
 )
-"""Cheap ones first."""
+"""Models in order of their cost."""
 MEASURE = "measure"
 
 
 def device_settings(contexts: list[int]) -> DeviceSettings:
-    """As conf/experiment/table6.yaml, with fewer runs: one of ten seconds needs no warm-up."""
+    """Return settings as in conf/experiment/table6.yaml, with fewer runs and no warm-up."""
     return DeviceSettings(
         name="host",
         processes=2,
@@ -55,7 +56,7 @@ def device_settings(contexts: list[int]) -> DeviceSettings:
 
 
 def shape(name: str) -> Shape:
-    """The shape in conf/arch/NAME.yaml; those of ours are whole specs."""
+    """Return the shape in conf/arch/NAME.yaml; ours are whole specs."""
     arch = yaml.safe_load((ROOT / "conf" / "arch" / f"{name}.yaml").read_text("utf-8"))
     arch.pop("defaults", None)
     if "stock" in arch:
@@ -64,7 +65,7 @@ def shape(name: str) -> Shape:
 
 
 def add(record: Recorder, result: ShapeResult) -> None:
-    """The lines of one model: one value a process that was not thrown away."""
+    """Record the results of one model, with a value for each process that was kept."""
     samples = [sample for sample in result.measurement.samples if sample["accepted"]]
     for name in result.measurement.latencies:
         point = Point.parse(name)
@@ -88,7 +89,7 @@ def main(contexts: list[int]) -> None:
 
 
 def measure(name: str, contexts: list[int], answer: Path) -> None:
-    """In a process of its own, whose end returns all memory."""
+    """Measure one model in its own process, whose end frees all memory."""
     settings, runs = device_settings(contexts), Runs(ROOT / "runs")
     result = measure_shape(name, shape(name), settings, runs)
     path = ShapeResult.path(runs, settings, result.name)

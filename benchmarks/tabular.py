@@ -1,19 +1,18 @@
-"""A truth to compare samplers with: every member of a small space, pruned and trained.
+"""Tabular benchmark for samplers: every member of a small space, pruned and trained.
 
 `python benchmarks/tabular.py [--reverse] [--limit N]` goes through all members of `space()` in a
 fixed random order, evaluates each as a trial of a search is evaluated, and appends one line of JSON
-a candidate to `benchmarks/data/tiny_tabular.jsonl`. It can be stopped or killed at any time; what
-is there is never done again. A second process that starts from the other end, with `--reverse`,
-shares the work.
-The first `NOISE_SPECS` candidates are trained with a second seed too (another order of the text),
-which tells how much of a loss is chance.
+for each to `benchmarks/data/tiny_tabular.jsonl`. It can be stopped or killed at any time and
+resumes with the missing members. A second process that starts from the other end, with `--reverse`,
+shares the work. The first `NOISE_SPECS` candidates are also trained with a second seed (another
+order of the text), which shows the noise of a loss.
 
 A line holds `spec`, `seed`, `loss` (nats a token, or null with a `reason`), `prefill_ms`,
 `decode_ms`, `tokens`, `precision`, `seconds`. Lines without a precision were computed in bf16;
-fp32, for processors that bf16 is slow on, gives the same losses to 0.0007 nats, a tenth of what
-another seed changes. The latencies are the work that the lowered program would do, counted by
+fp32, for processors on which bf16 is slow, gives the same losses to 0.0007 nats, a tenth of the
+effect of another seed. The latencies are the work of the lowered program, counted by
 flash.latency.cost_model at a prompt and a context of 2048 tokens with ring caches, summed at the
-rates of a nominal core: a fixed function of the spec, so that the truth depends on no device.
+rates of a nominal core. They are a fixed function of the spec, so the table depends on no device.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import conf
 from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
 from flash.data.settings import DataSettings
 from flash.device.workload import Point
-from flash.latency.cost_model import SpecTable, counted
+from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 from flash.model.backbone import Backbone
 from flash.paths import Runs
@@ -45,7 +44,7 @@ SPACE = SpaceSettings(
     num_layers=Choices(min=5, max=6),
     model_dim=Choices(min=192, max=256, step=64),
     ffn_dim=Choices(min=320, max=576, step=256),
-    max_efficient_run=1,  # so that all kinds stay and the space can still be exhausted
+    max_efficient_run=1,  # keeps all kinds and a space small enough to exhaust
 )
 """512 members: 128 patterns, two widths, two FFN widths."""
 DATA = DataSettings(name="stdlib", validation_sequences=16)
@@ -54,12 +53,12 @@ NOISE_SPECS = 6
 
 
 def space() -> SearchSpace:
-    """The space whose every member is in the table."""
+    """Return the space whose members are in the table."""
     return SearchSpace(SPACE, Backbone.open(conf.TINY).spec)
 
 
 def members(space: SearchSpace) -> list[ArchSpec]:
-    """All members of a small space, in an order that only depends on the space."""
+    """List all members of a small space, in an order that only depends on the space."""
     smallest = space.make(
         space.model_dims[0], space.ffn_dims[0], (space.kinds[0],) * space.depths[0]
     )
@@ -76,36 +75,36 @@ def members(space: SearchSpace) -> list[ArchSpec]:
 
 
 def tasks(space: SearchSpace) -> list[tuple[ArchSpec, int]]:
-    """(candidate, seed) in the order in which they are trained."""
+    """List the pairs (candidate, seed) in the order in which they are trained."""
     specs = members(space)
     repeated = [(spec, seed) for spec in specs[:NOISE_SPECS] for seed in (0, 1)]
     return repeated + [(spec, 0) for spec in specs[NOISE_SPECS:]]
 
 
 def read() -> list[dict[str, Any]]:
-    """The lines so far."""
+    """Read the lines so far."""
     return rows.read(TABLE)
 
 
 def done() -> set[tuple[ArchSpec, int]]:
-    """What need not be trained again."""
+    """Return the pairs (candidate, seed) that are in the table."""
     return {(row["spec"], row["seed"]) for row in read()}
 
 
 def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str, float]:
-    """Latencies of one core at nominal rates."""
-    # The forms that the table was made with.
+    """Compute the latencies of one core at nominal rates [ms]."""
+    # Forms of attention with which the table was made.
     lowering = LoweringSettings(sliding=form, attention=AttentionForm.sdpa, prefill_last_only=False)
     return {
         f"{point.phase.value}_ms": float(
-            counted(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()
+            nominal_work_ms(SpecTable.of([spec]), point, lowering, lowering.chunk).sum()
         )
         for point in (Point.parse("prefill_2048"), Point.parse("decode_2048"))
     }
 
 
 def evaluators(precision: Precision) -> dict[int, ShortTraining]:
-    """How candidates are evaluated, by seed."""
+    """Return the evaluator of each seed."""
     trainer = TrainerSettings(precision=precision)
     backbone, runs, made = Backbone.open(conf.TINY), Runs(conf.ROOT / "runs"), {}
     for seed in (0, 1):
@@ -130,7 +129,7 @@ def main() -> None:
     evaluate = evaluators(precision) if left else {}
     with progress_bar("tabular", len(left), unit="candidate") as bar:
         for number, (spec, seed) in enumerate(left):
-            if (spec, seed) in done():  # by the other process
+            if (spec, seed) in done():  # done by the other process meanwhile
                 continue
             start = time.perf_counter()
             row: dict[str, Any] = {"spec": spec.to_dict(), "seed": seed, "tokens": RECIPE.tokens}

@@ -1,16 +1,17 @@
-"""A teacher whose likeliest tokens are kept ahead, against one that runs along.
+"""Distillation from cached top tokens of the teacher, compared with an online teacher.
 
-The architecture, tokens and recipe of benchmarks/recovery.py's distillation, on the tiny backbone
-(vocabulary 2,048, fp32).
+The architecture, tokens and recipe are those of the distillation in benchmarks/recovery.py, on the
+tiny backbone (vocabulary 2,048, fp32).
 
-- `time_ratio`: seconds a step over those with the teacher running along, in turns in one process:
-  `kept` reads 16 likeliest tokens, `none` learns from the text alone. Keeping the tokens takes the
-  teacher's forward passes once, for all students; that is not in it.
-- `loss`: held out, after 131,072 tokens, three seeds; `more_loss` how much more than with the
-  teacher running along, seed by seed.
-- `bytes_per_token`: on disk.
+- `time_ratio`: seconds of a step relative to those with an online teacher, alternating in one
+  process. `kept` reads the 16 likeliest tokens from the cache, `none` trains on the text alone.
+  Filling the cache takes the forward passes of the teacher once for all students and is not
+  included.
+- `loss`: held-out loss after 131,072 tokens with three seeds; `more_loss`: its excess over that
+  with an online teacher, seed by seed.
+- `bytes_per_token`: size of the cache on disk.
 
-`python benchmarks/teacher.py`; finished runs are kept in runs/teacher and not done again.
+`python benchmarks/teacher.py`; finished runs are kept in runs/teacher and reused.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ RUNS = Runs(conf.ROOT / "runs" / "teacher")
 
 
 def loss(top_k: int | None, seed: int) -> float:
-    """Held-out loss after distillation; a finished run is read."""
+    """Compute the held-out loss after distillation, or read that of a finished run."""
     settings = TrainSettings(
         backbone=conf.TINY,
         data=DATA,
@@ -62,7 +63,7 @@ def losses(record: Recorder) -> None:
 
 
 def step_s(inputs: Inputs, teacher: Teacher | None, recipe: RecipeSettings) -> float:
-    """Median seconds of a step, data and optimiser included."""
+    """Measure the median seconds of a step, data and optimizer included."""
     spec = arch_of(ARCH, inputs.backbone)
     torch.manual_seed(0)
     steps = dataclasses.replace(TRAINER, max_steps=STEPS)

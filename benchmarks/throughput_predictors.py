@@ -1,8 +1,8 @@
-"""Predictions a second for random specs of the paper's space, one thread.
+"""Predictions per second for random specs of the paper's space, on one thread.
 
-Each predictor is fitted to 33 models of made-up latencies; speed does not depend on the values.
-`specs` starts from a list of `ArchSpec`, `table` from the arrays that were made of it once, and
-`table/of_specs` is the making of these.
+Each predictor is fitted to 33 models with synthetic latencies, since speed does not depend on the
+values. The case `specs` starts from a list of `ArchSpec`, `table` from a `SpecTable` built before,
+and `table/of_specs` is the building of the table.
 """
 
 import time
@@ -58,7 +58,7 @@ def main() -> None:
     predictors: dict[str, Predictor] = {
         "blocks": _blocks(),
         "gp": GaussianProcess(),
-        "physical": AnalyticalPredictor(POINT, LoweringSettings()),
+        "analytical": AnalyticalPredictor(POINT, LoweringSettings()),
         "params": PowerLaw(parameters),
         "flops": PowerLaw(lambda counted: flops(counted, POINT)),
     }

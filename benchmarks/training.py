@@ -1,21 +1,23 @@
-"""Tokens a second of our training step against transformers' and litgpt's, same shapes.
+"""Training throughput compared with transformers and litgpt on the same shapes.
 
-Llama-like models with SmolLM2's vocabulary (49,152, tied): 15M, 60M and 150M parameters, fp32 and
-bf16 autocast, 1,024 tokens a step. Every way has the same weights, batch, fused AdamW and clipping,
-and its own forward pass and loss, as its users would run it:
+The models are Llama-like with the vocabulary of SmolLM2 (49,152, tied): 15M, 60M and 150M
+parameters, fp32 and bf16 autocast, 1,024 tokens a step. All implementations have the same weights,
+batch, fused AdamW and gradient clipping, and their own forward pass and loss, as their users run
+it:
 
-- `ours`: our decoder and chunked loss; `compiled` the same as `trainer.compile=true` runs it.
-- `transformers`: LlamaForCausalLM with its own loss from labels, which is what Trainer steps on.
+- `ours`: our decoder and chunked loss; `compiled`: the same with `trainer.compile=true`.
+- `transformers`: LlamaForCausalLM with its own loss from labels, as its Trainer uses it.
 - `litgpt`: its GPT and the chunked cross-entropy of its pretraining.
 
-One process a case, the ways in turns. `tokens_per_s_ratio` of `ours` and `compiled` is over the
-better of transformers and litgpt, round by round; `loss_error` is the largest relative difference
-of the first losses (equal numerics); `peak_mib` is memory above the idle process, one fresh process
-each.
+Each case runs in one process, where the implementations alternate. `tokens_per_s_ratio` of `ours`
+and `compiled` is relative to the better of transformers and litgpt, round by round. `loss_error` is
+the largest relative difference of the first losses (equal numerics). `peak_mib` is the memory above
+that of the idle process, in a fresh process for each implementation.
 
-Needs litgpt (`pip install --no-deps litgpt`: its pins contradict ours, its model does not).
-`python benchmarks/training.py [CASE ...]`, such as `15M/fp32`; without cases it keeps the results.
-bf16 is left out where the processor has no instructions for it, and so is said.
+litgpt must be installed without its dependencies (`pip install --no-deps litgpt`), because its pins
+conflict with ours. `python benchmarks/training.py [CASE ...]` runs cases such as `15M/fp32`;
+without cases it keeps the results. bf16 is skipped, with a message, if the processor has no
+instructions for it.
 """
 
 import json
@@ -122,7 +124,7 @@ _NAMES = (
 
 
 def stepper(way: str, case: str) -> Callable[[], tuple[float, float]]:
-    """A training step; returns tokens a second and the loss."""
+    """Make a function that runs a training step and returns tokens per second and the loss."""
     size, precision = case.split("/")
     spec = spec_of(size)
     match way:
@@ -153,7 +155,7 @@ def compare(record: Recorder, case: str) -> None:
     steps = {way: stepper(way, case) for way in WAYS}
     losses = {way: step()[1] for way, step in steps.items()}
     for step in steps.values():
-        step()  # caches and allocations are as in a long run
+        step()  # warms up caches and allocations
     rates = alternate({way: lambda step=step: step()[0] for way, step in steps.items()}, ROUNDS)
     theirs = [max(pair) for pair in zip(rates["transformers"], rates["litgpt"], strict=True)]
     for way, name in (("ours", case), ("compiled", f"{case}/compiled")):
@@ -169,7 +171,7 @@ def compare(record: Recorder, case: str) -> None:
 
 
 def measure_peak(way: str, case: str) -> float:
-    """Memory of a process that trains, above the one that has not begun [MiB]."""
+    """Measure the peak memory of training above that of the idle process [MiB]."""
     before = rss_mib()
     step = stepper(way, case)
     step()

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Build ExecuTorch's llama_main for Android phones (arm64-v8a): what device=android runs there.
+# Build ExecuTorch's llama_main for Android phones (arm64-v8a), the runner of device=android.
 #
 #   ANDROID_NDK=/path/to/ndk EXECUTORCH=/path/to/executorch scripts/build_llama_main.sh [OUTPUT]
 #
 # ANDROID_NDK   an unpacked Android NDK, r27 or newer
-# EXECUTORCH    a checkout of ExecuTorch's sources at v1.5.1, the version that writes our programs,
+# EXECUTORCH    a checkout of ExecuTorch's sources at v1.5.1, the version that writes the programs,
 #               with its submodules (git submodule update --init --recursive)
-# OUTPUT        where the binary goes; runs/llama_main if not given
+# OUTPUT        path of the binary (default: runs/llama_main)
 # PYTHON        a Python with executorch's build requirements (default: python3)
-# JOBS          compilers at a time (default: all cores)
+# JOBS          number of parallel compilers (default: all cores)
 #
-# The binary holds XNNPACK, the optimised and quantised kernels and the custom attention operators.
-# Give it to the device as device.android.runner=OUTPUT.
+# The binary contains XNNPACK, the optimized and quantized kernels and the custom attention
+# operators. Pass it to the device as device.android.runner=OUTPUT.
 set -euo pipefail
 
 stop() {
@@ -45,8 +45,8 @@ common=(
   -DPYTHON_EXECUTABLE="$python"
 )
 
-# The runtime with everything that the "llm" preset switches on: runner, tokenizers, custom
-# operators, XNNPACK, optimised and quantised kernels.
+# Build the runtime with all parts of the "llm" preset: runner, tokenizers, custom operators, XNNPACK,
+# optimized and quantized kernels.
 cmake -S "$EXECUTORCH" -B "$build" --preset llm "${common[@]}" \
   -DEXECUTORCH_ENABLE_LOGGING=ON \
   -DEXECUTORCH_BUILD_XNNPACK=ON \
@@ -56,7 +56,7 @@ cmake -S "$EXECUTORCH" -B "$build" --preset llm "${common[@]}" \
   -DEXECUTORCH_BUILD_TESTS=OFF
 cmake --build "$build" --target install --config Release -j "$jobs"
 
-# Tokenizers of the Qwen and Llama 3 families need look-ahead in their patterns.
+# Tokenizers of the Qwen and Llama 3 families need look-ahead in regular expressions.
 cmake -S "$example" -B "$build/examples/models/llama" "${common[@]}" \
   -DBUILD_TESTING=OFF \
   -DSUPPORT_REGEX_LOOKAHEAD=ON

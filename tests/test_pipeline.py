@@ -1,4 +1,4 @@
-"""The whole method on a very small backbone: real lowering, measurement, search, export, report."""
+"""Facts about the whole method on a very small backbone, from lowering to the report."""
 
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ from flash.paths import Runs
 from flash.report.command import log_to_wandb
 from flash.report.data import read
 from flash.report.page import render
-from flash.report.table import as_text, quantisation_rows
+from flash.report.table import as_text, quantization_rows
 from flash.search.objectives import Objective
 from flash.search.run import run_search
 from flash.search.settings import SearchJobSettings, SearchLimits, SearchSettings, SearchStage
@@ -120,7 +120,7 @@ def searched(common):
 
 @pytest.fixture(scope="module")
 def winner(common, searched):
-    """Name of the winner, trained and exported, and the backbone exported before it."""
+    """Name of the trained and exported winner; the backbone is exported before it."""
     name = (Runs(Path(common["runs"])).study("t") / "winners").read_text().strip()
     arch = yaml.safe_load((Runs(Path(common["runs"])).found_arch / f"{name}.yaml").read_text())
     recipe = dataclasses.replace(RECIPE, kd_weight=0.5)
@@ -269,11 +269,11 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     other = _export_settings(common, "aware", arch, device=bytes_of_8, overwrite=True)
     ExportJob.open(other, runs).check()
     assert "recipe.qat_embedding_bits=4, not with device.lowering.embedding_bits=8" in caplog.text
-    backbone, line = quantisation_rows(read(runs).models)
+    backbone, line = quantization_rows(read(runs).models)
     assert backbone[-2:] == ["-", "-"]
     assert line[0] == name
     assert line[-2] == f"{aware.artefact.pte_loss:.3f}"
-    assert "What rounding costs" in render(read(runs))
+    assert "Loss of quantization" in render(read(runs))
 
 
 def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
@@ -379,7 +379,7 @@ def test_the_best_trials_are_trained_longer_once(common, searched, monkeypatch):
         run_search(settings)
     settings.search = dataclasses.replace(settings.search, promote_tokens=1024)
     report = run_search(settings)
-    for row in report["trials"]:  # they went on from what their trials left
+    for row in report["trials"]:  # continued from the checkpoints of their trials
         short = searched["trials"][row["number"]]["extra"]["curve"]
         assert row["info"]["tokens"] == 1024
         assert row["info"]["curve"][0][1] == short[0][1]

@@ -1,1 +1,1 @@
-"""Benchmarks of lm-evaluation-harness on decoders and on their programs."""
+"""Evaluation of decoders and exported programs with lm-evaluation-harness."""

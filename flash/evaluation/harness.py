@@ -1,6 +1,6 @@
-"""Our models as models of lm-evaluation-harness: a float decoder, or a .pte in its runtime.
+"""Adapters of lm-evaluation-harness for a float decoder and for a .pte in its runtime.
 
-Import this module only where a benchmark is run: the harness takes a second to import.
+Import this module only to run a benchmark: importing the harness takes a second.
 """
 
 import json
@@ -20,28 +20,28 @@ from flash.arch import Attention
 from flash.compat.lm_eval import Pair, TokenScoringLM, generation_settings, rolling_windows
 from flash.device.base import Device
 from flash.errors import InputError
-from flash.evaluation.tokenization import Texts
+from flash.evaluation.tokenization import HarnessTokenizer
 from flash.model.decoder import Decoder, LayerCache
 from flash.progress import progress_bar
 from flash.training.settings import Precision
 
 MAX_NEW_TOKENS = 256
-"""Of tasks that do not say; as the harness's `hf`."""
+"""Length of answers if the task sets none, as in the harness's `hf` [tokens]."""
 LOGITS_AT_ONCE = 1 << 26
-"""Logits held at a time: 256 MiB in float32."""
+"""Greatest number of logits in memory at a time: 256 MiB in float32."""
 TEXTS_A_PROCESS = 512
-"""Requests that one process on the device gets: loading is forgotten, progress is seen."""
+"""Requests for each process on the device, enough to amortize loading the program."""
 FIRST_ROUND = 64
-"""Tokens generated on the device before stop strings are looked for."""
+"""Tokens generated on the device before the first search for stop strings."""
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A text to score.
+    """Text to score.
 
     Attributes:
-        tokens: Token ids, cut from the left to what the model can read.
-        scored: How many of the last ones are scored.
+        tokens: Token ids, truncated from the left to the context of the model.
+        scored: Number of tokens at the end that are scored.
     """
 
     tokens: tuple[int, ...]
@@ -49,38 +49,38 @@ class TokenRow:
 
 
 class TextLM(TokenScoringLM):
-    """What both share: the harness's requests as token ids, and answers as text.
+    """Base of both adapters, which converts requests to token ids and answers to text.
 
     Args:
-        texts: Tokenizer and special tokens.
-        max_length: Tokens that the model can read.
+        tokenizer: Tokenizer of the model.
+        max_length: Context of the model [tokens].
     """
 
-    def __init__(self, texts: Texts, max_length: int) -> None:
+    def __init__(self, tokenizer: HarnessTokenizer, max_length: int) -> None:
         super().__init__()
-        self.texts, self.max_length = texts, max_length
+        self._tokenizer, self.max_length = tokenizer, max_length
 
     @property
     def eot_token_id(self) -> int:
-        return self.texts.end_ids[0]
+        return self._tokenizer.end_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        return self.texts.prefix_id
+        return self._tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.texts.folder)
+        return str(self._tokenizer.folder)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return self.texts.encode(string, add_special_tokens)
+        return self._tokenizer.encode(string, add_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.texts.render(
+        return self._tokenizer.render(
             chat_history, prompt=add_generation_prompt, continued=not add_generation_prompt
         )
 
@@ -124,11 +124,15 @@ class TextLM(TokenScoringLM):
             prompts = [prompt or [self.prefix_token_id] for prompt in prompts]
             written = self._continue(prompts, new_tokens, until)
             for i, tokens in zip(members, written, strict=True):
-                answers[i] = self.texts.answer(tokens, until)
+                answers[i] = self._tokenizer.answer(tokens, until)
         return answers
 
     def _limits(self, asked: dict[str, Any], task: str) -> tuple[int, list[str]]:
-        """Most new tokens, and stop strings."""
+        """Return the greatest number of new tokens and the stop strings.
+
+        Raises:
+            InputError: The task asks for sampled answers, or for more than the context holds.
+        """
         values = generation_settings(asked, MAX_NEW_TOKENS)
         if values["do_sample"]:
             raise InputError(f"task {task}: asks for sampled answers: expected greedy ones")
@@ -143,34 +147,34 @@ class TextLM(TokenScoringLM):
 
     @abstractmethod
     def _score(self, rows: list[TokenRow]) -> list[tuple[float, bool]]:
-        """For each row the log-likelihood of its scored tokens, and whether all were likeliest."""
+        """Return each row's log-likelihood, and True if all scored tokens are the likeliest."""
 
     @abstractmethod
     def _continue(
         self, prompts: list[list[int]], new_tokens: int, until: list[str]
     ) -> list[list[int]]:
-        """Greedy continuations that reach an end token, a stop string or `new_tokens`."""
+        """Generate greedily until an end token, a stop string or `new_tokens` tokens."""
 
 
 class DecoderLM(TextLM):
-    """A decoder in PyTorch, on the device that its weights are on.
+    """Adapter of a float decoder in PyTorch, which runs on the device of its weights.
 
     Args:
-        model: The decoder.
-        texts: Its tokenizer.
-        batch_size: Texts at a time.
-        precision: Of its products.
+        model: Decoder to evaluate.
+        tokenizer: Tokenizer of the model.
+        batch_size: Number of texts in a batch.
+        precision: Precision of matrix products.
     """
 
     def __init__(
         self,
         model: Decoder,
-        texts: Texts,
+        tokenizer: HarnessTokenizer,
         *,
         batch_size: int = 8,
         precision: Precision = Precision.fp32,
     ) -> None:
-        super().__init__(texts, model.spec.max_context)
+        super().__init__(tokenizer, model.spec.max_context)
         self.model, self.batch_size = model.eval(), batch_size
         self._where = model.model.embed_tokens.weight.device
         self._bf16 = precision is Precision.bf16
@@ -179,7 +183,7 @@ class DecoderLM(TextLM):
         return torch.autocast(self._where.type, torch.bfloat16, enabled=self._bf16)
 
     def _score(self, rows: list[TokenRow]) -> list[tuple[float, bool]]:
-        # Answers of one token each differ in nothing that the model reads: it reads that once.
+        # One-token answers to the same context have equal inputs, which run once.
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             groups[row.tokens[:-1]].append(i)
@@ -201,7 +205,7 @@ class DecoderLM(TextLM):
         self, inputs: list[tuple[int, ...]], rows: list[list[TokenRow]]
     ) -> list[tuple[float, bool]]:
         longest = len(inputs[0])
-        # Padding lies to the right, where causal attention does not look.
+        # Padding on the right is invisible to causal attention.
         padded = [[*tokens, *[0] * (longest - len(tokens))] for tokens in inputs]
         with self._autocast():
             hidden = self.model.hidden(torch.tensor(padded, device=self._where))
@@ -217,7 +221,7 @@ class DecoderLM(TextLM):
     def _likelihoods(
         self, hidden: Float[Tensor, "n c"], targets: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """Log-likelihood of each target, and whether it is the likeliest token."""
+        """Return the log-likelihood of each target, and True if it is the likeliest token."""
         likelihoods, likeliest = [], []
         step = max(1, LOGITS_AT_ONCE // self.model.spec.vocab_size)
         for part, wanted in zip(hidden.split(step), targets.split(step), strict=True):
@@ -249,7 +253,7 @@ class DecoderLM(TextLM):
     def _continue_batch(
         self, prompts: list[list[int]], new_tokens: int, until: list[str]
     ) -> list[list[int]]:
-        """All prompts advance together; where one is longer, its own tokens are what comes next."""
+        """Generate for all prompts in step; longer prompts are read on while others generate."""
         position = min(map(len, prompts))
         answers: list[list[int]] = [[] for _ in prompts]
         live = list(range(len(prompts)))
@@ -267,7 +271,7 @@ class DecoderLM(TextLM):
                     step.append([prompt[position]])
                     continue
                 answer.append(chosen[i])
-                if len(answer) < new_tokens and not self.texts.tail_stops(answer, until):
+                if len(answer) < new_tokens and not self._tokenizer.tail_stops(answer, until):
                     kept.append(i)
                     step.append([chosen[i]])
             if len(kept) < len(live):
@@ -278,28 +282,29 @@ class DecoderLM(TextLM):
 
 
 class ProgramLM(TextLM):
-    """A .pte in its runtime, many requests to a process.
+    """Adapter of a .pte in its runtime, with many requests to a process.
 
-    The program gives logits for the last token of a call only, so the tokens of a continuation go
-    through one at a time, as when it writes text.
+    The program returns logits for the last token of a call only, so the tokens of a continuation
+    are processed one at a time, as in generation.
 
     Args:
-        device: Where it runs.
-        program: The file.
-        texts: The model's tokenizer.
-        kinds: Kinds of its layers.
+        device: Device that runs the program.
+        program: Path of the .pte.
+        tokenizer: Tokenizer of the model.
+        kinds: Attention kinds of its layers.
     """
 
     def __init__(
-        self, device: Device, program: Path, texts: Texts, kinds: Sequence[Attention]
+        self, device: Device, program: Path, tokenizer: HarnessTokenizer, kinds: Sequence[Attention]
     ) -> None:
-        super().__init__(texts, device.settings.lowering.max_context)
+        super().__init__(tokenizer, device.settings.lowering.max_context)
         self._runtime, self._program = device, program
-        # A sliding layer's cache has forgotten what a text shares with the one before it.
+        # The cache of a sliding layer no longer holds the prefix shared with the previous text.
         self._reuse = Attention.sliding_attention not in kinds
 
     def _score(self, rows: list[TokenRow]) -> list[tuple[float, bool]]:
-        order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)  # neighbours share most
+        # Adjacent rows then share the longest prefixes.
+        order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         with progress_bar("scoring", len(rows), " texts") as bar:
             for start in range(0, len(order), TEXTS_A_PROCESS):
@@ -329,12 +334,12 @@ class ProgramLM(TextLM):
     def _continue_some(
         self, prompts: list[list[int]], new_tokens: int, until: list[str]
     ) -> list[list[int]]:
-        """The device knows tokens, not text.
+        """Generate on the device, which knows tokens but not text.
 
-        It stops at tokens with a whole stop string in them; one made of several tokens is looked
-        for here, after rounds of growing length.
+        The device stops at tokens that contain a whole stop string. Stop strings of several tokens
+        are searched for here, after rounds of growing length.
         """
-        stop = {*self.texts.end_ids, *self.texts.containing(until)}
+        stop = {*self._tokenizer.end_ids, *self._tokenizer.containing(until)}
         rounds = any(len(string) > 1 for string in until)
         size = min(FIRST_ROUND, new_tokens) if rounds else new_tokens
         answers: list[list[int]] = [[] for _ in prompts]
@@ -347,12 +352,12 @@ class ProgramLM(TextLM):
             for i, tokens in zip(live, found, strict=True):
                 answers[i] += tokens
             live = [i for i in live if not self._stopped(answers[i], stop, until)]
-            done = max(map(len, answers))  # of all that are live
+            done = max(map(len, answers))  # of all unfinished answers
             size = min(done, new_tokens - done)
         return answers
 
     def _stopped(self, answer: list[int], stop: set[int], until: list[str]) -> bool:
         if answer[-1] in stop:
             return True
-        text = self.texts.decode(answer)
+        text = self._tokenizer.decode(answer)
         return any(string in text for string in until)

@@ -1,4 +1,4 @@
-"""`flash evaluate`: a suite of benchmarks on a model, in one of its forms."""
+"""Evaluation of a model or its program on a benchmark suite (`flash evaluate`)."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
 from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
-from flash.evaluation.tokenization import Texts
+from flash.evaluation.tokenization import HarnessTokenizer
 from flash.export.job import checkpoint_of
 from flash.export.result import ExportResult
 from flash.model.backbone import Backbone
@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """What is evaluated.
+    """Model to evaluate.
 
     Attributes:
-        settings: Of the run.
-        name: Of the model.
-        spec: Its architecture.
-        weights: Its checkpoint folder, which also has the tokenizer.
-        program: Its .pte with `form: program`.
-        texts: Its tokenizer.
+        settings: Settings of the evaluation.
+        name: Name of the model.
+        spec: Architecture.
+        weights: Checkpoint folder, which may also hold the tokenizer.
+        program: Path of the .pte with `form: program`, else None.
+        tokenizer: Tokenizer of the model.
     """
 
     settings: EvaluateSettings
@@ -50,44 +50,44 @@ class EvaluatedModel:
     spec: ArchSpec
     weights: Path
     program: Path | None
-    texts: Texts
+    tokenizer: HarnessTokenizer
 
     @classmethod
     def open(cls, settings: EvaluateSettings) -> "EvaluatedModel":
-        """Find and check everything, load nothing large.
+        """Find and check all files without loading weights.
 
         Raises:
-            InputError: Weights, tokenizer, program or chat template are missing or do not fit.
+            InputError: Weights, tokenizer, program or chat template are missing or do not match.
         """
         runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
         spec = arch_of(settings.arch, backbone)
         name = settings.name or backbone.name
         weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
-        # Weights of random backbones have no tokenizer of their own.
+        # Weights of random backbones come without a tokenizer.
         own = (weights / "tokenizer.json").is_file() or backbone.folder is None
-        texts = Texts.open(weights if own else backbone.folder or weights)
-        entries = texts.tokenizer.get_vocab_size()
+        tokenizer = HarnessTokenizer.open(weights if own else backbone.folder or weights)
+        entries = tokenizer.backend.get_vocab_size()
         if entries > spec.vocab_size:
             raise InputError(
-                f"{texts.folder}: tokenizer.json has {entries} entries: expected at most the "
+                f"{tokenizer.folder}: tokenizer.json has {entries} entries: expected at most the "
                 f"model's vocabulary of {spec.vocab_size}"
             )
         if settings.suite.apply_chat_template:
-            texts = texts.with_chat()
+            tokenizer = tokenizer.with_chat()
         program = None
         if settings.format is ModelFormat.program:
             program = program_of(runs.export(name), spec, weights)
         else:
             check_devices(settings.trainer)
-        return cls(settings, name, spec, weights, program, texts)
+        return cls(settings, name, spec, weights, program, tokenizer)
 
     def key(self) -> dict[str, Any]:
-        """What decides the answers, apart from the questions."""
+        """Return all that determines the answers, apart from the questions."""
         settings = self.settings
         known: dict[str, Any] = {
             "form": settings.format.value,
-            "tokenizer": tokenizer_digest(self.texts.tokenizer),
-            "ends": [self.texts.prefix_id, *self.texts.end_ids],
+            "tokenizer": tokenizer_digest(self.tokenizer.backend),
+            "ends": [self.tokenizer.prefix_id, *self.tokenizer.end_ids],
         }
         if self.program is None:
             return {
@@ -106,23 +106,23 @@ class EvaluatedModel:
         }
 
     def open_model(self) -> "TextLM":
-        """The model, for the harness."""
+        """Load the model as an adapter for the harness."""
         from flash.evaluation.harness import DecoderLM, ProgramLM
 
         settings = self.settings
         if self.program is not None:
             device = open_device(settings.device)
-            return ProgramLM(device, self.program, self.texts, self.spec.layer_types)
+            return ProgramLM(device, self.program, self.tokenizer, self.spec.layer_types)
         model = load(self.weights).to(main_device(settings.trainer))
         precision = settings.trainer.precision
-        return DecoderLM(model, self.texts, batch_size=settings.batch_size, precision=precision)
+        return DecoderLM(model, self.tokenizer, batch_size=settings.batch_size, precision=precision)
 
 
 def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
-    """The exported program of these weights.
+    """Return the path of the program exported from these weights.
 
     Raises:
-        InputError: There is none, or one of another architecture or of other weights.
+        InputError: There is no program, or it has another architecture or other weights.
     """
     path = folder / "model.pte"
     exported = ExportResult.read(folder)
@@ -143,11 +143,11 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
 
 
 def evaluate(settings: EvaluateSettings) -> SuiteResult:
-    """Ask a model all that a suite asks; finished tasks are not asked again.
+    """Run a suite on a model; stored results of finished tasks are reused.
 
     Raises:
-        InputError: Settings, weights, tasks or datasets that cannot be used.
-        DeviceError: The program's process died.
+        InputError: Settings, weights, tasks or datasets cannot be used.
+        DeviceError: The process of the program died.
     """
     subject = EvaluatedModel.open(settings)
     folder = Runs(Path(settings.runs)).evaluation(subject.name)
@@ -176,13 +176,13 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
 def _results(
     settings: EvaluateSettings, subject: EvaluatedModel, folder: Path
 ) -> tuple[dict[str, TaskResult], bool]:
-    """The result of each task by name, and whether any of them is new."""
+    """Return the result of each task by name, and True if any of them is new."""
     suite, limit = settings.suite, settings.limit
     common = {
         **subject.key(),
         "harness": version("lm_eval"),
         "include": _digest_of(_task_files(Path(suite.include))) if suite.include else None,
-        "chat": subject.texts.template if suite.apply_chat_template else None,
+        "chat": subject.tokenizer.template if suite.apply_chat_template else None,
         "limit": limit,
         "seed": suite.seed,
     }
@@ -200,7 +200,8 @@ def _results(
         log.info("%s: %s is finished", subject.name, folder)
         return results, False
     tasks = Tasks.open(dataclasses.replace(suite, tasks=missing, leave_out=[]))
-    loaded = {task.name: tasks.load(task) for task in missing}  # all data are there, then work
+    # All tasks are loaded first, so missing data are reported before any work.
+    loaded = {task.name: tasks.load(task) for task in missing}
     model = subject.open_model()
     for task in missing:
         log.info("%s: %s", subject.name, task.name)
@@ -211,7 +212,7 @@ def _results(
 
 
 def _own_questions(task: TaskSettings) -> list[str]:
-    """Hash of a task's data files and of our task files, if it has any."""
+    """Hash the data files of a task with `files`, and the task files of this package."""
     if not task.files:
         return []
     data = [Path(path) for paths in data_files(task).values() for path in paths]
@@ -224,7 +225,7 @@ def _task_files(folder: Path) -> list[Path]:
 
 
 def _digest_of(paths: list[Path]) -> str:
-    """Hash of paths and contents of files."""
+    """Hash the paths and contents of files."""
     hasher = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

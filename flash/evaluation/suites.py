@@ -1,4 +1,4 @@
-"""Benchmark suites: their settings, and what was found, as files and as a table."""
+"""Results of benchmark suites, as files and as tables."""
 
 import dataclasses
 import json
@@ -14,15 +14,15 @@ from flash.files import write_text
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One finished task.
+    """Result of one task.
 
     Attributes:
-        name: The harness's name of it.
-        shots: Examples shown.
-        samples: Questions asked.
-        metrics: All that the harness computed, by its keys.
-        seconds: How long it took.
-        key: Hash of all that decides the result.
+        name: Name of the task in the harness.
+        shots: Number of few-shot examples.
+        samples: Number of questions.
+        metrics: All metrics by their keys in the harness.
+        seconds: Duration [s].
+        key: Hash of all that determines the result.
     """
 
     name: str
@@ -33,13 +33,13 @@ class TaskResult:
     key: str
 
     def write(self, folder: Path) -> None:
-        """Store as `NAME.json`, atomically."""
+        """Write `NAME.json` atomically."""
         values = dataclasses.asdict(self)
         write_text(folder / f"{self.name}.json", json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "TaskResult | None":
-        """The result in `folder`, or None where there is none.
+        """Read the result in `folder`, or return None if there is none.
 
         Raises:
             InputError: The file is damaged.
@@ -50,17 +50,17 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Figure:
-    """A task's line in the table.
+    """Score of a task, a row of the table.
 
     Attributes:
-        task: The harness's name of it.
-        title: Its name in tables.
-        metric: The harness's key.
-        shots: Examples shown.
-        samples: Questions asked.
-        value: The figure, in percent if it is a share.
-        stderr: Its standard error, or None where the harness has none.
-        paper: The paper's figures, by model.
+        task: Name of the task in the harness.
+        title: Name of the task in tables.
+        metric: Key of the metric in the harness.
+        shots: Number of few-shot examples.
+        samples: Number of questions.
+        value: Score, in percent if it is a share.
+        stderr: Standard error of `value`; None if the harness computes none.
+        paper: Scores in the paper, by model.
     """
 
     task: str
@@ -74,10 +74,10 @@ class Figure:
 
     @classmethod
     def of(cls, task: TaskSettings, result: TaskResult) -> "Figure":
-        """What the settings choose of a result.
+        """Select the score named by the settings from a result.
 
         Raises:
-            InputError: The task has no such metric.
+            InputError: The result has no such metric.
         """
         if task.metric not in result.metrics:
             known = ", ".join(key for key in result.metrics if "_stderr" not in key)
@@ -101,16 +101,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """A suite's table for one model in one form.
+    """Scores of one model in one format on a suite.
 
     Attributes:
         name: Name of the model.
-        spec: Its architecture.
+        spec: Architecture.
         suite: Name of the suite.
-        form: Which form of the model.
-        limit: Questions of each task at most, or None.
-        figures: A line a task.
-        average: Mean of the figures, if all are shares and there are several.
+        form: Format of the model: `decoder` or `program`.
+        limit: Greatest number of questions of each task, or None.
+        figures: Score of each task.
+        average: Mean of the scores; None unless there are several and all are shares.
     """
 
     name: str
@@ -123,20 +123,20 @@ class SuiteResult:
 
     @property
     def stem(self) -> str:
-        """Name of its file, and of the folder with its tasks."""
+        """Stem of the file name, and name of the folder with the task results."""
         return f"{self.suite}.{self.form}"
 
     def write(self, folder: Path) -> None:
-        """Store as `SUITE.FORM.json`, atomically."""
+        """Write `SUITE.FORM.json` atomically."""
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
         write_text(folder / f"{self.stem}.json", json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "SuiteResult":
-        """The result in a file.
+        """Read the result in a file.
 
         Raises:
-            InputError: It is damaged.
+            InputError: The file is damaged.
         """
         values = _read(path)
         try:
@@ -150,7 +150,7 @@ class SuiteResult:
 
 
 def table(result: SuiteResult) -> list[list[str]]:
-    """The table as rows of text, the first one its head; unknown cells are dashes."""
+    """Return the table as rows of text, header first; unknown cells are dashes."""
     models = list(dict.fromkeys(model for row in result.figures for model in row.paper))
     lines = [["task", "shots", "n", "metric", "value", "+-", *models]]
     for row in result.figures:
@@ -169,7 +169,7 @@ def table(result: SuiteResult) -> list[list[str]]:
 
 
 def as_text(result: SuiteResult) -> str:
-    """The table for terminals."""
+    """Format the table for terminals."""
     lines = table(result)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness: found, checked, loaded and run, with errors in one line.
+"""Tasks of lm-evaluation-harness: lookup, validation, loading and running.
 
-The harness is imported inside the functions: it takes a second.
+The harness is imported inside functions, since importing it takes a second.
 """
 
 import logging
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 OWN_TASKS = Path(__file__).parent / "harness_tasks"
-"""Tasks of the paper that the harness lacks."""
+"""Folder with tasks of the paper that the harness lacks."""
 BOOTSTRAP = 1000
-"""Resamplings for the standard error of what is no mean; the harness's 100000 take minutes."""
+"""Bootstrap resamples for standard errors of metrics other than means; 100000 take minutes."""
 
 
 def data_files(task: TaskSettings) -> dict[str, list[str]]:
-    """The files of each split that a task's settings name.
+    """Find the data files of each split that the settings of a task name.
 
     Raises:
-        InputError: There is none.
+        InputError: A pattern matches no file.
     """
     found = {}
     for split, pattern in task.files.items():
@@ -48,11 +48,11 @@ def data_files(task: TaskSettings) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks of a suite, known to the harness but not loaded.
+    """Tasks of a suite, found in the harness but not loaded.
 
     Attributes:
-        suite: Settings.
-        manager: The harness's index.
+        suite: Settings of the suite.
+        manager: Task index of the harness.
     """
 
     suite: SuiteSettings
@@ -60,15 +60,15 @@ class Tasks:
 
     @classmethod
     def open(cls, suite: SuiteSettings) -> "Tasks":
-        """Look the tasks up, and see that they may run.
+        """Look up the tasks and check that they may run.
 
         Raises:
-            InputError: The harness has no such task, one executes code without permission, or its
-                data files are not there.
+            InputError: The harness has no such task, a task executes code without permission, or
+                its data files are missing.
         """
         from flash.compat.lm_eval import index_tasks
 
-        # Its news, such as "overwriting num_fewshot", are what was asked for.
+        # Its warnings, such as "overwriting num_fewshot", report what the settings ask for.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [task.name for task in suite.tasks]
         folders = [OWN_TASKS, *([Path(suite.include)] if suite.include else [])]
@@ -89,23 +89,26 @@ class Tasks:
         return tasks
 
     def _about(self, name: str) -> dict[str, Any]:
-        """What the task's YAML says."""
+        """Return the content of the task's YAML."""
         from flash.compat.lm_eval import task_config
 
         return task_config(self.manager, name)
 
     def load(self, task: TaskSettings) -> Any:
-        """The task with its data, or a group of tasks, as the harness has it.
+        """Load a task, or a group of tasks, with its data.
+
+        Returns:
+            The task in the format of the harness, for `run`.
 
         Raises:
-            InputError: Its dataset cannot be had.
+            InputError: The dataset cannot be loaded.
         """
         from datasets.exceptions import DatasetsError
 
         from flash.compat.lm_eval import load_task, set_fewshot
 
         if self.suite.allow_code_execution:
-            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric of such tasks
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # required by the metrics of such tasks
         try:
             loaded = load_task(self.manager, task.name, data_files(task))
         except (OSError, ValueError, DatasetsError) as error:
@@ -120,7 +123,15 @@ class Tasks:
         return loaded
 
     def run(self, name: str, loaded: Any, model: "LM", limit: int | None, key: str) -> TaskResult:
-        """Ask the model all questions of a loaded task."""
+        """Evaluate the model on a loaded task.
+
+        Args:
+            name: Name of the task.
+            loaded: Task returned by `load`.
+            model: Model to evaluate.
+            limit: Greatest number of questions; None asks all.
+            key: Key to store with the result.
+        """
         from lm_eval.evaluator import evaluate
 
         from flash.compat.lm_eval import fewshot_of

@@ -1,1 +1,1 @@
-"""Latency of any architecture from few measurements (stage 1 of the search)."""
+"""Stage 1 of the search: prediction of the latency of any architecture from few measurements."""

@@ -1,8 +1,9 @@
-"""What to measure next, when to stop, and what is beyond the measured models.
+"""Active learning of latency predictors: which models to measure next, and when to stop.
 
-A whole model costs minutes of lowering, so it should be one that teaches most about all the others.
-Both `Physical` and `GaussianProcess` are linear in what they learn from: how sure they would be
-after a measurement depends on what is measured, not on the value, so it is known beforehand.
+Measuring a whole model costs minutes of lowering, so each one should reduce the uncertainty about
+all the others as much as possible. The posterior variance of `AnalyticalPredictor` and
+`GaussianProcess` depends on which models are measured but not on the values, so the effect of a
+measurement on it is known beforehand.
 """
 
 import math
@@ -19,44 +20,48 @@ from flash.arch import ArchSpec
 from flash.latency.cost_model import Specs, SpecTable, Values, shape_features
 from flash.latency.prediction import Prediction, t_quantile
 
-_MARGIN = 0.1
+_RANGE_MARGIN = 0.1
 
 
-class Uncertain(Protocol):
-    """A predictor that knows how the logs of latencies vary together."""
+class CovarianceModel(Protocol):
+    """Predictor with a joint covariance of log latencies."""
 
     def covariance(self, first: Specs, second: Specs) -> Float[np.ndarray, "n m"]:
-        """Covariance before any of the measured models is taken into account."""
+        """Compute the prior covariance of log latencies, before any model is measured."""
         ...
 
     @property
     def noise_variance(self) -> float:
-        """Variance of the log of a measured latency about the truth."""
+        """Variance of the measurement noise of a log latency."""
         ...
 
 
 def choose(
-    predictor: Uncertain,
+    predictor: CovarianceModel,
     measured: Sequence[ArchSpec],
     pool: Sequence[ArchSpec],
     num: int,
     costs: Values | None = None,
 ) -> list[ArchSpec]:
-    """The next specs to measure: those that reduce the mean predictive variance over the pool most.
+    """Select the specs whose measurement reduces the mean predictive variance over the pool most.
 
-    Greedy, each after the ones before it (active learning by Cohn, ALC), so that a batch holds no
-    two that teach the same. An unfitted `Physical` will do for the very first batch.
+    The selection is greedy: each spec is chosen given the ones before it (active learning by Cohn,
+    ALC), so a batch holds no redundant specs. An unfitted `AnalyticalPredictor` suffices for the
+    first batch.
 
     Args:
-        predictor: Fitted to what is measured, or as it is before.
+        predictor: Predictor fitted to the measured specs, or an unfitted one.
         measured: Specs that were measured, or are about to be.
-        pool: Candidates, which also stand for the space that is to be predicted.
-        num: How many are wanted; fewer come back where the pool has no more.
-        costs: What measuring each of the pool costs, in any unit; None: all cost the same.
+        pool: Candidates, which also represent the space to be predicted.
+        num: Number of specs to select.
+        costs: Cost of measuring each spec of the pool, in any unit; None means equal costs.
+
+    Returns:
+        The selected specs in order; fewer than `num` if the pool has no more.
     """
     noise = predictor.noise_variance
     prices = np.ones(len(pool)) if costs is None else np.asarray(costs, dtype=float)
-    C = _given(predictor, SpecTable.of(measured), SpecTable.of(pool))
+    C = _posterior_covariance(predictor, SpecTable.of(measured), SpecTable.of(pool))
     known = set(measured)
     free = np.array([spec not in known for spec in pool], dtype=bool)
     chosen: list[ArchSpec] = []
@@ -69,27 +74,31 @@ def choose(
     return chosen
 
 
-def extrapolates(predictor: Uncertain, measured: Specs, specs: Specs) -> Bool[np.ndarray, " n"]:
-    """Whether each spec lies beyond what the measured models can tell.
+def extrapolates(
+    predictor: CovarianceModel, measured: Specs, specs: Specs
+) -> Bool[np.ndarray, " n"]:
+    """Mark the specs for which a prediction is an extrapolation from the measured models.
 
-    That is one that they determine less than they determine any of themselves when it is left out,
-    which is how predictors are tested; or one whose depth, a width or the share of a kind of layer
-    is outside the measured range, by more than a tenth of that range: a predictor may be sure of
-    its straight lines there, but nothing has tested them.
+    A spec is marked if its predictive variance exceeds that of every measured model when left out
+    of the fit, which is how predictors are validated. It is also marked if its depth, a width or
+    the share of a kind of layer lies outside the measured range by more than a tenth of that range:
+    the predictor may be confident of its linear trend there, but no measurement has tested it.
     """
     seen, table = SpecTable.of(measured), SpecTable.of(specs)
     noise = predictor.noise_variance
     K = predictor.covariance(seen, seen) + noise * np.eye(len(seen))
     left_out = 1 / np.diag(np.linalg.inv(K)) - noise
-    uncertain = np.diag(_given(predictor, seen, table)) > left_out.max()
+    uncertain = np.diag(_posterior_covariance(predictor, seen, table)) > left_out.max()
     known, asked = shape_features(seen), shape_features(table)
     low, high = known.min(axis=0), known.max(axis=0)
-    margin = _MARGIN * (high - low)
+    margin = _RANGE_MARGIN * (high - low)
     return uncertain | ((asked < low - margin) | (asked > high + margin)).any(axis=1)
 
 
-def _given(predictor: Uncertain, seen: SpecTable, table: SpecTable) -> Float[np.ndarray, "n n"]:
-    """Covariance of the log latencies of a table once the models seen are known."""
+def _posterior_covariance(
+    predictor: CovarianceModel, seen: SpecTable, table: SpecTable
+) -> Float[np.ndarray, "n n"]:
+    """Compute the posterior covariance of log latencies, given measurements of `seen`."""
     C = predictor.covariance(table, table)
     if not len(seen):
         return C
@@ -100,25 +109,26 @@ def _given(predictor: Uncertain, seen: SpecTable, table: SpecTable) -> Float[np.
 
 
 class StopReason(Enum):
-    """Why measuring ends."""
+    """Reason to end the measurements."""
 
     target = "target"
-    """The predictor is good enough."""
+    """The predictor has reached the target error."""
     budget = "budget"
-    """The money is spent."""
+    """The budget is spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorEstimate:
-    """Mean absolute error of models that a predictor was not fitted to, as far as it is known.
+    """Estimate of the mean absolute percentage error on models outside the fit.
 
-    With measurements that `choose` picked it errs on the safe side: they lie at the ends of the
+    The estimate is conservative for measurements selected by `choose`: they lie at the ends of the
     space, where each is hardest to predict from the others.
 
     Attributes:
-        mape_pct: The estimate [%].
-        upper_pct: What the true mean exceeds with a probability of 5 % [%].
-        n: Models that it rests on.
+        mape_pct: Estimated mean absolute percentage error [%].
+        upper_pct: Upper confidence limit, which the true mean exceeds with a probability of 5 %
+            [%].
+        n: Number of models in the estimate.
     """
 
     mape_pct: float
@@ -127,7 +137,7 @@ class ErrorEstimate:
 
     @classmethod
     def of(cls, left_out: Prediction, values_ms: Values) -> "ErrorEstimate":
-        """From predictions of measured models by the others (`cross_predict`)."""
+        """Estimate the error from predictions of each measured model by the others."""
         values = np.asarray(values_ms, dtype=float)
         errors = 100 * np.abs(left_out.mean / values - 1)
         n = len(errors)
@@ -139,13 +149,13 @@ class ErrorEstimate:
 def stop(
     estimate: ErrorEstimate | None, target_pct: float, spent: float, budget: float
 ) -> StopReason | None:
-    """Why to stop measuring now, or None to go on.
+    """Return the reason to stop measuring, or None to continue.
 
     Args:
-        estimate: Error so far; None when it is too early to tell.
-        target_pct: Mean absolute error that is wanted; reached once the upper limit is below it.
-        spent: What the measurements have cost, in the unit of the budget.
-        budget: What they may cost.
+        estimate: Error estimate so far; None if there are too few models for one.
+        target_pct: Mean absolute percentage error to reach: `upper_pct` must not exceed it [%].
+        spent: Cost of the measurements so far, in the unit of the budget.
+        budget: Greatest total cost.
     """
     if estimate is not None and estimate.upper_pct <= target_pct:
         return StopReason.target

@@ -1,9 +1,9 @@
-"""The sum of measured half-blocks, calibrated on a few whole models.
+"""Block predictor: the sum of measured half-blocks, calibrated on a few whole models.
 
-A block alone is not a block inside a model: each program pays for a call, a small one stays in the
-caches, and what a model does once (the mask of the window) each block does again. On a 100M model
-the sum was 4 % off for prefill and up to 36 % for decode. What remains is nearly one factor and one
-overhead, which a handful of whole models shows.
+A block measured alone differs from a block inside a model: each program pays for a call, a small
+program stays in the caches, and each block repeats work that a model does once (the mask of the
+sliding window). On a 100M model the sum was 4 % off for prefill and up to 36 % for decode. The
+difference is nearly one factor and one overhead, which a handful of whole models determines.
 """
 
 import math
@@ -18,37 +18,39 @@ from flash.latency.prediction import Prediction, from_logs, t_quantile
 
 
 class Calibration(Enum):
-    """Ways to turn a sum of blocks into the latency of a model, simplest first."""
+    """Forms of the calibration from the sum of blocks to the latency of a model, simplest first."""
 
     scale = "scale"
-    """scale x sum."""
+    """Latency = scale x sum."""
     repeated_masks = "repeated_masks"
-    """scale x sum, less something for each sliding half beyond the first, at most the cheapest
-    sliding half: a model builds the mask of its window once, every such block builds it again."""
+    """Latency = scale x sum - saving for each sliding half beyond the first. A model builds the
+    mask of its window once, every measured sliding half builds it again. The saving is at most the
+    latency of the cheapest sliding half."""
     model_overhead = "model_overhead"
-    """scale x sum + a cost for each model, not below zero."""
+    """Latency = scale x sum + cost of a model, at least zero."""
     part_overhead = "part_overhead"
-    """scale x sum + a cost for each part, down to minus the cheapest part's latency: blocks
-    measured alone each contain the cost of a call, which a model pays only once."""
+    """Latency = scale x sum + cost of each part. The cost may be negative, down to minus the
+    latency of the cheapest part: every measured block contains the cost of a call, which a model
+    pays only once."""
 
 
-_GAIN = 0.7
-"""A richer calibration is taken only if it cuts the leave-one-out error to this share."""
-_LEAST_SCALE = 0.5
-"""Beside an overhead, the scale stays above this: with few models a calibration that explains
-everything by the number of parts fits well and means nothing."""
-_FLOOR = 0.05
-"""Predictions never fall below this share of the sum, whatever the overheads say."""
+_MAX_ERROR_RATIO = 0.7
+"""Greatest ratio of leave-one-out errors at which a richer calibration replaces a simpler one."""
+_MIN_SCALE = 0.5
+"""Lower bound of the scale beside an overhead. With few models, a calibration that explains the
+latency by the number of parts alone would fit well but not generalize."""
+_MIN_SHARE_OF_SUM = 0.05
+"""Lower bound of predictions, as a share of the sum of blocks."""
 
 
 class BlockPredictor:
-    """Sum of blocks, calibrated. The interval is Student's t on leave-one-out residuals of logs.
+    """Calibrated sum of blocks, with Student's t intervals from leave-one-out residuals of logs.
 
-    The form of the calibration is chosen anew for every model that is left out, so the residuals
-    include the error of choosing.
+    The form of the calibration is selected anew for every model that is left out, so the residuals
+    include the error of the selection.
 
     Args:
-        table: Measured blocks of the point.
+        table: Measured blocks at the predicted point of the workload.
     """
 
     def __init__(self, table: BlockTable) -> None:
@@ -60,7 +62,7 @@ class BlockPredictor:
         }
 
     def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:
-        """Calibrate on whole models; `errors_ms` is not used, the residuals show more."""
+        """Calibrate on measured whole models; `errors_ms` is ignored in favor of residuals."""
         sums, values = self._table.compose(specs), np.asarray(values_ms, dtype=float)
         n = len(values)
         residuals = np.empty(n)
@@ -68,12 +70,12 @@ class BlockPredictor:
             form, coefficients = self._calibrate(sums[kept], values[kept])
             residuals[i] = _log_error(form, coefficients, sums[i : i + 1], values[i])
         self.calibration, self.coefficients = self._calibrate(sums, values)
-        freedom = n - (1 if self.calibration is Calibration.scale else 2)
-        self.half_width = t_quantile(freedom) * float(np.sqrt((residuals**2).mean()))
+        dof = n - (1 if self.calibration is Calibration.scale else 2)
+        self.half_width = t_quantile(dof) * float(np.sqrt((residuals**2).mean()))
         return self
 
     def predict(self, specs: Specs) -> Prediction:
-        """Latencies with intervals."""
+        """Predict latencies with intervals."""
         mean = _apply(self.calibration, self.coefficients, self._table.compose(specs))
         return from_logs(np.log(mean), self.half_width)
 
@@ -85,9 +87,9 @@ class BlockPredictor:
         return f"{text}, x/ {np.exp(self.half_width):.3f} for 90 %"
 
     def _calibrate(self, sums: Composition, values: Values) -> tuple[Calibration, Values]:
-        """Best form by leave-one-out error, a richer one only if it clearly wins."""
+        """Select a form by leave-one-out error; a richer one must win by `_MAX_ERROR_RATIO`."""
         best, best_error = Calibration.scale, self._left_out(Calibration.scale, sums, values)
-        best_error *= _GAIN
+        best_error *= _MAX_ERROR_RATIO
         if len(values) >= 4:
             for form in self._bounds:
                 error = self._left_out(form, sums, values)
@@ -106,15 +108,15 @@ class BlockPredictor:
         return math.sqrt(square / n)
 
     def _solve(self, form: Calibration, sums: Composition, values: Values) -> Values:
-        """Scale and overhead [ms]; relative errors count, so models of all sizes weigh the same."""
+        """Fit scale and overhead [ms] to relative errors, so models of all sizes weigh the same."""
         if form is Calibration.scale:
             return np.array([np.exp(np.log(values / sums.total_ms).mean()), 0.0])
-        matrix = np.stack([sums.total_ms, _units(form, sums)], axis=1) / values[:, None]
-        return _boxed_least_squares(matrix, (_LEAST_SCALE, math.inf), self._bounds[form])
+        matrix = np.stack([sums.total_ms, _overhead_units(form, sums)], axis=1) / values[:, None]
+        return _bounded_least_squares(matrix, (_MIN_SCALE, math.inf), self._bounds[form])
 
 
-def _units(form: Calibration, sums: Composition) -> Values:
-    """What the overhead is multiplied by."""
+def _overhead_units(form: Calibration, sums: Composition) -> Values:
+    """Return the count that multiplies the overhead for each model."""
     match form:
         case Calibration.scale:
             return np.zeros_like(sums.total_ms)
@@ -128,20 +130,20 @@ def _units(form: Calibration, sums: Composition) -> Values:
 
 def _apply(form: Calibration, coefficients: Values, sums: Composition) -> Values:
     scale, overhead = coefficients
-    predicted = scale * sums.total_ms + overhead * _units(form, sums)
-    return np.maximum(predicted, _FLOOR * sums.total_ms)
+    predicted = scale * sums.total_ms + overhead * _overhead_units(form, sums)
+    return np.maximum(predicted, _MIN_SHARE_OF_SUM * sums.total_ms)
 
 
 def _log_error(form: Calibration, coefficients: Values, one: Composition, value: float) -> float:
     return math.log(value / _apply(form, coefficients, one)[0])
 
 
-def _boxed_least_squares(
+def _bounded_least_squares(
     matrix: Values, first: tuple[float, float], second: tuple[float, float]
 ) -> Values:
-    """The two coefficients within bounds that bring `matrix @ coefficients` closest to one.
+    """Return the two coefficients within bounds that bring `matrix @ coefficients` closest to 1.
 
-    The optimum of a convex function in a box is the free one or lies on an edge.
+    The optimum of a convex function in a box is the unconstrained one or lies on an edge.
     """
     free = np.linalg.lstsq(matrix, np.ones(len(matrix)), rcond=None)[0]
     bounds = (first, second)

@@ -1,4 +1,4 @@
-"""`flash measurements`: a measurement store as CSV, or two stores as one."""
+"""`flash measurements`: export a measurement store as CSV, or merge two stores."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
-"""Latency as a sum of measured half-blocks, for any width and depth of the space.
+"""Sums of measured half-blocks, interpolated for any width and depth of the space.
 
-Attention halves depend on the kind and model_dim, FFN halves on model_dim and ffn_dim, embedding
-and head on model_dim. Their work is at most bilinear in these (a matrix product costs
-model_dim x ffn_dim), so each is measured on a small grid and interpolated linearly on each axis:
-the number of lowerings does not grow with the number of architectures.
+The latency of an attention half depends on its kind and model_dim, that of an FFN half on model_dim
+and ffn_dim, that of embedding and head on model_dim. Their work is at most bilinear in these sizes
+(a matrix product costs model_dim x ffn_dim). Each is therefore measured on a small grid and
+interpolated linearly on each axis, and the number of lowerings does not grow with the number of
+architectures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from flash.errors import InputError
 from flash.latency.cost_model import Specs, SpecTable, Values, last_half_share
 from flash.lowering.settings import LoweringSettings
 
-FIXED = (
+FIXED_SIZES = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
@@ -27,12 +28,12 @@ FIXED = (
     "qkv_bias",
     "sliding_window",
 )
-"""What blocks depend on and the search leaves alone."""
+"""Sizes that affect blocks and that the search does not change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """One measurable part of a decoder.
+    """Shape of one measurable part of a decoder.
 
     Attributes:
         name: `ends` (embedding and head), `ffn`, or the kind of an attention half.
@@ -49,7 +50,7 @@ ENDS, FFN = "ends", "ffn"
 
 
 def grid_points(choices: Sequence[int], num: int) -> tuple[int, ...]:
-    """`num` of the choices (all, if there are fewer), evenly spaced, both ends included."""
+    """Select `num` evenly spaced choices, both ends included; all if there are fewer."""
     values = sorted(set(choices))
     picked = np.linspace(0, len(values) - 1, min(num, len(values))).round().astype(int)
     return tuple(values[i] for i in picked)
@@ -57,14 +58,14 @@ def grid_points(choices: Sequence[int], num: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The parts that are measured: every kind at every width, every FFN at every pair of widths."""
+    """Grid of measured parts: every kind at every width, every FFN at every pair of widths."""
 
     model_dims: tuple[int, ...]
     ffn_dims: tuple[int, ...]
     kinds: tuple[Attention, ...]
 
     def parts(self) -> list[BlockShape]:
-        """All parts to measure."""
+        """List all parts to measure."""
         attending = [kind for kind in self.kinds if kind is not Attention.skip_attention]
         return [
             *(BlockShape(name=ENDS, model_dim=d) for d in self.model_dims),
@@ -86,10 +87,10 @@ class Composition:
     """Sums of blocks for n models.
 
     Attributes:
-        total_ms: Sum of the latencies of all parts.
-        num_parts: Number of parts that were added up.
-        num_repeated_masks: Sliding halves beyond the first. A model builds the mask of its window
-            once, but each sliding half that is measured alone builds it too.
+        total_ms: Sum of the latencies of all parts [ms].
+        num_parts: Number of parts in the sum.
+        num_repeated_masks: Number of sliding halves beyond the first. A model builds the mask of
+            its window once, but each sliding half measured alone builds it again.
     """
 
     total_ms: Values
@@ -97,21 +98,21 @@ class Composition:
     num_repeated_masks: Values
 
     def __getitem__(self, index: Any) -> "Composition":
-        """The same for some of the models."""
+        """Select some of the models."""
         return Composition(
             self.total_ms[index], self.num_parts[index], self.num_repeated_masks[index]
         )
 
 
 class BlockTable:
-    """Parts measured at one point of the workload; sums them up for whole models.
+    """Latencies of parts at one point of the workload, which add up to those of whole models.
 
     Args:
-        point: What was timed.
-        base: A spec with the fixed sizes that the parts were measured with.
-        grid: The measured points.
+        point: Measured point of the workload.
+        base: Spec with the fixed sizes of the measured parts.
+        grid: Grid of measured parts.
         values_ms: Latency of each part of the grid [ms].
-        lowering: Of the programs, which tells what whole models leave out of a prompt.
+        lowering: Settings of the programs; they tell which work whole models skip in a prefill.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class BlockTable:
         sliding = Attention.sliding_attention.value
         masks = [values_ms[part] for part in grid.parts() if part.name == sliding]
         self.smallest_sliding_ms = min(masks, default=0.0)
-        self._fixed = tuple(getattr(base, name) for name in FIXED)
+        self._fixed = tuple(getattr(base, name) for name in FIXED_SIZES)
         self._tables = {
             part.name: np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
             for part in grid.parts()
@@ -139,11 +140,11 @@ class BlockTable:
             self._tables[part.name][row, column] = values_ms[part]
 
     def compose(self, specs: Specs) -> "Composition":
-        """Sum up the parts of each model.
+        """Sum the parts of each model.
 
         Raises:
-            InputError: A spec has a kind that was not measured, or heads, vocabulary or window
-                that differ from those of the measured blocks.
+            InputError: A spec has a kind that was not measured, or differs from the measured
+                blocks in `FIXED_SIZES`.
         """
         table = SpecTable.of(specs)
         self._check(table)
@@ -162,10 +163,10 @@ class BlockTable:
         return Composition(total, 1 + depths + table.num_attending, num_masks)
 
     def _unread(self, table: SpecTable, model_dims: Values, ffn_dims: Values) -> Values:
-        """What the parts, measured on all tokens, cost more than in a model's tail.
+        """Compute the excess of the parts, measured on all tokens, over those in a model's tail.
 
-        An FFN there sees one token a call. The last attention half keeps the share that keys and
-        values have in its work on paper.
+        An FFN in the tail processes one token of each call. The last attention half keeps the share
+        of its counted work that keys and values have.
         """
         tokens, chunk = self.point.tokens, self._lowering.chunk
         one_token = -(-tokens // chunk) / tokens
@@ -191,7 +192,7 @@ class BlockTable:
         return (1 - u) * low + u * high
 
     def _check(self, table: SpecTable) -> None:
-        for name, expected in zip(FIXED, self._fixed, strict=True):
+        for name, expected in zip(FIXED_SIZES, self._fixed, strict=True):
             wrong = table.column(name)[table.column(name) != expected]
             if len(wrong):
                 raise InputError(
@@ -208,7 +209,7 @@ class BlockTable:
 
 
 def _counts(table: SpecTable) -> dict[Attention, np.ndarray]:
-    """Layers of each kind in each spec."""
+    """Count the layers of each kind in each spec."""
     return {
         Attention.full_attention: table.column("num_full"),
         Attention.sliding_attention: table.column("num_sliding"),
@@ -221,7 +222,7 @@ def _axis(grid: Grid, name: str) -> tuple[int | None, ...]:
 
 
 def _locate(axis: tuple[int, ...], x: Values) -> tuple[np.ndarray, Values]:
-    """Index of the grid point below each x and the way to the next; beyond the ends it goes on."""
+    """Return the index below each x and the fraction to the next; ends are extrapolated."""
     if len(axis) == 1:
         return np.zeros(len(x), dtype=int), np.zeros(len(x))
     points = np.array(axis, dtype=float)

@@ -1,8 +1,8 @@
-"""Architectures as arrays, and what they cost on paper at one point of the workload.
+"""Analytical cost model: parameters, FLOPs and counted work of many architectures at once.
 
-Predictors take specs; the first thing they do is to gather the sizes that matter in a `SpecTable`,
-a few microseconds a spec. Everything after that is array arithmetic. Who predicts for the same
-specs again and again makes the table once and hands over that.
+Predictors accept specs and first gather their sizes in a `SpecTable`, which takes a few
+microseconds a spec; everything after that is array arithmetic. Code that predicts repeatedly for
+the same specs can build the table once and pass it in place of the specs.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ SIZES = (
     "qk_norm",
     "qkv_bias",
 )
-"""Attributes of a spec that a table holds as they are."""
+"""Attributes of a spec that a table holds unchanged."""
 _sizes = attrgetter(*SIZES)
 _COUNTS = ("num_layers", "num_full", "num_sliding", "num_tail", "last_full", "last_sliding")
 _COLUMN = {name: i for i, name in enumerate((*SIZES, *_COUNTS))}
@@ -39,21 +39,22 @@ _COLUMN = {name: i for i, name in enumerate((*SIZES, *_COUNTS))}
 
 @dataclass(frozen=True)
 class SpecTable:
-    """The sizes of n architectures that latency depends on.
+    """Table of the sizes of n architectures on which latency depends.
 
-    Where a layer stands is left out but for the tail: the layers from the last one with attention
-    on, all of them where none has attention.
+    The positions of layers are left out except for the tail: the layers from the last one with
+    attention on, or all layers if none has attention.
 
     Attributes:
-        values: `SIZES`, then the number of layers, of full and of sliding ones, of layers in the
-            tail; whether the last one with attention is full, and whether it is sliding.
+        values: Columns `SIZES`; then the numbers of layers, of layers with full attention, of
+            layers with sliding attention and of layers in the tail; then two 0/1 flags: the last
+            layer with attention is full, or it is sliding.
     """
 
     values: Int[np.ndarray, "n 16"]
 
     @classmethod
     def of(cls, specs: "Specs") -> "SpecTable":
-        """The table of these specs; a table is returned as it is."""
+        """Build the table of these specs; a table is returned unchanged."""
         if isinstance(specs, SpecTable):
             return specs
         full, sliding = Attention.full_attention, Attention.sliding_attention
@@ -70,56 +71,56 @@ class SpecTable:
         return len(self.values)
 
     def __getitem__(self, index: Any) -> "SpecTable":
-        """The table of some of the specs: a slice, a mask or an array of indices."""
+        """Select some of the specs by a slice, a mask or an array of indices."""
         return SpecTable(self.values[index])
 
     def column(self, name: str) -> Int[np.ndarray, " n"]:
-        """One size of every spec: a name in `SIZES`, or a count."""
+        """Return one column for every spec: a name in `SIZES`, a count or a flag."""
         return self.values[:, _COLUMN[name]]
 
     @property
     def num_attending(self) -> Int[np.ndarray, " n"]:
-        """Layers that have attention at all."""
+        """Number of layers with attention, full or sliding."""
         return self.column("num_full") + self.column("num_sliding")
 
     @property
     def q_dim(self) -> Int[np.ndarray, " n"]:
-        """Width of all query heads."""
+        """Total width of the query heads."""
         return self.column("num_heads") * self.column("head_dim")
 
     @property
     def kv_dim(self) -> Int[np.ndarray, " n"]:
-        """Width of all key heads, which is that of the value heads."""
+        """Total width of the key heads, equal to that of the value heads."""
         return self.column("num_kv_heads") * self.column("head_dim")
 
     @property
     def attention_weights(self) -> Int[np.ndarray, " n"]:
-        """Weights of all attention projections."""
+        """Number of weights of all attention projections."""
         per_layer = self.column("model_dim") * 2 * (self.q_dim + self.kv_dim)
         return self.num_attending * per_layer
 
     @property
     def query_weights(self) -> Int[np.ndarray, " n"]:
-        """Weights of the projections of queries and outputs."""
+        """Number of weights of the query and output projections."""
         return self.num_attending * self.column("model_dim") * 2 * self.q_dim
 
     @property
     def ffn_weights(self) -> Int[np.ndarray, " n"]:
-        """Weights of all FFN projections."""
+        """Number of weights of all FFN projections."""
         return self.column("num_layers") * 3 * self.column("model_dim") * self.column("ffn_dim")
 
     @property
     def head_weights(self) -> Int[np.ndarray, " n"]:
-        """Weights of the output head."""
+        """Number of weights of the output head."""
         return self.column("vocab_size") * self.column("model_dim")
 
 
 Specs = Sequence[ArchSpec] | SpecTable
-"""What predictors predict for."""
+"""Architectures to predict for: specs, or the table built from them."""
 
 
 def parameters(table: SpecTable) -> Int[np.ndarray, " n"]:
-    """`flash.arch.count_parameters(spec).total` of every spec."""
+    """Compute `flash.arch.count_parameters(spec).total` for every spec."""
     tables = table.head_weights * (2 - table.column("tie_embeddings"))
     vectors = 2 * table.column("head_dim") * table.column("qk_norm")
     vectors += (table.q_dim + 2 * table.kv_dim) * table.column("qkv_bias")
@@ -129,7 +130,7 @@ def parameters(table: SpecTable) -> Int[np.ndarray, " n"]:
 
 
 def flops(table: SpecTable, point: Point) -> Int[np.ndarray, " n"]:
-    """`flash.arch.prefill_flops` or `decode_flops` of every spec at this point."""
+    """Compute `flash.arch.prefill_flops` or `decode_flops` for every spec at this point."""
     first = point.tokens if point.phase is Phase.decode else 0
     tokens = 1 if point.phase is Phase.decode else point.tokens
     pairs = table.column("num_full") * _pairs(np.array(first + tokens), first, tokens)
@@ -139,7 +140,7 @@ def flops(table: SpecTable, point: Point) -> Int[np.ndarray, " n"]:
 
 
 def _pairs(window: np.ndarray, first: int, tokens: int) -> np.ndarray:
-    """Query-key pairs of `tokens` queries, the first at position `first`, within a window."""
+    """Count query-key pairs within a window, for queries at positions first..first+tokens-1."""
 
     def until(positions: int) -> np.ndarray:
         growing = np.minimum(positions, window)
@@ -148,7 +149,7 @@ def _pairs(window: np.ndarray, first: int, tokens: int) -> np.ndarray:
     return until(first + tokens) - until(first)
 
 
-WORK = (
+WORK_COLUMNS = (
     "ffn_gemm",
     "attention_gemm",
     "head",
@@ -160,47 +161,48 @@ WORK = (
     "operators",
     "call",
 )
-"""What `counted` counts. Up, gate and down projections are one column, since their work is in a
-fixed proportion whatever the spec; so are multiply-adds and bytes of a kind of matrix product,
-and, with the heads fixed, all that an attention layer does beside its projections."""
+"""Columns of `nominal_work_ms`. Up, gate and down projections share a column, since their work has
+a fixed proportion in every spec. So do the multiply-adds and bytes of one kind of matrix product
+and, with fixed heads, all work of an attention layer apart from its projections."""
 
-# Order-of-magnitude rates of one core: coefficients are then near each other, and near one where
-# the device is such a core. Only their proportions matter (`NonNegativeRegression`).
+# Order-of-magnitude rates of one core, with which the fitted coefficients are near each other, and
+# near 1 on such a core. Only the proportions of the rates matter (`NonNegativeRegression`).
 _GEMM = 7e7
-"""Multiply-adds of quantised matrix products a ms."""
+"""Multiply-adds of quantized matrix products [1/ms]."""
 _STREAM = 2e7
-"""Packed weights read from memory a ms."""
+"""Packed weights read from memory [1/ms]."""
 _ATTENTION = 1.5e7
-"""Multiply-adds of scores and weighted sums in `custom_sdpa` a ms."""
+"""Multiply-adds of scores and weighted sums in `custom_sdpa` [1/ms]."""
 _PRODUCTS = 4.4e7
-"""The same in XNNPACK's products a ms."""
+"""Multiply-adds of scores and weighted sums in XNNPACK's matrix products [1/ms]."""
 _SCORES = 1.3e6
-"""Scores a ms that XNNPACK adds a bias to and takes the softmax of."""
+"""Attention scores to which XNNPACK adds a bias and applies softmax [1/ms]."""
 _CACHE = 8e5
-"""Keys and values, as numbers, read from the cache a ms."""
+"""Elements of keys and values read from the cache [1/ms]."""
 _ELEMENTS = 2e5
-"""Elements a ms through a half's chain of elementwise operators (about five, ~1 ns each)."""
+"""Elements that pass through the elementwise operators of a half, about five [1/ms]."""
 _OPERATORS = 1e3
-"""Calls of an operator a ms."""
+"""Calls of an operator [1/ms]."""
 _FFN_OPERATORS, _ATTENTION_OPERATORS = 12, 25
 _CALL = 0.02
-"""Entering and leaving a program, and its ends [ms]."""
+"""Time to enter and leave a program, including embedding and final norm [ms]."""
 
 
-def counted(
+def nominal_work_ms(
     table: SpecTable, point: Point, lowering: LoweringSettings, chunk: int
 ) -> Float[np.ndarray, "n 10"]:
-    """Work by kind (`WORK`), each in ms on a nominal device, of every spec at this point.
+    """Count the work of every spec at this point, by `WORK_COLUMNS`, in ms of a nominal device.
 
     Source: the operators of flash/lowering/modules.py. `custom_sdpa` computes the causal triangle
-    for full attention, in chunks too; given a mask it computes every slot of the cache. Matrix
-    products compute all keys up to a call's last for each of its queries.
+    for full attention, also when the prompt is split into chunks; given a mask, it computes every
+    slot of the cache. Attention by matrix products computes all keys up to the last of the call for
+    each query of the call.
 
     Args:
         table: Architectures.
-        point: What is timed.
-        lowering: Forms of attention, slots of sliding layers, what is left out of a prompt.
-        chunk: Most prompt tokens of one call.
+        point: Point of the workload.
+        lowering: Forms of attention, slots of sliding layers, work skipped in a prefill.
+        chunk: Greatest number of prompt tokens in one call.
     """
     tokens, _, calls = _lengths(point, chunk)
     layers, model_dim = table.column("num_layers"), table.column("model_dim")
@@ -226,11 +228,11 @@ def counted(
         "operators": calls * operators / _OPERATORS,
         "call": np.full(len(table), calls * _CALL),
     }
-    return np.stack([columns[name] for name in WORK], axis=1)
+    return np.stack([columns[name] for name in WORK_COLUMNS], axis=1)
 
 
 def _lengths(point: Point, chunk: int) -> tuple[int, int, int]:
-    """Tokens that go through, position of the first, calls."""
+    """Return the number of processed tokens, the position of the first, and the calls."""
     if point.phase is Phase.decode:
         return 1, point.tokens, 1
     return point.tokens, 0, -(-point.tokens // chunk)
@@ -239,19 +241,19 @@ def _lengths(point: Point, chunk: int) -> tuple[int, int, int]:
 def _attention(
     table: SpecTable, point: Point, lowering: LoweringSettings, chunk: int
 ) -> dict[str, np.ndarray]:
-    """The columns `full`, `sliding` and `mask` of `counted`."""
+    """Compute the columns `full`, `sliding` and `mask` of `nominal_work_ms`."""
     tokens, first, calls = _lengths(point, chunk)
     last, prefill = first + tokens, point.phase is Phase.prefill
     window, sliding = table.column("sliding_window"), table.column("num_sliding")
     elements = tokens * (table.q_dim + 2 * table.kv_dim) / _ELEMENTS
 
     def attend(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One layer: pairs of query and key, keys read in each call."""
+        """Time one layer, given its query-key pairs and the keys that each call reads."""
         read = 2 * calls * keys * table.kv_dim / _CACHE
         return 2 * pairs * table.q_dim / _ATTENTION + read
 
     full = attend(_pairs(np.array(last), first, tokens), np.array(last))
-    # Of each call one query, over all keys up to the call's end.
+    # One query of each call, over all keys up to the end of the call.
     asked = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
     last_full = attend(np.array(asked.sum()), np.array(asked.mean()))
     if lowering.attention is AttentionForm.matmul and prefill:
@@ -279,14 +281,14 @@ def _attention(
 def last_half_share(
     table: SpecTable, point: Point, lowering: LoweringSettings
 ) -> Float[np.ndarray, " n"]:
-    """Work of a prompt that is left of a model's last attention half, over that of all of it."""
-    names = [WORK.index(name) for name in ("attention_gemm", "full", "sliding")]
+    """Compute the share of the last attention half's work that a prefill still needs."""
+    names = [WORK_COLUMNS.index(name) for name in ("attention_gemm", "full", "sliding")]
     kinds = np.stack([table.column("last_full"), table.column("last_sliding")], axis=1)
     values = table.values.copy()
-    values[:, [_COLUMN["num_full"], _COLUMN["num_sliding"]]] = kinds  # one half, the last one
+    values[:, [_COLUMN["num_full"], _COLUMN["num_sliding"]]] = kinds  # only the last half
     one = SpecTable(values)
     left, whole = (
-        counted(one, point, replace(lowering, prefill_last_only=skip), lowering.chunk)[
+        nominal_work_ms(one, point, replace(lowering, prefill_last_only=skip), lowering.chunk)[
             :, names
         ].sum(1)
         for skip in (True, False)
@@ -295,12 +297,12 @@ def last_half_share(
 
 
 def _rows(tokens: int, calls: int, tail: np.ndarray, all_: np.ndarray) -> np.ndarray:
-    """Mean rows of a product of all layers, if those of the tail see one token of each call."""
+    """Average the rows of a product over all layers; tail layers see one token of each call."""
     return tokens + (calls - tokens) * tail / np.maximum(all_, 1)
 
 
 def shape_features(table: SpecTable) -> Float[np.ndarray, "n 5"]:
-    """Logs of depth, model_dim and ffn_dim; shares of full and of sliding layers."""
+    """Return logs of depth, model_dim and ffn_dim, and shares of full and sliding layers."""
     depth = table.column("num_layers")
     sizes = [np.log(table.column(name)) for name in ("num_layers", "model_dim", "ffn_dim")]
     shares = [table.column(name) / depth for name in ("num_full", "num_sliding")]

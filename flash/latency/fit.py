@@ -24,7 +24,7 @@ from flash.latency.prediction import Prediction, Predictor, Scores, cross_predic
 from flash.latency.profiler import Profiler, Subject, comparable
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore, StoredLatency
-from flash.latency.transfer import Transferred
+from flash.latency.transfer import TransferPredictor
 from flash.lowering.blocks import Block, BlockKind
 from flash.lowering.settings import LoweringSettings
 
@@ -345,7 +345,7 @@ def _maker(
     """What gives an unfitted predictor of this kind."""
     match kind:
         case PredictorKind.analytical if (source := _source(bench, point)) is not None:
-            return lambda: Transferred(source)
+            return lambda: TransferPredictor(source)
         case PredictorKind.analytical:
             return lambda: AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk)
         case PredictorKind.blocks:

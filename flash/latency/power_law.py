@@ -1,7 +1,8 @@
-"""Baselines: latency as a power law in the parameter count or in the FLOPs of the point.
+"""Baseline predictors: latency as a power law in the parameter count or in FLOPs.
 
-The paper's reason for measuring: over 100 architectures on a phone, Kendall's tau of latency was
-0.40 against parameters and 0.46 (prefill) or 0.55 (decode) against FLOPs.
+The paper shows that such proxies are inaccurate (Table 2): over 100 architectures on a phone,
+Kendall's tau of latency was 0.40 against parameters and 0.46 (prefill) or 0.55 (decode) against
+FLOPs.
 """
 
 import math
@@ -15,18 +16,18 @@ from flash.latency.prediction import Prediction, from_logs, t_quantile
 
 
 class PowerLaw:
-    """log(latency) = a + b log(count), by least squares; the usual t interval for a new point.
+    """Least-squares fit of log(latency) = a + b log(count), with t prediction intervals.
 
     Args:
-        count: Cost that latency is a power of: `flash.latency.cost_model.parameters`, or `flops` at
-            a point.
+        count: Function from a table to the base of the power law, such as
+            `flash.latency.cost_model.parameters`, or `flops` at a point.
     """
 
     def __init__(self, count: Callable[[SpecTable], np.ndarray]) -> None:
         self._count = count
 
     def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:
-        """Fit both coefficients; `errors_ms` is not used, all points weigh the same."""
+        """Fit both coefficients; `errors_ms` is ignored, all models weigh the same."""
         x, y = self._log_counts(specs), np.log(values_ms)
         self._center = float(x.mean())
         self._square = float(((x - self._center) ** 2).sum())
@@ -34,13 +35,13 @@ class PowerLaw:
         self._level = float(y.mean())
         residuals = y - self._level - self._slope * (x - self._center)
         self._n = len(y)
-        freedom = self._n - 2
-        sigma = float(np.sqrt((residuals**2).sum() / max(freedom, 1)))
-        self._half = t_quantile(freedom) * sigma if freedom > 0 else math.inf
+        dof = self._n - 2
+        sigma = float(np.sqrt((residuals**2).sum() / max(dof, 1)))
+        self._half = t_quantile(dof) * sigma if dof > 0 else math.inf
         return self
 
     def predict(self, specs: Specs) -> Prediction:
-        """Latencies with the prediction interval of simple regression."""
+        """Predict latencies with the prediction interval of simple linear regression."""
         away = self._log_counts(specs) - self._center
         leverage = away**2 / self._square if self._square > 0 else 0.0
         half = self._half * np.sqrt(1 + 1 / self._n + leverage)

@@ -1,4 +1,4 @@
-"""What every latency predictor offers, and how good one is on models it has not seen."""
+"""Interface of latency predictors, and their validation on models outside the fit."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from flash.arch import ArchSpec
 from flash.latency.cost_model import Specs, Values
 
 LEVEL = 0.9
-"""Probability that an interval of a `Prediction` is meant to hold."""
+"""Nominal coverage probability of the intervals of a `Prediction`."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,10 @@ class Prediction:
     """Predicted latencies of n architectures [ms].
 
     Attributes:
-        mean: Point predictions (on the logarithmic scale that predictors work on: medians).
+        mean: Point predictions: means of log latencies, hence medians of latencies.
         low: Lower ends of the central 90 % intervals.
-        high: Upper ends. The interval is for what measuring the whole model would show, so it
-            includes the noise of a measurement.
+        high: Upper ends of the intervals. An interval is that of a measured latency, so it includes
+            the noise of a measurement.
     """
 
     mean: Values
@@ -38,38 +38,42 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """Learns latencies at one point of a workload on one device."""
+    """Predictor of latencies at one point of a workload on one device."""
 
     def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:
-        """Learn from whole models; `errors_ms` are standard errors of the measured values."""
+        """Fit to measured whole models; `errors_ms` are standard errors of the latencies."""
         ...
 
     def predict(self, specs: Specs) -> Prediction:
-        """Latencies with intervals; 100,000 specs take about a second or less."""
+        """Predict latencies with intervals; 100,000 specs take about a second or less."""
         ...
 
 
 def from_logs(center: Values, half_width: Values | float) -> Prediction:
-    """Prediction with an interval that is symmetric on the logarithmic scale."""
+    """Build a prediction whose intervals are symmetric on the logarithmic scale."""
     with np.errstate(over="ignore"):
         low, high = np.exp(center - half_width), np.exp(center + half_width)
     return Prediction(np.exp(center), low, high)
 
 
-def t_quantile(freedom: float) -> float:
-    """Half-width of the central 90 % interval in standard deviations; infinite for no freedom."""
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) if freedom > 0 else math.inf
+def t_quantile(dof: float) -> float:
+    """Return the half-width of the central 90 % t interval in standard deviations.
+
+    Args:
+        dof: Degrees of freedom; the half-width is infinite without any.
+    """
+    return float(stats.t.ppf((1 + LEVEL) / 2, dof)) if dof > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How well held-out models were predicted. With few of them the figures mean little.
+    """Accuracy of predictions of held-out models; unreliable if there are few of them.
 
     Attributes:
         r2: Coefficient of determination.
-        mape_pct: Mean absolute error as a share of the measured value [%].
-        kendall_tau: Rank correlation of predicted and measured.
-        coverage_90: Share of the measured values inside their 90 % intervals.
+        mape_pct: Mean absolute percentage error [%].
+        kendall_tau: Rank correlation of predicted and measured latencies.
+        coverage_90: Share of the measured latencies inside their 90 % intervals.
         n: Number of held-out models.
     """
 
@@ -88,7 +92,7 @@ class Scores:
 
 
 def score(prediction: Prediction, values_ms: Values) -> Scores:
-    """Compare predictions with measured values that the predictor has not seen."""
+    """Compare predictions with measured latencies that the predictor was not fitted to."""
     values = np.asarray(values_ms, dtype=float)
     errors = prediction.mean - values
     spread = float(((values - values.mean()) ** 2).sum())
@@ -126,17 +130,16 @@ def cross_predict(
     folds: int | None = None,
     seed: int = 0,
 ) -> Prediction:
-    """Predict every model by a predictor that was fitted to the others.
+    """Predict every model by a predictor fitted to the others (cross-validation).
 
     Args:
-        make_predictor: Gives an unfitted predictor. What it was made with stays fixed: for
-            `blocks` that is the table of measured blocks, so only the calibration is fitted anew.
+        make_predictor: Returns an unfitted predictor. Data given to its constructor are not held
+            out: for `blocks`, the table of measured blocks, so only the calibration is refitted.
         specs: Measured whole models.
-        values_ms: Their latencies [ms].
+        values_ms: Latencies of `specs` [ms].
         errors_ms: Standard errors of the latencies [ms].
-        folds: Parts that are held out in turn; None leaves one out for up to 20 models and takes
-            10 parts for more.
-        seed: Shuffles the models into parts.
+        folds: Number of folds; None means leave-one-out for up to 20 models and 10 folds for more.
+        seed: Seed of the assignment of models to folds.
     """
     n = len(specs)
     values = np.asarray(values_ms, dtype=float)

@@ -1,11 +1,11 @@
-"""Regression for latencies on any table: rows of numeric features, a latency each.
+"""Regression of latencies on any table of numeric features, one latency for each row.
 
-Two models that learn the logarithm of a positive quantity from few rows and know how sure they
-are. Both are Gaussian processes with a trend whose coefficients are integrated out; they differ in
-the trend, linear in the features for `GaussianRegression`, a sum of non-negative contributions for
-`NonNegativeRegression`. Written on numpy: with 30 rows a fit takes 10 to 50 ms where botorch's
-takes 100 to 500 ms, which counts when hundreds are fitted (cross-validation, active measurement).
-Source of the algebra: Rasmussen and Williams 2006, chapters 2 and 5.
+Two models predict the logarithm of a positive quantity from few rows, with intervals. Both are
+Gaussian processes with a trend whose coefficients are integrated out. The trend of
+`GaussianRegression` is linear in the features; that of `NonNegativeRegression` is a sum of
+non-negative contributions. They are implemented in numpy: with 30 rows a fit takes 10 to 50 ms
+where BoTorch takes 100 to 500 ms, which matters when hundreds are fitted (cross-validation, active
+learning). Source of the algebra: Rasmussen and Williams 2006, chapters 2 and 5.
 """
 
 import itertools
@@ -25,16 +25,16 @@ from flash.latency.prediction import Prediction, from_logs, t_quantile
 Matrix = Float[np.ndarray, "n k"]
 Square = Float[np.ndarray, "n m"]
 
-LEAST_NOISE = 0.01
-"""Standard deviation of a log latency below which known noise is not believed: processes differ by
-more than the samples of one process show."""
-_ROWS = 300
-"""Hyperparameters are chosen on at most so many rows, evenly picked; the rest is linear algebra."""
+MIN_NOISE = 0.01
+"""Lower bound of the standard deviation of a log latency: processes differ by more than the samples
+of one process show."""
+_MAX_ROWS = 300
+"""Greatest number of rows, evenly spaced, on which hyperparameters are optimized."""
 _BATCH = 4096
 
 
 class _Posterior:
-    """A zero-mean Gaussian process seen at some rows: `K` is their covariance with the noise."""
+    """Posterior of a zero-mean Gaussian process, given residuals of covariance `K` with noise."""
 
     def __init__(self, K: Square, residuals: Values) -> None:
         self._factor = linalg.cholesky(K, lower=True)
@@ -43,34 +43,35 @@ class _Posterior:
 
     @property
     def log_likelihood(self) -> float:
-        """Log density of the residuals, without the constant."""
+        """Log density of the residuals, without the constant term."""
         return -0.5 * float(self.residuals @ self.weights) - float(
             np.log(np.diag(self._factor)).sum()
         )
 
     def explained(self, cross: Square) -> Values:
-        """Variance that the rows take away, for columns of covariances with the rows."""
+        """Compute the reduction of variance, for columns of covariances with the rows."""
         return (linalg.solve_triangular(self._factor, cross, lower=True) ** 2).sum(axis=0)
 
     def left_out(self) -> tuple[Values, Values]:
-        """Residual of every row as predicted by the others, and its standard deviation."""
+        """Return the leave-one-out residual of every row and its standard deviation."""
         variance = 1 / np.diag(self.inverse())
         return self.weights * variance, np.sqrt(variance)
 
     def inverse(self) -> Square:
-        """Inverse of `K`."""
+        """Return the inverse of `K`."""
         return linalg.cho_solve((self._factor, True), np.eye(len(self.weights)))
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """Scales features to the unit cube of the rows that were fitted."""
+class _UnitCube:
+    """Scaling of features to the unit cube of the fitted rows."""
 
     low: Values
     spread: Values
 
     @classmethod
-    def of(cls, X: Matrix) -> "_Unit":
+    def of(cls, X: Matrix) -> "_UnitCube":
+        """Return the scaling that maps these rows onto the unit cube."""
         low = X.min(axis=0)
         spread = X.max(axis=0) - low
         return cls(low, np.where(spread > 0, spread, 1.0))
@@ -80,13 +81,13 @@ class _Unit:
 
 
 def squared_distances(first: Matrix, second: Matrix) -> Square:
-    """Squared Euclidean distance of every row of `first` from every row of `second`."""
+    """Compute squared Euclidean distances between the rows of `first` and of `second`."""
     squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
     return np.maximum(squares, 0.0)
 
 
 def _checked(X: Matrix, y: Values, y_std: Values | None) -> tuple[Matrix, Values, Values]:
-    """Features, values and relative standard errors as float arrays that fit together."""
+    """Validate features, latencies and errors; return float arrays, errors relative to y."""
     X, y = np.asarray(X, dtype=float), np.asarray(y, dtype=float)
     if X.ndim != 2 or y.shape != X.shape[:1] or len(y) < 2:
         raise InputError(
@@ -108,8 +109,8 @@ def _checked(X: Matrix, y: Values, y_std: Values | None) -> tuple[Matrix, Values
     return X, y, errors / y
 
 
-def _some(n: int) -> np.ndarray:
-    return np.linspace(0, n - 1, min(n, _ROWS)).round().astype(int)
+def _subset(n: int) -> np.ndarray:
+    return np.linspace(0, n - 1, min(n, _MAX_ROWS)).round().astype(int)
 
 
 def _batches(n: int) -> Iterator[slice]:
@@ -117,29 +118,29 @@ def _batches(n: int) -> Iterator[slice]:
 
 
 class GaussianRegression:
-    """Gaussian process on log y: a linear trend, and deviations from it that are smooth.
+    """Gaussian process on log y with a linear trend and smooth deviations from it.
 
-    Kernel: constant + linear + squared exponential with a lengthscale for each feature, on
-    features scaled to the unit cube, log y standardised. Hyperparameters have the greatest
-    posterior density. The interval includes the noise of a measurement, and is widened until the
-    leave-one-out residuals of the fitted rows have unit variance: a posterior with point estimates
-    of its hyperparameters is too sure of itself.
+    The kernel is constant + linear + squared exponential with a lengthscale for each feature, on
+    features scaled to the unit cube and standardized log y. The hyperparameters maximize the
+    posterior density. Intervals include the noise of a measurement. They are widened until the
+    leave-one-out residuals of the fitted rows have unit variance, since a posterior with point
+    estimates of its hyperparameters is overconfident.
     """
 
     def fit(self, X: Matrix, y: Values, y_std: Values | None = None) -> Self:
-        """Learn from rows `X` with latencies `y` and, where known, their standard errors.
+        """Fit to rows `X` with latencies `y` and, if known, their standard errors `y_std`.
 
         Raises:
-            InputError: A value is not finite, a latency not positive, or shapes differ.
+            InputError: A value is not finite, a latency is not positive, or shapes differ.
         """
         X, y, relative = _checked(X, y, y_std)
-        self._unit = _Unit.of(X)
+        self._unit = _UnitCube.of(X)
         self._rows = self._unit(X)
         logs = np.log(y)
         self._level, self._scale = float(logs.mean()), float(logs.std(ddof=1)) or 1.0
         known = (relative / self._scale) ** 2
         target = (logs - self._level) / self._scale
-        some = _some(len(y))
+        some = _subset(len(y))
         self._theta = self._best(self._rows[some], target[some], known[some])
         noise = math.exp(self._theta[-1]) + known
         self._noise = float(noise.mean())
@@ -147,12 +148,12 @@ class GaussianRegression:
         self._posterior = _Posterior(K + np.diag(noise), target)
         residuals, deviations = self._posterior.left_out()
         wide = max(1.0, float(np.sqrt(((residuals / deviations) ** 2).mean())))
-        # The trend and the lengthscales are paid for with the same rows.
+        # Trend and lengthscales consume degrees of freedom of the same rows.
         self._widen = t_quantile(max(len(y) - 2 * X.shape[1] - 1, 2)) * wide
         return self
 
     def predict(self, X: Matrix) -> Prediction:
-        """Latencies with intervals."""
+        """Predict latencies with intervals."""
         rows = self._unit(np.asarray(X, dtype=float))
         center, variance = np.empty(len(rows)), np.empty(len(rows))
         for batch in _batches(len(rows)):
@@ -163,12 +164,12 @@ class GaussianRegression:
         return from_logs(self._level + self._scale * center, self._widen * deviation)
 
     def covariance(self, first: Matrix, second: Matrix) -> Square:
-        """Covariance of log latencies before the fitted rows are taken into account."""
+        """Compute the prior covariance of log latencies, without the fitted rows."""
         return self._scale**2 * self._kernel(self._unit(first), self._unit(second))
 
     @property
     def noise_variance(self) -> float:
-        """Variance of the log of a measured latency about the truth."""
+        """Variance of the measurement noise of a log latency."""
         return self._scale**2 * self._noise
 
     def _kernel(self, first: Matrix, second: Matrix) -> Square:
@@ -182,7 +183,7 @@ class GaussianRegression:
 
     @staticmethod
     def _best(rows: Matrix, target: Values, known: Values) -> Values:
-        """Logs of the lengthscales and of the variances of the smooth part, trend and noise."""
+        """Optimize the logs of the lengthscales and of the smooth, trend and noise variances."""
         k = rows.shape[1]
         # Lengthscales as in botorch: their logs have mean sqrt(2) + log(k)/2, deviation sqrt(3).
         middle = np.array([math.sqrt(2) + math.log(k) / 2] * k + [-2.0, 0.0, -5.0])
@@ -210,7 +211,7 @@ class GaussianRegression:
             )
 
         bounds = [(-3.0, 8.0)] * k + [(-9.0, 4.0), (-4.0, 6.0), (-13.0, 1.0)]
-        # Two valleys are common: all is trend and noise, or all is smooth.
+        # Two local optima are common: only trend and noise, or only the smooth part.
         wavy = np.array([math.log(0.7)] * k + [0.0, -1.0, -6.0])
         found = [
             optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
@@ -220,8 +221,8 @@ class GaussianRegression:
 
 
 @dataclass(frozen=True)
-class _Hyper:
-    """Relative deviations: of coefficients, of the smooth factor, of a measurement."""
+class _Hyperparameters:
+    """Standard deviations of coefficients, smooth factor and noise, relative to their values."""
 
     freedom: float
     smooth: float
@@ -229,46 +230,46 @@ class _Hyper:
     noise: float
 
 
-_BEFORE = _Hyper(freedom=1.0, smooth=0.04, length=1.0, noise=0.03)
-"""What is believed of a device that nothing was measured on."""
-# Where the search begins: no smooth factor, errors larger than they will be.
-_START = _Hyper(freedom=1.0, smooth=0.0, length=1.0, noise=0.05)
+_PRIOR = _Hyperparameters(freedom=1.0, smooth=0.04, length=1.0, noise=0.03)
+"""Hyperparameters for a device without measurements."""
+# Start of the optimization: no smooth factor, and errors that are too large rather than too small.
+_START = _Hyperparameters(freedom=1.0, smooth=0.0, length=1.0, noise=0.05)
 _CANDIDATES = [
-    _Hyper(freedom, smooth, length, noise)
+    _Hyperparameters(freedom, smooth, length, noise)
     for freedom, (smooth, length), noise in itertools.product(
         (0.1, 0.3, 0.6, 1.2, 2.4),
         ((0.0, 1.0), *itertools.product((0.02, 0.05, 0.12, 0.3), (0.7, 2.0))),
-        (LEAST_NOISE, 0.015, 0.023, 0.035, 0.055, 0.1),
+        (MIN_NOISE, 0.015, 0.023, 0.035, 0.055, 0.1),
     )
 ]
-_STEPS, _CHOOSING = 8, (1, 3)
-"""Steps of the fit, and those that choose hyperparameters anew."""
+_NUM_STEPS, _SELECTION_STEPS = 8, (1, 3)
+"""Number of steps of the fit, and the steps that select the hyperparameters anew."""
 
 
 class NonNegativeRegression:
-    """y = sum of non-negative contributions, times a smooth factor near one.
+    """Regression of y as a sum of non-negative contributions, times a smooth factor near 1.
 
-    Every column of X is an amount of work and never makes anything faster: contributions are X
-    times coefficients >= 0, and relative errors count, so that rows of all sizes weigh the same.
-    Coefficients are drawn towards nominal ones times a common factor, as much as the rows favour:
-    with few rows, and columns that nearly repeat each other, least squares alone would give all to
-    one of them. What the sum leaves is a Gaussian process on log y, over other features of the
-    rows if there are any. Intervals as in `GaussianRegression`.
+    Every column of X is an amount of work, which never reduces the latency: contributions are X
+    times coefficients >= 0. Errors are relative, so rows of all sizes weigh the same. The
+    coefficients are shrunk towards nominal ones times a common factor, by an amount that the rows
+    determine: with few rows and nearly collinear columns, least squares alone would assign all work
+    to one column. The residuals of log y are a Gaussian process over features Z of the rows.
+    Intervals are those of `GaussianRegression`.
 
     Args:
-        nominal: What a unit of each column is believed to cost, up to a common factor. None: every
-            column contributes alike on average, and a constant is added as one more.
+        nominal: Prior cost of a unit of each column, up to a common factor. None assumes that all
+            columns contribute equally on average, and adds a constant column.
 
     Attributes:
-        multiples: Each coefficient over its nominal one, once the common factor is taken out.
-        log_evidence: Log density of the fitted rows, for comparing nominal coefficients.
+        multiples: Ratio of each coefficient to its nominal one, without the common factor.
+        log_evidence: Log density of the fitted rows, to compare choices of `nominal`.
     """
 
     def __init__(self, nominal: Values | None = None) -> None:
         self._given = nominal
         self._nominal = nominal
-        self._hyper = _BEFORE
-        self._noise = _BEFORE.noise**2
+        self._hyper = _PRIOR
+        self._noise = _PRIOR.noise**2
         self._factor = 1.0
         self.multiples: Values | None = None
         self.log_evidence = -math.inf
@@ -276,17 +277,17 @@ class NonNegativeRegression:
     def fit(
         self, X: Matrix, y: Values, y_std: Values | None = None, Z: Matrix | None = None
     ) -> Self:
-        """Learn from rows of work with latencies and, where known, their standard errors.
+        """Fit to rows of work with latencies and, if known, their standard errors.
 
         Args:
-            X: Amounts of work, not negative.
+            X: Non-negative amounts of work.
             y: Latencies.
-            y_std: Their standard errors.
-            Z: Features that the smooth factor depends on; X by default.
+            y_std: Standard errors of the latencies.
+            Z: Features of the smooth factor; None takes X.
 
         Raises:
-            InputError: A value is not finite, an amount negative, a latency not positive, a row
-                without any work, or shapes differ.
+            InputError: A value is not finite, an amount is negative, a latency is not positive, a
+                row has no work, or shapes differ.
         """
         X, y, relative = _checked(X, y, y_std)
         if (X < 0).any():
@@ -306,11 +307,11 @@ class NonNegativeRegression:
             raise InputError(f"table, row {row}: expected some work, found none; drop the row")
         self._factor = float(np.exp(np.log(y / work.sum(axis=1)).mean()))
         work = self._work(X)
-        self._unit = _Unit.of(Z)
+        self._unit = _UnitCube.of(Z)
         self._rows = self._unit(Z)
         known = relative**2
         squares = squared_distances(self._rows, self._rows)
-        self._hyper, multiples = _settle(work, y, squares, known)
+        self._hyper, multiples = _fit_multiples(work, y, squares, known)
         self.multiples = multiples
         sums = work @ multiples
         self._A, residuals = work / sums[:, None], np.log(y / sums)
@@ -328,7 +329,7 @@ class NonNegativeRegression:
         return self
 
     def predict(self, X: Matrix, Z: Matrix | None = None) -> Prediction:
-        """Latencies with intervals."""
+        """Predict latencies with intervals."""
         X = np.asarray(X, dtype=float)
         Z = X if Z is None else np.asarray(Z, dtype=float)
         work, rows = self._work(X), self._unit(Z)
@@ -346,14 +347,14 @@ class NonNegativeRegression:
         return from_logs(center, self._widen * deviation)
 
     def smooth_factor(self, Z: Matrix) -> Values:
-        """The factor on the sum of contributions."""
+        """Return the smooth factor on the sum of contributions."""
         cross = _smooth(self._hyper, squared_distances(self._rows, self._unit(Z)))
         return np.exp(self._smooth_weights @ cross)
 
     def covariance(
         self, first: Matrix, second: Matrix, Z_first: Matrix, Z_second: Matrix
     ) -> Square:
-        """Covariance of log latencies before the fitted rows are taken into account."""
+        """Compute the prior covariance of log latencies, without the fitted rows."""
         A_first, A_second = (
             work / (work @ self._multiples)[:, None] for work in map(self._work, (first, second))
         )
@@ -364,52 +365,58 @@ class NonNegativeRegression:
 
     @property
     def noise_variance(self) -> float:
-        """Variance of the log of a measured latency about the truth."""
+        """Variance of the measurement noise of a log latency."""
         return self._noise
 
     @property
     def _multiples(self) -> Values:
-        """The coefficients' multiples; ones before any fit."""
+        """`multiples`, or ones before any fit."""
         if self.multiples is not None:
             return self.multiples
         assert self._nominal is not None
         return np.ones(len(self._nominal))
 
     def _work(self, X: Matrix) -> Matrix:
-        """Contributions of each column at nominal coefficients."""
+        """Compute the contribution of each column at nominal coefficients."""
         if self._given is None:
             X = np.concatenate([X, np.ones((len(X), 1))], axis=1)
         assert self._nominal is not None
         return self._factor * X * self._nominal
 
 
-def _smooth(hyper: _Hyper, squares: Square) -> Square:
+def _smooth(hyper: _Hyperparameters, squares: Square) -> Square:
     return hyper.smooth**2 * np.exp(-0.5 / hyper.length**2 * squares)
 
 
-def _settle(work: Matrix, y: Values, squares: Square, known: Values) -> tuple[_Hyper, Values]:
-    """Hyperparameters and multiples, by Gauss-Newton steps on log y.
+def _fit_multiples(
+    work: Matrix, y: Values, squares: Square, known: Values
+) -> tuple[_Hyperparameters, Values]:
+    """Fit hyperparameters and multiples by Gauss-Newton steps on log y.
 
-    The hyperparameters are chosen along the way and not at the start, where the smooth factor could
-    explain what the coefficients have yet to learn.
+    The hyperparameters are selected after the first steps: at the start the smooth factor could
+    explain deviations that the coefficients have yet to fit.
     """
-    hyper, multiples, some = _START, np.ones(work.shape[1]), _some(len(y))
-    for step in range(_STEPS):
+    hyper, multiples, some = _START, np.ones(work.shape[1]), _subset(len(y))
+    for step in range(_NUM_STEPS):
         sums = work @ multiples
         A, target = work / sums[:, None], 1 + np.log(y / sums)
-        if step in _CHOOSING:
-            hyper = _likeliest(A[some], target[some], squares[np.ix_(some, some)], known[some])
+        if step in _SELECTION_STEPS:
+            hyper = _select_hyperparameters(
+                A[some], target[some], squares[np.ix_(some, some)], known[some]
+            )
         C = _smooth(hyper, squares) + np.diag(hyper.noise**2 + known)
         multiples = _non_negative(A, target, C, hyper.freedom)
     return hyper, multiples
 
 
-def _likeliest(A: Matrix, target: Values, squares: Square, known: Values) -> _Hyper:
-    """The candidate of greatest posterior density, coefficients integrated out."""
+def _select_hyperparameters(
+    A: Matrix, target: Values, squares: Square, known: Values
+) -> _Hyperparameters:
+    """Select the candidate of greatest posterior density, with coefficients integrated out."""
     residuals = target - A.sum(axis=1)
     trend = A @ A.T
 
-    def density(hyper: _Hyper) -> float:
+    def density(hyper: _Hyperparameters) -> float:
         noise = np.diag(hyper.noise**2 + known)
         K = hyper.freedom**2 * trend + _smooth(hyper, squares) + noise
         prior = 0.5 * math.log(hyper.noise / 0.02) ** 2 + 0.5 * (hyper.smooth / 0.05) ** 2
@@ -419,7 +426,7 @@ def _likeliest(A: Matrix, target: Values, squares: Square, known: Values) -> _Hy
 
 
 def _non_negative(A: Matrix, target: Values, C: Square, freedom: float) -> Values:
-    """Multiples >= 0 of greatest posterior density: each near one, A @ multiples near target."""
+    """Return the multiples >= 0 of greatest posterior density (prior mean 1), given the target."""
     factor = linalg.cholesky(C, lower=True)
     white = linalg.solve_triangular(factor, np.column_stack([A, target]), lower=True)
     k = A.shape[1]

@@ -1,6 +1,6 @@
 """Measurements are data: an append-only file with one line for each, never taken twice.
 
-`python -m flash.latency` writes a store as CSV and merges two stores.
+`flash measurements` writes a store as CSV and merges two stores.
 """
 
 import csv

@@ -1,1 +1,1 @@
-"""What a team looks at: the result table, figures, the HTML page, and the same in W&B."""
+"""Report of a study: result table, figures and HTML page, also logged to W&B."""

@@ -1,4 +1,4 @@
-"""`flash report`: the result table, and the page, of what a `runs` folder holds."""
+"""`flash report`: print the result table of a study and write its HTML page."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from flash.training.loggers import has_wandb_key
 
 
 def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
-    """The table and every figure as one W&B run; offline without a key."""
+    """Log the result table and every figure as one W&B run, offline without an API key."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")

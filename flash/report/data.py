@@ -1,4 +1,4 @@
-"""Everything that a `runs` folder holds about one study, read for the report."""
+"""Data of one study, read from a `runs` folder for the report."""
 
 import json
 from dataclasses import dataclass
@@ -16,19 +16,18 @@ from flash.training.result import TrainResult
 
 @dataclass(frozen=True)
 class TrialPoint:
-    """One candidate of the search.
+    """Trial with a loss or, if it was stopped early, a predicted loss.
 
     Attributes:
-        number: In the study.
-        name: The arch's name if it is on the frontier.
+        number: Trial number in the study.
+        name: Name of the architecture if the trial is on the frontier, else None.
         spec: Architecture.
-        loss: Held-out loss after the short training [nats a token]; of a trial that was stopped,
-            what it was predicted to become.
-        costs: All that was known before it was trained, by key of `Objective`.
-        latency_ms: Predicted headline latency.
-        winner: Whether it was chosen for final training.
-        curve: Tokens seen and training loss along the trial; empty where none was kept.
-        reason: Why it was stopped, or None.
+        loss: Held-out loss after the short training [nats a token]; predicted for a stopped trial.
+        costs: Known objectives by key of `Objective`.
+        latency_ms: Predicted headline latency [ms].
+        winner: True if the trial was chosen for final training.
+        curve: Pairs (tokens seen, training loss) along the trial; empty if not recorded.
+        reason: Reason for stopping the trial early, or None.
     """
 
     number: int
@@ -43,21 +42,22 @@ class TrialPoint:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return count_parameters(self.spec).total
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the result table: the backbone or a winner, as far as it has come.
+    """Row of the result table: the backbone or a winner, with the results so far.
 
     Attributes:
-        name: The arch's name.
+        name: Name of the architecture.
         spec: Architecture.
-        predicted: Intervals of stage 1 by point, such as `prefill_512`.
-        trained: Result of `train.py`; None for the backbone, or when it did not run yet.
-        exported: Result of `export.py`, or None when it did not run yet.
-        aware: Result of `export.py` for the same architecture trained by a recipe with `qat`, or
-            None where there is none.
+        predicted: Predicted latencies with intervals by point, such as `prefill_512`.
+        trained: Result of `train.py`; None for the backbone or before it ran.
+        exported: Result of `export.py`; None before it ran.
+        qat_exported: Result of `export.py` for the same architecture trained with a recipe that has
+            `qat`; None if there is none.
         backbone_quality: Held-out quality of the backbone; None for winners.
     """
 
@@ -66,24 +66,25 @@ class Model:
     predicted: dict[str, dict[str, float]]
     trained: TrainResult | None
     exported: ExportResult | None
-    aware: ExportResult | None = None
+    qat_exported: ExportResult | None = None
     backbone_quality: dict[str, float] | None = None
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return count_parameters(self.spec).total
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """The best trials trained longer (`stage=promote`).
+    """Longer training of the best trials (`stage=promote`).
 
     Attributes:
-        tokens: Of the longer training.
-        losses: Trial, and its held-out loss after the longer training.
-        kendall_tau: Rank correlation of the short losses and the long ones; None for one trial.
-        swapped: Pairs whose order turned.
-        pairs: Of trials.
+        tokens: Length of the longer training [tokens].
+        losses: Pairs of a trial and its held-out loss after the longer training [nats a token].
+        kendall_tau: Rank correlation of the short and the long losses; None for one trial.
+        swapped: Number of discordant pairs, whose order changed.
+        pairs: Number of pairs of trials.
     """
 
     tokens: int
@@ -95,17 +96,17 @@ class Promotion:
 
 @dataclass(frozen=True)
 class ReportData:
-    """One study with its winners.
+    """One study and the models made from it.
 
     Attributes:
-        study: Name.
-        search: `frontier.json` as it is.
-        trials: Completed candidates.
-        stopped: Those that were ended early as hopeless.
-        failed: Number of failed ones.
-        models: The backbone, then the winners, fastest first.
-        promotion: What longer training did to the order, or None where that was not asked.
-        evaluations: Benchmarks of the models, as far as they were run.
+        study: Name of the study.
+        search: Content of `frontier.json`.
+        trials: Complete trials.
+        stopped: Trials that were stopped early.
+        failed: Number of failed trials.
+        models: Backbone, then the winners, fastest first.
+        promotion: Comparison with longer training; None if `stage=promote` did not run.
+        evaluations: Benchmark results of the models so far.
     """
 
     study: str
@@ -119,17 +120,18 @@ class ReportData:
 
     @property
     def backbone(self) -> Model:
+        """Row of the backbone, the first of `models`."""
         return self.models[0]
 
     @property
     def frontier(self) -> list[TrialPoint]:
-        """The trials that no other beats, fastest first."""
+        """Trials on the frontier, fastest first."""
         front = [trial for trial in self.trials if trial.name is not None]
         return sorted(front, key=lambda trial: trial.latency_ms)
 
     @property
     def cost_keys(self) -> list[str]:
-        """Keys of the objectives other than loss; of the latency where loss was the only one."""
+        """Keys of the objectives other than loss, or of the headline latency without any."""
         keys = [key for key in self.search["objectives"] if key != "loss"]
         return keys or [f"{Point.parse(self.search['objective']).phase.value}_ms"]
 
@@ -138,11 +140,11 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
     """Read a study.
 
     Args:
-        runs: Where.
-        study: Which; None takes the one that was written last.
+        runs: Folder with all results.
+        study: Name of the study; None takes the one written last.
 
     Raises:
-        InputError: There is no finished search of that name, or a file is damaged.
+        InputError: No search of that name is finished, or a file is damaged.
     """
     pattern = f"{study or '*'}/frontier.json"
     found = sorted((runs.root / "studies").glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -219,8 +221,8 @@ def _promotion(path: Path, trials: list[TrialPoint]) -> Promotion | None:
     )
 
 
-def _aware(runs: Runs, spec: ArchSpec) -> ExportResult | None:
-    """The export of a model of `spec` whose last training saw the device's rounding."""
+def _find_qat_export(runs: Runs, spec: ArchSpec) -> ExportResult | None:
+    """Find the export of a model of `spec` that was trained with quantization awareness."""
     for path in sorted((runs.root / "exports").glob("*/export.json")):
         trained = TrainResult.read(runs.model(path.parent.name))
         if trained is None or trained.spec != spec or not trained.settings["recipe"]["qat"]:
@@ -257,7 +259,7 @@ def _models(runs: Runs, search: dict[str, Any], trials: list[TrialPoint]) -> lis
                 # A result of an earlier search under the same name is of another architecture.
                 trained=trained if trained and trained.spec == trial.spec else None,
                 exported=exported if exported and exported.spec == trial.spec else None,
-                aware=_aware(runs, trial.spec),
+                qat_exported=_find_qat_export(runs, trial.spec),
             )
         )
     return models

@@ -1,4 +1,4 @@
-"""All figures of one study, made once and shown both on the page and in Weights & Biases."""
+"""All figures of one study, shown on the HTML page and in Weights & Biases."""
 
 import plotly.graph_objects as go
 
@@ -6,12 +6,12 @@ from flash.paths import Runs
 from flash.report.data import ReportData, read
 from flash.report.pattern_figures import kinds, patterns
 from flash.report.search_figures import frontier, hypervolume, parallel_coordinates
-from flash.report.style import GREY, ORANGE, latency_name, layout
+from flash.report.style import GRAY, ORANGE, latency_name, layout
 from flash.report.training_figures import learning_curves, promotion, recovery
 
 
 def predicted_against_measured(data: ReportData) -> go.Figure:
-    """Stage 1's calibration models, and winners with the interval that was promised for them."""
+    """Plot predicted against measured latency of calibration models and exported models."""
     figure = go.Figure()
     objective = data.search["objective"]
     measured = data.search["latency_points"][objective]
@@ -21,7 +21,7 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
         y=fitted,
         name="calibration models (left out of their own fit)",
         mode="markers",
-        marker={"color": GREY, "size": 9},
+        marker={"color": GRAY, "size": 9},
     )
     points = [
         (model, model.exported.measurement.latencies[objective].ms, model.predicted[objective])
@@ -48,14 +48,14 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
         y=[low, high],
         mode="lines",
         name="equal",
-        line={"color": GREY, "dash": "dot"},
+        line={"color": GRAY, "dash": "dot"},
     )
     name = latency_name(data)
     return layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
 
 
 def all_figures(data: ReportData) -> dict[str, go.Figure]:
-    """Every figure by name, in the order of the page; each only where there is what it shows."""
+    """Draw every figure whose data exist, by name and in the order of the page."""
     drawn = {
         "frontier": (frontier, True),
         "hypervolume": (hypervolume, True),
@@ -74,5 +74,5 @@ def all_figures(data: ReportData) -> dict[str, go.Figure]:
 
 
 def study_figures(runs: Runs, study: str) -> dict[str, go.Figure]:
-    """All figures of a study that is in the `runs` folder, for the search's own W&B run."""
+    """Draw all figures of a study in the `runs` folder, for the W&B run of its search."""
     return all_figures(read(runs, study))

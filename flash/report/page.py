@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no second file."""
+"""Report as one self-contained HTML file, which needs no network and no other file."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from flash.evaluation.suites import SuiteResult
 from flash.files import write_text
 from flash.report.data import Model, ReportData
 from flash.report.figures import all_figures
-from flash.report.table import COLUMNS, NONE, QUANTISATION, quantisation_rows, rows
+from flash.report.table import COLUMNS, NONE, QUANTIZATION_COLUMNS, quantization_rows, rows
 
 CAPTIONS = {
     "frontier": (
         "Frontier",
-        "Each point is a candidate: cut out of the backbone, trained for a short while, with the "
-        "cost that is known before. Dotted lines: the reference point.",
+        "Each point is a candidate: pruned from the backbone and trained briefly. Its cost is "
+        "known before the training. Dotted lines: the reference point.",
     ),
     "hypervolume": (
         "Progress of the search",
@@ -26,36 +26,37 @@ CAPTIONS = {
     ),
     "parallel_coordinates": (
         "All trials",
-        "One line a trial, the frontier coloured by loss; drag along an axis to select others, "
-        "double-click it to select all (longest run: layers in a row without full attention; axes "
-        "on which all trials agree are left out).",
+        "One line for each trial, the frontier colored by loss; drag along an axis to select "
+        "others, double-click it to select all (longest run: consecutive layers without full "
+        "attention; axes on which all trials agree are left out).",
     ),
     "patterns": (
         "Patterns of the frontier",
-        "One row a member with its loss, the fastest on top.",
+        "One row for each member with its loss, the fastest on top.",
     ),
     "kinds": (
-        "What the search learned about layers",
-        "Share of each kind at each place from input to output, and of neighbouring layers that "
-        "are of different kinds; where the frontier differs from all trials, the search found a "
-        "preference.",
+        "Layer kinds by position",
+        "Share of each kind at each position from input to output, and of adjacent layers of "
+        "different kinds. A difference between the frontier and all trials is a preference that "
+        "the search found.",
     ),
     "learning_curves": (
         "Learning curves",
         "Training loss along each trial; all see the same text in the same order.",
     ),
     "promotion": (
-        "Does the order last?",
+        "Ranking after longer training",
         "Held-out loss of the best trials after the short and after a longer training, each on its "
-        "own scale, the lowest below; where lines cross, the short training misjudged.",
+        "own scale, the lowest at the bottom. Lines cross where the longer training changed the "
+        "ranking.",
     ),
     "predicted_against_measured": (
         "Predicted against measured latency",
-        "Bars are 90 % intervals, promised before the program existed.",
+        "Bars are 90 % intervals, predicted before the program was exported.",
     ),
     "recovery": (
         "Recovery of the winners",
-        "Held-out loss of the same architecture at three ages.",
+        "Held-out loss of each winner at three stages of its training.",
     ),
 }
 _KIND_CLASS = {
@@ -66,7 +67,7 @@ _KIND_CLASS = {
 
 
 def _diagram(spec: ArchSpec, widest: ArchSpec) -> list[dict[str, object]]:
-    """Layers from input to output, sizes as shares of the widest model's [%]."""
+    """Describe the layers from input to output, with widths relative to the widest model [%]."""
     return [
         {
             "index": index,
@@ -80,7 +81,7 @@ def _diagram(spec: ArchSpec, widest: ArchSpec) -> list[dict[str, object]]:
 
 
 def render(data: ReportData) -> str:
-    """The page as text."""
+    """Render the page as HTML text."""
     environment = Environment(
         loader=PackageLoader("flash.report"), autoescape=True, undefined=StrictUndefined
     )
@@ -111,8 +112,8 @@ def render(data: ReportData) -> str:
         ],
         exported=[model for model in data.models if model.exported is not None],
         suites=_suites(data.evaluations),
-        quantisation_columns=QUANTISATION,
-        quantisation=quantisation_rows(data.models),
+        quantization_columns=QUANTIZATION_COLUMNS,
+        quantization=quantization_rows(data.models),
         scores=_scores(data),
         machine=_machine(data.models, data.search["device"]),
         plotly_js=get_plotlyjs(),
@@ -120,12 +121,12 @@ def render(data: ReportData) -> str:
 
 
 def _panels(figure: go.Figure) -> int:
-    """Plots side by side."""
+    """Count the plots that a figure shows side by side."""
     return len({axis.domain for axis in figure.select_xaxes()})
 
 
 def _scores(data: ReportData) -> list[dict[str, object]]:
-    """Cross-validation of the predictors, a row for each point and predictor."""
+    """Tabulate the cross-validation scores, a row for each point and predictor."""
     table: dict[tuple[str, str], dict[str, object]] = {}
     for key, value in data.search["latency_scores"].items():
         _, point, predictor, score = key.split("/")
@@ -135,7 +136,7 @@ def _scores(data: ReportData) -> list[dict[str, object]]:
 
 
 def _suites(results: list[SuiteResult]) -> list[dict[str, object]]:
-    """A table for each suite and number of questions: our models, then the paper's."""
+    """Build a table for each suite and limit of questions: our models, then the paper's."""
     together: dict[tuple[str, int | None], list[SuiteResult]] = {}
     for result in results:
         together.setdefault((result.suite, result.limit), []).append(result)
@@ -156,7 +157,7 @@ def _suite(suite: str, limit: int | None, results: list[SuiteResult]) -> dict[st
         mean = sum(known) / len(known) if len(known) == len(values) > 1 else None
         lines.append([f"{name}, paper", *map(_figure, [*values, mean])])
     return {
-        "name": suite if limit is None else f"{suite}, the first {limit} questions of each task",
+        "name": suite if limit is None else f"{suite}, first {limit} questions of each task",
         "columns": ["model", *(row.title for row in tasks.values()), "average"],
         "rows": lines,
     }
@@ -173,5 +174,5 @@ def _machine(models: list[Model], device: dict[str, object]) -> str:
 
 
 def write_page(data: ReportData, path: Path) -> None:
-    """Render and store, atomically."""
+    """Render the page and write it atomically."""
     write_text(path, render(data))

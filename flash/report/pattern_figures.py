@@ -1,4 +1,4 @@
-"""Figures of layer patterns: what the search found out about where attention can be saved."""
+"""Figures of layer patterns: the kind of attention by position in the network."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,11 +8,11 @@ from plotly.subplots import make_subplots
 
 from flash.arch import ArchSpec, Attention
 from flash.report.data import ReportData
-from flash.report.style import KINDS, about, label, layout
+from flash.report.style import KINDS, hover_text, layout, trial_label
 
 
 def patterns(data: ReportData) -> go.Figure:
-    """The layers of every member of the frontier, the fastest on top."""
+    """Plot the layers of every member of the frontier, the fastest on top."""
     front = data.frontier
     order, depth = list(KINDS), max(trial.spec.num_layers for trial in front)
     figure = go.Figure()
@@ -23,7 +23,7 @@ def patterns(data: ReportData) -> go.Figure:
             for trial in front
         ],
         y=list(range(len(front))),
-        text=[[about(trial)] * depth for trial in front],
+        text=[[hover_text(trial)] * depth for trial in front],
         hovertemplate="%{text}<extra></extra>",
         hoverongaps=False,
         zmin=-0.5,
@@ -39,15 +39,15 @@ def patterns(data: ReportData) -> go.Figure:
     )
     used = {kind for trial in front for kind in trial.spec.layer_types}
     for kind in order:
-        if kind in used:  # a legend, which heat maps lack
-            name, colour = KINDS[kind]
-            marker = {"symbol": "square", "size": 11, "color": colour}
+        if kind in used:  # heat maps have no legend
+            name, color = KINDS[kind]
+            marker = {"symbol": "square", "size": 11, "color": color}
             figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=name)
     layout(figure, "layer, from the input", height=130 + max(4, len(front)) * 22)
     figure.update_xaxes(dtick=1 if depth <= 16 else 4, showgrid=False, zeroline=False)
     return figure.update_yaxes(
         tickvals=list(range(len(front))),
-        ticktext=[f"{label(trial)}  {trial.loss:.2f}" for trial in front],
+        ticktext=[f"{trial_label(trial)}  {trial.loss:.2f}" for trial in front],
         autorange="reversed",
         automargin=True,
         showgrid=False,
@@ -56,14 +56,14 @@ def patterns(data: ReportData) -> go.Figure:
 
 
 def kinds(data: ReportData) -> go.Figure:
-    """Share of each kind at each place: on the frontier, and among all trials."""
+    """Plot the share of each kind at each position, on the frontier and among all trials."""
     groups = (
         ("frontier", [trial.spec for trial in data.frontier]),
         ("all trials", [trial.spec for trial in data.trials]),
     )
     places = max(spec.num_layers for _, specs in groups for spec in specs)
     titles = [
-        f"{name} ({len(specs)}); neighbours differ: {100 * mixed_neighbours(specs):.0f} %"
+        f"{name} ({len(specs)}); adjacent layers differ: {100 * mixed_neighbor_share(specs):.0f} %"
         for name, specs in groups
     ]
     figure = make_subplots(
@@ -73,12 +73,12 @@ def kinds(data: ReportData) -> go.Figure:
     for row, (_, specs) in enumerate(groups, start=1):
         for kind, shares in kind_shares(specs, places).items():
             if kind in used:
-                name, colour = KINDS[kind]
+                name, color = KINDS[kind]
                 figure.add_bar(
                     x=list(range(places)),
                     y=[100 * share for share in shares],
                     name=name,
-                    marker_color=colour,
+                    marker_color=color,
                     legendgroup=name,
                     showlegend=row == 1,
                     row=row,
@@ -92,14 +92,14 @@ def kinds(data: ReportData) -> go.Figure:
         range=[0, 100], tickvals=[0, 50, 100], ticktext=["0 %", "50 %", "100 %"], title=""
     )
     figure.update_xaxes(dtick=1 if places <= 16 else 4)
-    return figure.update_xaxes(title=f"layer (all stretched to {places} layers)", row=2)
+    return figure.update_xaxes(title=f"layer (all patterns stretched to {places} layers)", row=2)
 
 
 def kind_shares(specs: Sequence[ArchSpec], places: int) -> dict[Attention, list[float]]:
-    """Share of specs with a kind at a place, for each kind and place.
+    """Compute the share of specs with each kind at each position.
 
-    Depths differ, so every pattern is stretched to `places` layers first: the first and the last
-    layers of all specs lie on each other, and every spec counts at every place.
+    Depths differ, so every pattern is stretched to `places` layers first. The first and the last
+    layers of all specs coincide, and every spec counts at every position.
     """
     stretched = [
         [spec.layer_types[(2 * i + 1) * spec.num_layers // (2 * places)] for i in range(places)]
@@ -109,7 +109,7 @@ def kind_shares(specs: Sequence[ArchSpec], places: int) -> dict[Attention, list[
     return {kind: [column.count(kind) / len(specs) for column in columns] for kind in KINDS}
 
 
-def mixed_neighbours(specs: Sequence[ArchSpec]) -> float:
-    """Share of pairs of adjacent layers that are of different kinds, over all specs."""
+def mixed_neighbor_share(specs: Sequence[ArchSpec]) -> float:
+    """Compute the share of adjacent layers that are of different kinds, over all specs."""
     pairs = [pair for spec in specs for pair in pairwise(spec.layer_types)]
     return sum(a is not b for a, b in pairs) / max(1, len(pairs))

@@ -1,4 +1,4 @@
-"""Figures of the search itself: what was tried, what is best, how the search went."""
+"""Figures of the search: frontier, hypervolume and all trials."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from plotly.subplots import make_subplots
 
 from flash.arch import Attention
 from flash.report.data import ReportData, TrialPoint
-from flash.report.style import BLUE, GREEN, GREY, ORANGE, about, cost_axis, cost_name, layout
+from flash.report.style import BLUE, GRAY, GREEN, ORANGE, cost_axis, cost_name, hover_text, layout
 from flash.search.objectives import Objective
 
 _BEST_TO_WORST = [[0.0, "#123f8c"], [0.5, "#8a6fc0"], [1.0, "#f0a35e"]]
 
 
 def frontier(data: ReportData) -> go.Figure:
-    """Loss against every cost: trials, frontier, winners, backbone and the reference point."""
+    """Plot loss against every cost: trials, frontier, winners, backbone and reference point."""
     keys = data.cost_keys
     figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
     for column, key in enumerate(keys, start=1):
@@ -30,11 +30,11 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
     front = sorted(data.frontier, key=lambda trial: trial.costs[key])
     others = [trial for trial in data.trials if trial.name is None]
     winners = [trial for trial in front if trial.winner]
-    # With more than one cost the frontier is a surface, and steps in one panel would be wrong.
+    # With several costs the frontier is a surface, which steps in one panel would misrepresent.
     steps = "lines+markers" if len(data.cost_keys) == 1 else "markers"
-    stopped = {"color": GREY, "size": 7, "symbol": "x-thin", "line": {"width": 1.5, "color": GREY}}
+    stopped = {"color": GRAY, "size": 7, "symbol": "x-thin", "line": {"width": 1.5, "color": GRAY}}
     for name, trials, mode, marker in (
-        ("trials", others, "markers", {"color": GREY, "size": 8}),
+        ("trials", others, "markers", {"color": GRAY, "size": 8}),
         ("stopped early (predicted loss)", data.stopped, "markers", stopped),
         ("frontier", front, steps, {"color": BLUE, "size": 9}),
         ("winners", winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
@@ -43,7 +43,7 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
             figure.add_scatter(
                 x=[trial.costs[key] for trial in trials],
                 y=[trial.loss for trial in trials],
-                text=[about(trial) for trial in trials],
+                text=[hover_text(trial) for trial in trials],
                 hovertemplate="%{text}<extra></extra>",
                 name=name,
                 mode=mode,
@@ -66,7 +66,7 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
         row=1,
         col=column,
     )
-    reference, dotted = data.search["reference"], {"dash": "dot", "color": GREY}
+    reference, dotted = data.search["reference"], {"dash": "dot", "color": GRAY}
     # plotly annotates columns by their default, "all".
     if key in reference:
         figure.add_vline(x=reference[key], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
@@ -74,7 +74,7 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
 
 
 def hypervolume(data: ReportData) -> go.Figure:
-    """Hypervolume after each finished trial."""
+    """Plot the hypervolume after each finished trial."""
     values = data.search["hypervolume"]
     figure = go.Figure()
     figure.add_scatter(
@@ -88,7 +88,7 @@ def hypervolume(data: ReportData) -> go.Figure:
     if startup < len(values):
         figure.add_vline(
             x=startup + 0.5,
-            line={"dash": "dot", "color": GREY},
+            line={"dash": "dot", "color": GRAY},
             annotation_text="model-based from here",
             annotation_position="bottom right",
         )
@@ -98,15 +98,17 @@ def hypervolume(data: ReportData) -> go.Figure:
 
 
 def parallel_coordinates(data: ReportData) -> go.Figure:
-    """Every trial as a line over its sizes, its layers, its costs and its loss.
+    """Plot every trial as a line over its sizes, layer counts, costs and loss.
 
-    The last axis starts with its upper end selected, so that the frontier is coloured and the rest
-    is grey.
+    The last axis starts with its upper end selected, so the frontier is colored and the rest is
+    gray.
     """
     trials = data.trials
     losses = [trial.loss for trial in trials]
     dimensions = [
-        dimension for name, values in _sizes(trials) if (dimension := _counted(name, values))
+        dimension
+        for name, values in _spec_columns(trials)
+        if (dimension := _integer_axis(name, values))
     ]
     for key in data.cost_keys:
         values = [trial.costs[key] for trial in trials]
@@ -127,19 +129,19 @@ def parallel_coordinates(data: ReportData) -> go.Figure:
                 "color": losses,
                 "colorscale": _BEST_TO_WORST,
                 "cmin": min(losses),
-                # A few that learned nothing would else take all colours from the rest.
+                # A few outliers with high losses would otherwise take up most of the color scale.
                 "cmax": float(np.quantile(losses, 0.9)),
                 "colorbar": {"title": "loss", "thickness": 12},
             },
-            unselected={"line": {"color": GREY, "opacity": 0.25}},
+            unselected={"line": {"color": GRAY, "opacity": 0.25}},
         )
     )
     layout(figure, height=440)
     return figure.update_layout(margin={"l": 50, "r": 20, "t": 60, "b": 30})
 
 
-def _sizes(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
-    """What the search chooses, by name."""
+def _spec_columns(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
+    """Tabulate the properties of architectures that the search varies, by axis name."""
     specs = [trial.spec for trial in trials]
     kinds = (
         ("full", Attention.full_attention),
@@ -155,12 +157,12 @@ def _sizes(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _counted(name: str, values: list[int]) -> dict[str, object] | None:
-    """An axis of whole numbers; none where all trials have the same."""
+def _integer_axis(name: str, values: list[int]) -> dict[str, object] | None:
+    """Build an axis of integers; None if all trials have the same value."""
     different = sorted(set(values))
     if len(different) == 1:
         return None
     dimension: dict[str, object] = {"label": name, "values": values}
-    if len(different) <= 12:  # else the ticks would overlap
+    if len(different) <= 12:  # more ticks would overlap
         dimension["tickvals"] = different
     return dimension

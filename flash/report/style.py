@@ -1,4 +1,4 @@
-"""How all figures look, and how they name things."""
+"""Common style of all figures: layout, colors and names."""
 
 import plotly.graph_objects as go
 
@@ -7,13 +7,13 @@ from flash.device.workload import Phase, Point
 from flash.report.data import ReportData, TrialPoint
 from flash.search.objectives import Objective
 
-INK, GREY, BLUE, ORANGE, GREEN = "#1f2933", "#9aa5b1", "#2f6fde", "#e8743b", "#2e9e6b"
+INK, GRAY, BLUE, ORANGE, GREEN = "#1f2933", "#9aa5b1", "#2f6fde", "#e8743b", "#2e9e6b"
 KINDS = {
     Attention.full_attention: ("full attention", BLUE),
     Attention.sliding_attention: ("sliding", "#8fd0c4"),
     Attention.skip_attention: ("skipped", "#e4e7eb"),
 }
-"""Name and colour of each kind of layer, as on the page (templates/report.html)."""
+"""Name and color of each kind of layer, as on the page (templates/report.html)."""
 _COSTS = {
     "prefill_ms": "TTFT",
     "decode_ms": "decode step",
@@ -23,7 +23,7 @@ _COSTS = {
 
 
 def layout(figure: go.Figure, x: str = "", y: str = "", height: int = 420) -> go.Figure:
-    """Give a figure the common look and the titles of its axes."""
+    """Apply the common layout and the axis titles to a figure."""
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
@@ -37,12 +37,12 @@ def layout(figure: go.Figure, x: str = "", y: str = "", height: int = 420) -> go
 
 
 def cost_name(key: str) -> str:
-    """A cost in short, with its unit."""
+    """Return the short name of a cost with its unit."""
     return f"{_COSTS[key]} [{Objective(key).unit}]"
 
 
 def cost_axis(data: ReportData, key: str) -> str:
-    """A cost with all that says what it is of."""
+    """Return the axis title of a cost, with workload and unit."""
     workload = data.search["workload"]
     match key:
         case "prefill_ms":
@@ -54,19 +54,19 @@ def cost_axis(data: ReportData, key: str) -> str:
 
 
 def latency_name(data: ReportData) -> str:
-    """The headline latency."""
+    """Return the name of the headline latency."""
     point = Point.parse(data.search["objective"])
     name = "TTFT" if point.phase is Phase.prefill else "decode step"
     return f"{name} at {point.tokens} tokens"
 
 
-def label(trial: TrialPoint) -> str:
-    """What people call a trial."""
+def trial_label(trial: TrialPoint) -> str:
+    """Return the name of a trial: that of its architecture, or its number."""
     return trial.name or f"trial {trial.number}"
 
 
-def about(trial: TrialPoint) -> str:
-    """What appears beside the pointer."""
+def hover_text(trial: TrialPoint) -> str:
+    """Return the hover text of a trial."""
     costs = (
         f"{name} {trial.costs[key]:.4g} {Objective(key).unit}"
         for key, name in _COSTS.items()
@@ -74,7 +74,7 @@ def about(trial: TrialPoint) -> str:
     )
     loss = f"loss {trial.loss:.3f}"
     return "<br>".join([
-        label(trial),
+        trial_label(trial),
         str(trial.spec),
         f"{trial.parameters / 1e6:.2f}M parameters",
         loss if trial.reason is None else f"stopped early; predicted {loss}",

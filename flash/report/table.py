@@ -1,4 +1,4 @@
-"""The result table: the backbone and each winner, for terminals and for the page."""
+"""Tables of the report: results of backbone and winners, and the loss of quantization."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ NONE = "-"
 
 
 def rows(models: Sequence[Model]) -> list[list[str]]:
-    """One row of text a model, in the order of `COLUMNS`; what is not known yet is a dash."""
+    """Return a row of text for each model, in the order of `COLUMNS`; unknown cells are dashes."""
     return [_row(model) for model in models]
 
 
@@ -51,29 +51,30 @@ def _row(model: Model) -> list[str]:
     return [model.name, f"{model.parameters / 1e6:.2f}M", *loss, *bits, interval, *measured]
 
 
-QUANTISATION = (
+QUANTIZATION_COLUMNS = (
     "model",
-    "float",
-    "8da4w after training",
-    "perplexity",
-    "8da4w with QAT",
-    "perplexity",
+    "float loss",
+    "PTQ loss",
+    "PTQ perplexity change",
+    "QAT loss",
+    "QAT perplexity change",
 )
 
 
-def quantisation_rows(models: Sequence[Model]) -> list[list[str]]:
-    """Losses of float weights and of programs on the same held-out tokens, in nats a token.
+def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
+    """Return rows of text in the order of `QUANTIZATION_COLUMNS`, one for each exported model.
 
-    The change of perplexity is from the float model of the same weights: of those after training,
-    and of those that training aware of the rounding made of them.
+    Losses are those of float weights, of their program (PTQ) and of the program after
+    quantization-aware training (QAT), on the same held-out tokens [nats a token]. Perplexity
+    changes are relative to the float model with the same weights [%].
     """
     lines = []
     for model in models:
         if model.exported is None:
             continue
-        plain, aware = model.exported.artefact, model.aware
+        plain, qat = model.exported.artefact, model.qat_exported
         line = [model.name, f"{plain.float_loss:.3f}", *_rounded(plain)]
-        lines.append([*line, *(_rounded(aware.artefact) if aware else [NONE, NONE])])
+        lines.append([*line, *(_rounded(qat.artefact) if qat else [NONE, NONE])])
     return lines
 
 
@@ -82,7 +83,7 @@ def _rounded(quality: ProgramQuality) -> list[str]:
 
 
 def as_text(models: Sequence[Model]) -> str:
-    """The table in Markdown, aligned so that it also reads well on a terminal."""
+    """Format the result table in Markdown, aligned for terminals."""
     lines = [list(COLUMNS), *rows(models)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     padded = [

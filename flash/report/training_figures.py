@@ -1,26 +1,26 @@
-"""Figures of training: of the trials, of those trained longer, of the winners."""
+"""Figures of training: learning curves, longer training of the best trials, recovery."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
 from flash.report.data import ReportData, TrialPoint
-from flash.report.style import BLUE, GREEN, GREY, ORANGE, about, label, layout
+from flash.report.style import BLUE, GRAY, GREEN, ORANGE, hover_text, layout, trial_label
 
 
 def learning_curves(data: ReportData) -> go.Figure:
-    """Training loss along every trial; the end of one that was stopped is marked."""
+    """Plot the training loss along every trial, and mark the ends of stopped trials."""
     groups = (
-        ("trials", GREY, 1, [trial for trial in data.trials if trial.name is None]),
+        ("trials", GRAY, 1, [trial for trial in data.trials if trial.name is None]),
         ("stopped early", ORANGE, 1, data.stopped),
         ("frontier", BLUE, 2, data.frontier),
     )
     figure = go.Figure()
-    for name, colour, width, trials in groups:
+    for name, color, width, trials in groups:
         kept = [trial for trial in trials if trial.curve]
         if not kept:
             continue
-        x, y, text = _one_line(kept)
+        x, y, text = _joined_curves(kept)
         figure.add_scatter(
             x=x,
             y=y,
@@ -28,46 +28,46 @@ def learning_curves(data: ReportData) -> go.Figure:
             hovertemplate="%{text}<br>%{x:,} tokens: training loss %{y:.3f}<extra></extra>",
             name=name,
             mode="lines",
-            line={"color": colour, "width": width},
+            line={"color": color, "width": width},
         )
     ends = [(trial, *trial.curve[-1]) for trial in data.stopped if trial.curve]
     if ends:
         figure.add_scatter(
             x=[tokens for _, tokens, _ in ends],
             y=[loss for _, _, loss in ends],
-            text=[f"{about(trial)}<br>{trial.reason}" for trial, _, _ in ends],
+            text=[f"{hover_text(trial)}<br>{trial.reason}" for trial, _, _ in ends],
             hovertemplate="%{text}<extra></extra>",
-            name="where it was stopped",
+            name="stopping point",
             mode="markers",
             marker={"color": ORANGE, "size": 8, "symbol": "x"},
         )
     layout(figure, "tokens", "training loss [nats/token]")
-    # The first steps after pruning lie far above the rest, where the lines part.
+    # A log scale: the first steps after pruning lie far above the range of interest.
     return figure.update_yaxes(type="log")
 
 
-def _one_line(
+def _joined_curves(
     trials: Sequence[TrialPoint],
 ) -> tuple[list[float | None], list[float | None], list[str]]:
-    """All curves as one trace with gaps: hundreds of traces would be slow and fill the legend."""
+    """Join all curves into one trace with gaps, since hundreds of traces would be slow."""
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []
     for trial in trials:
         x += [*(tokens for tokens, _ in trial.curve), None]
         y += [*(loss for _, loss in trial.curve), None]
-        text += [about(trial)] * (len(trial.curve) + 1)
+        text += [hover_text(trial)] * (len(trial.curve) + 1)
     return x, y, text
 
 
 def promotion(data: ReportData) -> go.Figure:
-    """Losses of the promoted trials after the short and the longer training: lines that cross."""
+    """Plot the losses of promoted trials after the short and the longer training."""
     promoted = data.promotion
     assert promoted is not None
-    # Each side has its own scale: the longer training brings all losses close together.
+    # Each side has its own scale, since the longer training brings all losses close together.
     ends = (
-        _places([trial.loss for trial, _ in promoted.losses]),
-        _places([loss for _, loss in promoted.losses]),
+        _normalize([trial.loss for trial, _ in promoted.losses]),
+        _normalize([loss for _, loss in promoted.losses]),
     )
     figure = go.Figure()
     for (trial, loss), places in zip(promoted.losses, zip(*ends, strict=True), strict=True):
@@ -80,14 +80,14 @@ def promotion(data: ReportData) -> go.Figure:
             y=places,
             mode="lines+markers",
             line={"color": ORANGE if turned else BLUE},
-            text=about(trial),
+            text=hover_text(trial),
             hovertemplate=f"%{{text}}, then {loss:.3f}<extra></extra>",
             showlegend=False,
         )
     layout(figure)
-    names = [f"{label(trial)}  {trial.loss:.3f}" for trial, _ in promoted.losses]
-    _write_beside(figure, 0, ends[0], names)
-    _write_beside(figure, 1, ends[1], [f"{loss:.3f}" for _, loss in promoted.losses])
+    names = [f"{trial_label(trial)}  {trial.loss:.3f}" for trial, _ in promoted.losses]
+    _annotate(figure, 0, ends[0], names)
+    _annotate(figure, 1, ends[1], [f"{loss:.3f}" for _, loss in promoted.losses])
     tau = promoted.kendall_tau
     held = "too few to rank" if tau is None else f"Kendall tau {tau:.2f}"
     figure.update_layout(
@@ -108,26 +108,26 @@ def promotion(data: ReportData) -> go.Figure:
     return figure.update_yaxes(visible=False)
 
 
-def _places(values: Sequence[float]) -> list[float]:
-    """Where each value lies between the lowest, 0, and the highest, 1."""
+def _normalize(values: Sequence[float]) -> list[float]:
+    """Scale values linearly so that the lowest is 0 and the highest 1."""
     low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
 
 
-_LINE = 0.065
-"""Height of a line of text in the plot, as a share of the range of places."""
+_LINE_HEIGHT = 0.065
+"""Height of a line of text in the plot, as a share of the y range 0..1."""
 
 
-def _write_beside(figure: go.Figure, x: int, places: Sequence[float], texts: Sequence[str]) -> None:
-    """Labels left of x = 0 and right of x = 1, each as near to its place as the others allow."""
+def _annotate(figure: go.Figure, x: int, places: Sequence[float], texts: Sequence[str]) -> None:
+    """Add labels left of x = 0 or right of x = 1, near their places and without overlap."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     heights: list[float] = []
     for i in order:
-        heights.append(max(places[i], heights[-1] + _LINE) if heights else places[i])
-    ceiling = max(1.0, _LINE * (len(order) - 1))
+        heights.append(max(places[i], heights[-1] + _LINE_HEIGHT) if heights else places[i])
+    ceiling = max(1.0, _LINE_HEIGHT * (len(order) - 1))
     for k in reversed(range(len(order))):
         heights[k] = min(heights[k], ceiling)
-        ceiling = heights[k] - _LINE
+        ceiling = heights[k] - _LINE_HEIGHT
     for i, height in zip(order, heights, strict=True):
         figure.add_annotation(
             x=x,
@@ -140,17 +140,17 @@ def _write_beside(figure: go.Figure, x: int, places: Sequence[float], texts: Seq
 
 
 def recovery(data: ReportData) -> go.Figure:
-    """Held-out loss of each winner: just pruned, after the search's training, after the last."""
+    """Plot the held-out loss of each winner: pruned, after its trial, after final training."""
     winners = [model for model in data.models[1:] if model.trained is not None]
     by_name = {trial.name: trial for trial in data.trials if trial.name is not None}
     figure = go.Figure()
     series = (
-        ("pruned", GREY, [m.trained.before.loss for m in winners if m.trained]),
-        ("after the search's training", BLUE, [by_name[m.name].loss for m in winners]),
+        ("pruned", GRAY, [m.trained.before.loss for m in winners if m.trained]),
+        ("after the search trial", BLUE, [by_name[m.name].loss for m in winners]),
         ("after final training", ORANGE, [m.trained.after.loss for m in winners if m.trained]),
     )
-    for name, colour, values in series:
-        figure.add_bar(x=[m.name for m in winners], y=values, name=name, marker_color=colour)
+    for name, color, values in series:
+        figure.add_bar(x=[m.name for m in winners], y=values, name=name, marker_color=color)
     assert data.backbone.backbone_quality is not None
     figure.add_hline(
         y=data.backbone.backbone_quality["loss"],

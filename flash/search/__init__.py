@@ -1,1 +1,1 @@
-"""Stage 2: which architectures are worth training, found by Bayesian optimisation."""
+"""Stage 2: Bayesian optimization that finds the architectures worth training."""

@@ -1,12 +1,12 @@
-"""Which members of a pool should widen the frontier most: noisy expected hypervolume improvement.
+"""Batch selection by noisy expected hypervolume improvement, with one uncertain objective.
 
-One objective, the loss, is uncertain; the others are known figures. For one draw of the losses the
-best loss that is to be had at costs of at most c is a known function of c, the staircase L(c), and
-the volume that a candidate of costs c' and loss l adds is the integral of max(0, L(c) - l) over all
-c between c' and the reference. With one cost that is a sum over the steps, exact; with more, a mean
-over fixed points of the box of costs. BoTorch's general qNEHVI (arXiv:2105.08195) needs a box
-decomposition for each draw and, since 0.18, compiles C++ on first use behind a lock that a killed
-process leaves behind.
+The loss is uncertain; the other objectives, the costs, are known. For one draw of the losses, the
+lowest loss available at costs of at most c is a step function L(c). A candidate with costs c' and
+loss l adds a volume equal to the integral of max(0, L(c) - l) over all c between c' and the
+reference point. With one cost this integral is an exact sum over the steps of L. With several costs
+it is estimated as a mean over fixed points of the box of costs. BoTorch's general qNEHVI
+(arXiv:2105.08195) needs a box decomposition for each draw and, since 0.18, compiles C++ on first
+use behind a lock that a killed process leaves behind.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import qmc
 
 BOX_POINTS = 512
-"""Points at which the box of costs is looked at when there are several."""
+"""Quasi-random points that sample the box of costs when there are several costs."""
 
 
 def greedy_batch(
@@ -24,24 +24,28 @@ def greedy_batch(
     n: int,
     reference: tuple[float, ...],
 ) -> list[int]:
-    """Indices of the n points with the greatest joint expected improvement, best first.
+    """Select the n points with the greatest joint expected improvement, best first.
 
-    The batch grows greedily: each further point's improvement is that beyond the chosen ones.
+    The batch grows greedily: each further point is scored by the improvement that it adds to the
+    points chosen before it.
 
     Args:
-        draws: Joint posterior draws of the loss, shape `(draws, points)`: observed points, which
-            are noisy and hence drawn too, then the pool.
-        costs: The known objectives of every point, shape `(points, objectives - 1)`.
-        num_observed: How many of the points are observed, or already being evaluated.
-        n: Points wanted.
+        draws: Joint posterior draws of the loss [nats a token], shape `(draws, points)`. Observed
+            points come first (their losses are noisy, so they are drawn too), then the pool.
+        costs: Known objectives of every point, shape `(points, objectives - 1)`.
+        num_observed: Number of points that are observed or already being evaluated.
+        n: Number of points to select.
         reference: Worst acceptable (loss, *costs).
+
+    Returns:
+        Indices into the points; fewer than n if the pool is smaller.
     """
     worst = np.asarray(reference[1:], dtype=float)
     pool = np.arange(num_observed, draws.shape[1])
     n = min(n, len(pool))
     if costs.shape[1] == 1:
-        return _along_a_line(draws, costs[:, 0], num_observed, n, reference[0], float(worst[0]))
-    # Nothing is to be had below the least costs, so the box begins there.
+        return _greedy_one_cost(draws, costs[:, 0], num_observed, n, reference[0], float(worst[0]))
+    # No point lies below the least costs, so the box begins there.
     low = np.minimum(costs.min(axis=0), worst)
     count = BOX_POINTS if len(worst) else 1
     unit = qmc.Sobol(max(len(worst), 1), scramble=False).random(count)[:, : len(worst)]
@@ -63,7 +67,7 @@ def greedy_batch(
     return chosen
 
 
-def _along_a_line(
+def _greedy_one_cost(
     draws: NDArray[np.float64],
     costs: NDArray[np.float64],
     num_observed: int,
@@ -71,14 +75,14 @@ def _along_a_line(
     worst_loss: float,
     worst_cost: float,
 ) -> list[int]:
-    """`greedy_batch` for one known objective."""
+    """Compute `greedy_batch` exactly for a single known objective."""
     chosen: list[int] = []
     pool = np.arange(num_observed, draws.shape[1])
     for _ in range(n):
         known = np.array([*range(num_observed), *chosen], dtype=int)
         known = known[np.argsort(costs[known], kind="stable")]
         starts = np.minimum(costs[known], worst_cost)
-        # Step j of the staircase spans starts[j]..starts[j + 1]; before the first, all is open.
+        # Step j of L spans starts[j]..starts[j + 1]; before the first start L is the worst loss.
         edges = np.concatenate([[-np.inf], starts, [worst_cost]])
         steps = np.minimum.accumulate(
             np.column_stack([np.full(len(draws), worst_loss), draws[:, known]]), axis=1

@@ -1,6 +1,6 @@
-"""Samplers to compare with: Optuna's NSGA-II and TPE, and additive scores with exact maximisation.
+"""Baseline samplers: Optuna's NSGA-II and TPE, and an additive model that is maximized exactly.
 
-All of them are pure functions of (seed, trials so far), as the model-based sampler is.
+Like the model-based sampler, each is a pure function of the seed and the trials so far.
 """
 
 import heapq
@@ -20,23 +20,24 @@ from optuna.trial import TrialState
 from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.compat.optuna import generation_attrs
 from flash.search.acquisition import greedy_batch
-from flash.search.proposal import Request
+from flash.search.proposal import ProposalRequest
 from flash.search.settings import Sampler
 
-KEPT = 4
-"""Patterns kept for each number of layers of each kind: most of the best may be known already."""
+PATTERNS_PER_COUNT = 4
+"""Patterns kept for each combination of layer counts; the best ones may be evaluated already."""
 RIDGE = 1e-2
-"""Weight of the penalty on additive scores."""
-_ASKS = 64
-"""Asks for each candidate wanted; what is then missing is drawn at random by the caller."""
+"""Weight of the ridge penalty on additive scores."""
+_ASKS_PER_CANDIDATE = 64
+"""Upper bound on asks for each requested candidate; the caller fills the rest at random."""
 
 
-def ask_optuna(request: Request) -> list[ArchSpec]:
-    """Up to n members from the one of Optuna's samplers that `settings.sampler` names.
+def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
+    """Propose up to n members of the space with the Optuna sampler named by `settings.sampler`.
 
-    Parameters are depth, both widths and a kind for every slot; slots past the depth are ignored,
-    and told as full attention. What is asked for but breaks a rule of the space, exceeds a limit or
-    is known already is rejected and told as failed, so only its share of the asks is lost.
+    The parameters are the depth, both widths and an attention kind for every layer slot. Slots past
+    the depth are ignored, and reported to Optuna as full attention. A suggestion that breaks a rule
+    of the space, exceeds a limit or is known already is reported as a failed trial and costs only
+    its own ask.
     """
     space, problem, settings = request.space, request.problem, request.settings
     size = max(settings.startup_trials, 4)
@@ -65,12 +66,12 @@ def ask_optuna(request: Request) -> list[ArchSpec]:
                 )
             )
         found: dict[ArchSpec, None] = {}
-        for _ in range(_ASKS * request.n):
+        for _ in range(_ASKS_PER_CANDIDATE * request.n):
             trial = study.ask(distributions)
             spec = _spec(space, trial.params)
             fits = spec in space and spec not in request.known and spec not in found
-            if fits and problem.excess([spec])[0] <= 0:
-                found[spec] = None  # its trial stays running, so that the next keeps away from it
+            if fits and problem.violation([spec])[0] <= 0:
+                found[spec] = None  # its trial stays running, so the next suggestions avoid it
                 if len(found) == request.n:
                     break
             else:
@@ -110,13 +111,14 @@ def _spec(space: SearchSpace, params: dict[str, int | str]) -> ArchSpec:
 
 
 class AdditiveScores:
-    """Log-loss as a sum: a score for each depth, each width, and each kind in each slot.
+    """Additive model of the log-loss: a score for each depth, width and kind in each layer slot.
 
-    Fitted to finished trials by ridge regression. Puzzletron measures each block's score with the
-    rest of the network intact; here the same trials serve all samplers.
+    The scores are fitted to finished trials by ridge regression. Puzzletron instead measures the
+    score of each block with the rest of the network intact; here all samplers learn from the same
+    trials.
 
     Args:
-        space: Gives the choices.
+        space: Search space, which defines the choices.
         specs: Evaluated architectures.
         losses: Their losses [nats a token].
     """
@@ -148,20 +150,21 @@ class AdditiveScores:
         return np.concatenate([*sizes, slots.ravel()])
 
     def predict(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
-        """Losses [nats a token]."""
+        """Predict the losses [nats a token] of `specs`, shape `(specs,)`."""
         rows = np.stack([self._row(spec) for spec in specs])
         return np.exp(self._mean + (rows - self._center) @ self._scores)
 
     def best_patterns(self, depth: int) -> list[tuple[Attention, ...]]:
-        """The best legal patterns for every number of layers of each kind, by dynamic programming.
+        """Find the best patterns of `depth` layers by dynamic programming.
 
-        Known figures depend on a pattern through these numbers alone (flash.latency.cost_model), so
-        that the best loss at any cost is among them. `KEPT` patterns stay for each.
+        The known objectives depend on a pattern only through its number of layers of each kind
+        (flash.latency.cost_model). Keeping the best `PATTERNS_PER_COUNT` patterns for every
+        combination of these counts therefore keeps the best predicted loss at any cost.
         """
         space = self._space
         slots = self._scores[-space.depths[-1] * len(space.kinds) :].reshape(-1, len(space.kinds))
         limit = space.settings.max_efficient_run
-        # (run of efficient layers, layers of each kind) -> the best (sum of scores, kinds).
+        # (current run of efficient layers, layers of each kind) -> best (sum of scores, kinds).
         states: dict[tuple[int, tuple[int, ...]], list[tuple[float, tuple[int, ...]]]]
         states = {(0, (0,) * len(space.kinds)): [(0.0, ())]}
         for slot in range(depth):
@@ -175,17 +178,17 @@ class AdditiveScores:
                     grown.setdefault((now, more), []).extend(
                         (total + float(slots[slot, k]), (*kinds, k)) for total, kinds in sums
                     )
-            states = {key: heapq.nsmallest(KEPT, sums) for key, sums in grown.items()}
+            states = {key: heapq.nsmallest(PATTERNS_PER_COUNT, sums) for key, sums in grown.items()}
         return [
             tuple(space.kinds[k] for k in kinds) for sums in states.values() for _, kinds in sums
         ]
 
 
-def ask_additive(request: Request) -> list[ArchSpec]:
-    """Up to n members that widen the frontier most if the additive scores were the truth.
+def ask_additive(request: ProposalRequest) -> list[ArchSpec]:
+    """Propose up to n members with the greatest improvement according to `AdditiveScores`.
 
-    Of the patterns that dynamic programming finds, crossed with all widths, `pool_size` random
-    ones compete when there are more.
+    The patterns found by dynamic programming are crossed with all widths. At most `pool_size` of
+    these candidates, drawn at random, compete.
     """
     space, problem, size = request.space, request.problem, request.settings.pool_size
     scores = AdditiveScores(space, request.specs, request.losses)
@@ -196,7 +199,7 @@ def ask_additive(request: Request) -> list[ArchSpec]:
     for start in range(0, len(order), size):
         drawn = (space.make(*choices[int(i)]) for i in order[start : start + size])
         new = [spec for spec in drawn if spec in space and spec not in request.known]
-        pool += [s for s, over in zip(new, problem.excess(new), strict=True) if over <= 0]
+        pool += [s for s, over in zip(new, problem.violation(new), strict=True) if over <= 0]
         if len(pool) >= size:
             break
     if not pool:

@@ -1,4 +1,4 @@
-"""Quality of one candidate: prune, a short continued pretraining, held-out loss (Sec. 3.5)."""
+"""Evaluation of one candidate: prune, train briefly, measure the held-out loss (Sec. 3.5)."""
 
 import shutil
 import time
@@ -25,20 +25,20 @@ from flash.training.teacher import teacher_of
 
 
 class ShortTraining:
-    """Evaluates candidates: every one sees the same tokens in the same order.
+    """Evaluator that prunes each candidate and trains it on the same tokens in the same order.
 
-    A trial that was interrupted goes on from its last checkpoint. One that is complete leaves the
-    checkpoint from which it can be trained longer, where the recipe has one (schedule `wsd`).
+    An interrupted trial resumes from its last checkpoint. With a recipe whose schedule is `wsd`, a
+    complete trial leaves a checkpoint from which it can be trained longer.
 
     Args:
-        inputs: Backbone, text and where things are kept.
-        importance: The backbone's scores.
-        recipe: The short continued pretraining.
-        trainer: What it runs on.
-        seed: Of the training.
-        folder: For checkpoints, a subfolder a candidate; None keeps none.
-        shorter: The evaluation whose candidates are trained longer here: they go on from its
-            checkpoints.
+        inputs: Backbone, training data and folders.
+        importance: Importance scores of the backbone.
+        recipe: Recipe of the short continued pretraining.
+        trainer: Hardware and precision of the training.
+        seed: Seed of the training.
+        folder: Folder for checkpoints, with a subfolder for each candidate; None keeps none.
+        shorter: Evaluator whose trials are continued here from their checkpoints; None starts
+            from the pruned weights.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ShortTraining:
         self._teacher = teacher_of(inputs.backbone, inputs.data, recipe, trainer, inputs.runs)
 
     def checkpoints(self, spec: ArchSpec, number: int) -> Path | None:
-        """Folder of a candidate's checkpoints, by all that decides what is in them."""
+        """Return the folder of a candidate's checkpoints; its name hashes all that affects them."""
         if self.folder is None:
             return None
         trained = [plain(self.recipe), self.seed, self.inputs.data.digest]
@@ -65,17 +65,22 @@ class ShortTraining:
         return self.folder / f"{number:05d}_{digest(decisive)}"
 
     def stable(self, spec: ArchSpec, number: int) -> Path | None:
-        """Checkpoint from which a candidate can be trained longer, if it is there."""
+        """Return the checkpoint from which a candidate can be trained longer, or None."""
         folder = self.checkpoints(spec, number)
         path = folder / STABLE if folder is not None else None
         return path if path is not None and path.is_file() else None
 
     def __call__(self, spec: ArchSpec, number: int, watch: Watch | None = None) -> Quality:
-        """Held-out loss of `spec` after the recipe, and how it came about.
+        """Train `spec` with the recipe and measure its held-out loss.
+
+        Args:
+            spec: Candidate architecture.
+            number: Trial number, which is part of the name of the checkpoint folder.
+            watch: Callback that receives the training loss so far.
 
         Raises:
             EvaluationError: The training diverged or ran out of memory.
-            Hopeless: As `watch` raised it.
+            TrialPruned: Raised by `watch` to end the trial early.
         """
         folder = self.checkpoints(spec, number)
         try:
@@ -105,8 +110,8 @@ class ShortTraining:
         }
         try:
             done = self._fit(model, spec, number, watch)
-        except TrialPruned as hopeless:
-            hopeless.info |= about
+        except TrialPruned as pruned:
+            pruned.info |= about
             raise
         except InputError as error:
             raise EvaluationError(str(error)) from error
@@ -127,9 +132,9 @@ class ShortTraining:
             try:
                 if watch is not None:
                     watch(curve)
-            except TrialPruned as hopeless:
+            except TrialPruned as pruned:
                 seen = self._points(curve.losses)
-                hopeless.info |= {"curve": seen, "tokens": int(seen[-1][0])}
+                pruned.info |= {"curve": seen, "tokens": int(seen[-1][0])}
                 raise
 
         return fit(
@@ -146,7 +151,7 @@ class ShortTraining:
         )
 
     def _points(self, losses: Sequence[float]) -> list[list[float]]:
-        """Tokens and training loss at the end of every part of the curve that is over."""
+        """Pair each recorded training loss with the number of tokens seen by then."""
         seq_len = self.inputs.data.settings.seq_len
         steps = self.recipe.steps(seq_len)
         tokens = steps * self.recipe.batch_size * seq_len
@@ -163,11 +168,14 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def tidy(evaluate: ShortTraining, beaten: set[int]) -> None:
-    """Remove the checkpoints of these candidates, which take three times their weights.
+def remove_checkpoints(evaluate: ShortTraining, beaten: set[int]) -> None:
+    """Remove the checkpoints of dominated trials; each takes three times the size of its weights.
 
-    Only of finished ones that are off the frontier: those never come back to it, while one that
-    another worker is training may have its checkpoint already.
+    Args:
+        evaluate: Evaluator that owns the checkpoints.
+        beaten: Numbers of finished trials that are off the frontier. A finished trial never returns
+            to the frontier. Unfinished trials must not be listed: another worker may be training
+            them.
     """
     if evaluate.folder is None or not evaluate.folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""What makes the results of a study comparable, and how two of them differ."""
+"""Fingerprints: the settings that must agree for the results of a study to be comparable."""
 
 import json
 from collections.abc import Mapping
@@ -10,20 +10,26 @@ from flash.errors import InputError
 
 
 def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
-    """The part of a fingerprint that describes the space and the backbone it cuts."""
+    """Return the part of a fingerprint that describes the search space and its backbone."""
     settings = asdict(space.settings)
     settings["kinds"] = [kind.value for kind in space.kinds]
-    del settings["name"]  # a new name for the same space changes no result
+    del settings["name"]  # renaming a space changes no result
     return {"space": settings, "backbone_arch": space.base.to_dict()}
 
 
 def check_fingerprint(
     name: str, storage: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    """Compare key by key.
+    """Compare a stored fingerprint with the current one, key by key.
+
+    Args:
+        name: Name of the study.
+        storage: Location of the study, as shown to users.
+        stored: Fingerprint with which the study was created.
+        wanted: Fingerprint of the current settings.
 
     Raises:
-        InputError: The study was made with another fingerprint.
+        InputError: The fingerprints differ; the message lists every differing key.
     """
     old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))  # tuples come back as lists
     differing = [
@@ -39,7 +45,7 @@ def check_fingerprint(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The frontier as files: one architecture YAML a member for Hydra, one JSON for the report."""
+"""Files of the frontier: an architecture YAML for each member, and `frontier.json`."""
 
 import json
 import re
@@ -19,16 +19,16 @@ from flash.search.study import Trial
 def write_frontier(
     folder: Path, study: str, trials: Sequence[Trial], problem: Problem
 ) -> list[Path]:
-    """Write `<study>_<rank>.yaml` for every trial on the frontier, rank 0 the fastest.
+    """Write `<study>_<rank>.yaml` for every trial on the frontier; rank 0 is the fastest.
 
-    With `folder` = `conf/arch`, `+arch=<study>_0` selects the fastest. Files of an earlier, longer
-    frontier of the same study are removed.
+    If `folder` is on Hydra's search path as `arch`, `+arch=<study>_0` selects the fastest member.
+    Files left by an earlier, longer frontier of the same study are removed.
 
     Returns:
-        The files, by rank.
+        Paths of the files, in order of rank.
 
     Raises:
-        InputError: A file to be written exists and is not this study's.
+        InputError: A file to be written exists and does not belong to this study.
     """
     mark = f"# Frontier of the search study {study}"
     stale = {
@@ -67,10 +67,20 @@ def write_report(
 ) -> dict[str, Any]:
     """Write `frontier.json`: all trials, the frontier, the winners, the hypervolume over time.
 
-    `latency_ms` is the headline latency, whatever the objectives are.
+    The key `latency_ms` of a trial is the headline latency, whatever the objectives are. `frontier`
+    and `winners` are lists of trial numbers: the frontier fastest first, the winners in the order
+    in which they were chosen (`choose_winners`).
 
-    `frontier` and `winners` are trial numbers: the frontier fastest first, the winners by what
-    each adds to the hypervolume. `about` holds further keys. Returns what was written.
+    Args:
+        path: File to write.
+        study: Name of the study.
+        trials: All trials of the study.
+        problem: Objectives, limits and reference point.
+        num_winners: Greatest number of winners.
+        about: Further keys of the report.
+
+    Returns:
+        The content of the file.
     """
     front = frontier(trials, problem)
     points = [trial.point(problem.objectives) for trial in front]

@@ -1,4 +1,4 @@
-"""A search that was checked and opened: its space and inputs, what it minimises, how it trains."""
+"""Job of a search: its validated settings, opened inputs, objectives and evaluator."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class SearchJob:
-    """A search that was checked and opened."""
+    """Search whose settings were checked and whose inputs are open."""
 
     settings: SearchJobSettings
     space: SearchSpace
     inputs: Inputs
     identity: dict[str, Any]
-    """All that makes results of trials comparable."""
+    """Settings that must agree for results of trials to be comparable."""
     objectives: tuple[Objective, ...]
     baseline: ArchSpec
 
@@ -47,11 +47,11 @@ class SearchJob:
 
     @property
     def checkpoints(self) -> Path:
-        """Where trials leave theirs."""
+        """Folder of the checkpoints of trials."""
         return self.folder / "trials"
 
     def storage(self, name: str) -> Path | str:
-        """Where the study of that name is kept."""
+        """Return the storage of the study of this name: a SQLite file or a database URL."""
         return self.settings.search.storage or self.inputs.runs.study(name) / "study.db"
 
 
@@ -92,7 +92,7 @@ def _workload_identity(device: DeviceSettings) -> dict[str, Any]:
 
 
 def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:
-    """What the reference point is derived from.
+    """Return the architecture from which the reference point is derived.
 
     Raises:
         InputError: An illegal architecture, or one outside the space.
@@ -126,7 +126,7 @@ def latency_of(settings: SearchJobSettings, space: SearchSpace, backbone: Backbo
 
 
 def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
-    """Objectives, limits and reference; the baseline's quality is computed once and kept.
+    """Build the problem; the loss of the baseline is computed once and stored with the study.
 
     Raises:
         InputError: The baseline cannot be trained.
@@ -152,10 +152,10 @@ def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
 
 
 def _baseline_loss(job: SearchJob) -> float:
-    """Held-out loss of the baseline, trained as a trial is.
+    """Compute the held-out loss of the baseline, trained as a trial is.
 
     Raises:
-        InputError: It cannot be trained.
+        InputError: The baseline cannot be trained.
     """
     try:
         return evaluation_of(job, None)(job.baseline, -1).loss
@@ -166,7 +166,7 @@ def _baseline_loss(job: SearchJob) -> float:
 
 
 def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
-    """All that is known of a candidate before it is trained."""
+    """Return the function that computes the known objectives of candidates."""
     lowering = device.lowering
     points = {}
     for point in latency.predictors:  # the first of each phase is the headline
@@ -188,7 +188,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
 
 
 def evaluation_of(job: SearchJob, folder: Path | None) -> ShortTraining:
-    """How trials are evaluated; their checkpoints are kept in `folder`."""
+    """Return the evaluator of trials, which keeps its checkpoints in `folder`."""
     settings, inputs = job.settings, job.inputs
     return ShortTraining(
         inputs,

@@ -1,4 +1,4 @@
-"""What a search tells its logger: every trial as it ends, all of them when the search is over."""
+"""Logging of a search: metrics of each trial as it ends, tables and figures at the end."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from flash.search.objectives import Problem
 from flash.search.study import Trial
 
 Draw = Callable[[], Mapping[str, Any]]
-"""Makes plotly figures by name, of what the search has written."""
+"""Function that draws the plotly figures of a written study, by name."""
 
 
 def log_trial(logger: Logger | None, trial: Trial, problem: Problem) -> None:
-    """The figures of a complete trial, under its number."""
+    """Log the metrics of a complete trial, with its number as the step."""
     if logger is None or trial.loss is None:
         return
     metrics = {
@@ -30,12 +30,12 @@ def log_trial(logger: Logger | None, trial: Trial, problem: Problem) -> None:
 
 
 def log_study(logger: Logger | None, report: Mapping[str, Any], draw: Draw) -> None:
-    """The hypervolume and, where the logger can show them, the table of trials and the figures.
+    """Log the final hypervolume; a W&B logger also gets the table of trials and the figures.
 
     Args:
-        logger: Of the search.
-        report: What `frontier.json` holds.
-        draw: Called only if the logger is W&B's.
+        logger: Logger of the search, or None.
+        report: Content of `frontier.json`.
+        draw: Draws the figures; called only if the logger is a `WandbLogger`.
     """
     if logger is None:
         return
@@ -52,7 +52,7 @@ def log_study(logger: Logger | None, report: Mapping[str, Any], draw: Draw) -> N
 
 
 def trial_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of all trials, for panels such as W&B's own parallel coordinates."""
+    """Return columns and rows of all trials, as for W&B's parallel-coordinates panel."""
     rows = [_row(report, trial) for trial in report["trials"]]
     columns = list(rows[0]) if rows else []
     return columns, [list(row.values()) for row in rows]

@@ -1,4 +1,4 @@
-"""The search loop: propose a batch, evaluate it, record each result at once, repeat."""
+"""Search loop: propose a batch, evaluate it, record each result at once, repeat."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from flash.arch import ArchSpec, SearchSpace
 from flash.progress import progress_bar
 from flash.search.objectives import Problem
 from flash.search.pareto import hypervolume, non_dominated
-from flash.search.pruner import TrialPruned, judge
+from flash.search.pruner import TrialPruned, maybe_prune
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
 from flash.search.study import Study, Trial
@@ -22,26 +22,26 @@ from flash.training.loss_curve import Curve, Watch
 _log = logging.getLogger(__name__)
 
 _WAIT_S = 1.0
-"""Between looks at what other workers do [s]."""
+"""Pause between checks of the trials of other workers [s]."""
 
 
 class EvaluationError(Exception):
-    """A candidate cannot be evaluated (it diverged, say): its trial fails, the search goes on."""
+    """Failure of one evaluation, such as divergence: the trial fails and the search continues."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What the evaluation of one candidate found."""
+    """Result of the evaluation of one candidate."""
 
     loss: float
     """Held-out loss [nats a token]."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Anything worth keeping, as plain JSON values."""
+    """Further facts to store with the trial, as plain JSON values."""
 
 
 Evaluate = Callable[[ArchSpec, int, Watch], Quality]
-"""(architecture, trial number, watch) -> quality. The number is the same when a trial starts again.
-The training loss may be shown to `watch` as it grows, which raises when the trial is hopeless."""
+"""Function (architecture, trial number, watch) -> quality. A restarted trial keeps its number. The
+function passes the training loss so far to `watch`, which raises `TrialPruned` to end the trial."""
 
 
 def search(
@@ -54,20 +54,20 @@ def search(
     seed: int,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
-    """Work on the study until `settings.trials` candidates are complete, stopped or failed.
+    """Work on the study until `settings.trials` trials are complete, stopped early or failed.
 
-    May be interrupted at any point, by an exception or by a kill, and called again: the trials
-    that remain of a batch come next, then the same proposals as if nothing had happened. Any number
-    of processes may do so at once. One that finds nothing to do waits for the others' trials, in
-    case that one of them dies, so all of them return with all trials finished.
+    The call may be interrupted at any point, by an exception or a kill, and repeated: it first
+    evaluates the remaining trials of the batch, then makes the proposals of an uninterrupted
+    search. Any number of processes may search at once. A worker without work waits for the trials
+    of the others, in case one of them dies, so every worker returns with all trials finished.
 
     Args:
-        study: Holds all state.
-        space: Where candidates come from.
+        study: Storage of all state.
+        space: Search space.
         evaluate: May raise `EvaluationError`; any other exception stops this worker.
         problem: Objectives, limits and reference point.
-        settings: Sampler and sizes.
-        seed: Fixes all proposals.
+        settings: Sampler, number of trials and batch sizes.
+        seed: Seed that fixes all proposals.
         on_trial: Called with every trial that this worker finishes.
 
     Returns:
@@ -78,20 +78,9 @@ def search(
     """
     check_limits(space, problem, seed)
 
-    def take() -> Trial | None:
-        """The next trial, proposing a batch if none waits."""
-        with study.lock():
-            study.recover()
-            study.enqueue(space)  # a kill may have come in between
-            trial = study.start()
-            if trial is None and _plan(study, space, problem, settings, seed):
-                study.enqueue(space)
-                trial = study.start()
-            return trial
-
     with study.working(), progress_bar("search", settings.trials, unit="trial") as bar:
         while True:
-            trial = take()
+            trial = _next_trial(study, space, problem, settings, seed)
             if trial is not None:
                 finished = _evaluate(study, trial, evaluate, problem, settings.stop_error)
                 if on_trial is not None:
@@ -106,8 +95,8 @@ def search(
 
 
 def frontier(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
-    """The complete trials within all limits that no other beats, fastest first."""
-    complete = [trial for trial in trials if trial.complete and problem.allows(trial.costs)]
+    """Return the non-dominated complete trials within all limits, fastest first."""
+    complete = [trial for trial in trials if trial.complete and problem.is_feasible(trial.costs)]
     mask = non_dominated([trial.point(problem.objectives) for trial in complete])
     return sorted(
         (trial for trial, keep in zip(complete, mask, strict=True) if keep),
@@ -116,7 +105,7 @@ def frontier(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
 
 
 def rescore(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
-    """The same trials with the costs that `problem` says their architectures have."""
+    """Return the trials with their costs recomputed for another problem."""
     specs = [trial.spec for trial in trials]
     costs = problem.costs(specs) if specs else {}
     return [
@@ -126,14 +115,14 @@ def rescore(trials: Sequence[Trial], problem: Problem) -> list[Trial]:
 
 
 def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float]:
-    """Hypervolume after each finished trial, in order of the trials' numbers."""
+    """Compute the hypervolume after each finished trial, in order of trial numbers."""
     history: list[float] = []
     reference = np.asarray(problem.reference)
     front, volume = np.empty((0, len(reference))), 0.0
     for trial in trials:
         if trial.complete:
             point = np.asarray(trial.point(problem.objectives))
-            beaten = (front <= point).all(axis=1).any()  # most are, and change nothing
+            beaten = (front <= point).all(axis=1).any()  # most points are, and change nothing
             if (point < reference).all() and not beaten:
                 front = np.vstack([front, point])
                 front = front[non_dominated(front)]
@@ -143,10 +132,24 @@ def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float
     return history
 
 
+def _next_trial(
+    study: Study, space: SearchSpace, problem: Problem, settings: SearchSettings, seed: int
+) -> Trial | None:
+    """Start the first waiting trial; plan a batch if none waits. None if no trial is left."""
+    with study.lock():
+        study.recover()
+        study.enqueue(space)  # a kill may have followed a plan
+        trial = study.start()
+        if trial is None and _plan(study, space, problem, settings, seed):
+            study.enqueue(space)
+            trial = study.start()
+        return trial
+
+
 def _plan(
     study: Study, space: SearchSpace, problem: Problem, settings: SearchSettings, seed: int
 ) -> bool:
-    """Plan a batch; False when the budget is used up or the space is empty."""
+    """Plan a batch; return False when the budget is spent or the space is exhausted."""
     trials = study.trials()
     wanted = min(
         settings.batch if trials else settings.startup_trials, settings.trials - len(trials)
@@ -165,26 +168,26 @@ def _plan(
 def _evaluate(
     study: Study, trial: Trial, evaluate: Evaluate, problem: Problem, stop_error: float
 ) -> Trial:
-    """Evaluate one trial and record the outcome.
+    """Evaluate one trial and record its outcome.
 
     Raises:
-        KeyboardInterrupt: As it came; the trial is back in the queue.
+        KeyboardInterrupt: The user interrupted; the trial was returned to the queue.
     """
 
     def watch(curve: Curve) -> None:
-        judge(trial, curve, study.trials(), problem, stop_error)
+        maybe_prune(trial, curve, study.trials(), problem, stop_error)
 
     try:
         with study.heartbeat(trial):
             quality = evaluate(trial.spec, trial.number, watch)
-    except TrialPruned as hopeless:
-        info = {"estimate": hopeless.estimate, "chance": hopeless.chance, **hopeless.info}
-        return study.stop(trial, str(hopeless), info)
+    except TrialPruned as pruned:
+        info = {"estimate": pruned.estimate, "chance": pruned.chance, **pruned.info}
+        return study.stop(trial, str(pruned), info)
     except EvaluationError as error:
         _log.warning("trial %d (%s) failed: %s", trial.number, trial.spec, error)
         return study.fail(trial, str(error))
     except KeyboardInterrupt:
-        study.requeue(trial)  # asked for, so it is no crash of the trial's
+        study.requeue(trial)  # deliberate, so it does not count as a crash
         raise
     if not math.isfinite(quality.loss):
         _log.warning("trial %d (%s) failed: its loss is %s", trial.number, trial.spec, quality.loss)

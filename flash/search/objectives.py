@@ -1,8 +1,8 @@
-"""What a search minimises and what it may not exceed.
+"""Objectives and limits of a search.
 
-Held-out loss has to be found by training; everything else is a function of the architecture that is
-known before: latency from stage 1, bytes from counting. So limits are obeyed by construction, and
-new limits or another device need no training again.
+The held-out loss is found by training. Every other objective is a known function of the
+architecture: latency is predicted by stage 1, sizes are counted. Limits are therefore met by
+construction, and new limits or another device need no further training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,39 +17,40 @@ from flash.arch import ArchSpec
 
 
 class Objective(Enum):
-    """Something to be minimised; the value is the key of its figures, unit included."""
+    """Quantity to minimize; the enum value is its key in `Costs`, unit included."""
 
     quality = "loss"
     """Held-out loss after the short training [nats a token]."""
     prefill = "prefill_ms"
     """Predicted time to first token at the device's first prompt length."""
     decode = "decode_ms"
-    """Predicted time of a generated token at the device's first context."""
+    """Predicted time of one decode step at the device's first context length."""
     memory = "memory_mib"
-    """Weights and the keys and values of a full context (arch.counts)."""
+    """Size of the weights and of the key-value cache of a full context (arch.counts)."""
     size = "size_mib"
-    """Weights as the lowering packs them, so nearly all of the .pte (arch.counts)."""
+    """Size of the weights as packed by the lowering, nearly that of the .pte (arch.counts)."""
 
     @property
     def unit(self) -> str:
-        """Unit for people."""
+        """Unit in figures and tables, such as `ms` or `MiB`."""
         return {"loss": "nats"}.get(self.value, self.value.rpartition("_")[2].replace("mib", "MiB"))
 
 
 Costs = Callable[[Sequence[ArchSpec]], Mapping[str, NDArray[np.float64]]]
-"""Architectures -> known figures of each, by the keys of `Objective` other than loss; of latencies,
-which are predicted, the upper ends of the 90 % intervals too, by `high`."""
+"""Function from architectures to their known objectives, arrays of shape `(specs,)` by key of
+`Objective`. Latencies are predicted, so the upper ends of their 90 % intervals are there too, under
+the keys of `high`."""
 
-Figure = TypeVar("Figure")
+Value = TypeVar("Value")
 
 
 def high(key: str) -> str:
-    """Key of the upper end of a latency's interval: `prefill_ms` -> `prefill_high_ms`."""
+    """Return the key of the upper end of an interval: `prefill_ms` -> `prefill_high_ms`."""
     return f"{key.removesuffix('_ms')}_high_ms"
 
 
-def limited(costs: Mapping[str, Figure], key: str) -> Figure:
-    """What a limit holds for: the upper end where there is an interval, else the figure itself."""
+def limited_value(costs: Mapping[str, Value], key: str) -> Value:
+    """Return the value to which a limit applies: the upper end of the interval, if there is one."""
     return costs.get(high(key), costs[key])
 
 
@@ -58,10 +59,10 @@ class Problem:
     """Objectives, limits and the reference point of one search.
 
     Attributes:
-        costs: The known figures.
-        objectives: What is minimised; quality comes first.
-        reference: The worst acceptable value of each objective; hypervolume is counted from here.
-        limits: Most that a known figure may be, by key; for latencies see `limited`.
+        costs: Function that computes the known objectives.
+        objectives: Objectives to minimize; quality comes first.
+        reference: Worst acceptable value of each objective; the hypervolume is measured from here.
+        limits: Upper limits of known objectives by key; for latencies see `limited_value`.
         headline: Key of the latency that tables and figures show.
     """
 
@@ -77,20 +78,20 @@ class Problem:
         return [objective.value for objective in self.objectives[1:]]
 
     def known(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
-        """Values of the objectives other than quality, shape `(specs, objectives - 1)`."""
+        """Compute the objectives other than quality, shape `(specs, objectives - 1)`."""
         costs = self.costs(specs) if self.known_keys else {}
         columns = [np.asarray(costs[key], dtype=float) for key in self.known_keys]
         return np.stack(columns, axis=1) if columns else np.zeros((len(specs), 0))
 
-    def excess(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
-        """The worst breach of a limit as a share of that limit, for each spec; 0 means feasible."""
+    def violation(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
+        """Compute the largest relative violation of a limit for each spec; 0 means feasible."""
         worst = np.zeros(len(specs))
         if self.limits and specs:
             costs = self.costs(specs)
             for key, limit in self.limits.items():
-                worst = np.maximum(worst, np.asarray(limited(costs, key)) / limit - 1)
+                worst = np.maximum(worst, np.asarray(limited_value(costs, key)) / limit - 1)
         return worst
 
-    def allows(self, costs: Mapping[str, float]) -> bool:
-        """Whether figures obey all limits."""
-        return all(limited(costs, key) <= limit for key, limit in self.limits.items())
+    def is_feasible(self, costs: Mapping[str, float]) -> bool:
+        """Return True if the costs of one architecture are within all limits."""
+        return all(limited_value(costs, key) <= limit for key, limit in self.limits.items())

@@ -1,4 +1,4 @@
-"""Pareto tools. All objectives are minimised; rows are points. BoTorch does the arithmetic."""
+"""Pareto dominance and hypervolume by BoTorch. All objectives are minimized; rows are points."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Mask of the points that no other point beats; of equal points only the first stays.
+    """Return a mask of the non-dominated points; of equal points only the first is kept.
 
     Args:
         points: Shape `(n, objectives)`.
@@ -22,27 +22,35 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
 
 
 def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
-    """Volume that the points dominate, up to `reference`; points beyond it add nothing.
+    """Compute the volume dominated by the points up to `reference`; points beyond it add none.
 
     Args:
         points: Shape `(n, objectives)`.
-        reference: The worst acceptable value of every objective.
+        reference: Worst acceptable value of each objective.
     """
     values = np.asarray(points, dtype=float).reshape(-1, len(reference))
     if len(reference) == 1:
         return max(0.0, reference[0] - float(values.min(initial=reference[0])))
     front = values[non_dominated(values)]
-    # BoTorch maximises, hence the signs.
+    # BoTorch maximizes, hence the signs.
     volume = Hypervolume(ref_point=-torch.tensor(reference, dtype=torch.double))
     return float(volume.compute(-torch.from_numpy(front)))
 
 
 def choose_winners(points: ArrayLike, reference: Sequence[float], k: int) -> list[int]:
-    """Indices of up to k points that together dominate the most, greedily; the best one first.
+    """Select up to k points greedily by the hypervolume that each adds; the best one comes first.
 
-    The first is the knee and each further one fills the widest gap that is left, so winners spread
-    over the frontier without a rule on spacing. Fewer than k come back when no other point adds
-    volume: a point beyond `reference` is not acceptable, so it cannot win.
+    The first point is the knee of the frontier and each further one fills the widest remaining gap,
+    so winners spread over the frontier without a rule on spacing. Points beyond `reference` add no
+    volume and are never selected.
+
+    Args:
+        points: Shape `(n, objectives)`.
+        reference: Worst acceptable value of each objective.
+        k: Greatest number of winners.
+
+    Returns:
+        Indices of the points; fewer than k when no other point adds volume.
     """
     values = np.asarray(points, dtype=float).reshape(-1, len(reference))
     candidates = [int(i) for i in np.flatnonzero(non_dominated(values))]

@@ -1,4 +1,4 @@
-"""Do the ranks of the short training last? The best trials, trained longer."""
+"""Longer training of the best trials, to check that the ranking of the short training holds."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -23,23 +23,24 @@ def promote(
     evaluate: Callable[[ArchSpec, int], Quality],
     tokens: int,
 ) -> dict[str, Any]:
-    """Train the k trials that make most of the frontier longer, and compare the orders.
+    """Train the k best trials longer and compare their two rankings.
 
-    With schedule `wsd` each goes on from the checkpoint that its trial left, so that only the
-    further tokens cost time; the result is that of the longer training from the start. Another
-    schedule has ended and cannot be continued, so those start from the pruned weights.
-    Finished ones are kept with the study; a killed call goes on with the next.
+    With the schedule `wsd` each training continues from the checkpoint that its trial left, so only
+    the further tokens cost time; the result is that of the longer training from the start. Any
+    other schedule has ended and cannot be continued, so the training starts from the pruned
+    weights. Finished results are stored with the study; a call after a kill continues with the next
+    trial.
 
     Args:
-        study: Holds the trials and the results.
-        problem: Decides which trials are the best.
-        k: How many.
-        evaluate: Trains for `tokens`.
-        tokens: Part of the key under which results are kept.
+        study: Storage of the trials and the results.
+        problem: Objectives and reference point, which define the best trials.
+        k: Number of trials to train.
+        evaluate: Function (architecture, trial number) -> quality; trains for `tokens`.
+        tokens: Length of the training [tokens]; part of the key of stored results.
 
     Returns:
-        `trials` with both losses, `kendall_tau` of the two, and `swapped` of `pairs` whose order
-        turned; tau is null with less than two results.
+        `trials` with both losses, their `kendall_tau` (None with fewer than two results), and the
+        number of `pairs` and of those `swapped`, whose order changed.
 
     Raises:
         InputError: The study has no frontier yet.
@@ -57,7 +58,7 @@ def promote(
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlation of `loss` and `long_loss`, and the pairs whose order turned."""
+    """Compute the rank correlation of `loss` and `long_loss`, and count the discordant pairs."""
     done = [row for row in rows if row["long_loss"] is not None]
     pairs = [(a, b) for i, a in enumerate(done) for b in done[i + 1 :]]
     swapped = sum((a["loss"] - b["loss"]) * (a["long_loss"] - b["long_loss"]) < 0 for a, b in pairs)

@@ -1,4 +1,4 @@
-"""What a sampler is asked: for how many candidates, of which space, given which trials."""
+"""Request for candidates: the input that all samplers share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from flash.search.study import Trial
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """One question to a sampler.
+class ProposalRequest:
+    """Request for n candidates, given the trials so far.
 
     Attributes:
-        space: Where candidates come from.
+        space: Search space.
         problem: Objectives, limits and reference point.
-        settings: Sampler and its sizes.
+        settings: Sampler and the sizes of its start-up design and pool.
         trials: All trials so far.
-        n: Candidates wanted.
-        seed: Fixes every random choice.
+        n: Number of candidates to propose.
+        seed: Seed of every random choice.
     """
 
     space: SearchSpace
@@ -32,21 +32,21 @@ class Request:
 
     @cached_property
     def known(self) -> set[ArchSpec]:
-        """What must not be proposed again."""
+        """Architectures of all trials, which must not be proposed again."""
         return {trial.spec for trial in self.trials}
 
     @cached_property
     def specs(self) -> list[ArchSpec]:
-        """Architectures whose loss is known or, of stopped trials, predicted, in their order."""
+        """Architectures with a known loss or, if stopped early, a predicted one; in trial order."""
         return [trial.spec for trial in self.trials if trial.expected_loss is not None]
 
     @cached_property
     def losses(self) -> list[float]:
-        """Their losses [nats a token]."""
+        """Losses of `specs` [nats a token]."""
         losses = (trial.expected_loss for trial in self.trials)
         return [loss for loss in losses if loss is not None]
 
     @cached_property
     def pending(self) -> list[ArchSpec]:
-        """Architectures that wait or are being evaluated."""
+        """Architectures that are waiting or being evaluated."""
         return [trial.spec for trial in self.trials if not trial.finished]

@@ -1,10 +1,10 @@
-"""Ending trials that will not reach the frontier, with a stated chance of being wrong.
+"""Early stopping of trials that will not reach the frontier, with a bounded error probability.
 
-All trials see the same batches in the same order, so that training losses at the same point of a
-run compare well between architectures. The final held-out loss of a running trial is predicted from
-its training loss so far by a line in logarithms, fitted to the complete trials. Where even the best
-that the prediction allows for is worse than what some complete trial has at no higher costs, the
-trial is hopeless.
+All trials see the same batches in the same order, so training losses at the same point of a run are
+comparable between architectures. The final held-out loss of a running trial is predicted from its
+training loss so far by a linear regression in logarithms, fitted to the complete trials. A trial is
+pruned when its final loss is unlikely to be lower than that of some complete trial with no higher
+costs.
 """
 
 import math
@@ -20,18 +20,18 @@ from flash.search.study import Trial
 from flash.training.loss_curve import Curve
 
 RUNGS = (0.25, 0.5, 0.75)
-"""Shares of a run after which it is judged."""
-LEAST = 8
-"""Complete trials from which the line can be fitted."""
+"""Shares of a training after which a trial may be pruned."""
+MIN_TRIALS = 8
+"""Number of complete trials that the regression needs."""
 
 
 class TrialPruned(Exception):
-    """A trial is not worth its further training.
+    """Raised to end a trial that is unlikely to reach the frontier.
 
     Attributes:
         estimate: Predicted final loss [nats a token].
-        chance: That it would have reached the frontier all the same.
-        info: What the evaluation adds, as plain JSON values.
+        chance: Probability that the trial would have reached the frontier.
+        info: Further facts that the evaluation adds, as plain JSON values.
     """
 
     def __init__(self, estimate: float, chance: float, curve: Curve) -> None:
@@ -44,12 +44,12 @@ class TrialPruned(Exception):
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """A prediction of the logarithm of a final loss: Student's t.
+class LossPrediction:
+    """Student's t distribution of the logarithm of a final loss.
 
     Attributes:
-        mean: Centre.
-        scale: Scale.
+        mean: Location of the distribution.
+        scale: Scale of the distribution.
         dof: Degrees of freedom.
     """
 
@@ -58,13 +58,13 @@ class Forecast:
     dof: int
 
     @classmethod
-    def of(cls, partial: Sequence[float], final: Sequence[float], now: float) -> "Forecast":
-        """By least squares in logarithms.
+    def of(cls, partial: Sequence[float], final: Sequence[float], now: float) -> "LossPrediction":
+        """Fit a least-squares line in logarithms and predict one trial.
 
         Args:
-            partial: Training losses of complete trials at this point of their runs.
-            final: Their held-out losses.
-            now: Training loss of the trial in question.
+            partial: Training losses of complete trials at this point [nats a token].
+            final: Final held-out losses of the same trials [nats a token].
+            now: Training loss of the running trial at this point [nats a token].
         """
         x, y = np.log(partial), np.log(final)
         spread = float(((x - x.mean()) ** 2).sum())
@@ -77,28 +77,28 @@ class Forecast:
         scale = math.sqrt(variance * (1 + 1 / len(x) + further))
         return cls(float(y.mean()) + slope * away, scale, dof)
 
-    def chance_below(self, loss: float) -> float:
-        """Probability that the final loss is lower than this one."""
+    def probability_below(self, loss: float) -> float:
+        """Return the probability that the final loss is lower than `loss`."""
         if self.scale == 0:
             return float(self.mean < math.log(loss))
         return float(stats.t.cdf((math.log(loss) - self.mean) / self.scale, self.dof))
 
 
-def judge(
+def maybe_prune(
     trial: Trial, curve: Curve, trials: Sequence[Trial], problem: Problem, error: float
 ) -> None:
-    """End a trial that is hopeless.
+    """Prune a running trial that is unlikely to reach the frontier.
 
     Args:
-        trial: The running one.
-        curve: Its training loss so far.
-        trials: All of the study.
+        trial: Running trial.
+        curve: Training loss of the trial so far.
+        trials: All trials of the study.
         problem: Objectives and reference point.
-        error: The greatest chance at which a trial that would have reached the frontier may be
-            ended, over all the times that it is judged; 0 ends none.
+        error: Greatest probability of pruning a trial that would have reached the frontier, over
+            all `RUNGS` together; 0 disables pruning.
 
     Raises:
-        Hopeless: It is.
+        TrialPruned: The probability of reaching the frontier is too low.
     """
     done = len(curve.losses)
     if error <= 0 or done not in {round(rung * curve.parts) for rung in RUNGS} - {curve.parts}:
@@ -108,16 +108,16 @@ def judge(
         for t in trials
         if t.loss is not None and len(t.curve) == curve.parts
     ]
-    if len(known) < LEAST:
+    if len(known) < MIN_TRIALS:
         return
     partial, final = zip(*known, strict=True)
-    forecast = Forecast.of(partial, final, curve.losses[-1])
+    prediction = LossPrediction.of(partial, final, curve.losses[-1])
     keys = problem.known_keys
     rivals = [
         t.loss
         for t in trials
         if t.loss is not None and all(t.costs[key] <= trial.costs[key] for key in keys)
     ]
-    chance = forecast.chance_below(min([problem.reference[0], *rivals]))
+    chance = prediction.probability_below(min([problem.reference[0], *rivals]))
     if chance < error / len(RUNGS):
-        raise TrialPruned(math.exp(forecast.mean), chance, curve)
+        raise TrialPruned(math.exp(prediction.mean), chance, curve)

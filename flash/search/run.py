@@ -1,4 +1,4 @@
-"""`search.py`: both stages of the method, from a backbone and a device to a frontier."""
+"""Entry point of `search.py`: both stages of the method, from backbone and device to frontier."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
 from flash.model.backbone import Backbone
 from flash.paths import Runs
-from flash.search.evaluate import ShortTraining, tidy
+from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
 from flash.search.job import SearchJob, evaluation_of, latency_of, open_job, problem_of
@@ -32,8 +32,8 @@ from flash.training.run import plain
 log = logging.getLogger(__name__)
 
 Figures = Callable[[Runs, str], Mapping[str, Any]]
-"""Draws a study that is written: figures by name. What knows how to is not imported here, since the
-report reads searches and not the other way round."""
+"""Function (runs, study) -> figures by name. It is passed in, since the report imports the search
+and not the other way round."""
 
 
 def _no_figures(runs: Runs, study: str) -> Mapping[str, Any]:
@@ -41,14 +41,17 @@ def _no_figures(runs: Runs, study: str) -> Mapping[str, Any]:
 
 
 def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> dict[str, Any]:
-    """Run, resume or join a search; returns what `frontier.json` holds.
+    """Run, resume or join a search.
 
     Args:
-        settings: All of `search.py`.
-        figures: For the search's own W&B run.
+        settings: Settings of `search.py`.
+        figures: Draws the figures for the W&B run of the search.
+
+    Returns:
+        The content of `frontier.json`; of another stage, its report.
 
     Raises:
-        InputError: Settings, backbone, data or study that cannot be used.
+        InputError: Settings, backbone, data or study cannot be used.
     """
     if settings.stage is SearchStage.latency:
         return _stage_one(settings)
@@ -81,7 +84,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
 
 
 def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
-    """Measure and fit for a device; prints and stores how good the predictor is."""
+    """Run stage 1: measure a device, fit the predictor, print and store its accuracy."""
     backbone = Backbone.open(settings.backbone)
     space = SearchSpace(settings.space, backbone.spec)
     latency = latency_of(settings, space, backbone)
@@ -137,7 +140,7 @@ def _stage_two(
         log_trial(logger, trial, problem)
         trials = study.trials()
         best = {each.number for each in frontier(trials, problem)}
-        tidy(evaluate, {each.number for each in trials if each.finished} - best)
+        remove_checkpoints(evaluate, {each.number for each in trials if each.finished} - best)
 
     try:
         if logger is not None:
@@ -159,7 +162,7 @@ def _stage_two(
 
 
 def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
-    """Train the best trials longer; prints and stores whether their order holds."""
+    """Train the best trials longer; print and store the comparison of the rankings."""
     settings, inputs = job.settings, job.inputs
     require(
         settings.search.promote_tokens > settings.recipe.tokens,
@@ -191,14 +194,15 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
 
 
 _OF_THE_DEVICE = ("device", "workload", "space", "objectives")
-"""Parts of a fingerprint that no loss depends on."""
+"""Keys of a fingerprint that do not affect losses."""
 
 
 def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
-    """The frontier that finished trials make under other limits, objectives or device.
+    """Compute the frontier of finished trials for other limits, objectives or another device.
 
     Raises:
-        InputError: There is no such study, or its losses are not comparable.
+        InputError: The study does not exist, its losses are not comparable, or no trial is within
+            the limits.
     """
     settings = job.settings
     study = reopen_study(job.storage(source), source)
@@ -221,7 +225,7 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
 def _write(
     job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
 ) -> dict[str, Any]:
-    """`frontier.json`, the arch YAML of every frontier member, and the names of the winners."""
+    """Write `frontier.json` and the architecture YAML of every frontier member."""
     settings, runs = job.settings, job.inputs.runs
     name = settings.search.study
     front = frontier(trials, problem)
@@ -277,7 +281,7 @@ def _write(
 
 
 def _describe(job: SearchJob, report: dict[str, Any]) -> None:
-    """The frontier on the terminal, and what to type next."""
+    """Print the frontier and the next command, and write the file `winners`."""
     by_number = {trial["number"]: trial for trial in report["trials"]}
     failed = sum(trial["state"] == "fail" for trial in report["trials"])
     print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner")

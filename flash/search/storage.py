@@ -1,4 +1,4 @@
-"""Where a study is kept: a SQLite file on one machine, PostgreSQL for many."""
+"""Storage of a study: a SQLite file for one machine, PostgreSQL for several."""
 
 import sqlite3
 import warnings
@@ -17,39 +17,48 @@ from flash.errors import InputError
 from flash.search.workers import FileLock, Lock, PostgresLock
 
 MISSED_BEATS = 6
-"""Signs of life that a worker on another machine may miss before it counts as dead."""
+"""Heartbeats that a worker on another machine may miss before it counts as dead."""
 _BUSY_S = 60.0
-"""How long SQLite waits for another process's write [s]."""
+"""Time that SQLite waits for a write of another process [s]."""
 
 
 def connect(
     storage: Path | str,
     name: str,
     heartbeat_s: int,
-    opened: Callable[[RDBStorage], optuna.Study],
+    open_study: Callable[[RDBStorage], optuna.Study],
 ) -> tuple[optuna.Study, str, Lock]:
-    """The study that `opened` gives, its storage for people, and its lock.
+    """Connect to the storage and open a study in it.
+
+    Args:
+        storage: SQLite file, or URL of a PostgreSQL database.
+        name: Name of the study.
+        heartbeat_s: Interval of the heartbeats of a worker [s].
+        open_study: Creates or loads the study in the connected storage.
+
+    Returns:
+        The study, its storage as shown to users, and the lock that its workers share.
 
     Raises:
         InputError: The storage cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url, shown, lock = _place(storage, name)
+    url, shown, lock = _resolve(storage, name)
     sqlite = isinstance(storage, Path)
-    # Sixteen workers that sleep for hours should not hold sixteen connections of a server.
+    # Workers idle for hours while they train, and should not hold server connections meanwhile.
     engine = {"connect_args": {"timeout": _BUSY_S}} if sqlite else {"poolclass": NullPool}
     try:
         with lock.hold(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(storage, Path):
-                _let_readers_pass(storage)
+                _enable_write_ahead_log(storage)
             database = RDBStorage(
                 url,
                 engine_kwargs=engine,
                 heartbeat_interval=heartbeat_s,
                 grace_period=MISSED_BEATS * heartbeat_s,
             )
-            return opened(database), shown, lock
+            return open_study(database), shown, lock
     except ImportError as error:
         raise InputError(
             f"search.storage={shown}: its driver is missing ({error.__cause__ or error}); "
@@ -63,17 +72,17 @@ def connect(
         ) from error
 
 
-def _let_readers_pass(path: Path) -> None:
-    """Set a SQLite file to write-ahead logging, which it keeps: readers do not wait for writers."""
+def _enable_write_ahead_log(path: Path) -> None:
+    """Set a SQLite file permanently to write-ahead logging: readers do not wait for writers."""
     with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
 
 
-def _place(storage: Path | str, name: str) -> tuple[str, str, Lock]:
-    """URL, the same for people, and the lock that the study's workers share.
+def _resolve(storage: Path | str, name: str) -> tuple[str, str, Lock]:
+    """Return the URL, its form for users, and the lock that the workers of the study share.
 
     Raises:
-        InputError: A URL of another kind.
+        InputError: The URL is not of PostgreSQL, or contains a password.
     """
     if isinstance(storage, Path):
         storage.parent.mkdir(parents=True, exist_ok=True)

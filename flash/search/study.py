@@ -1,8 +1,8 @@
-"""The study: every trial of a search, kept in a database that survives kills.
+"""Study: all trials of a search, stored in a database that survives killed processes.
 
-A trial's number is its identity: a trial that a killed process left behind goes back to the queue
-under its own number, so that the evaluation finds its checkpoints and a resumed search is the same
-as an undisturbed one. (Optuna's own retry makes a new trial, which would be neither.)
+A trial is identified by its number. A trial left by a killed process returns to the queue under its
+own number, so the evaluation finds its checkpoints and a resumed search equals an uninterrupted
+one. (Optuna's own retry would create a new trial with another number.)
 """
 
 import logging
@@ -35,59 +35,62 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One candidate and what became of it."""
+    """One candidate and its outcome."""
 
     number: int
     spec: ArchSpec
     costs: Mapping[str, float]
-    """All known figures, by key of `Objective`, as they were when the trial was proposed."""
+    """Known objectives by key of `Objective`, as computed when the trial was proposed."""
     state: TrialState
     loss: float | None = None
-    """Held-out loss [nats a token]; None unless the trial is complete."""
+    """Held-out loss [nats a token] of a complete trial, else None."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What the evaluation reported, `reason` of a failure, `seconds` of the evaluation."""
+    """Facts reported by the evaluation, `reason` of a failure, `seconds` of the evaluation."""
     batch: tuple[int, int]
-    """Number of the first trial that was proposed together with this one, and how many were."""
+    """Number of the first trial of the same batch, and the size of the batch."""
 
     @property
     def complete(self) -> bool:
+        """True if the trial has a loss."""
         return self.state is TrialState.COMPLETE
 
     @property
     def stopped(self) -> bool:
-        """Whether it was ended early as hopeless."""
+        """True if the trial was pruned, that is, stopped early."""
         return self.state is TrialState.PRUNED
 
     @property
     def expected_loss(self) -> float | None:
-        """The loss, or what it was predicted to become when the trial was stopped."""
+        """Loss of a complete trial, predicted final loss of a stopped one, else None."""
         return self.extra["estimate"] if self.stopped else self.loss
 
     @property
     def curve(self) -> list[float]:
-        """Training losses along the trial, in equal parts; empty where none was kept."""
+        """Training losses in equal parts of the training [nats a token]; empty if not recorded."""
         return [loss for _, loss in self.extra.get("curve", [])]
 
     def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
-        """The objectives' values of a complete trial."""
+        """Return the objective values of a complete trial, loss first."""
         assert self.loss is not None
         return (self.loss, *(self.costs[objective.value] for objective in objectives[1:]))
 
     @property
     def finished(self) -> bool:
-        """Whether nothing remains to be done: complete, stopped or failed."""
+        """True if the trial is complete, stopped early or failed."""
         return self.state.is_finished()
 
 
 class Study:
-    """A search's trials in an Optuna study (so optuna-dashboard shows it); see `open_study`.
+    """Trials of a search, stored in an Optuna study, so that optuna-dashboard shows them.
+
+    Created by `open_study` or `reopen_study`.
 
     Args:
-        study: Optuna's.
-        lock: Shared by all workers of the study.
-        objectives: What the trials' values are.
-        heartbeat_s: Seconds between a worker's signs of life.
-        retries: How often a trial starts again whose process died.
+        study: Optuna study that holds the trials.
+        lock: Lock shared by all workers of the study.
+        objectives: Objectives, in the order of the values of Optuna's trials.
+        heartbeat_s: Interval of the heartbeats of a worker [s].
+        retries: Number of times that a trial restarts after its process died.
     """
 
     def __init__(
@@ -107,26 +110,27 @@ class Study:
 
     @property
     def name(self) -> str:
+        """Name of the study."""
         return self._study.study_name
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the study was made with."""
+        """Fingerprint with which the study was created."""
         return self._study.user_attrs["fingerprint"]
 
     def trials(self) -> list[Trial]:
-        """All trials in order of their numbers."""
+        """Return all trials in order of their numbers."""
         found: list[Trial] = []
         for frozen in self._study.get_trials(deepcopy=False):
-            trial = self._finished.get(frozen.number) or _typed(frozen)
-            if trial.finished:  # these change no more, and there may be thousands
+            trial = self._finished.get(frozen.number) or _to_trial(frozen)
+            if trial.finished:  # finished trials never change, and may be thousands
                 self._finished[trial.number] = trial
             found.append(trial)
         return found
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep all other workers from planning and from taking trials; may be nested."""
+        """Keep all other workers from planning and taking trials; reentrant."""
         if self._depth == 0:
             with self._lock.hold():
                 self._depth = 1
@@ -139,7 +143,7 @@ class Study:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """While this lasts, the trials that this object started count as being worked on."""
+        """Mark the trials started by this object as being worked on, for the duration."""
         with self._owner.working():
             yield
 
@@ -149,7 +153,7 @@ class Study:
         costs: Mapping[str, Sequence[float]],
         batch: tuple[int, int],
     ) -> None:
-        """Note what is to be queued, in one commit, so that a kill cannot leave half a batch."""
+        """Store the next batch in one commit, so that a kill cannot leave half of it."""
         rows = [
             {"spec": spec.to_dict(), "costs": {key: float(v[i]) for key, v in costs.items()}}
             for i, spec in enumerate(specs)
@@ -157,7 +161,7 @@ class Study:
         self._study.set_user_attr("planned", {"batch": list(batch), "rows": rows})
 
     def enqueue(self, space: SearchSpace) -> None:
-        """Append what is planned but not there yet to the queue, one commit a candidate."""
+        """Append planned candidates that are missing from the queue, one commit for each."""
         planned = self._study.user_attrs.get("planned")
         if planned is None:
             return
@@ -181,13 +185,13 @@ class Study:
             )
 
     def start(self) -> Trial | None:
-        """Take the first waiting trial and return it; None when the queue is empty."""
+        """Start the first waiting trial and return it, or None if the queue is empty."""
         with self.lock():
             waiting = (trial for trial in self.trials() if trial.state is TrialState.WAITING)
             trial = next(waiting, None)
             if trial is None:
                 return None
-            # Whose it is comes first: a running trial without an owner would run for ever.
+            # The owner is set first: a running trial without one could never be recovered.
             self._set(trial, "owner", self._owner.to_dict())
             self._beat(trial)
             self._storage.set_state(trial.number, TrialState.RUNNING)
@@ -195,7 +199,7 @@ class Study:
 
     @contextmanager
     def heartbeat(self, trial: Trial) -> Iterator[None]:
-        """Show other machines that the trial is being worked on, from a thread of its own."""
+        """Send heartbeats for a running trial from a background thread, for the duration."""
         over = threading.Event()
 
         def beat() -> None:
@@ -216,7 +220,7 @@ class Study:
             thread.join()
 
     def complete(self, trial: Trial, loss: float, info: Mapping[str, Any]) -> Trial:
-        """Record a trial's result; `info` must be plain JSON values."""
+        """Record the result of a trial; `info` must be plain JSON values."""
         with self.lock():
             if self._is_mine(trial):
                 self._set(trial, "info", dict(info))
@@ -225,14 +229,14 @@ class Study:
             return self._get(trial.number)
 
     def fail(self, trial: Trial, reason: str) -> Trial:
-        """Record that a trial has no result, and why."""
+        """Record that a trial failed, with the reason."""
         with self.lock():
             if self._is_mine(trial):
                 self._fail(trial, reason)
             return self._get(trial.number)
 
     def stop(self, trial: Trial, reason: str, info: Mapping[str, Any]) -> Trial:
-        """Record that a trial was ended as hopeless; `info` holds `estimate`, its expected loss."""
+        """Record that a trial was stopped early; `info` holds `estimate`, its predicted loss."""
         with self.lock():
             if self._is_mine(trial):
                 self._set(trial, "info", dict(info))
@@ -241,16 +245,16 @@ class Study:
             return self._get(trial.number)
 
     def requeue(self, trial: Trial) -> None:
-        """Send a trial of this worker back to the queue, under its number."""
+        """Return a trial of this worker to the queue under its own number."""
         with self.lock():
             if self._is_mine(trial):
                 self._requeue(trial)
 
     def recover(self) -> None:
-        """Requeue what dead workers left running; a trial that keeps killing its process fails.
+        """Requeue the running trials of dead workers; fail those whose retries are used up.
 
-        A worker is dead when its process is gone from this machine, or when it is on another one
-        and has missed `MISSED_BEATS` signs of life. Trials of living workers are left alone.
+        A worker is dead if its process on this machine has ended, or if it runs on another machine
+        and has missed `MISSED_BEATS` heartbeats. Trials of living workers are left alone.
         """
         with self.lock():
             running = [t for t in self.trials() if t.state is TrialState.RUNNING]
@@ -271,18 +275,18 @@ class Study:
                     self._fail(trial, f"its process died {crashes} times")
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """A plain JSON value that is computed once, by one worker, and kept with the study."""
+        """Return a plain JSON value that one worker computes once and the study stores."""
         with self.lock():
             if key not in self._study.user_attrs:
                 self._study.set_user_attr(key, compute())
             return self._study.user_attrs[key]
 
     def recall(self, key: str) -> Any:
-        """What `remember` kept under this key, or None."""
+        """Return the value that `remember` stored under this key, or None."""
         return self._study.user_attrs.get(key)
 
     def _is_mine(self, trial: Trial) -> bool:
-        """Whether this worker still has the trial; it may have been thought dead meanwhile."""
+        """Check that this worker still owns the trial: others may have presumed it dead."""
         now = self._get(trial.number)
         owner = self._owner_of(trial)
         if now.state is TrialState.RUNNING and owner["token"] == self._owner.token:
@@ -319,19 +323,19 @@ def open_study(
     heartbeat_s: int,
     retries: int,
 ) -> Study:
-    """Create the study or open it again.
+    """Create a study, or open it if it exists.
 
     Args:
-        storage: A SQLite file on a local disk, or the URL of a PostgreSQL database.
+        storage: SQLite file on a local disk, or URL of a PostgreSQL database.
         name: Name of the study.
-        fingerprint: All that makes results comparable, as plain JSON values: space, backbone,
-            device, recipe. Compared key by key with the one that the study was made with.
-        objectives: What is minimised; part of the fingerprint.
-        heartbeat_s: Seconds between a worker's signs of life.
-        retries: How often a trial starts again whose process died.
+        fingerprint: Settings that must agree for results to be comparable (space, backbone, device,
+            recipe), as plain JSON values. An existing study must have been created with the same.
+        objectives: Objectives to minimize; part of the fingerprint.
+        heartbeat_s: Interval of the heartbeats of a worker [s].
+        retries: Number of times that a trial restarts after its process died.
 
     Raises:
-        InputError: The storage cannot be used.
+        InputError: The storage cannot be used, or the study has another fingerprint.
     """
     wanted = {**fingerprint, "objectives": [objective.name for objective in objectives]}
 
@@ -340,7 +344,7 @@ def open_study(
             storage=database,
             study_name=name,
             directions=[StudyDirection.MINIMIZE] * len(objectives),
-            sampler=RandomSampler(),  # never asked: every trial is enqueued with its values
+            sampler=RandomSampler(),  # never used: every trial is enqueued with its values
             load_if_exists=True,
         )
         if "fingerprint" not in study.user_attrs:
@@ -354,7 +358,7 @@ def open_study(
 
 
 def reopen_study(storage: Path | str, name: str) -> Study:
-    """A study as it is, whatever it was made with.
+    """Open an existing study, whatever its fingerprint.
 
     Raises:
         InputError: The storage cannot be used, or holds no such study.
@@ -367,7 +371,7 @@ def reopen_study(storage: Path | str, name: str) -> Study:
         if isinstance(storage, Path) and not storage.is_file():
             raise KeyError
         study, _, lock = connect(storage, name, 1, load)
-    except KeyError as error:  # Optuna's word for an unknown name
+    except KeyError as error:  # raised by Optuna for an unknown name
         raise InputError(
             f"search.from_study={name}: expected a study that exists; run its search first"
         ) from error
@@ -375,7 +379,7 @@ def reopen_study(storage: Path | str, name: str) -> Study:
     return Study(study, lock, objectives, heartbeat_s=1, retries=0)
 
 
-def _typed(frozen: FrozenTrial) -> Trial:
+def _to_trial(frozen: FrozenTrial) -> Trial:
     attrs = frozen.user_attrs
     extra = dict(attrs.get("info", {}))
     extra.update({key: attrs[key] for key in ("reason", "crashes") if key in attrs})
@@ -395,7 +399,7 @@ def _typed(frozen: FrozenTrial) -> Trial:
 
 
 def _distributions(space: SearchSpace, spec: ArchSpec) -> dict[str, BaseDistribution]:
-    """Parameters as the dashboard plots them. Slots past the depth are absent, not padded."""
+    """Distributions of the parameters for the dashboard; slots past the depth are absent."""
 
     def sizes(choices: Choices) -> IntDistribution:
         return IntDistribution(choices.min, choices.max, step=choices.step)

@@ -1,4 +1,4 @@
-"""The model of quality: a Gaussian process over architectures, on the logarithm of the loss."""
+"""Surrogate model of the loss: a Gaussian process over architectures, on the log of the loss."""
 
 import itertools
 import warnings
@@ -19,26 +19,25 @@ from numpy.typing import NDArray
 from flash.arch import ArchSpec, Attention, SearchSpace
 
 DEPTH_BINS = 8
-"""Resolution at which the model sees where in the network a layer kind sits. Trained on 50
-and tested on 88 members of the tabular truth (benchmarks/tabular.py), 4 made errors 2.6 times those
-of 8, and no finer one was better."""
+"""Number of bins of relative depth in `features`. Trained on 50 and tested on 88 members of the
+tabular benchmark (benchmarks/tabular.py), 4 bins gave 2.6 times the error of 8, and no larger
+number was better."""
 FIT_TOLERANCE = 1e-6
-"""Relative gain of the likelihood at which fitting stops; SciPy's default is ten times slower."""
+"""Relative gain in likelihood at which fitting stops; SciPy's default takes ten times longer."""
 MC_SAMPLES = 64
-"""Draws of the loss surface that the expected improvement averages over."""
+"""Posterior draws of the losses over which the expected improvement is averaged."""
 
 
 def features(space: SearchSpace, spec: ArchSpec) -> NDArray[np.float64]:
-    """`spec` as the loss model sees it, in the unit cube; shape `(3 + DEPTH_BINS * 2 + 1,)`.
+    """Encode a spec as a vector in the unit cube, shape `(3 + DEPTH_BINS * 2 + 1,)`.
 
-    - Depth and the logarithms of both widths: loss follows powers of the sizes, so that a step
-      matters more at the narrow end.
-    - For each efficient kind its share among the layers near each of a few relative depths, by
-      linear interpolation. Layers do unlike jobs early and late in the network; relative
-      position makes specs of unequal depth comparable, and few bins can be learned from tens of
-      trials; a one-hot of every slot made errors nearly twice as large. Full attention is the
-      rest.
-    - Share of neighbouring layers that are both efficient, since runs of them hurt (Sec. 3.5).
+    - Depth and the logarithms of both widths: loss follows powers of the sizes, so a step matters
+      more at the narrow end.
+    - Share of each efficient kind among the layers near each of `DEPTH_BINS` relative depths, by
+      linear interpolation; full attention is the remainder. Early and late layers play different
+      roles. Relative positions make specs of unequal depth comparable, and few bins can be learned
+      from tens of trials: a one-hot encoding of every slot gave nearly twice the error.
+    - Share of adjacent layers that are both efficient, since runs of them hurt (Sec. 3.5).
     """
     sizes = [
         _unit(spec.num_layers, space.depths),
@@ -69,14 +68,17 @@ def draw_losses(
     others: Sequence[ArchSpec],
     seed: int,
 ) -> NDArray[np.float64]:
-    """Joint posterior draws of the losses of `specs`, then of `others`; shape `(draws, both)`.
+    """Draw losses jointly from the posterior, given the losses of the evaluated specs.
 
     Args:
-        space: Scales the features.
+        space: Search space, which scales the features.
         specs: Evaluated architectures.
-        losses: Their losses, which are noisy.
+        losses: Noisy losses of `specs` [nats a token].
         others: Architectures without a loss.
-        seed: Of the draws.
+        seed: Seed of the draws.
+
+    Returns:
+        Losses of `specs`, then of `others`; shape `(MC_SAMPLES, specs + others)`.
     """
     rows = np.stack([features(space, spec) for spec in [*specs, *others]])
     return draw(rows[: len(specs)], losses, rows[len(specs) :], seed)
@@ -88,18 +90,18 @@ def draw(
     others: NDArray[np.float64],
     seed: int,
 ) -> NDArray[np.float64]:
-    """`draw_losses` for points given by their features, shape `(points, features)`, each in 0..1.
+    """Draw losses as `draw_losses` does, for points given by features in the unit cube.
 
     Args:
-        observed: Evaluated points.
-        losses: Their losses: noisy, positive and not all the same.
-        others: Points without a loss.
-        seed: Of the draws.
+        observed: Features of evaluated points, shape `(points, features)`.
+        losses: Losses of these points: noisy, positive and not all equal.
+        others: Features of points without a loss.
+        seed: Seed of the draws.
     """
     logs = np.log(np.asarray(losses, dtype=float))
     center, scale = logs.mean(), logs.std()
     with manual_seed(seed), warnings.catch_warnings():
-        # More jitter and another start are BoTorch's ways to succeed; when they fail, it raises.
+        # BoTorch warns when it adds jitter or restarts a fit; if that fails too, it raises.
         warnings.simplefilter("ignore", NumericalWarning)
         warnings.simplefilter("ignore", OptimizationWarning)
         model = fit_loss_model(observed, (logs - center) / scale)
@@ -111,12 +113,12 @@ def draw(
 
 
 def fit_loss_model(inputs: NDArray[np.float64], losses: NDArray[np.float64]) -> SingleTaskGP:
-    """A Gaussian process of standardised losses over `features`, by maximum a posteriori."""
+    """Fit a Gaussian process of standardized log-losses over `features` (maximum a posteriori)."""
     model = SingleTaskGP(
         torch.from_numpy(inputs),
         torch.from_numpy(losses).unsqueeze(-1),
-        # Matern: loss surfaces are less smooth than an RBF assumes. ARD: each feature has its own
-        # length, so that those that do not matter fade; the prior suits any number of them.
+        # Matern: loss surfaces are less smooth than an RBF kernel assumes. ARD: each feature has
+        # its own lengthscale, so irrelevant ones fade; the prior scales with their number.
         covar_module=get_covar_module_with_dim_scaled_prior(inputs.shape[-1], use_rbf_kernel=False),
         outcome_transform=None,
     )

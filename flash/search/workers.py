@@ -1,8 +1,9 @@
-"""Many workers on one study: a lock that they share, and telling the dead from the living.
+"""Several workers on one study: a shared lock, and detection of dead workers.
 
-Workers are the same command started several times. A kill must neither leave the lock behind nor
-look like life, so both hang on things that end with the process: a lock of the kernel or of a
-database session, and the process itself. Only for workers on other machines silence has to do.
+Workers are processes that run the same command. A killed worker must release the lock and must be
+recognized as dead. The lock is therefore held by the kernel or by a database session, which end
+with the process, and a worker on the same machine is alive while its process exists. A worker on
+another machine counts as dead when its heartbeats stop.
 """
 
 import fcntl
@@ -22,23 +23,23 @@ import sqlalchemy
 from sqlalchemy.pool import NullPool
 
 _working: set[str] = set()
-"""Tokens of this process's searches that are under way."""
+"""Tokens of the searches that run in this process."""
 
 
 class Lock(Protocol):
-    """Held by one worker of a study at a time."""
+    """Lock that one worker of a study holds at a time."""
 
     def hold(self) -> AbstractContextManager[None]:
-        """Wait for the lock; give it back at the end."""
+        """Wait for the lock, and release it at the end of the block."""
         ...
 
 
 @dataclass(frozen=True)
 class FileLock:
-    """For the workers of one machine. The kernel frees it when its holder dies.
+    """Lock for the workers of one machine, which the kernel releases if the holder dies.
 
     Attributes:
-        path: A file that nothing else uses.
+        path: Lock file; nothing else may use it.
     """
 
     path: Path
@@ -52,11 +53,11 @@ class FileLock:
 
 @dataclass(frozen=True)
 class PostgresLock:
-    """For workers on many machines. The server frees it when its holder's connection ends.
+    """Lock for several machines, which the server releases when the holder's connection ends.
 
     Attributes:
-        url: The database.
-        name: The study.
+        url: URL of the database.
+        name: Name of the study.
     """
 
     url: str
@@ -76,7 +77,7 @@ class PostgresLock:
 
 @cache
 def _machine() -> str:
-    """This machine since it started; for containers, also which processes can be seen."""
+    """Identify this machine, its boot and, in a container, its process namespace."""
     parts = [socket.gethostname(), str(psutil.boot_time())]
     if Path("/proc/self/ns/pid").exists():
         parts.append(os.readlink("/proc/self/ns/pid"))
@@ -85,13 +86,13 @@ def _machine() -> str:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who evaluates a trial.
+    """Search that evaluates a trial.
 
     Attributes:
-        machine: Where its process id means anything.
+        machine: Machine and process namespace in which `pid` is valid.
         pid: Process id.
-        started: When the process began, as ids are used again [s since 1970].
-        token: Tells this search from others of the same process.
+        started: Start of the process [s since 1970], since ids are reused.
+        token: Unique id of the search, as one process may run several.
     """
 
     machine: str
@@ -101,17 +102,17 @@ class Owner:
 
     @classmethod
     def make(cls) -> "Owner":
-        """A new search of this process."""
+        """Return the owner for a new search of this process."""
         pid = os.getpid()
         return cls(_machine(), pid, psutil.Process(pid).create_time(), uuid.uuid4().hex)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         return asdict(self)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """While this lasts, the search counts as alive."""
+        """Mark the search as alive, for the duration."""
         _working.add(self.token)
         try:
             yield
@@ -119,7 +120,7 @@ class Owner:
             _working.discard(self.token)
 
     def gone(self) -> bool | None:
-        """Whether the search has ended; None where that cannot be seen from this machine."""
+        """Return True if the search has ended, None if this machine cannot tell."""
         if self.machine != _machine():
             return None
         if self.pid == os.getpid():

@@ -1,4 +1,4 @@
-"""A tiny model with a real tokenizer, and tasks on a few lines of text, without a network."""
+"""Tiny model with a real tokenizer, and tasks on a few lines of text, without a network."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def one_thread():
 
 
 def tiny_decoder(pattern: str, **changes) -> Decoder:
-    """A decoder with random weights, large enough that answers differ."""
+    """Decoder with random weights, large enough to make answers differ."""
     torch.manual_seed(0)
     spec = ArchSpec(
         model_dim=64,
@@ -50,7 +50,7 @@ def tiny_decoder(pattern: str, **changes) -> Decoder:
 
 
 def save_decoder(model: Decoder, folder: Path) -> Path:
-    """The decoder as a checkpoint folder in float32 with the tokenizer."""
+    """Save the decoder as a checkpoint folder in float32 with the tokenizer."""
     weights = state_to_save(model, torch.float32)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     save(folder, model.spec, weights, tokenizer=TOKENIZER, token_ids=ends)
@@ -73,7 +73,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory) -> Path:
-    """Tasks `choice`, `quiz` and `write` on five questions."""
+    """Folder with the tasks `choice`, `quiz` and `write` on five questions."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{**row, "answer": row["choices"][row["label"]]} for row in QUESTIONS]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -110,12 +110,12 @@ def task_folder(tmp_path_factory) -> Path:
 
 
 def write_task(folder: Path, **values) -> None:
-    """A task file of the harness."""
+    """Write a task file of the harness."""
     (folder / f"{values['task']}.yaml").write_text(yaml.safe_dump(values), "utf-8")
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """By its definition: the F-measure of the longest common subsequence of words."""
+    """Compute ROUGE-L by definition: F-measure of the longest common subsequence of words."""
     a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, reference))
     longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, word in enumerate(a, 1):
@@ -139,7 +139,7 @@ def write_rewrites(path: Path, targets: list[str]) -> None:
 
 @pytest.fixture
 def writing(tmp_path) -> list[TaskSettings]:
-    """The paper's two tasks without data on a hub, on rows in the format of their authors."""
+    """Settings of the paper's two tasks without hub data, on rows in their authors' format."""
     data = tmp_path / "data"
     (data / "tldr9plus" / "datasets-m0").mkdir(parents=True)
     write_rewrites(data / "openrewriteeval_aaai24.csv", ["return self.a", "os, self"])

@@ -1,4 +1,4 @@
-"""Our two models of the harness against its own `hf`, and against each other."""
+"""Facts about the two adapters: equal to the harness's own `hf`, and to each other."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
 from flash.errors import InputError
 from flash.evaluation.harness import DecoderLM, ProgramLM, TextLM
-from flash.evaluation.tokenization import Texts
+from flash.evaluation.tokenization import HarnessTokenizer
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings
 from flash.model.checkpoint import load
@@ -56,7 +56,7 @@ def answers(model: Any, until: list[str], new_tokens: int = 24) -> list[str]:
 
 
 def stops_of(model: TextLM) -> list[str]:
-    """Stop strings that occur, across tokens and within one."""
+    """Choose stop strings that occur in an answer, across tokens and within one."""
     free = answers(model, [])
     return [free[0][7:10], free[1][5:6]]
 
@@ -82,7 +82,7 @@ def theirs(folder) -> Any:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_decoder_answers_as_the_harness_own_model(folder, theirs, batch_size):
-    ours = DecoderLM(load(folder), Texts.open(folder), batch_size=batch_size)
+    ours = DecoderLM(load(folder), HarnessTokenizer.open(folder), batch_size=batch_size)
     assert ours.max_length == theirs.max_length == CONTEXT
     for mine, other in zip(likelihoods(ours), likelihoods(theirs), strict=True):
         assert mine[0] == pytest.approx(other[0], abs=1e-4)
@@ -94,7 +94,7 @@ def test_decoder_answers_as_the_harness_own_model(folder, theirs, batch_size):
 
 
 def test_a_likeliest_continuation_is_called_so(folder):
-    model = DecoderLM(load(folder), Texts.open(folder))
+    model = DecoderLM(load(folder), HarnessTokenizer.open(folder))
     tokens = model.tok_encode("def add(a, b):")
     [written] = model._continue([tokens], 6, [])
     found = model.score_pairs([(tokens, written), (tokens, [5, 6])])
@@ -102,18 +102,18 @@ def test_a_likeliest_continuation_is_called_so(folder):
 
 
 def test_an_end_token_ends_an_answer(folder):
-    texts = Texts.open(folder)
-    model = DecoderLM(load(folder), texts)
+    tokenizer = HarnessTokenizer.open(folder)
+    model = DecoderLM(load(folder), tokenizer)
     prompt = model.tok_encode("def add(a, b):")
     [free] = model._continue([prompt], 8, [])
-    ended = Texts(texts.tokenizer, 0, (0, free[3]), folder)
+    ended = HarnessTokenizer(tokenizer.backend, 0, (0, free[3]), folder)
     [written] = DecoderLM(load(folder), ended)._continue([prompt], 8, [])
     assert written == free[:4]
-    assert ended.answer(free, []) == texts.decode(free[:3])
+    assert ended.answer(free, []) == tokenizer.decode(free[:3])
 
 
 def test_what_cannot_be_answered_is_said(folder):
-    model = DecoderLM(load(folder), Texts.open(folder))
+    model = DecoderLM(load(folder), HarnessTokenizer.open(folder))
     with pytest.raises(InputError, match="task toy: answers of up to 256 tokens: expected fewer"):
         model.generate_until(requests("generate_until", [("a", {"until": []})]))
     asked = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 4}
@@ -125,10 +125,10 @@ def test_what_cannot_be_answered_is_said(folder):
 
 @pytest.fixture(scope="module", params=["F-F", "S"])
 def pair(request, tmp_path_factory) -> tuple[DecoderLM, ProgramLM]:
-    """A decoder, and its program in float32 on this machine."""
+    """Adapters of a decoder and of its program in float32 on this machine."""
     folder = tmp_path_factory.mktemp("program")
     model = tiny_decoder(request.param)
-    texts = Texts.open(save_decoder(model, folder / "checkpoint"))
+    tokenizer = HarnessTokenizer.open(save_decoder(model, folder / "checkpoint"))
     settings = DeviceSettings(
         name="test",
         threads=1,
@@ -139,8 +139,8 @@ def pair(request, tmp_path_factory) -> tuple[DecoderLM, ProgramLM]:
     )
     write(folder / "model.pte", lower(model, settings.lowering, bos_id=0, eos_ids=[0]))
     kinds = model.spec.layer_types
-    return DecoderLM(model, texts), ProgramLM(
-        HostDevice(settings), folder / "model.pte", texts, kinds
+    return DecoderLM(model, tokenizer), ProgramLM(
+        HostDevice(settings), folder / "model.pte", tokenizer, kinds
     )
 
 
@@ -181,8 +181,8 @@ def test_shared_beginnings_are_read_once_where_caches_hold_all(pair, monkeypatch
 def test_batches_on_bf16_differ_by_rounding_only(folder):
     from flash.training.settings import Precision
 
-    exact = DecoderLM(load(folder), Texts.open(folder))
-    rough = DecoderLM(load(folder), Texts.open(folder), precision=Precision.bf16)
+    exact = DecoderLM(load(folder), HarnessTokenizer.open(folder))
+    rough = DecoderLM(load(folder), HarnessTokenizer.open(folder), precision=Precision.bf16)
     pairs = list(zip(likelihoods(exact), likelihoods(rough), strict=True))
     assert any(a[0] != b[0] for a, b in pairs)
     for a, b in pairs:

@@ -1,4 +1,4 @@
-"""`flash evaluate` on local tasks: results, files, what is kept, what is refused."""
+"""Facts about `flash evaluate` on local tasks: results, files, reuse and errors."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from flash.evaluation.run import evaluate
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.evaluation.suites import SuiteResult, as_text
 from flash.evaluation.tasks import OWN_TASKS, Tasks
-from flash.evaluation.tokenization import Texts
+from flash.evaluation.tokenization import HarnessTokenizer
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.training.settings import LoggerKind, LoggerSettings, TrainerSettings
@@ -83,11 +83,11 @@ def test_a_suite_gives_a_table_files_and_metrics(settings, capsys):
 
 
 def test_accuracy_is_that_of_the_likelihoods(settings, checkpoint):
-    """Counted by hand: from sums of log-likelihoods, without and with division by bytes."""
+    """Compare with counts from log-likelihood sums, with and without division by bytes."""
     from flash.evaluation.harness import DecoderLM
     from flash.model.checkpoint import load
 
-    model = DecoderLM(load(checkpoint), Texts.open(checkpoint))
+    model = DecoderLM(load(checkpoint), HarnessTokenizer.open(checkpoint))
     right, right_normalised = 0, 0
     for row in QUESTIONS:
         pairs = [
@@ -104,17 +104,17 @@ def test_accuracy_is_that_of_the_likelihoods(settings, checkpoint):
 
 
 def test_an_exact_answer_counts(settings, checkpoint, tmp_path, task_folder):
-    """A task whose answers are what the model writes is solved, whatever that is."""
+    """Solve a task whose reference answers are the model's own outputs."""
     from flash.evaluation.harness import DecoderLM
     from flash.model.checkpoint import load
 
-    texts = Texts.open(checkpoint)
-    model = DecoderLM(load(checkpoint), texts)
+    tokenizer = HarnessTokenizer.open(checkpoint)
+    model = DecoderLM(load(checkpoint), tokenizer)
     questions = ["def add(a, b):", "import os", "x = [1, 2"]
     rows = []
     for question in questions:
-        [written] = model._continue([texts.encode(question)], 8, ["\n"])
-        rows.append({"question": question, "answer": texts.answer(written, ["\n"])})
+        [written] = model._continue([tokenizer.encode(question)], 8, ["\n"])
+        rows.append({"question": question, "answer": tokenizer.answer(written, ["\n"])})
     own = tmp_path / "own"
     own.mkdir()
     rows[0]["answer"] += "!"
@@ -275,7 +275,7 @@ def test_a_chat_template_is_used_and_ends_answers(settings, checkpoint, tmp_path
 
     def spy(self, requests, **kwargs):
         seen.extend(request.args[0] for request in requests)
-        assert self.texts.end_ids == (0, 2047)
+        assert self._tokenizer.end_ids == (0, 2047)
         return generate(self, requests, **kwargs)
 
     monkeypatch.setattr(DecoderLM, "generate_until", spy)
@@ -288,7 +288,7 @@ def test_a_chat_template_is_used_and_ends_answers(settings, checkpoint, tmp_path
 
 
 def test_a_begun_answer_is_gone_on_with(checkpoint, tmp_path):
-    """Tasks may put the first words into the assistant's mouth."""
+    """Continue an answer whose first words the task gives."""
     chat = tmp_path / "chat"
     shutil.copytree(checkpoint, chat)
     (chat / "chat_template.jinja").write_text(
@@ -297,11 +297,11 @@ def test_a_begun_answer_is_gone_on_with(checkpoint, tmp_path):
         "<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    texts = Texts.open(chat)
+    tokenizer = HarnessTokenizer.open(chat)
     asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
-    assert texts.render(asked) == "<user>Hello<end><assistant>"
+    assert tokenizer.render(asked) == "<user>Hello<end><assistant>"
     begun = [*asked, {"role": "assistant", "content": "Here is"}]
-    text = texts.render(begun, prompt=False, continued=True)
+    text = tokenizer.render(begun, prompt=False, continued=True)
     assert text == "<user>Hello<end><assistant>Here is"
 
 
@@ -387,7 +387,7 @@ FOLDERS = [
 
 @pytest.mark.parametrize("suite", ["paper_base", "paper_chat"])
 def test_the_papers_suites_name_tasks_and_metrics_of_the_harness(suite):
-    """Against the harness's own task files, which are read without their data."""
+    """Compare with the task files of the harness, read without their data."""
     from lm_eval.tasks import TaskManager
 
     root = Path(lm_eval.__file__).parent / "tasks"

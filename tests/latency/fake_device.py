@@ -1,4 +1,4 @@
-"""A device that reads in each "program" what it is of, and knows how long that takes."""
+"""Fake device with known latencies; its "programs" are descriptions of their subjects."""
 
 import json
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ CALL_MS = 0.05
 
 
 def block_ms(kind, spec):
-    """Prefill [ms]; a fourth of the FFN's work in decode."""
+    """Latency of a block in prefill [ms]; in decode the FFN has a fourth of the work."""
     d, f = spec["model_dim"], spec["ffn_dim"]
     return {
         "ends": 0.2 + 1e-3 * d,
@@ -34,7 +34,7 @@ class Killed(BaseException):
 
 
 class FakeDevice:
-    """Reads in each "program" what it is of, and knows how long that takes."""
+    """Device whose "programs" are descriptions of their subjects, with known latencies."""
 
     times_blocks = True
 

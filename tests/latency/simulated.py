@@ -1,9 +1,9 @@
-"""A device with a known truth whose form is not that of any predictor.
+"""Simulated device with known latencies of a form that no predictor assumes.
 
-Matrix products run on a roofline whose compute rate depends on the shape (whole tiles, and caches
-that a wide input outgrows); attention goes block by block and slows down once the keys leave a
-cache; small calls pay for operators and threads; a long run throttles a little. Each architecture
-has a quirk of its own that no feature explains (about 1 %), and each measurement has noise.
+Matrix products follow a roofline whose compute rate depends on the shape (whole tiles, and caches
+that a wide input exceeds). Attention is computed block by block and slows down once the keys exceed
+a cache. Small calls pay for operators and threads, and long runs throttle slightly. Each
+architecture has a deviation of about 1 % that no feature explains, and each measurement has noise.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ POINTS = (PREFILL_512, PREFILL_2048, DECODE_512)
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedDevice:
-    """Latencies [ms] of whole models; rates are per ms."""
+    """Simulated latencies of whole models [ms]; rates are per ms."""
 
     gemm: float = 9e7
     stream: float = 1.1e7
@@ -73,11 +73,11 @@ class SimulatedDevice:
     noise: float = 0.025
 
     def truth(self, specs, point, lowering=LOWERING):
-        """What an endless measurement would show."""
+        """Compute the latencies without measurement noise [ms]."""
         return np.array([self._one(spec, point, lowering) for spec in specs])
 
     def measure(self, specs, point, rng, lowering=LOWERING):
-        """One noisy measurement of each; noise is never negative time but now and then large."""
+        """Measure each once [ms]; noise only adds time, and is large now and then."""
         noise = self.noise * rng.standard_normal(len(specs))
         return self.truth(specs, point, lowering) * np.exp(noise)
 
@@ -119,13 +119,13 @@ class SimulatedDevice:
         return total + self._product(1, d, spec.vocab_size)
 
     def _product(self, rows, inner, outer):
-        """Whole tiles of 8 outputs x 4 rows; deep inner sizes lose some of the rate."""
+        """Time a product in whole tiles of 8 outputs x 4 rows; deep inner sizes are slower."""
         tiles = 4 * -(-rows // 4) * 8 * -(-outer // 8) * inner
         rate = self.gemm * min(1.0, rows / 4) / (1 + 40 / inner + (inner / 12000) ** 2)
         return max(tiles / rate, 0.57 * inner * outer / self.stream)
 
     def _attend(self, spec, kind, start, length, lowering):
-        """Queries in blocks of 32 see keys in blocks of 128."""
+        """Time attention with queries in blocks of 32 and keys in blocks of 128."""
         window = spec.sliding_window
         sliding = kind is Attention.sliding_attention
         firsts = np.arange(start, start + length, 32)

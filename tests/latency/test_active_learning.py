@@ -1,4 +1,4 @@
-"""Choosing what to measure teaches more than drawing it, and knows when it is enough."""
+"""Facts about active learning: it beats random selection, and stops at the target error."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ DEVICE = SimulatedDevice()
 POOL = FLASH.stratified(np.random.default_rng(7), 200)
 
 
-def physical(point=PREFILL_512):
+def analytical(point=PREFILL_512):
     return AnalyticalPredictor(point, LOWERING)
 
 
 @pytest.mark.parametrize("point", [PREFILL_512, DECODE_512], ids=str)
 def test_eight_chosen_models_teach_more_than_twelve_drawn_ones(point):
-    # Attention is slower here than the nominal device has it. Where the nominal device is right,
-    # as in prefill on `DEVICE`, eight drawn models leave little but noise and nothing is gained.
+    # Attention is slower here than on the nominal device. Where the nominal device is accurate, as
+    # in prefill on `DEVICE`, eight random models leave little but noise: selection gains nothing.
     device = SimulatedDevice(attention=3e6, elements=2e6)
     errors = {"chosen": [], "drawn": [], "drawn_more": []}
     for seed in range(8):
@@ -38,7 +38,7 @@ def test_eight_chosen_models_teach_more_than_twelve_drawn_ones(point):
         truth = device.truth(unseen, point)
 
         def fitted(name, specs, measured, point=point, unseen=unseen, truth=truth):
-            predictor = physical(point).fit(specs, measured)
+            predictor = analytical(point).fit(specs, measured)
             errors[name].append(np.mean(np.abs(predictor.predict(unseen).mean / truth - 1)))
             return predictor
 
@@ -46,9 +46,9 @@ def test_eight_chosen_models_teach_more_than_twelve_drawn_ones(point):
         measured = device.measure(drawn, point, rng)
         fitted("drawn", drawn[:8], measured[:8])
         fitted("drawn_more", drawn[:12], measured[:12])
-        specs = [BACKBONE, *choose(physical(point), [BACKBONE], pool, 5)]
+        specs = [BACKBONE, *choose(analytical(point), [BACKBONE], pool, 5)]
         measured = device.measure(specs, point, rng)
-        batch = choose(physical(point).fit(specs, measured), specs, pool, 2)
+        batch = choose(analytical(point).fit(specs, measured), specs, pool, 2)
         fitted("chosen", specs + batch, np.append(measured, device.measure(batch, point, rng)))
     assert np.mean(errors["chosen"]) < 0.9 * np.mean(errors["drawn"])
     assert np.mean(errors["chosen"]) < np.mean(errors["drawn_more"])
@@ -57,7 +57,7 @@ def test_eight_chosen_models_teach_more_than_twelve_drawn_ones(point):
 
 def test_a_choice_lowers_the_variance_over_the_space_more_than_any_draw():
     def variance(measured):
-        predictor = physical()
+        predictor = analytical()
         table, seen = SpecTable.of(POOL), SpecTable.of(measured)
         K = predictor.covariance(seen, seen) + predictor.noise_variance * np.eye(len(seen))
         cross = predictor.covariance(seen, table)
@@ -66,17 +66,17 @@ def test_a_choice_lowers_the_variance_over_the_space_more_than_any_draw():
 
     rng = np.random.default_rng(0)
     drawn = [variance([BACKBONE, *FLASH.stratified(rng, 6)]) for _ in range(30)]
-    assert variance([BACKBONE, *choose(physical(), [BACKBONE], POOL, 6)]) < min(drawn)
+    assert variance([BACKBONE, *choose(analytical(), [BACKBONE], POOL, 6)]) < min(drawn)
 
 
 def test_a_batch_is_what_single_choices_would_be_and_repeats_nothing():
-    batch = choose(physical(), [BACKBONE], [*POOL, BACKBONE, *POOL[:20]], 8)
+    batch = choose(analytical(), [BACKBONE], [*POOL, BACKBONE, *POOL[:20]], 8)
     assert len(set(batch)) == 8
     assert BACKBONE not in batch
     one_by_one = [BACKBONE]
     for _ in range(3):
-        one_by_one += choose(physical(), one_by_one, POOL, 1)
-    assert one_by_one[1:] == choose(physical(), [BACKBONE], POOL, 3)
+        one_by_one += choose(analytical(), one_by_one, POOL, 1)
+    assert one_by_one[1:] == choose(analytical(), [BACKBONE], POOL, 3)
 
 
 def test_no_two_of_a_batch_are_near_duplicates():
@@ -85,23 +85,23 @@ def test_no_two_of_a_batch_are_near_duplicates():
         spec.replace(ffn_dim=max(2048, spec.ffn_dim - 256 * (i % 2)))
         for i, spec in enumerate(twins)
     ]
-    features = shape_features(SpecTable.of(choose(physical(), [], twins, 10)))
+    features = shape_features(SpecTable.of(choose(analytical(), [], twins, 10)))
     distances = np.abs(features[:, None] - features[None]).sum(axis=2)
     assert distances[~np.eye(10, dtype=bool)].min() > 0.15
 
 
 def test_an_exhausted_pool_gives_what_it_has():
-    assert set(choose(physical(), POOL[:2], POOL[:5], 10)) == set(POOL[2:5])
+    assert set(choose(analytical(), POOL[:2], POOL[:5], 10)) == set(POOL[2:5])
 
 
 def test_cheap_models_are_preferred_where_cost_counts():
     costs = np.array([spec.num_layers * spec.ffn_dim for spec in POOL], dtype=float) ** 2
     price = dict(zip(POOL, costs, strict=True))
-    free, frugal = (choose(physical(), [BACKBONE], POOL, 6, costs=each) for each in (None, costs))
+    free, frugal = (choose(analytical(), [BACKBONE], POOL, 6, costs=each) for each in (None, costs))
     assert sum(map(price.__getitem__, frugal)) < 0.5 * sum(map(price.__getitem__, free))
 
 
-@pytest.mark.parametrize("make", [physical, GaussianProcess])
+@pytest.mark.parametrize("make", [analytical, GaussianProcess])
 def test_extrapolation_is_told_from_interpolation(make):
     rng = np.random.default_rng(0)
     measured = [BACKBONE, *FLASH.stratified(rng, 40)]

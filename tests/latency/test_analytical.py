@@ -1,4 +1,4 @@
-"""Counted work, and the predictors made of it, on a simulated device of another form."""
+"""Facts about counted work and the analytical predictor, on a simulated device."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from flash.arch import Attention
 from flash.device.workload import Phase, Point
 from flash.errors import InputError
 from flash.latency.analytical import AnalyticalPredictor
-from flash.latency.cost_model import WORK, SpecTable, counted, parameters
+from flash.latency.cost_model import WORK_COLUMNS, SpecTable, nominal_work_ms, parameters
 from flash.latency.gp import GaussianProcess
 from flash.latency.interpolation import Interpolated
 from flash.latency.power_law import PowerLaw
@@ -38,8 +38,8 @@ RING = LoweringSettings(max_context=2304, sliding=SlidingForm.ring)
 
 
 def work_of(spec, point, lowering=LOWERING):
-    work = counted(SpecTable.of([spec]), point, lowering, lowering.chunk)[0]
-    return dict(zip(WORK, work, strict=True))
+    work = nominal_work_ms(SpecTable.of([spec]), point, lowering, lowering.chunk)[0]
+    return dict(zip(WORK_COLUMNS, work, strict=True))
 
 
 def scores_of(predictor, device, space, point, lowering, seed, num):
@@ -95,12 +95,16 @@ def test_the_tail_of_a_model_sees_one_token_of_a_prompt():
 def test_a_prompt_in_chunks_reads_the_weights_once_a_chunk():
     table = SpecTable.of([BACKBONE])
     point = Point(Phase.prefill, 2048)
-    whole, chunked = (counted(table, point, SDPA, chunk)[0] for chunk in (2048, 512))
-    assert chunked[WORK.index("head")] == pytest.approx(4 * whole[WORK.index("head")])
-    assert chunked[WORK.index("full")] == pytest.approx(whole[WORK.index("full")], rel=0.1)
+    whole, chunked = (nominal_work_ms(table, point, SDPA, chunk)[0] for chunk in (2048, 512))
+    assert chunked[WORK_COLUMNS.index("head")] == pytest.approx(
+        4 * whole[WORK_COLUMNS.index("head")]
+    )
+    assert chunked[WORK_COLUMNS.index("full")] == pytest.approx(
+        whole[WORK_COLUMNS.index("full")], rel=0.1
+    )
     # Matrix products work on all keys up to the end of the call: in one call on twice as many.
-    whole, chunked = (counted(table, point, LOWERING, chunk)[0] for chunk in (2048, 512))
-    assert 0.6 < chunked[WORK.index("full")] / whole[WORK.index("full")] < 0.7
+    whole, chunked = (nominal_work_ms(table, point, LOWERING, chunk)[0] for chunk in (2048, 512))
+    assert 0.6 < chunked[WORK_COLUMNS.index("full")] / whole[WORK_COLUMNS.index("full")] < 0.7
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -140,7 +144,7 @@ def test_intervals_hold_as_often_as_they_say():
     assert 0.84 <= np.mean(coverage) <= 0.96
 
 
-def test_physical_beats_the_process_over_shapes_and_parameters():
+def test_analytical_predictor_beats_the_process_over_shapes_and_parameters():
     point, device = PREFILL_512, DEVICES["nominal"]
     errors = {
         name: np.mean([
@@ -148,12 +152,12 @@ def test_physical_beats_the_process_over_shapes_and_parameters():
             for seed in range(4)
         ])
         for name, make in {
-            "physical": lambda: AnalyticalPredictor(point, LOWERING),
+            "analytical": lambda: AnalyticalPredictor(point, LOWERING),
             "gp": GaussianProcess,
             "params": lambda: PowerLaw(parameters),
         }.items()
     }
-    assert 1.2 * errors["physical"] < errors["gp"]
+    assert 1.2 * errors["analytical"] < errors["gp"]
     assert 1.5 * errors["gp"] < errors["params"]
 
 

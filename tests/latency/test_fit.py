@@ -1,4 +1,4 @@
-"""Facts about stage 1, with a device whose latencies are known."""
+"""Facts about stage 1, on a device whose latencies are known."""
 
 import json
 import time
@@ -52,7 +52,7 @@ ACTIVE = LatencySettings(predictor=PredictorKind.analytical, group_size=5, whole
 
 @pytest.fixture
 def lowered(monkeypatch):
-    """Names of what was lowered; a "program" is the description of its subject."""
+    """Names of the lowered subjects; a "program" is the description of its subject."""
     names = []
 
     def lower(subject, settings):
@@ -255,7 +255,7 @@ def test_second_device_starts_from_the_first(tmp_path, lowered):
     second = FakeDevice(name="second")
     settings = replace(ACTIVE, transfer_from="fake")
     model = run(tmp_path, second, settings)
-    assert type(model.target).__name__ == "Transferred"
+    assert type(model.target).__name__ == "TransferPredictor"
     assert num_measured(model) <= 16 < num_measured(first)
     unseen = [SPACE.sample(np.random.default_rng(seed)) for seed in range(50)]
     truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])

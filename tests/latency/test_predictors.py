@@ -18,7 +18,7 @@ from flash.arch import (
 from flash.device.workload import Phase, Point
 from flash.errors import InputError
 from flash.latency.analytical import AnalyticalPredictor
-from flash.latency.blocks import BlockPredictor, Calibration, _boxed_least_squares
+from flash.latency.blocks import BlockPredictor, Calibration, _bounded_least_squares
 from flash.latency.composition import BlockShape, BlockTable, Grid, grid_points
 from flash.latency.cost_model import SpecTable, flops, parameters
 from flash.latency.gp import GaussianProcess
@@ -59,7 +59,7 @@ WHOLE = LoweringSettings(max_context=64, prefill_last_only=False)
 
 
 def part_ms(part):
-    """A device whose parts cost what they do in GEMMs: bilinear in the widths."""
+    """Latency of a part whose cost is that of matrix products: bilinear in the widths [ms]."""
     d = part.model_dim
     if part.name == "ends":
         return 0.1 + 2e-3 * d
@@ -177,7 +177,7 @@ def test_bounded_fit_is_as_good_as_any_point_of_the_box(overhead):
     rng = np.random.default_rng(5)
     matrix = rng.uniform(0.5, 1.5, (6, 2))
     first, second = (0.5, np.inf), (overhead - 0.1, overhead + 0.1)
-    found = _boxed_least_squares(matrix, first, second)
+    found = _bounded_least_squares(matrix, first, second)
     assert first[0] <= found[0]
     assert second[0] <= found[1] <= second[1]
     a, b = np.meshgrid(np.linspace(0.5, 3, 200), np.linspace(*second, 50))
@@ -210,7 +210,7 @@ def test_blocks_recover_a_noisy_device_and_their_interval_holds():
 
 
 class Oracle:
-    """Knows the truth."""
+    """Predictor that returns the true latencies."""
 
     def fit(self, specs, values_ms, errors_ms=None):
         return self
@@ -303,7 +303,7 @@ def test_interval_of_a_power_law_holds():
         PowerLaw(parameters),
         PowerLaw(lambda table: flops(table, POINT)),
     ],
-    ids=["blocks", "gp", "physical", "params", "flops"],
+    ids=["blocks", "gp", "analytical", "params", "flops"],
 )
 def test_many_specs_take_little_time_and_a_table_says_the_same(predictor):
     rng = np.random.default_rng(0)

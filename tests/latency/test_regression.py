@@ -1,4 +1,4 @@
-"""The regression cores on plain tables, as HAT publishes them: features and a latency a row."""
+"""Facts about the regressions on plain tables, as HAT publishes them."""
 
 import csv
 
@@ -22,7 +22,7 @@ SIZES = {
 
 
 def write_table(path, rows, rng):
-    """A table in the style of HAT's, of a device with a known truth."""
+    """Write a table in the format of HAT for a device with known latencies."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*SIZES, "latency_mean", "latency_std"])

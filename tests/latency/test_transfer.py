@@ -1,11 +1,11 @@
-"""What one device teaches about another."""
+"""Facts about the transfer of a predictor from one device to another."""
 
 import numpy as np
 import pytest
 
 from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.prediction import score
-from flash.latency.transfer import Transferred
+from flash.latency.transfer import TransferPredictor
 from tests.latency.simulated import (
     BACKBONE,
     DECODE_512,
@@ -46,7 +46,7 @@ def test_transfer_is_no_worse_than_starting_anew(device, point):
     for num in (4, 8, 20):
         transferred, anew = (
             [scores_of(make(), device, point, num, seed) for seed in range(5)]
-            for make in (lambda: Transferred(known), lambda: AnalyticalPredictor(point, SDPA))
+            for make in (lambda: TransferPredictor(known), lambda: AnalyticalPredictor(point, SDPA))
         )
         errors.append(np.mean([s.mape_pct for s in transferred]))
         errors_anew.append(np.mean([s.mape_pct for s in anew]))
@@ -59,7 +59,7 @@ def test_transfer_is_no_worse_than_starting_anew(device, point):
 def test_four_models_are_enough_for_a_device_with_like_ratios():
     known = source(PREFILL_512)
     scores = [
-        scores_of(Transferred(known), SECOND["two_threads"], PREFILL_512, 4, seed)
+        scores_of(TransferPredictor(known), SECOND["two_threads"], PREFILL_512, 4, seed)
         for seed in range(5)
     ]
     assert np.mean([s.mape_pct for s in scores]) < 3.5  # the noise alone makes 2.1 %
@@ -68,5 +68,5 @@ def test_four_models_are_enough_for_a_device_with_like_ratios():
 def test_the_source_is_left_as_it_is():
     known = source(PREFILL_512)
     before = known.predict([BACKBONE]).mean
-    scores_of(Transferred(known), SECOND["other_ratios"], PREFILL_512, 8, 0)
+    scores_of(TransferPredictor(known), SECOND["other_ratios"], PREFILL_512, 8, 0)
     np.testing.assert_array_equal(known.predict([BACKBONE]).mean, before)

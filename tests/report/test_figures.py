@@ -9,7 +9,7 @@ from flash.paths import Runs
 from flash.report.data import read
 from flash.report.figures import all_figures
 from flash.report.page import CAPTIONS, render
-from flash.report.pattern_figures import kind_shares, mixed_neighbours
+from flash.report.pattern_figures import kind_shares, mixed_neighbor_share
 from flash.search.objectives import Objective
 from flash.search.settings import Sampler
 from tests.report.toy_study import with_curves, write_promotion, write_study
@@ -57,7 +57,7 @@ def test_a_pattern_of_full_depth_is_not_stretched():
 
 def test_interleaving_is_the_share_of_unlike_neighbours():
     specs = [toy.BACKBONE.replace(layer_types=parse_pattern(p)) for p in ("F-F-", "FF--")]
-    assert mixed_neighbours(specs) == pytest.approx(4 / 6)
+    assert mixed_neighbor_share(specs) == pytest.approx(4 / 6)
 
 
 def test_a_plain_study_has_the_figures_of_the_search_only(runs, trials):
@@ -134,7 +134,7 @@ def test_curves_of_stopped_trials_end_in_a_mark(runs, trials):
     changed = with_curves(trials, STOPPED)
     write_study(runs, changed)
     traces = {trace.name: trace for trace in figures_of(runs)["learning_curves"].data}
-    ends = traces["where it was stopped"]
+    ends = traces["stopping point"]
     assert set(ends.x) == {1024.0}
     assert all("it is hopeless" in text for text in ends.text)
     drawn = sum(list(t.x).count(None) for t in traces.values() if t.mode == "lines")

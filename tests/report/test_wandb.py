@@ -1,4 +1,4 @@
-"""Real W&B runs, offline: what they hold is read from their files."""
+"""Facts about offline W&B runs, whose content is read from their files."""
 
 import json
 
@@ -27,7 +27,7 @@ def trials(tmp_path_factory):
 
 @pytest.fixture
 def written(tmp_path, trials):
-    """A `runs` folder with a study, and what its `frontier.json` holds."""
+    """Folder `runs` with a study, and the content of its `frontier.json`."""
     runs = Runs(tmp_path)
     report = write_study(runs, trials)
     write_promotion(runs, report, 3)
@@ -40,7 +40,7 @@ def logger_of(kind, runs):
 
 
 def media(runs, kind):
-    """Files of a W&B run by the key that they were logged under."""
+    """Find the media files of a W&B run by the key under which they were logged."""
     paths = [path for path in runs.logs.rglob(f"media/{kind}/**/*.json")]
     return {path.name.rsplit("_", 2)[0]: path for path in paths}
 

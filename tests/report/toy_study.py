@@ -1,4 +1,4 @@
-"""A `runs` folder with the search of a toy space in it: what the report reads, in a second."""
+"""Folder `runs` with the search of a toy space, made in a second for tests of the report."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ TWO = (Objective.quality, Objective.prefill)
 
 
 def with_curves(trials: Sequence[Trial], stopped: set[int]) -> list[Trial]:
-    """The trials with learning curves; some stopped halfway."""
+    """Add learning curves to the trials, and stop some of them halfway."""
     changed = []
     for trial in trials:
         assert trial.loss is not None
@@ -37,7 +37,7 @@ def with_curves(trials: Sequence[Trial], stopped: set[int]) -> list[Trial]:
 def write_study(
     runs: Runs, trials: Sequence[Trial], objectives: Sequence[Objective] = TWO
 ) -> dict[str, Any]:
-    """`frontier.json` as `search.py` writes it; returns what it holds."""
+    """Write `frontier.json` as `search.py` does; return its content."""
     settings = toy.make_settings(objectives=list(objectives))
     problem = toy.make_problem(settings)
     front = frontier(trials, problem)
@@ -85,7 +85,7 @@ def _predicted(costs: Any) -> dict[str, dict[str, float]]:
 
 
 def write_promotion(runs: Runs, report: dict[str, Any], k: int) -> None:
-    """`promoted.json` as `stage=promote` writes it, of the first members of the frontier."""
+    """Write `promoted.json` as `stage=promote` does, for the first members of the frontier."""
     trials = {trial["number"]: trial for trial in report["trials"]}
     rng = np.random.default_rng(0)
     rows = []

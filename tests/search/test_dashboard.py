@@ -1,4 +1,4 @@
-"""The real optuna-dashboard on a study of ours, asked through its JSON API."""
+"""Facts about a study in the real optuna-dashboard, read through its JSON API."""
 
 import json
 import socket
@@ -30,7 +30,7 @@ def free_port():
 
 @contextmanager
 def dashboard(storage):
-    """A running server; yields a function that asks its API."""
+    """Running server; yields a function that queries its API."""
     base = f"http://127.0.0.1:{free_port()}"
     command = [Path(sys.executable).with_name("optuna-dashboard"), storage]
     address = ["--host", "127.0.0.1", "--port", base.rpartition(":")[2]]
@@ -59,7 +59,7 @@ def dashboard(storage):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """Our trials, and the study as the dashboard tells it."""
+    """Trials of a study, and the same study as the dashboard reports it."""
     path = tmp_path_factory.mktemp("study") / "study.db"
     trials = toy.run(path, trials=12, evaluate=evaluate)
     with dashboard(f"sqlite:///{path}") as get:

@@ -1,4 +1,4 @@
-"""One candidate: interrupted, out of memory, and what is left of its checkpoints."""
+"""Facts about the evaluation of a candidate: interruptions, lack of memory, checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from flash.arch import parse_pattern
 from flash.model.backbone import Backbone
 from flash.paths import Runs
-from flash.search.evaluate import ShortTraining, tidy
+from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.loop import EvaluationError
 from flash.search.pruner import TrialPruned
 from flash.training.run import Inputs, importance_of
@@ -42,7 +42,7 @@ def test_candidates_learn_from_a_teacher_that_spoke_ahead(evaluate, monkeypatch)
 
 
 def left(evaluate: ShortTraining, number: int) -> list[str]:
-    """Names of a candidate's checkpoints."""
+    """List the names of a candidate's checkpoints."""
     folder = evaluate.checkpoints(SPEC, number)
     assert folder is not None
     return sorted(path.name for path in folder.glob("*"))
@@ -96,7 +96,7 @@ def test_a_diverged_trial_fails_and_leaves_nothing(evaluate):
     assert left(evaluate, 0) == []
 
 
-def test_a_hopeless_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
+def test_a_pruned_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
     def stop(curve):
         if len(curve.losses) == 6:
             raise TrialPruned(3.0, 0.01, curve)
@@ -118,7 +118,7 @@ def test_only_beaten_candidates_lose_their_checkpoints(evaluate):
         folder.mkdir(parents=True)
         (folder / "stable.ckpt").touch()  # 2 is being trained by another worker
         names.append(folder.name)
-    tidy(evaluate, {1, 7})
+    remove_checkpoints(evaluate, {1, 7})
     assert sorted(path.name for path in Path(evaluate.folder or "").iterdir()) == [
         names[0],
         names[2],

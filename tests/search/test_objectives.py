@@ -1,4 +1,4 @@
-"""Other objectives, limits, frontiers without new training, and longer training of the best."""
+"""Facts about objectives, limits, rescored frontiers, and longer training of the best trials."""
 
 from dataclasses import replace
 
@@ -104,7 +104,7 @@ def test_limits_that_hardly_any_member_obeys_are_reached_on_foot():
     problem = toy.make_problem(settings)
     specs = propose(space, [], 8, problem=problem, settings=settings, seed=1)
     assert len(set(specs)) == 8
-    assert problem.excess(specs).max() <= 0
+    assert problem.violation(specs).max() <= 0
 
 
 def test_limits_that_nothing_meets_say_by_how_much():

@@ -1,11 +1,11 @@
-"""Ending hopeless trials early, and being wrong no more often than was said."""
+"""Facts about early stopping: savings, and an error rate within the setting."""
 
 import numpy as np
 import pytest
 from optuna.trial import TrialState
 
 from flash.search.loop import Quality, frontier
-from flash.search.pruner import LEAST, Forecast, TrialPruned, judge
+from flash.search.pruner import MIN_TRIALS, LossPrediction, TrialPruned, maybe_prune
 from flash.search.study import Trial
 from flash.training.loss_curve import Curve
 from tests.search import toy_search as toy
@@ -14,7 +14,7 @@ PARTS = 4
 
 
 def curve_of(final: float, rng: np.random.Generator) -> list[float]:
-    """Losses along a run that ends at about `final`: the earlier, the less they tell."""
+    """Draw the losses of a run that ends near `final`; early losses correlate less with it."""
     noise = rng.normal(size=PARTS) * 0.02 * np.arange(PARTS, 0, -1)
     return list(final**0.8 * 1.5 * np.exp(noise))
 
@@ -32,12 +32,12 @@ def trial(number, loss, cost, curve, state=TrialState.COMPLETE):
 
 
 def verdict(running, curve, trials, error):
-    """The first verdict on a run, as it goes through its rungs."""
+    """Return the first decision of the pruner to stop a run, at any of its rungs."""
     for parts in range(1, PARTS + 1):
         try:
-            judge(running, Curve(tuple(curve[:parts]), PARTS), trials, toy.PROBLEM, error)
-        except TrialPruned as hopeless:
-            return hopeless
+            maybe_prune(running, Curve(tuple(curve[:parts]), PARTS), trials, toy.PROBLEM, error)
+        except TrialPruned as pruned:
+            return pruned
     return None
 
 
@@ -61,7 +61,7 @@ def test_stopped_trials_that_would_have_reached_the_frontier_are_as_rare_as_was_
 
 def test_a_few_complete_trials_end_none_and_neither_does_an_error_of_zero():
     rng = np.random.default_rng(0)
-    losses = np.linspace(2.2, 3.0, LEAST)
+    losses = np.linspace(2.2, 3.0, MIN_TRIALS)
     done = [trial(i, loss, 1.0, curve_of(loss, rng)) for i, loss in enumerate(losses)]
     running, bad = trial(9, 0, 30.0, [], TrialState.RUNNING), curve_of(9.0, rng)
     assert verdict(running, bad, done, 0.05) is not None
@@ -73,28 +73,28 @@ def test_a_few_complete_trials_end_none_and_neither_does_an_error_of_zero():
 
 def test_a_forecast_is_a_line_in_logarithms():
     partial = np.array([2.0, 3.0, 4.0, 5.0])
-    exact = Forecast.of(partial, 0.5 * partial**0.7, 6.0)
+    exact = LossPrediction.of(partial, 0.5 * partial**0.7, 6.0)
     assert np.exp(exact.mean) == pytest.approx(0.5 * 6.0**0.7)
     assert exact.scale == pytest.approx(0, abs=1e-9)
-    noisy = Forecast.of(partial, [1.0, 1.3, 1.2, 1.5], 3.0)
-    far = Forecast.of(partial, [1.0, 1.3, 1.2, 1.5], 30.0)
-    assert noisy.chance_below(10.0) > 0.99
-    assert 0.4 < noisy.chance_below(float(np.exp(noisy.mean))) < 0.6
+    noisy = LossPrediction.of(partial, [1.0, 1.3, 1.2, 1.5], 3.0)
+    far = LossPrediction.of(partial, [1.0, 1.3, 1.2, 1.5], 30.0)
+    assert noisy.probability_below(10.0) > 0.99
+    assert 0.4 < noisy.probability_below(float(np.exp(noisy.mean))) < 0.6
     assert far.scale > noisy.scale
-    constant = Forecast.of([2.0] * 3, [1.0, 2.0, 3.0], 2.0)
+    constant = LossPrediction.of([2.0] * 3, [1.0, 2.0, 3.0], 2.0)
     assert constant.mean == pytest.approx(np.log([1.0, 2.0, 3.0]).mean())
 
 
 def evaluation(evaluated=None):
-    """Trials whose training loss tells much of the final one."""
+    """Evaluator of trials whose training losses predict the final loss well."""
 
     def evaluate(spec, number, watch):
         curve = [toy.loss(spec) * (1.2 + 0.1 * part) for part in range(PARTS, 0, -1)]
         for parts in range(1, PARTS + 1):
             try:
                 watch(Curve(tuple(curve[:parts]), PARTS))
-            except TrialPruned as hopeless:
-                hopeless.info["curve"] = [[parts, loss] for loss in curve[:parts]]
+            except TrialPruned as pruned:
+                pruned.info["curve"] = [[parts, loss] for loss in curve[:parts]]
                 raise
         if evaluated is not None:
             evaluated.append(number)

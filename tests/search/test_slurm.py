@@ -1,4 +1,4 @@
-"""Workers that a real Slurm starts: one node on loopback, for the length of this module."""
+"""Facts about workers started by a real Slurm with one node on the loopback interface."""
 
 import contextlib
 import getpass
@@ -83,7 +83,7 @@ def wait_for(condition, what, seconds=300.0):
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """Environment in which Slurm's commands, and a stand-in of sacct, reach a cluster."""
+    """Environment in which Slurm's commands, and a substitute of sacct, reach a cluster."""
     for name in NEEDED:
         if shutil.which(name, path=PATH) is None:
             pytest.skip(f"needs {name}: apt-get install slurm-wlm")
@@ -153,24 +153,24 @@ def _queue(env, *options):
 
 
 def running_jobs(env):
-    """Ids of jobs that are not over."""
+    """List the ids of unfinished jobs."""
     return _queue(env, "--format=%i")
 
 
 def job_states(env):
-    """States of all jobs that there were, by id."""
+    """Return the states of all jobs so far, by id."""
     return dict(line.split("|") for line in _queue(env, "--states=all", "--format=%i|%T"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One folder, so that the first search measures for all."""
+    """Folder shared by all tests, so only the first search measures."""
     return Runs(tmp_path_factory.mktemp("work") / "runs")
 
 
 @pytest.fixture
 def launch(slurm, corpus, backbone_folder, runs):
-    """Start `search.py` as in the documentation, with everything small."""
+    """Start `search.py` as in the documentation, at a small size."""
     small = [
         f"runs={runs.root}",
         f"backbone.weights={backbone_folder}",
@@ -218,14 +218,14 @@ def launch(slurm, corpus, backbone_folder, runs):
 
 
 def lines_of(command, timeout):
-    """Exit code and what the command said, after its end."""
+    """Wait for the command; return its exit code and output."""
     _, err = command.communicate(timeout=timeout)
     assert "Traceback" not in err, err
     return command.returncode, [line for line in err.splitlines() if line.strip()]
 
 
 class StudyFile:
-    """The study's SQLite file, which notes every start of a trial."""
+    """SQLite file of a study, with a trigger that records every start of a trial."""
 
     def __init__(self, path):
         path.parent.mkdir(parents=True)
@@ -250,7 +250,7 @@ class StudyFile:
         return dict(self._rows("SELECT number, state FROM trials ORDER BY number"))
 
     def begun(self):
-        """How often each trial was begun."""
+        """Count the starts of each trial."""
         return Counter(number for (number,) in self._rows("SELECT number FROM begun"))
 
     def attribute(self, key):
@@ -261,7 +261,7 @@ class StudyFile:
         return {number: json.loads(value) for number, value in rows}
 
     def running(self):
-        """Numbers of the running trials by process id of their workers."""
+        """Return the running trials by process id of their workers."""
         owners = self.attribute("owner")
         return {owners[n]["pid"]: n for n, s in self.states().items() if s == "RUNNING"}
 
@@ -271,7 +271,7 @@ class StudyFile:
 
 
 def assert_each_once(study, trials, again=()):
-    """All trials have a result, are different, and were begun once, except for those in `again`."""
+    """Assert that trials are complete, distinct and, except those in `again`, started once."""
     assert len(study.states()) == trials
     assert "FAIL" not in study.states().values()
     specs = [json.dumps(spec, sort_keys=True) for spec in study.attribute("spec").values()]
@@ -303,7 +303,7 @@ def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, slurm, r
 
 
 def freeze(study, count):
-    """Stop `count` workers amid trials; {array index of its job: (process id, trial)}."""
+    """Stop `count` workers amid trials; return {array index of job: (process id, trial)}."""
 
     def stopped():
         held = study.running()

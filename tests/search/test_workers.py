@@ -1,4 +1,4 @@
-"""Several processes on one study, some of which die."""
+"""Facts about several processes on one study, some of which die."""
 
 import multiprocessing
 import random
@@ -34,7 +34,7 @@ def outcome(trials):
 
 
 def read_log(log):
-    """How often each trial was begun."""
+    """Count the starts of each trial."""
     if not log.is_file():
         return Counter()
     return Counter(int(number) for number in log.read_text().split())
@@ -70,7 +70,7 @@ def test_twenty_kills_lose_no_result_and_repeat_none(tmp_path):
 
 
 def work_together(storage, log, settings, make_space=toy.make_space):
-    """Three workers, one of which is killed and replaced; returns all trials."""
+    """Run three workers, kill and replace one of them, and return all trials."""
     crew = [start_worker(storage, log, **settings) for _ in range(3)]
     until = time.monotonic() + 60
     while read_log(log).total() < 6:
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path):
 
 @pytest.fixture
 def postgres(tmp_path_factory):
-    """URL of a PostgreSQL server on a socket of its own."""
+    """URL of a PostgreSQL server on its own socket."""
     pytest.importorskip("psycopg")
     debian = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # not on the path
     path = ":".join([workers.os.environ["PATH"], *debian])

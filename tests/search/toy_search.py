@@ -1,4 +1,4 @@
-"""A small space with a known quality and latency, and a search on it that can be killed."""
+"""Small space with known loss and latency, and a search on it that can be killed."""
 
 import itertools
 import sys
@@ -48,7 +48,7 @@ def make_space(depth: int = 8, min_depth: int = 4, min_dim: int = 128) -> Search
 
 
 def loss(spec: ArchSpec) -> float:
-    """Falls with every size; attention helps most early, sliding nearly as much late."""
+    """Compute a loss that falls with every size; attention helps most in early layers."""
     weights = np.exp(-np.linspace(0.0, 2.0, spec.num_layers))
     harm = {"F": 0.0, "S": 0.3, "-": 1.0}
     missing = weights @ [harm[letter] for letter in spec.pattern] / weights.sum()
@@ -73,13 +73,13 @@ def make_settings(**changes: object) -> SearchSettings:
 
 
 def all_patterns(space: SearchSpace, depth: int) -> list[tuple[Attention, ...]]:
-    """Every legal pattern of a depth."""
+    """List every legal pattern of a depth."""
     every = itertools.product(space.kinds, repeat=depth)
     return [kinds for kinds in every if space.make(256, 768, kinds) in space]
 
 
 def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
-    """Known figures, prefill with an interval; the sizes are those of the real counts."""
+    """Compute known objectives: prefill with an interval, and sizes by real counts."""
     size = np.array([weight_bytes(spec, Quantization.int8da4w) for spec in specs]) / 2**20
     cache = np.array([kv_cache_bytes(spec, 2048, CacheFormat.fp32) for spec in specs]) / 2**20
     return {
@@ -123,7 +123,7 @@ def open_toy(
 def run(
     storage: Path | str, space: SearchSpace | None = None, evaluate=None, seed=0, **changes: object
 ):
-    """Search the toy space; returns all trials."""
+    """Search the toy space; return all trials."""
     space, settings = space or make_space(), make_settings(**changes)
     return search(
         open_toy(storage, space, settings),
@@ -136,7 +136,7 @@ def run(
 
 
 def work(storage: Path | str, log: Path, settings: dict[str, object]) -> None:
-    """One worker, in a process of its own, that notes what it begins."""
+    """Run one worker, in its own process, that records the trials it starts."""
 
     def evaluate(spec: ArchSpec, number: int, watch: Watch) -> Quality:
         with log.open("a") as file:

@@ -1,8 +1,8 @@
-"""ROUGE-L, as lm-evaluation-harness asks for it; loaded by the task files beside it.
+"""ROUGE-L for lm-evaluation-harness, loaded by the task files of this folder.
 
-The F-measure of the longest common subsequence of words, without stemming, as rouge_score's
-default. torchmetrics computes it: rouge_score imports absl, whose log handler closes a redirected
-stderr as soon as anyone configures logging again.
+ROUGE-L is the F-measure of the longest common subsequence of words, without stemming, as is the
+default of rouge_score. It is computed by torchmetrics, because rouge_score imports absl, whose log
+handler closes a redirected stderr when logging is configured again.
 """
 
 from collections.abc import Callable
