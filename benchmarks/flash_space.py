@@ -21,7 +21,8 @@ from flash.device.factory import open_device
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
 from flash.latency.fit import grid_subjects, make_bench, make_grid, whole_models
-from flash.latency.profiler import Profiler, Subject
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
 
@@ -48,7 +49,7 @@ def models() -> list[ArchSpec]:
 class Recorded(HostDevice):
     """The machine of the dataset."""
 
-    def identity(self) -> dict[str, str | int]:
+    def _identify(self) -> dict[str, str | int]:
         return next(iter(MeasurementStore(STORE))).conditions.device
 
 
@@ -69,9 +70,8 @@ def open_bench(
 
 def recorded() -> Profiler:
     """The dataset, which was measured beside one layer of the backbone."""
-    one_layer = conf.flash_backbone().replace(
-        layer_types=(Attention.full_attention,), tie_embeddings=True
-    )
+    one_layer = conf.flash_backbone().as_program()
+    one_layer = one_layer.replace(layer_types=(Attention.full_attention,))
     bench = open_bench(Recorded(DEVICE), STORE)
     return dataclasses.replace(bench, reference=Subject(spec=one_layer))
 

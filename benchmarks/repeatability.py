@@ -11,7 +11,7 @@ machine has made, each with the one before.
 Cases are `prefill` and `decode` for `space=tiny`, `flash/prefill_512` and so on for the other.
 `disagreement_pct` is of latencies as predictors get them, corrected for what the machine was slower
 by than at its best, as the reference program that took turns tells
-(flash.latency.profiler.comparable); `raw_disagreement_pct` is of the smallest times as they were.
+(flash.latency.drift.comparable); `raw_disagreement_pct` is of the smallest times as they were.
 
 Cases `dataset/...` tell why the reference is a whole model and how far to trust it: measurements of
 benchmarks/data/flash_space.jsonl, half an hour and more apart, `raw_pct`, and divided by how much
@@ -33,10 +33,13 @@ import conf
 from flash.arch import ArchSpec
 from flash.device.factory import open_device
 from flash.device.workload import Point
+from flash.latency.drift import comparable
 from flash.latency.fit import make_bench, whole_models
-from flash.latency.profiler import Profiler, Subject, comparable
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore, StoredLatency
+from flash.progress import progress
 
 DATA = flash_space.STORE.parent
 APART_S = 1800
@@ -153,7 +156,9 @@ def main() -> None:
         for space in arguments.space:
             measuring = bench(space, store)
             subjects = [Subject(spec=spec) for spec in models(space)]
-            measuring.lower_missing(subjects)
+            assert measuring.reference is not None
+            for subject in progress([*subjects, measuring.reference], "programs"):
+                measuring.lowered(subject)
             if not arguments.lower:
                 measuring.measure_missing(subjects)
         return

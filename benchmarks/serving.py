@@ -21,7 +21,8 @@ import conf
 from flash.device.host import HostDevice
 from flash.device.measurement import Measurement, Program
 from flash.device.settings import DeviceSettings
-from flash.interop.export_llm import lower_stock_arch
+from flash.interop.baselines import as_stock
+from flash.interop.export_llm import lower_stock
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import AttentionForm
 from flash.model.decoder import Decoder
@@ -55,7 +56,7 @@ def lower_one(way: str, model: str, path: Path) -> None:
     """Write one program; called in a process of its own, which returns its memory."""
     spec, settings = conf.winner(model), device(1, way).settings.lowering
     if way == "stock":
-        lower_stock_arch(spec, settings, path)
+        lower_stock(as_stock(spec), settings, path)
     else:
         write(path, lower(Decoder(spec), settings))
 

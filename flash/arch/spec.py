@@ -223,6 +223,13 @@ class ArchSpec:
         """A copy with some attributes changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
 
+    def as_program(self) -> "ArchSpec":
+        """The spec under which the program of this one and its latencies are known.
+
+        Tied or not, the programs are the same; so are their measurements.
+        """
+        return self.replace(tie_embeddings=True)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, so that JSON, YAML and an Optuna study can hold it.
 

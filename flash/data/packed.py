@@ -16,8 +16,8 @@ from flash.data.files import Document, find_documents, read_text
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
-from flash.files import atomic_write, write_text
 from flash.progress import progress
+from flash.records import atomic_write, write_text
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`python -m flash.data prepare`: a mixture tokenised ahead, into shards."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,9 @@ from flash.data.stream import Corpus, Mixture, Side
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
-from flash.paths import Runs, digest
+from flash.paths import Runs
 from flash.progress import progress_bar
+from flash.records import digest, plain
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
@@ -90,9 +90,7 @@ def _manifest(
     Raises:
         InputError: The folder holds other shards.
     """
-    data: dict[str, Any] = json.loads(
-        json.dumps(dataclasses.asdict(settings.data), default=lambda value: value.value)
-    )
+    data: dict[str, Any] = plain(settings.data)
     chosen = {key: data[key] for key in ("parts", "heldout", "heldout_percent", "skip_damaged")}
     decisive = {
         **chosen,

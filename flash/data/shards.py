@@ -1,7 +1,6 @@
 """Tokens prepared ahead: memory-mapped shards and the manifest that says what they hold."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from flash.errors import InputError
-from flash.files import atomic_write, write_text
 from flash.progress import progress
+from flash.records import atomic_write, file_digest, find_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +66,7 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards)
 
     def write(self, folder: Path) -> None:
-        values = {"version": _VERSION, **asdict(self)}
-        write_text(folder / MANIFEST, json.dumps(values, indent=1) + "\n")
+        write_json(folder / MANIFEST, {"version": _VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -77,18 +75,16 @@ class Manifest:
         Raises:
             InputError: It is damaged, or of another version.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            if values.pop("version") != _VERSION:
-                raise InputError(f"{path}: of another version; prepare the shards again")
-            shards = [Shard(**shard) for shard in values.pop("shards")]
-            heldout = values.pop("heldout")
-            return cls(**values, shards=shards, heldout=Shard(**heldout) if heldout else None)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: damaged ({error}); prepare the shards again") from error
+        return find_json(folder / MANIFEST, cls._from_json, "prepare the shards again")
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "Manifest":
+        version = values.pop("version")
+        if version != _VERSION:
+            raise InputError(f"version {version}: expected {_VERSION}")
+        shards = [Shard(**shard) for shard in values.pop("shards")]
+        heldout = values.pop("heldout")
+        return cls(**values, shards=shards, heldout=Shard(**heldout) if heldout else None)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -101,7 +97,7 @@ def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Sha
     tokens = np.concatenate(documents)
     with atomic_write(folder / name) as file:
         np.save(file, tokens)
-    return Shard(name, len(tokens), len(documents), _sha256(folder / name))
+    return Shard(name, len(tokens), len(documents), file_digest(folder / name))
 
 
 class ShardedTokens:
@@ -199,15 +195,10 @@ def _finished(folder: Path, tokenizer: Tokenizer) -> tuple[Manifest, Shard]:
     return manifest, manifest.heldout
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, str]:
     """What is wrong with the files that are not what the manifest says, by name."""
     notes = cache / f"whole_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
-    known: dict[str, Any] = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
+    known: dict[str, Any] = find_json(notes, dict, "check the shards again") or {}
     problems: dict[str, str] = {}
     found: dict[str, list[Any]] = {}
     for shard in shards:
@@ -219,7 +210,7 @@ def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, s
             problems[shard.file] = "is missing"
     unknown = [s for s in shards if s.file in found and known.get(s.file) != found[s.file]]
     with ThreadPoolExecutor(4) as pool:
-        hashes = pool.map(lambda shard: _sha256(folder / shard.file), unknown)
+        hashes = pool.map(lambda shard: file_digest(folder / shard.file), unknown)
         for shard, actual in progress(
             zip(unknown, hashes, strict=True), "checking shards", len(unknown)
         ):
@@ -227,5 +218,5 @@ def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, s
                 problems[shard.file] = "is damaged"
     if unknown:
         whole = {file: facts for file, facts in found.items() if file not in problems}
-        write_text(notes, json.dumps(whole))
+        write_json(notes, whole)
     return problems

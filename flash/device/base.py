@@ -33,15 +33,24 @@ class Device(ABC):
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
+        self._identity: dict[str, str | int] | None = None
 
-    @abstractmethod
     def identity(self) -> dict[str, str | int]:
-        """What a stored measurement is valid for: hardware, system, runtime, threads, CPUs.
+        """Conditions of a stored measurement: hardware, system, runtime, threads, CPUs.
+
+        The device is asked once; a phone that is unplugged later still has a name.
 
         Raises:
             InputError: The device cannot do what the settings ask (more threads than cores).
             DeviceError: It does not answer.
         """
+        if self._identity is None:
+            self._identity = self._identify()
+        return self._identity
+
+    @abstractmethod
+    def _identify(self) -> dict[str, str | int]:
+        """Ask the device for its `identity`."""
 
     @property
     def resource(self) -> str:

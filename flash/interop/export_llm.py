@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flash.arch import ArchSpec, CacheFormat, Quantization
+from flash.arch import CacheFormat, Quantization
 from flash.errors import CheckFailed, require
-from flash.interop.baselines import StockModel, as_stock
+from flash.interop.baselines import StockModel
 from flash.log_filters import is_noise
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
@@ -67,19 +67,6 @@ def lower_stock(
             os.fsync(file.fileno())
         os.replace(program, path)
     log.debug("%s: export_llm took %.0f s", model.name, time.perf_counter() - started)
-
-
-def lower_stock_arch(
-    spec: ArchSpec, settings: LoweringSettings, path: Path, *, seed: int = 0
-) -> None:
-    """`lower_stock` for one of our architectures: what the stack makes of the same shape.
-
-    Raises:
-        InputError: The stack has no such form, or `settings` do not fit `spec`.
-        CheckFailed: The export failed; ends with what it printed last.
-    """
-    settings.check_fits(spec)
-    lower_stock(as_stock(spec), settings, path, seed=seed)
 
 
 def check_stock(model: StockModel, settings: LoweringSettings) -> None:

@@ -16,12 +16,13 @@ from flash.latency.active_learning import ErrorEstimate, choose, extrapolates, s
 from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockShape, BlockTable, Grid, grid_points
-from flash.latency.cost_model import Specs, Values, flops, parameters
+from flash.latency.cost_model import Values, flops, parameters
+from flash.latency.drift import comparable
 from flash.latency.gp import GaussianProcess
-from flash.latency.interpolation import Interpolated
 from flash.latency.power_law import PowerLaw
-from flash.latency.prediction import Prediction, Predictor, Scores, cross_predict, score
-from flash.latency.profiler import Profiler, Subject, comparable
+from flash.latency.prediction import Predictor, Scores, cross_predict, score
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore, StoredLatency
 from flash.latency.transfer import Transferred
@@ -63,22 +64,6 @@ class LatencyModel:
     values_ms: Mapping[Point, Values]
     left_out_ms: Mapping[Point, Values]
     rows: tuple[StoredLatency, ...]
-
-    @property
-    def target(self) -> Predictor:
-        """Predictor of the latency that the search minimises."""
-        return self.predictors[self.objective]
-
-    def predict(self, specs: Specs, point: Point) -> Prediction:
-        """Latencies at a measured point, or between two of its phase.
-
-        Raises:
-            InputError: The point lies outside the measured ones.
-        """
-        if point in self.predictors:
-            return self.predictors[point].predict(specs)
-        alike = {p: each for p, each in self.predictors.items() if p.phase is point.phase}
-        return Interpolated(alike).predict(specs, point)
 
     def describe(self) -> str:
         """Cross-validation as text, one line for each point and predictor."""
@@ -145,7 +130,7 @@ def collect(
         grid = make_grid(space, backbone, settings)
         blocks = grid_subjects(grid, backbone)
     # The store may know more models than are asked for: they cost nothing, so they all count.
-    last = backbone.replace(tie_embeddings=True)  # tied or not, the programs are the same
+    last = backbone.as_program()
     known = [spec for spec in bench.known_models() if spec != last and spec in space]
     if settings.predictor is PredictorKind.physical:
         models = _measure_actively(bench, space, known, last, seed)
@@ -256,9 +241,8 @@ def make_bench(
 
     That has every operator of a model and about the running time of a candidate.
     """
-    half = backbone.replace(
-        layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2),
-        tie_embeddings=True,
+    half = backbone.as_program().replace(
+        layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2)
     )
     weights = lowering.weight_bytes(backbone)
     return Profiler(
@@ -275,7 +259,7 @@ def make_bench(
 
 def whole_models(space: SearchSpace, backbone: ArchSpec, num: int, seed: int) -> list[ArchSpec]:
     """`num` members of the space (fewer if it is tiny) spread over its sizes, then the backbone."""
-    last = backbone.replace(tie_embeddings=True)  # tied or not, the programs are the same
+    last = backbone.as_program()
     pool = space.stratified(np.random.default_rng(seed), max(num, _POOL))
     return [*[spec for spec in pool if spec != last][:num], last]
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from flash.files import atomic_write
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
 from flash.lowering.patches.export_passes import short_passes
@@ -21,6 +20,7 @@ from flash.lowering.patches.partitioner import delegated_symbols
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
+from flash.records import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -240,26 +240,3 @@ class Decoder(nn.Module):
             LayerCache(weight.new_zeros(shape), weight.new_zeros(shape))
             for _ in self.spec.attention_layers
         ]
-
-
-@torch.no_grad()
-def generate(
-    model: Decoder,
-    prompt: Int[Tensor, "b s"],
-    new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Int[Tensor, "b t"]:
-    """The prompt with `new_tokens` more: the likeliest ones, or sampled at `temperature` > 0."""
-    cache = model.empty_cache(prompt.shape[0])
-    tokens = step = prompt
-    for _ in range(new_tokens):
-        logits = model(step, cache)[:, -1].float()
-        if temperature > 0:
-            probabilities = torch.softmax(logits / temperature, dim=-1)
-            step = torch.multinomial(probabilities, 1, generator=generator)
-        else:
-            step = logits.argmax(dim=-1, keepdim=True)
-        tokens = torch.cat([tokens, step], dim=1)
-    return tokens

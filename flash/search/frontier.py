@@ -1,6 +1,5 @@
 """The frontier as files: one architecture YAML a member for Hydra, one JSON for the report."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from flash.errors import InputError
-from flash.files import write_text
+from flash.records import write_json, write_text
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
@@ -101,5 +100,5 @@ def write_report(
             for trial in trials
         ],
     }
-    write_text(path, json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
     return report
