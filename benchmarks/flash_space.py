@@ -20,7 +20,7 @@ from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
-from flash.latency.fit import grid_subjects, make_bench, make_grid, whole_models
+from flash.latency.fit import grid_subjects, make_grid, make_profiler, whole_models
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
@@ -57,7 +57,7 @@ def open_bench(
     device: Device, store: Path, cache_dir: Path = conf.ROOT / "runs" / "lowered"
 ) -> Profiler:
     """A bench over a store."""
-    return make_bench(
+    return make_profiler(
         backbone=conf.flash_backbone(),
         device=device,
         workload=device.settings.workload,

@@ -34,7 +34,7 @@ from flash.arch import ArchSpec
 from flash.device.factory import open_device
 from flash.device.workload import Point
 from flash.latency.drift import comparable
-from flash.latency.fit import make_bench, whole_models
+from flash.latency.fit import make_profiler, whole_models
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
@@ -62,7 +62,7 @@ def bench(space: str, store: Path) -> Profiler:
     if space == "flash":
         device = dataclasses.replace(flash_space.DEVICE, prompts=[512])
         settings = dataclasses.replace(flash_space.SETTINGS, attempts=1)
-    return make_bench(
+    return make_profiler(
         backbone=conf.space(space).base,
         device=open_device(device),
         workload=device.workload,

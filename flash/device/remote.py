@@ -6,7 +6,6 @@ of the connection is tried again after a pause; a command that fails is not.
 """
 
 import functools
-import hashlib
 import logging
 import os
 import secrets
@@ -25,6 +24,7 @@ from flash.device.base import Device
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
+from flash.records import file_digest
 
 SHELL_TIMEOUT_S = 60.0
 LONGEST_WAIT_S = 30.0
@@ -289,5 +289,4 @@ def sha256_of(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _digest(path: Path, size: int, modified_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

@@ -1,6 +1,5 @@
 """Subjects of measurements and their programs, lowered once and kept in one folder."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from flash.lowering.blocks import Block, lower_block
 from flash.lowering.lower import lower
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
-from flash.records import digest, plain, replacing, write_json
+from flash.records import digest, plain, read_json, replacing, write_json
 
 LOWERING_VERSION = 3
 """To be raised when flash.lowering writes other programs for the same spec and settings, so that
@@ -134,19 +133,23 @@ def cached_program(
         on_lower: Called before one is lowered, which takes seconds to minutes.
     """
     path = folder / f"{subject.kind.value}-{program_digest(subject, lowering)}.pte"
-    if not path.exists():
+    if not (path.exists() and _timing(path).exists()):
         on_lower(subject)
         with replacing(path) as temporary:
             started = time.perf_counter()
             subject.write(temporary, lowering)
             took = time.perf_counter() - started
-            write_json(_timing(path), {"lower_s": round(took, 2)})  # never missing beside a program
+            write_json(_timing(path), {"lower_s": round(took, 2)})
     return path
 
 
 def recorded_lower_s(path: Path) -> float:
-    """How long the program took to lower [s]."""
-    return float(json.loads(_timing(path).read_text(encoding="utf-8"))["lower_s"])
+    """How long the program took to lower [s].
+
+    Raises:
+        InputError: The note beside it is damaged.
+    """
+    return read_json(_timing(path), lambda values: float(values["lower_s"]), "lower it again")
 
 
 def _timing(path: Path) -> Path:

@@ -5,7 +5,6 @@ look like life, so both hang on things that end with the process: a lock of the 
 database session, and the process itself. Only for workers on other machines silence has to do.
 """
 
-import fcntl
 import hashlib
 import os
 import socket
@@ -20,6 +19,8 @@ from typing import Any, Protocol
 import psutil
 import sqlalchemy
 from sqlalchemy.pool import NullPool
+
+from flash.records import locked
 
 _working: set[str] = set()
 """Tokens of this process's searches that are under way."""
@@ -45,8 +46,7 @@ class FileLock:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.path):
             yield
 
 
