@@ -8,7 +8,7 @@ import pytest
 from flash.device.measurement import Program
 from flash.interop.baselines import stock_model
 from flash.latency.profiler import Profiler, subject_key
-from flash.latency.programs import Subject
+from flash.latency.programs import Subject, program_digest
 from flash.latency.store import MeasurementStore, SubjectKind
 from flash.lowering.settings import LoweringSettings
 from tests.latency.fake_device import WORKLOAD, FakeDevice
@@ -97,3 +97,12 @@ def test_an_export_is_a_further_attempt_that_the_search_does_not_count(profiler)
     profiler.measure_missing([subject, backbone])
     assert profiler.measure_alone(backbone).name == str(BACKBONE)  # as its export measured it
     assert len(profiler.device.measured) == count
+
+
+def test_programs_and_references_keep_the_hashes_of_earlier_versions(monkeypatch):
+    """Other hashes lower again, and measure again, what users have."""
+    monkeypatch.setattr("flash.latency.programs.RUNTIME", "executorch 1.5.1")
+    monkeypatch.setattr("flash.latency.programs.LOWERING_VERSION", 3)
+    subject = Subject.of(BACKBONE)
+    assert subject_key(subject) == "4f95d806d57bb181cd9b86aa"
+    assert program_digest(subject, LoweringSettings(max_context=128)) == "debc3de6d42a54b7d92bb57b"
