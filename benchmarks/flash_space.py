@@ -21,8 +21,9 @@ from flash.device.factory import open_device
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
-from flash.latency.fit import grid_subjects, make_bench, make_grid, whole_models
-from flash.latency.profiler import Profiler, Subject
+from flash.latency.fit import grid_subjects, make_grid, make_profiler, whole_models
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
 from flash.lowering.settings import LoweringSettings
@@ -49,7 +50,7 @@ def models() -> list[ArchSpec]:
 class Recorded(HostDevice):
     """Device with the identity of the machine on which the dataset was measured."""
 
-    def identity(self) -> dict[str, str | int]:
+    def _identify(self) -> dict[str, str | int]:
         return next(iter(MeasurementStore(STORE))).conditions.device
 
 
@@ -57,7 +58,7 @@ def open_bench(
     device: Device, store: Path, cache_dir: Path = conf.ROOT / "runs" / "lowered"
 ) -> Profiler:
     """Open a profiler over a store."""
-    return make_bench(
+    return make_profiler(
         backbone=conf.flash_backbone(),
         device=device,
         workload=device.settings.workload,
@@ -70,9 +71,8 @@ def open_bench(
 
 def recorded() -> Profiler:
     """Open the dataset, whose reference program is one layer of the backbone."""
-    one_layer = conf.flash_backbone().replace(
-        layer_types=(Attention.full_attention,), tie_embeddings=True
-    )
+    one_layer = conf.flash_backbone().as_program()
+    one_layer = one_layer.replace(layer_types=(Attention.full_attention,))
     bench = open_bench(Recorded(DEVICE), STORE)
     return dataclasses.replace(bench, reference=Subject(spec=one_layer))
 

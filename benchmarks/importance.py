@@ -23,8 +23,8 @@ from flash.paths import Runs
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
 from flash.training.fit import fit, validate
-from flash.training.run import Inputs, importance_of
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.workspace import Workspace
 
 RECIPE = RecipeSettings(name="recovery", tokens=32768, batch_size=2, lr=1e-3, warmup_ratio=0.1)
 SEEDS = (0, 1, 2)
@@ -60,15 +60,17 @@ def main() -> None:
     runs = Runs(Path("runs"))
     backbone = Backbone.open(BackboneSettings(name="tiny", weights="backbones/tiny"))
     data = DataSettings(name="stdlib")
-    inputs = Inputs.open(backbone, data, RECIPE, seed=0, runs=runs)
+    workspace = Workspace(
+        runs=runs, backbone=backbone, data_settings=data, batch_size=RECIPE.batch_size
+    )
     assert backbone.folder is not None
-    scores = importance_of(backbone, inputs.data, RECIPE, runs)
+    scores = workspace.importance(RECIPE.calibration_tokens)
     ways = {
         "activation": [scores],
         "random": [_random(scores, seed) for seed in SEEDS],
         "reversed": [_map(scores, torch.neg)],
     }
-    whole = validate(backbone.load(), inputs.data, Precision.bf16)
+    whole = validate(backbone.load(), workspace.data, Precision.bf16)
     record.add("none", "heldout_loss", [whole.loss], "nats/token")
     for cut, spec in _cuts(backbone.spec).items():
         for way, choices in ways.items():
@@ -76,9 +78,9 @@ def main() -> None:
             for choice in choices:
                 L.seed_everything(0, verbose=False)
                 model = build(spec, prune(backbone.folder, choice, spec))
-                before.append(validate(model, inputs.data, Precision.bf16).loss)
-                fit(model, inputs.data, RECIPE, TrainerSettings(), show_progress=False)
-                after.append(validate(model, inputs.data, Precision.bf16).loss)
+                before.append(validate(model, workspace.data, Precision.bf16).loss)
+                fit(model, workspace.data, RECIPE, TrainerSettings(), show_progress=False)
+                after.append(validate(model, workspace.data, Precision.bf16).loss)
             record.add(f"{cut}/{way}", "heldout_loss", before, "nats/token")
             record.add(f"{cut}/{way}/recovered", "heldout_loss", after, "nats/token")
     record.close()

@@ -22,11 +22,13 @@ from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockTable
 from flash.latency.cost_model import flops, parameters
+from flash.latency.drift import comparable
 from flash.latency.fit import grid_subjects, make_grid
 from flash.latency.gp import GaussianProcess
 from flash.latency.power_law import PowerLaw
 from flash.latency.prediction import Prediction, Predictor, cross_predict, score
-from flash.latency.profiler import Profiler, Subject, comparable, device_s
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import StoredLatency
 
@@ -43,6 +45,16 @@ def cost_s(bench: Profiler, subjects: Iterable[Subject]) -> float:
         lowering_s += mine[0].result["lower_s"]
         rows += mine
     return lowering_s + device_s(rows)
+
+
+def device_s(rows: Iterable[StoredLatency]) -> float:
+    """Time that the device spent on these measurements, each process counted once [s]."""
+    processes = {
+        each["started"]: each["process"]["wall_s"]
+        for row in rows
+        for each in row.result["conditions"]
+    }
+    return sum(processes.values())
 
 
 def main() -> None:

@@ -46,8 +46,8 @@ from flash.progress import progress
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
 from flash.training.fit import fit, validate
-from flash.training.run import Inputs, importance_of
 from flash.training.settings import RecipeSettings, Schedule, TrainerSettings
+from flash.workspace import Workspace
 
 DATA = conf.ROOT / "benchmarks" / "data" / "principles.jsonl"
 FIGURES = conf.ROOT / "docs" / "figures"
@@ -82,16 +82,18 @@ def recipe(tokens: int, start: str) -> RecipeSettings:
 
 
 @cache
-def _inputs() -> Inputs:
-    data = DataSettings(name="stdlib", validation_sequences=32)
-    backbone = Backbone.open(conf.TINY)
-    return Inputs.open(backbone, data, recipe(TOKENS, "pruned"), seed=0, runs=RUNS)
+def _workspace() -> Workspace:
+    return Workspace(
+        runs=RUNS,
+        backbone=Backbone.open(conf.TINY),
+        data_settings=DataSettings(name="stdlib", validation_sequences=32),
+        batch_size=recipe(TOKENS, "pruned").batch_size,
+    )
 
 
 @cache
 def _scores() -> Importance:
-    inputs = _inputs()
-    return importance_of(inputs.backbone, inputs.data, recipe(TOKENS, "pruned"), RUNS)
+    return _workspace().importance(recipe(TOKENS, "pruned").calibration_tokens)
 
 
 class Trained:
@@ -106,7 +108,7 @@ class Trained:
         self, specs: Sequence[ArchSpec], start: str = "pruned", tokens: int = TOKENS
     ) -> list[float]:
         """Return the loss of each architecture [nats a token]."""
-        tied = [spec.replace(tie_embeddings=True) for spec in specs]
+        tied = [spec.as_program() for spec in specs]
         missing = [spec for spec in dict.fromkeys(tied) if (spec, start, tokens) not in self._known]
         for spec in progress(missing, f"{start}, {tokens} tokens"):
             began = time.perf_counter()
@@ -120,15 +122,15 @@ class Trained:
     def _train(self, spec: ArchSpec, start: str, tokens: int) -> tuple[float, list[float]]:
         """Train one model; return its held-out loss and its training losses."""
         chosen, trainer = recipe(tokens, start), TrainerSettings()
-        inputs = _inputs()
+        workspace = _workspace()
         L.seed_everything(0, verbose=False)
         model = Decoder(spec)
         if start == "pruned":
-            folder = inputs.backbone.folder
+            folder = workspace.backbone.folder
             assert folder is not None
             model = build(spec, prune(folder, _scores(), spec))
-        done = fit(model, inputs.data, chosen, trainer, show_progress=False)
-        loss = validate(model, inputs.data, trainer.precision).loss
+        done = fit(model, workspace.data, chosen, trainer, show_progress=False)
+        loss = validate(model, workspace.data, trainer.precision).loss
         return loss, [round(part, 4) for part in done.curve]
 
 

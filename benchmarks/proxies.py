@@ -10,7 +10,8 @@ from record import Recorder
 from scipy import stats
 
 from flash.latency.cost_model import SpecTable, flops, parameters
-from flash.latency.profiler import Subject, comparable
+from flash.latency.drift import comparable
+from flash.latency.programs import Subject
 
 
 def main() -> None:

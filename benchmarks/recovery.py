@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 from record import Recorder
 
 import conf
+from flash.data.module import PackedData
 from flash.data.settings import DataSettings
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
@@ -29,7 +30,7 @@ from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.training.fit import validate
 from flash.training.result import TrainResult
-from flash.training.run import Inputs, train
+from flash.training.run import train
 from flash.training.settings import (
     LoggerKind,
     LoggerSettings,
@@ -38,6 +39,7 @@ from flash.training.settings import (
     TrainerSettings,
     TrainSettings,
 )
+from flash.workspace import Workspace
 
 TOKENS, FURTHER = 131_072, 65_536
 SEEDS = range(3)
@@ -80,11 +82,11 @@ def checkpoint(name: str, seed: int) -> str:
     return str(Runs(conf.ROOT / "runs" / "recovery").model(f"{name}_{seed}") / "checkpoint")
 
 
-def rounded_loss(name: str, seed: int, inputs: Inputs) -> float:
+def rounded_loss(name: str, seed: int, data: PackedData) -> float:
     """Compute the held-out loss of a trained model after quantization."""
     model = load(Path(checkpoint(name, seed)))
     fake_quantize(model)
-    return validate(model, inputs.data, Precision.fp32).loss
+    return validate(model, data, Precision.fp32).loss
 
 
 def recovery(record: Recorder) -> dict[str, list[TrainResult]]:
@@ -103,15 +105,13 @@ def recovery(record: Recorder) -> dict[str, list[TrainResult]]:
     return results
 
 
-def quantization_stages(record: Recorder, inputs: Inputs) -> None:
+def quantization_stages(record: Recorder, data: PackedData) -> None:
     aware = recipe_of("qat", FURTHER)
     for name, recipe in (("qat", aware), ("more", dataclasses.replace(aware, qat=False))):
         for seed in SEEDS:
             run(name, recipe, seed, start=checkpoint("distill", seed))
-    losses = {"ptq": [rounded_loss("distill", seed, inputs) for seed in SEEDS]}
-    losses |= {
-        name: [rounded_loss(name, seed, inputs) for seed in SEEDS] for name in ("more", "qat")
-    }
+    losses = {"ptq": [rounded_loss("distill", seed, data) for seed in SEEDS]}
+    losses |= {name: [rounded_loss(name, seed, data) for seed in SEEDS] for name in ("more", "qat")}
     for case, values in losses.items():
         record.add(case, "rounded_loss", values, "nats/token")
     margins = [a - b for a, b in zip(losses["more"], losses["qat"], strict=True)]
@@ -150,14 +150,13 @@ def draw(results: dict[str, list[TrainResult]]) -> None:
 def main() -> None:
     record = Recorder("recovery")
     results = recovery(record)
-    inputs = Inputs.open(
-        Backbone.open(conf.TINY),
-        DATA,
-        recipe_of("continue", TOKENS),
-        seed=0,
+    workspace = Workspace(
         runs=Runs(conf.ROOT / "runs" / "recovery"),
+        backbone=Backbone.open(conf.TINY),
+        data_settings=DATA,
+        batch_size=recipe_of("continue", TOKENS).batch_size,
     )
-    quantization_stages(record, inputs)
+    quantization_stages(record, workspace.data)
     draw(results)
     record.close()
 

@@ -10,7 +10,7 @@ this machine with the one before.
 
 Cases are `prefill` and `decode` for `space=tiny`, `flash/prefill_512` and so on for the other.
 `disagreement_pct` is that of latencies as predictors get them: corrected for the slowdown of the
-machine, which the alternating reference program shows (flash.latency.profiler.comparable).
+machine, which the alternating reference program shows (flash.latency.drift.comparable).
 `raw_disagreement_pct` is that of the uncorrected smallest times.
 
 Cases `dataset/...` show the accuracy of a whole model as the reference. They compare measurements
@@ -33,10 +33,13 @@ import conf
 from flash.arch import ArchSpec
 from flash.device.factory import open_device
 from flash.device.workload import Point
-from flash.latency.fit import make_bench, whole_models
-from flash.latency.profiler import Profiler, Subject, comparable
+from flash.latency.drift import comparable
+from flash.latency.fit import make_profiler, whole_models
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore, StoredLatency
+from flash.progress import progress
 
 DATA = flash_space.STORE.parent
 APART_S = 1800
@@ -57,9 +60,10 @@ def bench(space: str, store: Path) -> Profiler:
     """Open the profiler of a space."""
     device, settings = conf.host(), LatencySettings()
     if space == "flash":
-        device = dataclasses.replace(flash_space.DEVICE, prompts=[512])
+        workload = dataclasses.replace(flash_space.DEVICE.workload, prompts=[512])
+        device = dataclasses.replace(flash_space.DEVICE, workload=workload)
         settings = dataclasses.replace(flash_space.SETTINGS, attempts=1)
-    return make_bench(
+    return make_profiler(
         backbone=conf.space(space).base,
         device=open_device(device),
         workload=device.workload,
@@ -153,7 +157,9 @@ def main() -> None:
         for space in arguments.space:
             measuring = bench(space, store)
             subjects = [Subject(spec=spec) for spec in models(space)]
-            measuring.lower_missing(subjects)
+            assert measuring.reference is not None
+            for subject in progress([*subjects, measuring.reference], "programs"):
+                measuring.lowered(subject)
             if not arguments.lower:
                 measuring.measure_missing(subjects)
         return

@@ -1,12 +1,12 @@
 """Files of JSON lines to which several processes append results that take hours."""
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
+from flash.records import locked
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -25,9 +25,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append a line and flush it to disk; other processes may append at the same time."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(path) as file:
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
         file.flush()

@@ -18,10 +18,10 @@ from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
 from flash.device.stock_runner import generate_text
 from flash.device.workload import Workload
-from flash.files import atomic_write
 from flash.lowering.lower import lower
 from flash.model.backbone import Backbone
 from flash.model.settings import BackboneSettings
+from flash.records import atomic_write
 
 BACKBONE = Path(__file__).parent.parent / "backbones" / "tiny"
 PROMPT, STEPS, PROCESSES = 512, 64, 9

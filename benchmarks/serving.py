@@ -23,7 +23,8 @@ from flash.device.host import HostDevice
 from flash.device.measurement import Measurement, Program
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
-from flash.interop.export_llm import lower_stock_arch
+from flash.interop.baselines import to_stock_model
+from flash.interop.export_llm import lower_stock
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
@@ -54,7 +55,7 @@ def lower_one(way: str, model: str, path: Path) -> None:
     """Write one program; must run in its own process, whose end frees the memory."""
     spec, settings = conf.winner(model), device(1, way).settings.lowering
     if way == "stock":
-        lower_stock_arch(spec, settings, path)
+        lower_stock(to_stock_model(spec), settings, path)
     else:
         write(path, lower(Decoder(spec), settings))
 

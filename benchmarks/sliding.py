@@ -18,9 +18,9 @@ from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
-from flash.files import atomic_write
 from flash.lowering.blocks import Block, BlockKind, lower_block
 from flash.lowering.settings import LoweringSettings, SlidingForm
+from flash.records import atomic_write
 
 SPEC = ArchSpec(
     model_dim=1280,

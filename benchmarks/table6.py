@@ -17,10 +17,12 @@ import yaml
 from record import Recorder, in_fresh_process
 
 from flash.arch import ArchSpec
+from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point, Workload
-from flash.export.random_weights import Shape, ShapeResult, measure_shape, shape_of
+from flash.export.random_weights import ShapeResult, measure_shape, shape_of
 from flash.export.table6 import table6
+from flash.latency.programs import Shape
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
@@ -91,7 +93,7 @@ def main(contexts: list[int]) -> None:
 def measure(name: str, contexts: list[int], answer: Path) -> None:
     """Measure one model in its own process, whose end frees all memory."""
     settings, runs = device_settings(contexts), Runs(ROOT / "runs")
-    result = measure_shape(name, shape(name), settings, runs)
+    result = measure_shape(name, shape(name), open_device(settings), runs)
     path = ShapeResult.path(runs, settings, result.name)
     answer.write_text(json.dumps({"path": str(path)}), "utf-8")
 

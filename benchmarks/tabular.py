@@ -35,8 +35,8 @@ from flash.paths import Runs
 from flash.progress import progress_bar
 from flash.search.evaluate import ShortTraining
 from flash.search.loop import EvaluationError
-from flash.training.run import Inputs, importance_of
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.workspace import Workspace
 
 TABLE = conf.ROOT / "benchmarks" / "data" / "tiny_tabular.jsonl"
 SPACE = SpaceSettings(
@@ -108,9 +108,15 @@ def evaluators(precision: Precision) -> dict[int, ShortTraining]:
     trainer = TrainerSettings(precision=precision)
     backbone, runs, made = Backbone.open(conf.TINY), Runs(conf.ROOT / "runs"), {}
     for seed in (0, 1):
-        inputs = Inputs.open(backbone, DATA, RECIPE, seed=seed, runs=runs)
-        importance = importance_of(backbone, inputs.data, RECIPE, runs)
-        made[seed] = ShortTraining(inputs, importance, RECIPE, trainer, seed)
+        workspace = Workspace(
+            runs=runs,
+            backbone=backbone,
+            data_settings=DATA,
+            batch_size=RECIPE.batch_size,
+            seed=seed,
+        )
+        importance = workspace.importance(RECIPE.calibration_tokens)
+        made[seed] = ShortTraining(workspace, importance, RECIPE, trainer, seed)
     return made
 
 

@@ -25,9 +25,10 @@ from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
 from flash.paths import Runs
 from flash.training.fit import fit
-from flash.training.run import Inputs, arch_of, train
+from flash.training.run import train
 from flash.training.settings import LoggerKind, LoggerSettings, RecipeSettings, TrainSettings
 from flash.training.teacher import Teacher, teacher_of
+from flash.workspace import Workspace, arch_of
 
 TOKENS, SEEDS = 131_072, range(3)
 TOP_K = (4, 16)
@@ -62,27 +63,30 @@ def losses(record: Recorder) -> None:
         record.add(f"top_{k}", "bytes_per_token", [4 * k + 2 * (k + 1)], "bytes")
 
 
-def step_s(inputs: Inputs, teacher: Teacher | None, recipe: RecipeSettings) -> float:
+def step_s(workspace: Workspace, teacher: Teacher | None, recipe: RecipeSettings) -> float:
     """Measure the median seconds of a step, data and optimizer included."""
-    spec = arch_of(ARCH, inputs.backbone)
+    spec = arch_of(ARCH, workspace.backbone)
     torch.manual_seed(0)
     steps = dataclasses.replace(TRAINER, max_steps=STEPS)
-    done = fit(Decoder(spec), inputs.data, recipe, steps, teacher=teacher, show_progress=False)
+    done = fit(Decoder(spec), workspace.data, recipe, steps, teacher=teacher, show_progress=False)
     return recipe.batch_size * DATA.seq_len / done.tokens_per_s
 
 
 def times(record: Recorder) -> None:
     along = recipe_of("distill", TOKENS)
     kept = dataclasses.replace(along, kd_top_k=TIMED_K)
-    inputs = Inputs.open(Backbone.open(conf.TINY), DATA, along, seed=0, runs=RUNS)
-    running = teacher_of(inputs.backbone, inputs.data, along, TRAINER, RUNS)
-    taught = teacher_of(inputs.backbone, inputs.data, kept, TRAINER, RUNS)
+    backbone = Backbone.open(conf.TINY)
+    workspace = Workspace(
+        runs=RUNS, backbone=backbone, data_settings=DATA, batch_size=along.batch_size
+    )
+    running = teacher_of(backbone, workspace.data, along, TRAINER, RUNS)
+    taught = teacher_of(backbone, workspace.data, kept, TRAINER, RUNS)
     plain = dataclasses.replace(along, kd_weight=0.0)
     seconds: dict[str, list[float]] = {"along": [], "kept": [], "none": []}
     for _ in range(ROUNDS):
-        seconds["along"].append(step_s(inputs, running, along))
-        seconds["kept"].append(step_s(inputs, taught, kept))
-        seconds["none"].append(step_s(inputs, None, plain))
+        seconds["along"].append(step_s(workspace, running, along))
+        seconds["kept"].append(step_s(workspace, taught, kept))
+        seconds["none"].append(step_s(workspace, None, plain))
     for case, values in seconds.items():
         record.add(case, "step_s", values, "s")
         ratios = [a / b for a, b in zip(values, seconds["along"], strict=True)]

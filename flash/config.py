@@ -18,21 +18,23 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flash import commands, renamed, slurm
 from flash.bundled import CONF, bundled
+from flash.compat.hydra import add_search_paths, job_configs, missing_option, plugin_option
+from flash.compat.omegaconf import (
+    child_containers,
+    child_mapping,
+    error_key,
+    error_schema,
+    sets_key_within_null,
+)
 from flash.data.settings import PrepareSettings
 from flash.errors import CheckFailed, DeviceError, InputError, nearest, under
 from flash.evaluation.settings import EvaluateSettings
@@ -57,15 +59,12 @@ ROOTS: dict[str, type] = {
 """Root settings of each command; `conf/COMMAND.yaml` holds its defaults."""
 
 
-class ConfigFolders(SearchPathPlugin):
+def _config_folders() -> list[Path]:
     """Folders of configuration groups besides our own: what searches found, and the user's."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the folders that there are; ours come first, so no file can replace one."""
-        search_path.append("flash-runs", f"file://{os.environ['FLASH_RUNS']}/conf")
-        own = Path.cwd() / "conf"
-        if own.is_dir() and own.resolve() != CONF.resolve():
-            search_path.append("flash-user", f"file://{own}")
+    folders, own = [Path(os.environ["FLASH_RUNS"], "conf")], Path.cwd() / "conf"
+    if own.is_dir() and own.resolve() != CONF.resolve():
+        folders.append(own)
+    return folders
 
 
 def check_own_options(folder: Path) -> None:
@@ -90,13 +89,12 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
-    plugins = Plugins.instance()  # so that the launchers of plugins are there
-    plugins.register(ConfigFolders)
-    plugin = store.repo["hydra"]["launcher"].get("submitit_slurm.yaml")
+    add_search_paths(_config_folders)
+    plugin = plugin_option("hydra/launcher", "submitit_slurm")
     if plugin is not None:
         # Plain values: a job would get a copy of the plugin's class, which equals no other. Not a
         # file in conf: Hydra validates one of this name against the plugin's, with a warning.
-        values = {**typing.cast(dict, OmegaConf.to_container(plugin.node)), **slurm.DEFAULTS}
+        values = {**plugin, **slurm.DEFAULTS}
         store.store(group="hydra/launcher", name="submitit_slurm", node=values, provider="flash")
 
 
@@ -134,8 +132,8 @@ def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = N
         full = ".".join([*path, key])
         if key not in valid:
             raise InputError(f"{full}: {renamed.present_name(full) or _unknown(key, valid)}")
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+        child = child_mapping(node, key)
+        if child is not None:
             reject_unknown_keys(child, root, [*path, key])
 
 
@@ -143,7 +141,7 @@ def _unknown(key: str, valid: list[str]) -> str:
     return f"unknown key; {nearest(key, valid)}"
 
 
-def _check_values(node: Any, path: str = "") -> None:
+def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
     """Build the settings of every group, innermost first, so that errors name the whole key.
 
     Settings name keys relative to themselves.
@@ -151,13 +149,11 @@ def _check_values(node: Any, path: str = "") -> None:
     Raises:
         InputError: An illegal value.
     """
-    if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
-        return
-    is_list = isinstance(node, ListConfig)
-    for key in range(len(node)) if is_list else list(node):
-        child = node._get_node(key)
-        _check_values(child, f"{path}[{key}]" if is_list else f"{path}.{key}".lstrip("."))
-    if path and OmegaConf.get_type(node) not in {dict, list, None}:
+    for key, child in child_containers(node):
+        _check_values(
+            child, f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+        )
+    if path and dataclasses.is_dataclass(OmegaConf.get_type(node)):
         with under(path):
             OmegaConf.to_object(node)
 
@@ -193,14 +189,14 @@ def explain(error: BaseException, schema: type) -> str:
         return str(cause)
     if not isinstance(cause, OmegaConfBaseException):
         return _first_line(error)
-    key = str(cause.full_key or cause.key or "")
+    key = error_key(cause)
     wrapped = cause.__cause__ or cause.__context__
     if isinstance(wrapped, InputError):
         return str(wrapped)
     *path, last = key.split(".")
     owner = schema_at(schema, path)
-    if not path and isinstance(cause.object_type, type):  # in a list: it says no more than the key
-        owner = cause.object_type if dataclasses.is_dataclass(cause.object_type) else owner
+    if not path and dataclasses.is_dataclass(error_schema(cause)):  # in a list, without its place
+        owner = error_schema(cause)
     fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
     if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
         return f"{key}: {renamed.present_name(key) or _unknown(last, fields)}"
@@ -209,14 +205,13 @@ def explain(error: BaseException, schema: type) -> str:
 
 def _explain_missing_option(error: MissingConfigException) -> str:
     """`+arch=typo`: name the group's nearest option."""
-    name = str(error.missing_cfg_file or "")
+    name, options = missing_option(error)
     if name == slurm.LAUNCHER.replace("=", "/"):
         return f"{slurm.LAUNCHER}: needs a plugin; pip install hydra-submitit-launcher"
-    if "/" in name and error.options is not None:
+    if "/" in name and options is not None:
         group, option = name.rsplit("/", 1)
         if f"{group}={option}" in renamed.OPTIONS:
             return f"{group}={option}: renamed to {renamed.OPTIONS[f'{group}={option}']}"
-        options = list(error.options)
         return f"{group}={option}: expected one of {', '.join(options)}; {nearest(option, options)}"
     return _first_line(error)
 
@@ -272,7 +267,7 @@ def one_line_errors(schema: type) -> Iterator[None]:
     except slurm.JobFailed as error:
         _fail(error.line, error.code)
     except AssertionError as error:
-        if not str(error).startswith("Unexpected type for root"):
+        if not sets_key_within_null(error):
             raise
         _fail(  # OmegaConf's, which does not say where
             "an override sets a key within a value that is null; give the value as a whole, as in "
@@ -294,15 +289,10 @@ class CheckJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
         schema = ROOTS[hydra.job.config_name]
-        loader = GlobalHydra.instance().config_loader()
         with one_line_errors(schema):  # Hydra makes a warning of any other exception
             slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
-            overrides = OverridesParser.create(loader).parse_overrides(list(hydra.overrides.task))
-            for job in BasicSweeper.split_arguments(overrides, None)[0]:
-                cfg = loader.load_sweep_config(config, job)
-                with open_dict(cfg):
-                    del cfg["hydra"]
-                load(cfg, schema)
+            for job in job_configs(config):
+                load(job, schema)
 
 
 def entry(verb: str, job: Callable[[Any], object]) -> None:

@@ -1,15 +1,7 @@
 """The folder that holds everything a team's runs produce, and what lies where in it."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-
-def digest(decisive: Any) -> str:
-    """Short hash of plain JSON values, for names of what they decide."""
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class Runs:
 
     @property
     def shapes(self) -> Path:
-        """Programs of random weights, and a folder a device with their latencies."""
+        """Latencies of shapes with random weights, a folder a device."""
         return self.root / "shapes"
 
     def export(self, name: str) -> Path:

@@ -11,15 +11,17 @@ import yaml
 from omegaconf import MISSING
 
 from flash.arch import Attention, Choices, SpaceSettings
+from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
-from flash.errors import CheckFailed, InputError
+from flash.errors import CheckFailed, DeviceError, InputError
 from flash.evaluation.run import program_of
 from flash.export.job import ExportJob
 from flash.export.result import ExportResult
 from flash.export.run import export
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.latency.settings import LatencySettings
+from flash.latency.store import MeasurementStore
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
@@ -162,10 +164,42 @@ def test_trials_keep_their_curves_and_those_of_the_frontier_their_checkpoints(co
 def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeypatch):
     monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
     monkeypatch.setattr("flash.device.host.HostDevice.measure", pytest.fail)
-    monkeypatch.setattr("flash.latency.profiler.lower", pytest.fail)
+    monkeypatch.setattr("flash.latency.programs.lower", pytest.fail)
     again = run_search(_search_settings(common))
     assert again["trials"] == searched["trials"]
     assert again["winners"] == searched["winners"]
+
+
+def test_a_phone_that_is_unplugged_after_the_last_trial_does_not_cost_the_frontier(
+    common, searched, monkeypatch
+):
+    identify, asked = HostDevice._identify, []
+
+    def unplugged(device):
+        asked.append(device)
+        if len(asked) > 1:
+            raise DeviceError("phone: gone")
+        return identify(device)
+
+    monkeypatch.setattr(HostDevice, "_identify", unplugged)
+    assert run_search(_search_settings(common))["device"] == searched["device"]
+    assert len(asked) == 1
+
+
+def test_an_export_adds_its_rows_and_the_search_measures_nothing_again(
+    common, searched, winner, monkeypatch
+):
+    store = MeasurementStore(Runs(Path(common["runs"])).measurements)
+    points = len(DEVICE.workload.points)
+    backbone = SMALL.as_program().to_dict()
+    keys = {row.key for row in store if row.subject == backbone}
+    assert len(keys) == points
+    for key in keys:
+        in_search, exported = store.attempts(key)
+        assert (in_search.attempt, exported.attempt) == (1, 2)
+        assert in_search.result["reference"] != exported.result["reference"]
+    monkeypatch.setattr("flash.device.host.HostDevice.measure", pytest.fail)
+    assert run_search(_search_settings(common))["trials"] == searched["trials"]
 
 
 def test_the_export_proves_and_measures_the_program(common, winner):

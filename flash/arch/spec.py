@@ -240,6 +240,13 @@ class ArchSpec:
         """
         return dataclasses.replace(self, **changes)
 
+    def as_program(self) -> "ArchSpec":
+        """The spec under which the program of this one and its latencies are known.
+
+        Tied or not, the programs are the same; so are their measurements.
+        """
+        return self.replace(tie_embeddings=True)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON, YAML and Optuna studies.
 

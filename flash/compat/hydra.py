@@ -7,19 +7,23 @@ Names that Hydra 1.3 does not document, and the reasons to use them:
   `ConfigLoader.load_sweep_config`: they compose the configuration of a job as the sweeper will, so
   that a mistake in the last job is found before the first one starts.
 - `Plugins.instance` and `ConfigStore.repo`: whether a launcher is installed, and its defaults.
+- `Plugins.register`: a search path of our own.
 - `MissingConfigException.missing_cfg_file` and `.options`: which option was asked for, and which
   there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 
@@ -53,6 +57,28 @@ def plugin_option(group: str, name: str) -> dict[str, Any] | None:
         options = options.get(part, {})
     found = options.get(f"{name}.yaml")
     return None if found is None else cast(dict[str, Any], OmegaConf.to_container(found.node))
+
+
+_folders: list[Callable[[], list[Path]]] = []
+"""The argument of the last call of `add_search_paths`; Hydra makes the plugin itself."""
+
+
+class _FolderPlugin(SearchPathPlugin):
+    """Appends the folders of `add_search_paths` to Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in _folders[0]():
+            search_path.append("flash", f"file://{folder}")
+
+
+def add_search_paths(folders: Callable[[], list[Path]]) -> None:
+    """Have Hydra look for config groups in further folders, after the command's own.
+
+    Args:
+        folders: Called at each composition; its folders are searched in their order.
+    """
+    _folders[:] = [folders]
+    Plugins.instance().register(_FolderPlugin)  # once, however often it is called
 
 
 def missing_option(error: MissingConfigException) -> tuple[str, list[str] | None]:

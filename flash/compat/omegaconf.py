@@ -10,7 +10,9 @@ Names that OmegaConf 2.3 does not document, and the reasons to use them:
   an override that sets a key within a null.
 """
 
-from omegaconf import DictConfig
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -20,6 +22,17 @@ def child_mapping(node: DictConfig, key: str) -> DictConfig | None:
     if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
         return None
     return child
+
+
+def child_containers(
+    node: DictConfig | ListConfig,
+) -> Iterator[tuple[str | int, DictConfig | ListConfig]]:
+    """Keys (indices, in a list) and mappings or lists directly below; null and missing left out."""
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        child = node._get_node(key)
+        known = isinstance(child, DictConfig | ListConfig)
+        if known and not child._is_none() and not child._is_missing():
+            yield key if isinstance(key, int) else str(key), child
 
 
 def error_key(error: OmegaConfBaseException) -> str:

@@ -18,8 +18,7 @@ from flash.data.shards import open_shards, tokenizer_digest
 from flash.data.stream import LogicalShard, Split, StreamedSequences
 from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
-from flash.files import atomic_write
-from flash.paths import digest
+from flash.records import atomic_write, digest
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource

@@ -22,7 +22,7 @@ from flash.data.stream import SequenceStream, StreamedSequences, StreamLoader
 from flash.data.teacher_cache import TeacherCache
 from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from flash.errors import InputError
-from flash.files import write_text
+from flash.records import write_text
 
 _AT_ONCE = 16
 """Most validation or calibration sequences per batch."""

@@ -1,7 +1,6 @@
 """Token streams on disk, and sequences of fixed length that are cut from them."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +15,8 @@ from flash.data.files import Document, find_documents, read_text
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
-from flash.files import atomic_write, write_text
 from flash.progress import progress
+from flash.records import atomic_write, write_json
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> Token
             with atomic_write(folder / f"{split}.npy") as file:
                 np.save(file, tokens)
         summary = {split: len(members) for split, members in splits.items()}
-        write_text(folder / "summary.json", json.dumps(summary))
+        write_json(folder / "summary.json", summary)
     return TokenStreams(
         train=np.load(folder / "train.npy", mmap_mode="r"),
         validation=np.load(folder / "validation.npy", mmap_mode="r"),

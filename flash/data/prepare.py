@@ -1,7 +1,6 @@
 """`flash prepare`: tokenisation of a mixture into shards, ahead of training."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,9 @@ from flash.data.stream import Mixture, Split, StreamedSequences
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
-from flash.paths import Runs, digest
+from flash.paths import Runs
 from flash.progress import progress_bar
+from flash.records import digest, plain
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
@@ -92,9 +92,7 @@ def _manifest(
     Raises:
         InputError: The folder holds other shards.
     """
-    data: dict[str, Any] = json.loads(
-        json.dumps(dataclasses.asdict(settings.data), default=lambda value: value.value)
-    )
+    data: dict[str, Any] = plain(settings.data)
     keys = ("sources", "validation", "validation_percent", "skip_damaged")
     chosen = {key: data[key] for key in keys}
     decisive = {

@@ -1,7 +1,6 @@
 """Prepared tokens: memory-mapped shards and the manifest that describes them."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from flash.errors import InputError
-from flash.files import atomic_write, write_text
 from flash.progress import progress
+from flash.records import atomic_write, file_digest, find_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +69,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder`, in place of the one before."""
-        values = {"version": _VERSION, **asdict(self)}
-        write_text(folder / MANIFEST, json.dumps(values, indent=1) + "\n")
+        write_json(folder / MANIFEST, {"version": _VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -80,23 +78,16 @@ class Manifest:
         Raises:
             InputError: The file is damaged, or was written by another version.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            if values.pop("version") != _VERSION:
-                raise InputError(
-                    f"{path}: of another version; delete the folder and run `flash prepare` again"
-                )
-            shards = [Shard(**shard) for shard in values.pop("shards")]
-            found = values.pop("validation")
-            validation = Shard(**found) if found else None
-            return cls(**values, shards=shards, validation=validation)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path}: damaged ({error}); delete the folder and run `flash prepare` again"
-            ) from error
+        return find_json(folder / MANIFEST, cls._from_json, "run `flash prepare` again")
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "Manifest":
+        version = values.pop("version")
+        if version != _VERSION:
+            raise InputError(f"version {version}: expected {_VERSION}")
+        shards = [Shard(**shard) for shard in values.pop("shards")]
+        found = values.pop("validation")
+        return cls(**values, shards=shards, validation=Shard(**found) if found else None)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -109,7 +100,7 @@ def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Sha
     tokens = np.concatenate(documents)
     with atomic_write(folder / name) as file:
         np.save(file, tokens)
-    return Shard(name, len(tokens), len(documents), _sha256(folder / name))
+    return Shard(name, len(tokens), len(documents), file_digest(folder / name))
 
 
 class ShardedTokens:
@@ -210,15 +201,10 @@ def _finished(folder: Path, tokenizer: Tokenizer) -> tuple[Manifest, Shard]:
     return manifest, manifest.validation
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, str]:
     """Problems of missing and damaged files, by file name."""
     notes = cache / f"whole_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
-    known: dict[str, Any] = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
+    known: dict[str, Any] = find_json(notes, dict, "check the shards again") or {}
     problems: dict[str, str] = {}
     found: dict[str, list[Any]] = {}
     for shard in shards:
@@ -230,7 +216,7 @@ def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, s
             problems[shard.file] = "is missing"
     unknown = [s for s in shards if s.file in found and known.get(s.file) != found[s.file]]
     with ThreadPoolExecutor(4) as pool:
-        hashes = pool.map(lambda shard: _sha256(folder / shard.file), unknown)
+        hashes = pool.map(lambda shard: file_digest(folder / shard.file), unknown)
         for shard, actual in progress(
             zip(unknown, hashes, strict=True), "checking shards", len(unknown)
         ):
@@ -238,5 +224,5 @@ def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, s
                 problems[shard.file] = "is damaged"
     if unknown:
         whole = {file: facts for file, facts in found.items() if file not in problems}
-        write_text(notes, json.dumps(whole))
+        write_json(notes, whole)
     return problems

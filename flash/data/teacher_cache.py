@@ -16,7 +16,7 @@ from flash.data.batch import Batch
 from flash.data.packed import PackedSequences
 from flash.data.sampler import epoch_order
 from flash.errors import InputError
-from flash.files import atomic_write
+from flash.records import atomic_write
 
 PART_TOKENS = 2**16
 """Approximate number of targets per file."""

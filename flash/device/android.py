@@ -53,33 +53,30 @@ class AndroidDevice(RemoteDevice):
         self._prompt_files = tempfile.mkdtemp(prefix="flash-prompts-")
         weakref.finalize(self, shutil.rmtree, self._prompt_files, ignore_errors=True)
         self._serial: str | None = None
-        self._identity: dict[str, str | int] | None = None
         self._throttled = 0
 
     @property
     def where(self) -> str:
         return f"phone {self._serial or self._android.serial or ''}".rstrip()
 
-    def identity(self) -> dict[str, str | int]:
-        """Model, chip, cores, threads, CPUs, build and runner of the phone; asked once."""
-        if self._identity is None:
-            asked = "; ".join(shlex.join(["getprop", name]) for name in PROPERTIES)
-            script = f"{asked}; cat /sys/devices/system/cpu/possible"
-            answer = self._retrying(lambda: self._ask(script)).split("\n")
-            model, chip, platform, fingerprint, possible = (*answer, *[""] * 5)[:5]
-            cores = int(possible.rpartition("-")[2] or 0) + 1
-            self._check_cores(cores)
-            self._identity = {
-                "device": self.settings.name,
-                "cpu": chip or platform,
-                "model": model,
-                "cores": cores,
-                "threads": self.settings.threads,
-                "cpus": ",".join(map(str, self.settings.pinned or ())),
-                "system": f"Android {_build(fingerprint)}",
-                "runtime": f"llama_main {sha256_of(self._runner)[:12]}",
-            }
-        return self._identity
+    def _identify(self) -> dict[str, str | int]:
+        """Model, chip, cores, threads, CPUs, build and runner of the phone."""
+        asked = "; ".join(shlex.join(["getprop", name]) for name in PROPERTIES)
+        script = f"{asked}; cat /sys/devices/system/cpu/possible"
+        answer = self._retrying(lambda: self._ask(script)).split("\n")
+        model, chip, platform, fingerprint, possible = (*answer, *[""] * 5)[:5]
+        cores = int(possible.rpartition("-")[2] or 0) + 1
+        self._check_cores(cores)
+        return {
+            "device": self.settings.name,
+            "cpu": chip or platform,
+            "model": model,
+            "cores": cores,
+            "threads": self.settings.threads,
+            "cpus": ",".join(map(str, self.settings.pinned or ())),
+            "system": f"Android {_build(fingerprint)}",
+            "runtime": f"llama_main {sha256_of(self._runner)[:12]}",
+        }
 
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
         """Run a measuring job; each sample is a fresh process of llama_main.
@@ -124,13 +121,6 @@ class AndroidDevice(RemoteDevice):
                 "after": vars(self._read()),
             },
         }
-
-    def generate_text(self, path: Path, prompt: str, new_tokens: int) -> str:
-        """Return the text that llama_main prints; most versions repeat the prompt first."""
-        program = Program(name=path.name, path=path, vocab_size=1)
-        check_files([program])
-        self.identity()
-        return self._retrying_run(program, prompt, new_tokens, warmup=False).text
 
     def _check_job(self, job: dict[str, Any], programs: Sequence[Program]) -> None:
         """Check that llama_main can run a job.

@@ -34,15 +34,24 @@ class Device(ABC):
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
+        self._identity: dict[str, str | int] | None = None
 
-    @abstractmethod
     def identity(self) -> dict[str, str | int]:
         """Conditions under which a stored measurement is valid: hardware, system, runtime, threads.
+
+        The device is asked once; a phone that is unplugged later still has a name.
 
         Raises:
             InputError: The settings ask for more than the device has, such as threads or CPUs.
             DeviceError: The device does not answer.
         """
+        if self._identity is None:
+            self._identity = self._identify()
+        return self._identity
+
+    @abstractmethod
+    def _identify(self) -> dict[str, str | int]:
+        """Ask the device for its `identity`."""
 
     @property
     def resource(self) -> str:

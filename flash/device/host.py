@@ -24,7 +24,7 @@ RUNNER = Path(__file__).with_name("runner.py")
 class HostDevice(Device):
     """The machine that this process runs on."""
 
-    def identity(self) -> dict[str, str | int]:
+    def _identify(self) -> dict[str, str | int]:
         """Processor, cores, threads, CPUs, system and runtime of this machine."""
         return {
             "device": self.settings.name,

@@ -33,7 +33,6 @@ class Run:
         prefill_ms: Time to first token.
         decode_ms: Mean time of a decode step.
         rss_kib: Resident set size after loading and at the end; zeros if it prints none.
-        text: Text that it printed before the statistics.
     """
 
     prompt_tokens: int
@@ -42,7 +41,6 @@ class Run:
     prefill_ms: float
     decode_ms: float
     rss_kib: tuple[int, int]
-    text: str
 
 
 def arguments(
@@ -63,7 +61,7 @@ def arguments(
 
 def parse(out: str, err: str) -> Run | None:
     """Read the output of llama_main; None if it holds no statistics."""
-    text, found, rest = out.rpartition(STATISTICS)
+    _, found, rest = out.rpartition(STATISTICS)
     if not found:
         return None
     values: dict[str, Any] = json.loads(rest.splitlines()[0])
@@ -78,7 +76,6 @@ def parse(out: str, err: str) -> Run | None:
         prefill_ms=(values["prompt_eval_end_ms"] - values["inference_start_ms"]) / per_ms,
         decode_ms=decoding / max(steps, 1),
         rss_kib=(rss[0], max(rss)),
-        text=text.rstrip("\n"),
     )
 
 

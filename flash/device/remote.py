@@ -7,7 +7,6 @@ not.
 """
 
 import functools
-import hashlib
 import logging
 import os
 import secrets
@@ -26,6 +25,7 @@ from flash.device.base import Device
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
+from flash.records import file_digest
 
 SHELL_TIMEOUT_S = 60.0
 """Time limit of a short shell command [s]."""
@@ -317,5 +317,4 @@ def sha256_of(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _digest(path: Path, size: int, modified_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

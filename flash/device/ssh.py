@@ -46,7 +46,6 @@ class SshDevice(RemoteDevice):
             path = getattr(self._ssh, name)
             if path is not None and not Path(path).expanduser().is_file():
                 raise InputError(f"device.ssh.{name}={path}: no such file")
-        self._identity: dict[str, str | int] | None = None
         self._jobs = 0
         # Short: a socket's path has at most 107 characters.
         self._control = tempfile.mkdtemp(prefix="flash-ssh-")
@@ -58,21 +57,19 @@ class SshDevice(RemoteDevice):
         port = "" if self._ssh.port is None else f":{self._ssh.port}"
         return f"{self._ssh.host}{port}"
 
-    def identity(self) -> dict[str, str | int]:
-        """Processor, cores, threads, CPUs, system and runtime of the board; asked once."""
-        if self._identity is None:
-            probed = self._retrying(self._probe)
-            self._check_cores(probed["cores"])
-            self._identity = {
-                "device": self.settings.name,
-                "cpu": probed["cpu"],
-                "cores": probed["cores"],
-                "threads": self.settings.threads,
-                "cpus": ",".join(map(str, self.settings.pinned or ())),
-                "system": probed["system"],
-                "runtime": probed["runtime"],
-            }
-        return self._identity
+    def _identify(self) -> dict[str, str | int]:
+        """Processor, cores, threads, CPUs, system and runtime of the board."""
+        probed = self._retrying(self._probe)
+        self._check_cores(probed["cores"])
+        return {
+            "device": self.settings.name,
+            "cpu": probed["cpu"],
+            "cores": probed["cores"],
+            "threads": self.settings.threads,
+            "cpus": ",".join(map(str, self.settings.pinned or ())),
+            "system": probed["system"],
+            "runtime": probed["runtime"],
+        }
 
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
         """Run a job in one process of runner.py on the board; see `Device.run`."""

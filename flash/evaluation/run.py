@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec
 from flash.data.shards import tokenizer_digest
-from flash.device.factory import open_device
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
@@ -20,11 +19,12 @@ from flash.export.job import checkpoint_of
 from flash.export.result import ExportResult
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
-from flash.paths import Runs, digest
+from flash.paths import Runs
 from flash.prune.importance import fingerprint
+from flash.records import digest, file_digest, plain
 from flash.training.distributed import check_devices, main_device
 from flash.training.loggers import close_logger, make_logger
-from flash.training.run import arch_of, plain
+from flash.workspace import Workspace, arch_of, result_name
 
 if TYPE_CHECKING:
     from flash.evaluation.harness import TextLM
@@ -41,8 +41,9 @@ class EvaluatedModel:
         name: Name of the model.
         spec: Architecture.
         weights: Checkpoint folder, which may also hold the tokenizer.
-        program: Path of the .pte with `form: program`, else None.
+        program: Path of the .pte with `format: program`, else None.
         tokenizer: Tokenizer of the model.
+        workspace: Runs folder, backbone and device of the command.
     """
 
     settings: EvaluateSettings
@@ -51,6 +52,7 @@ class EvaluatedModel:
     weights: Path
     program: Path | None
     tokenizer: HarnessTokenizer
+    workspace: Workspace
 
     @classmethod
     def open(cls, settings: EvaluateSettings) -> "EvaluatedModel":
@@ -60,8 +62,8 @@ class EvaluatedModel:
             InputError: Weights, tokenizer, program or chat template are missing or do not match.
         """
         runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
-        spec = arch_of(settings.arch, backbone)
-        name = settings.name or backbone.name
+        workspace = Workspace(runs=runs, backbone=backbone, device_settings=settings.device)
+        spec, name = arch_of(settings.arch, backbone), result_name(settings)
         weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
         # Weights of random backbones come without a tokenizer.
         own = (weights / "tokenizer.json").is_file() or backbone.folder is None
@@ -79,7 +81,7 @@ class EvaluatedModel:
             program = program_of(runs.export(name), spec, weights)
         else:
             check_devices(settings.trainer)
-        return cls(settings, name, spec, weights, program, tokenizer)
+        return cls(settings, name, spec, weights, program, tokenizer, workspace)
 
     def key(self) -> dict[str, Any]:
         """Return all that determines the answers, apart from the questions."""
@@ -95,12 +97,10 @@ class EvaluatedModel:
                 "weights": fingerprint(self.weights),
                 "precision": settings.trainer.precision.value,
             }
-        with self.program.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        identity = open_device(settings.device).identity()
+        identity = self.workspace.device.identity()
         return {
             **known,
-            "program": content,
+            "program": file_digest(self.program),
             "context": settings.device.lowering.max_context,
             "device": [identity["cpu"], identity["runtime"]],
         }
@@ -111,7 +111,7 @@ class EvaluatedModel:
 
         settings = self.settings
         if self.program is not None:
-            device = open_device(settings.device)
+            device = self.workspace.device
             return ProgramLM(device, self.program, self.tokenizer, self.spec.layer_types)
         model = load(self.weights).to(main_device(settings.trainer))
         precision = settings.trainer.precision
@@ -228,9 +228,7 @@ def _digest_of(paths: list[Path]) -> str:
     """Hash the paths and contents of files."""
     hasher = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        hasher.update(f"{path} {content}\n".encode())
+        hasher.update(f"{path} {file_digest(path)}\n".encode())
     return hasher.hexdigest()[:16]
 
 

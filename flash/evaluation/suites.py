@@ -1,7 +1,6 @@
 """Results of benchmark suites, as files and as tables."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ from typing import Any
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.evaluation.settings import TaskSettings
-from flash.files import write_text
+from flash.records import find_json, read_json, write_json
+
+_AGAIN = "evaluate again"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class TaskResult:
 
     def write(self, folder: Path) -> None:
         """Write `NAME.json` atomically."""
-        values = dataclasses.asdict(self)
-        write_text(folder / f"{self.name}.json", json.dumps(values, indent=1) + "\n")
+        write_json(folder / f"{self.name}.json", self)
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "TaskResult | None":
@@ -44,8 +44,7 @@ class TaskResult:
         Raises:
             InputError: The file is damaged.
         """
-        path = folder / f"{name}.json"
-        return cls(**_read(path)) if path.is_file() else None
+        return find_json(folder / f"{name}.json", lambda values: cls(**values), _AGAIN)
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class SuiteResult:
     def write(self, folder: Path) -> None:
         """Write `SUITE.FORM.json` atomically."""
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
-        write_text(folder / f"{self.stem}.json", json.dumps(values, indent=1) + "\n")
+        write_json(folder / f"{self.stem}.json", values)
 
     @classmethod
     def read(cls, path: Path) -> "SuiteResult":
@@ -138,15 +137,15 @@ class SuiteResult:
         Raises:
             InputError: The file is damaged.
         """
-        values = _read(path)
-        try:
-            nested = {
-                "spec": ArchSpec.from_dict(values["spec"]),
-                "figures": [Figure(**row) for row in values["figures"]],
-            }
-            return cls(**{**values, **nested})
-        except (KeyError, TypeError, InputError) as error:
-            raise InputError(f"{path}: damaged ({error}); evaluate again") from error
+        return read_json(path, cls._from_json, _AGAIN)
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "SuiteResult":
+        nested = {
+            "spec": ArchSpec.from_dict(values["spec"]),
+            "figures": [Figure(**row) for row in values["figures"]],
+        }
+        return cls(**{**values, **nested})
 
 
 def table(result: SuiteResult) -> list[list[str]]:
@@ -181,10 +180,3 @@ def as_text(result: SuiteResult) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); delete it to evaluate again") from error

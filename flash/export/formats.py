@@ -5,12 +5,12 @@ given its own.
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from flash.arch import ArchSpec
 from flash.errors import CheckFailed, InputError
 from flash.export.settings import ExportFormat, FormatSettings
-from flash.files import write_text
 from flash.interop.gguf import (
     LIMITS,
     check_gguf,
@@ -29,6 +28,7 @@ from flash.interop.gguf import (
 from flash.interop.hf_folder import check_hf, transformers_spec, write_hf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
 from flash.model.decoder import Decoder
+from flash.records import find_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +54,18 @@ class FormatResult:
     size_bytes: int
     key: str
 
-    @staticmethod
-    def read(folder: Path, kind: ExportFormat) -> "FormatResult | None":
+    @classmethod
+    def read(cls, folder: Path, kind: ExportFormat) -> "FormatResult | None":
         """The result of a format in an export's folder, or None where there is none.
 
         Raises:
             InputError: The file is damaged.
         """
-        path = folder / f"{kind.value}.json"
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            return FormatResult(**{**values, "check": FormatCheck(**values["check"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to export again") from error
+        return find_json(folder / f"{kind.value}.json", cls._from_json, "export again")
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "FormatResult":
+        return cls(**{**values, "check": FormatCheck(**values["check"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +136,7 @@ def publish(
     finally:
         _remove(unproven)
     result = FormatResult(check, size, key)
-    write_text(
-        folder / f"{kind.value}.json", json.dumps(dataclasses.asdict(result), indent=1) + "\n"
-    )
+    write_json(folder / f"{kind.value}.json", result)
     return result
 
 

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
 from flash.device.base import Device
-from flash.device.factory import open_device
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
 from flash.export.result import ExportResult
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.model.backbone import Backbone
 from flash.model.settings import BackboneSettings
-from flash.paths import Runs, digest
+from flash.paths import Runs
 from flash.prune.importance import fingerprint
+from flash.records import digest, plain
 from flash.training.result import TrainResult
-from flash.training.run import Inputs, arch_of, plain
 from flash.training.settings import RecipeSettings
+from flash.workspace import Workspace, arch_of, result_name
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,8 @@ class ExportJob:
         name: Of the result.
         spec: Architecture of the weights.
         weights: The checkpoint folder.
-        device: Where the program is measured.
         reference: The backbone's result, to measure in turns with.
-        inputs: Tokenizer and text.
+        workspace: Backbone, tokenizer, text, and the device of the measurement.
         keys: For each format a hash of all that decides its result.
     """
 
@@ -44,9 +43,8 @@ class ExportJob:
     name: str
     spec: ArchSpec
     weights: Path
-    device: Device
     reference: ExportResult | None
-    inputs: Inputs
+    workspace: Workspace
     keys: dict[ExportFormat, str]
 
     @classmethod
@@ -58,21 +56,31 @@ class ExportJob:
         """
         backbone = Backbone.open(settings.backbone)
         spec = arch_of(settings.arch, backbone)
-        name = settings.name or backbone.name
+        name = result_name(settings)
         weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
-        device = open_device(settings.device)
-        recipe = RecipeSettings(name="export", tokens=1)
-        inputs = Inputs.open(backbone, settings.data, recipe, seed=settings.seed, runs=runs)
+        workspace = Workspace(
+            runs=runs,
+            backbone=backbone,
+            data_settings=settings.data,
+            device_settings=settings.device,
+            seed=settings.seed,
+        )
+        device = workspace.device
         # A winner is measured in turns with its backbone, if that has a program for this device.
         whole = spec == backbone.spec
         reference = None if whole else _reference(runs.export(backbone.name), device)
-        keys = _keys(settings, weights, device, reference, inputs)
-        return cls(settings, name, spec, weights, device, reference, inputs, keys)
+        keys = _keys(settings, weights, reference, workspace)
+        return cls(settings, name, spec, weights, reference, workspace, keys)
+
+    @property
+    def device(self) -> Device:
+        """Where the program is measured."""
+        return self.workspace.device
 
     @property
     def folder(self) -> Path:
         """Where results go."""
-        return self.inputs.runs.export(self.name)
+        return self.workspace.runs.export(self.name)
 
     @property
     def key(self) -> str:
@@ -82,7 +90,7 @@ class ExportJob:
     @property
     def token_ids(self) -> dict[str, int]:
         """Special tokens for the config files of formats."""
-        end = self.inputs.end_of_text
+        end = self.workspace.end_of_text
         return {"bos_token_id": end, "eos_token_id": end}
 
     @property
@@ -96,7 +104,7 @@ class ExportJob:
         )
         length = min(limits)
         count = max(1, settings.perplexity_tokens // length)
-        sequences = self.inputs.data.validation_set
+        sequences = self.workspace.data.validation_set
         return [sequences[i].tokens[:length] for i in range(min(count, len(sequences)))]
 
     def check(self) -> None:
@@ -113,7 +121,7 @@ class ExportJob:
         if ExportFormat.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
             self._compare_rounding()
-        path = self.inputs.tokenizer_path
+        path = self.workspace.tokenizer_path
         check_formats(settings.format, settings.formats, self.spec, path, self.token_ids)
         for kind in settings.format:
             self._keep(kind)
@@ -122,12 +130,13 @@ class ExportJob:
     def _compare_rounding(self) -> None:
         """Warn where the weights were trained for another rounding than the device's."""
         trained = TrainResult.read(self.weights.parent)
-        recipe = RecipeSettings(name="none", tokens=1)
         if trained is None or not trained.settings["recipe"]["qat"]:
             return
         for key in ("group_size", "embedding_bits"):
             ours = getattr(self.settings.device.lowering, key)
-            theirs = trained.settings["recipe"].get(f"qat_{key}", getattr(recipe, f"qat_{key}"))
+            theirs = trained.settings["recipe"].get(
+                f"qat_{key}", getattr(RecipeSettings, f"qat_{key}")
+            )
             if ours != theirs:
                 log.warning(
                     "%s was trained with recipe.qat_%s=%d, not with device.lowering.%s=%d: the "
@@ -149,7 +158,7 @@ class ExportJob:
         floats = 4 * count_parameters(self.spec).total
         sizes = {ExportFormat.executorch: self.settings.device.lowering.weight_bytes(self.spec)}
         needed = sum(sizes.get(kind, floats) for kind in self.settings.format)
-        root = self.inputs.runs.root
+        root = self.workspace.runs.root
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
         require(
@@ -199,14 +208,14 @@ def _reference(folder: Path, device: Device) -> ExportResult | None:
 def _keys(
     settings: ExportSettings,
     weights: Path,
-    device: Device,
     reference: ExportResult | None,
-    inputs: Inputs,
+    workspace: Workspace,
 ) -> dict[ExportFormat, str]:
-    text = [inputs.data.digest, settings.data.validation_sequences, settings.perplexity_tokens]
+    data = settings.data
+    text = [workspace.data.digest, data.validation_sequences, settings.perplexity_tokens]
     source = {"weights": fingerprint(weights), "data": text}
     program = {
-        "device": device.identity(),
+        "device": workspace.device.identity(),
         "device_settings": plain(settings.device),
         "gate": plain(settings.gate),
         "text": [settings.prompt, settings.new_tokens],

@@ -1,41 +1,33 @@
 """`measure_shape`: the latency of a shape with random weights, our own or a stock baseline's."""
 
 import dataclasses
-import json
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from flash.arch import ArchSpec, count_parameters
+from flash.arch import count_parameters
 from flash.device.base import Device
-from flash.device.factory import open_device
-from flash.device.measurement import Measurement, Program
+from flash.device.measurement import Measurement
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, require
-from flash.files import write_text
+from flash.errors import require
 from flash.interop.baselines import StockModel, stock_model
-from flash.interop.export_llm import check_stock, lower_stock
-from flash.latency.profiler import RUNTIME
-from flash.latency.profiler import plain as lowering_plain
-from flash.lowering.lower import lower, write
+from flash.interop.export_llm import check_stock
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Shape, Subject, recorded_lower_s
+from flash.latency.store import MeasurementStore
 from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.backbone import Backbone
-from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
-from flash.paths import Runs, digest
-from flash.training.run import arch_of, plain
+from flash.paths import Runs
+from flash.records import digest, plain, read_json, write_json
+from flash.workspace import arch_of
 
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
 """`model=random`: no weights are read and none are judged."""
-
-Shape = ArchSpec | StockModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +41,7 @@ class ShapeResult:
         parameters: Tied ones once.
         measurement: Latencies on the device.
         pte_bytes: Size of the program.
-        lower_s: Seconds from shape to file; None if the file was there.
+        lower_s: Seconds from shape to file; None in results of older versions.
         device: Identity of the device.
         conditions: Hash of all that other shapes must share with this one to be compared.
         key: Hash of all that decides the result.
@@ -73,7 +65,7 @@ class ShapeResult:
 
     def write(self, path: Path) -> None:
         """Store as JSON, atomically."""
-        write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_json(path, self)
 
     @classmethod
     def read(cls, path: Path) -> "ShapeResult":
@@ -82,12 +74,12 @@ class ShapeResult:
         Raises:
             InputError: The file is damaged.
         """
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            measurement = Measurement.from_dict(values["measurement"])
-            return cls(**{**values, "measurement": measurement})
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to measure again") from error
+        return read_json(path, cls._from_json, "measure again")
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "ShapeResult":
+        measurement = Measurement.from_dict(values["measurement"])
+        return cls(**{**values, "measurement": measurement})
 
 
 def shape_of(
@@ -108,46 +100,52 @@ def shape_of(
     return found
 
 
-def measure_shape(
-    name: str, shape: Shape, settings: DeviceSettings, runs: Runs, *, seed: int = 0
-) -> ShapeResult:
+def measure_shape(name: str, shape: Shape, device: Device, runs: Runs) -> ShapeResult:
     """Lower `shape` with random weights and time it, or return the finished result of the same.
 
+    What the measurement store has of it under the same conditions is not measured again.
+
     Args:
-        name: Names the files, and the row of `table6`.
+        name: Names the result's file, and the row of `table6`.
         shape: What to measure.
-        settings: Where and how; also what the program is lowered for.
-        runs: Program and result are kept in its folder `shapes`.
-        seed: Of the random weights.
+        device: Where; its settings say how, and what the program is lowered for.
+        runs: The result is kept in its folder `shapes`.
 
     Raises:
         InputError: Settings that cannot be used with this shape, or a damaged result.
         CheckFailed: ExecuTorch's export failed.
         DeviceError: A process on the device died or took too long.
     """
-    conditions = conditions_of(open_device(settings))
-    settings = _for_shape(shape, settings)
+    settings, conditions = _for_shape(shape, device.settings), conditions_of(device)
     _check(shape, settings.lowering)
-    device = open_device(settings)
-    key = digest({"shape": shape.to_dict(), "conditions": conditions, "seed": seed})
+    # The seed of the weights, which is always the same, has been a part of the key.
+    key = digest({"shape": shape.to_dict(), "conditions": conditions, "seed": 0})
     path = ShapeResult.path(runs, settings, name)
     if path.is_file():
         found = ShapeResult.read(path)
         if found.key == key:
             log.info("%s is finished: %s", name, path)
             return found
-    program, lower_s = _program(name, shape, settings.lowering, runs, seed)
-    subject = Program(name=name, path=program, vocab_size=shape.vocab_size)
+    profiler = Profiler(
+        device=device,
+        workload=settings.workload,
+        lowering=settings.lowering,
+        store=MeasurementStore(runs.measurements),
+        cache_dir=runs.lowered,
+    )
+    subject = Subject.of(shape)
+    program = profiler.lowered(subject)
     log.info("%s: measuring on %s", name, settings.name)
+    measurement = dataclasses.replace(profiler.measure_alone(subject), name=name)
     stock = isinstance(shape, StockModel)
     result = ShapeResult(
         name=name,
         shape=shape.to_dict(),
         stack="export_llm" if stock else "flash",
         parameters=shape.parameters if stock else count_parameters(shape).total,
-        measurement=device.measure([subject], settings.workload)[0],
+        measurement=measurement,
         pte_bytes=program.stat().st_size,
-        lower_s=lower_s,
+        lower_s=recorded_lower_s(program),
         device=device.identity(),
         conditions=conditions,
         key=key,
@@ -156,14 +154,14 @@ def measure_shape(
     return result
 
 
-def shape_results(runs: Runs, settings: DeviceSettings) -> list[ShapeResult]:
+def shape_results(runs: Runs, device: Device) -> list[ShapeResult]:
     """All results that were measured with these settings on this device, by name.
 
     Raises:
         InputError: A file is damaged.
     """
-    conditions = conditions_of(open_device(settings))
-    found = map(ShapeResult.read, sorted(_folder(runs, settings).glob("*.json")))
+    conditions = conditions_of(device)
+    found = map(ShapeResult.read, sorted(_folder(runs, device.settings).glob("*.json")))
     return [result for result in found if result.conditions == conditions]
 
 
@@ -189,27 +187,3 @@ def _check(shape: Shape, settings: LoweringSettings) -> None:
         check_stock(shape, settings)
     else:
         settings.check_fits(shape)
-
-
-def _program(
-    name: str, shape: Shape, settings: LoweringSettings, runs: Runs, seed: int
-) -> tuple[Path, float | None]:
-    """The program's file and the seconds that it took to make; None if it was there."""
-    decisive = {
-        "shape": shape.to_dict(),
-        "lowering": lowering_plain(settings),
-        "seed": seed,
-        "runtime": RUNTIME,
-    }
-    path = runs.shapes / f"{name}-{digest(decisive)}.pte"
-    if path.is_file():
-        return path, None
-    log.info("%s: lowering, minutes for a large model", name)
-    started = time.perf_counter()
-    if isinstance(shape, StockModel):
-        lower_stock(shape, settings, path, seed=seed)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            write(path, lower(Decoder(shape), settings))
-    return path, time.perf_counter() - started

@@ -1,16 +1,14 @@
 """What an export found, as the file that the report reads."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
 from flash.device.measurement import Measurement
-from flash.errors import InputError
 from flash.export.perplexity import ProgramQuality
-from flash.files import write_text
+from flash.records import find_json, write_json
 from flash.training.fit import ValidationMetrics
 
 
@@ -60,7 +58,7 @@ class ExportResult:
     def write(self, folder: Path) -> None:
         """Store as `export.json`, atomically."""
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
-        write_text(folder / "export.json", json.dumps(values, indent=1) + "\n")
+        write_json(folder / "export.json", values)
 
     @classmethod
     def read(cls, folder: Path) -> "ExportResult | None":
@@ -69,17 +67,14 @@ class ExportResult:
         Raises:
             InputError: The file is damaged.
         """
-        path = folder / "export.json"
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            nested = {
-                "spec": ArchSpec.from_dict(values["spec"]),
-                "quality": ValidationMetrics(**values["quality"]),
-                "artefact": ProgramQuality(**values["artefact"]),
-                "measurement": Measurement.from_dict(values["measurement"]),
-            }
-            return cls(**{**values, **nested})
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to export again") from error
+        return find_json(folder / "export.json", cls._from_json, "export again")
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "ExportResult":
+        nested = {
+            "spec": ArchSpec.from_dict(values["spec"]),
+            "quality": ValidationMetrics(**values["quality"]),
+            "artefact": ProgramQuality(**values["artefact"]),
+            "measurement": Measurement.from_dict(values["measurement"]),
+        }
+        return cls(**{**values, **nested})

@@ -1,13 +1,13 @@
 """`export.py`: weights -> .pte, parity gate, measurement on the device, text from the artefact."""
 
 import dataclasses
-import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
+from flash.device.factory import open_device
 from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed
 from flash.export.formats import ExportSource, publish
@@ -18,9 +18,9 @@ from flash.export.result import ExportResult
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.export.summary import describe, describe_format
 from flash.export.table6 import table6
-from flash.files import write_text
-from flash.latency.profiler import conditions_of, of_point
-from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
+from flash.latency.store import MeasurementStore
 from flash.lowering.bisect_layers import locate_failure
 from flash.lowering.gate import GateReport, check_parity
 from flash.lowering.lower import lower, write
@@ -28,9 +28,10 @@ from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
+from flash.records import plain, read_json, write_json
 from flash.training.fit import validate
 from flash.training.loggers import close_logger, make_logger
-from flash.training.run import plain
+from flash.workspace import result_name
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +70,15 @@ def export(settings: ExportSettings) -> ExportResult | None:
 
 def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
     shape = shape_of(settings.arch, settings.backbone, settings.model)
-    name = settings.name or settings.backbone.name
-    measure_shape(name, shape, settings.device, runs, seed=settings.seed)
-    print(f"\n{table6(shape_results(runs, settings.device))}")
+    device = open_device(settings.device)
+    measure_shape(result_name(settings), shape, device, runs)
+    print(f"\n{table6(shape_results(runs, device))}")
 
 
 def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
     """Write and prove the formats other than the program."""
     model = load_checkpoint(job.weights)
-    path = job.inputs.tokenizer_path
+    path = job.workspace.tokenizer_path
     source = ExportSource(model=model, text=job.texts[0], tokenizer=path, token_ids=job.token_ids)
     for kind in kinds:
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
@@ -85,34 +86,35 @@ def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
 
 
 def _export(job: ExportJob) -> ExportResult:
-    settings, name, inputs = job.settings, job.name, job.inputs
+    settings, name, workspace = job.settings, job.name, job.workspace
+    predicted = _predicted(workspace.runs, name, job.spec)
     model = load_checkpoint(job.weights)
     log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
     start = time.perf_counter()
-    end = inputs.end_of_text
+    end = workspace.end_of_text
     program = lower(model, settings.device.lowering, bos_id=end, eos_ids=(end,))
     lower_s = time.perf_counter() - start
     report = _prove(job, model, program)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
-    measurement, speedups = _measure(job, model)
-    prompt = inputs.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
+    measurement, speedups = _measure(job, model, lower_s)
+    prompt = workspace.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
     ids = job.device.generate(path, prompt, settings.new_tokens, stop=(end,))
     return ExportResult(
         name=name,
         spec=model.spec,
         parameters=count_parameters(model.spec).total,
-        quality=validate(model, inputs.data, settings.trainer.precision),
+        quality=validate(model, workspace.data, settings.trainer.precision),
         artefact=program_quality(model, path, job.device, job.texts),
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,
         reference=job.reference.name if job.reference else None,
         speedups=speedups,
-        predicted=_predicted(inputs.runs, name, model.spec),
+        predicted=predicted,
         prompt=settings.prompt,
-        completion=inputs.tokenizer.decode(ids),
+        completion=workspace.tokenizer.decode(ids),
         device=job.device.identity(),
         lower_s=lower_s,
         key=job.key,
@@ -125,41 +127,40 @@ def _prove(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
     lowering, gate = job.settings.device.lowering, job.settings.gate
     path = job.folder / "gate.json"
     report = check_parity(model, lowering, job.texts[0], gate, program=program)
-    write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
+    write_json(path, report.to_dict())
     stage = report.first_failure
     if stage is None:
         return report
     where = locate_failure(model, lowering, job.texts[0], gate, stage)
     report = dataclasses.replace(report, where=where)
-    write_text(path, json.dumps(report.to_dict(), indent=1) + "\n")
+    write_json(path, report.to_dict())
     raise CheckFailed(
         f"{job.name}: the parity gate failed at stage {stage.value}, {where}; nothing was "
         f"published, see {path}\n{report}"
     )
 
 
-def _measure(job: ExportJob, model: Decoder) -> tuple[Measurement, dict[str, float]]:
+def _measure(
+    job: ExportJob, model: Decoder, lower_s: float
+) -> tuple[Measurement, dict[str, float]]:
     """Latencies, and how many times faster than the reference program of the same processes."""
-    settings, device, runs = job.settings, job.device, job.inputs.runs
+    settings, runs = job.settings, job.workspace.runs
     vocab_size = model.spec.vocab_size
-    other = None
+    beside = None
     if job.reference is not None:
         path = runs.export(job.reference.name) / "model.pte"
         other = Program(name="reference", path=path, vocab_size=vocab_size)
-    subject = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    measured = device.measure([subject], settings.device.workload, other)[0]
-    store = MeasurementStore(runs.measurements)
-    workload, lowering = settings.device.workload, settings.device.lowering
-    spec = model.spec.replace(tie_embeddings=True)  # tied or not, the programs are the same
-    for point in workload.points:
-        row = StoredLatency(
-            kind=SubjectKind.model,
-            subject=spec.to_dict(),
-            conditions=conditions_of(device, workload, point, lowering),
-            result={**of_point(measured, point), "reference": None, "lower_s": None},
-        )
-        store.append(row)
-    if other is None:
+        beside = Subject.of(job.reference.spec), other
+    profiler = Profiler(
+        device=job.device,
+        workload=settings.device.workload,
+        lowering=settings.device.lowering,
+        store=MeasurementStore(runs.measurements),
+        cache_dir=runs.lowered,
+    )
+    program = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
+    measured = profiler.measure_program(Subject.of(model.spec), program, beside, lower_s)
+    if beside is None:
         return measured, {}
     kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
     speedups = {
@@ -170,17 +171,20 @@ def _measure(job: ExportJob, model: Decoder) -> tuple[Measurement, dict[str, flo
 
 
 def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
-    """What the search that found this arch, or that had this backbone, predicted for it."""
-    for path in sorted((runs.root / "studies").glob("*/frontier.json")):
-        found = json.loads(path.read_text("utf-8"))
+    """Latencies that the search which found this arch, or had this backbone, predicted for it."""
+
+    def prediction(found: dict[str, Any]) -> dict[str, Any] | None:
         by_number = {trial["number"]: trial for trial in found["trials"]}
         for number, stem in found["names"].items():
             if stem == name and by_number[int(number)]["spec"] == spec.to_dict():
                 return found["predicted"][number]
         backbone = found["backbone"]
-        if backbone["name"] == name and backbone["spec"] == spec.to_dict():
-            return backbone["predicted"]
-    return None
+        same = backbone["name"] == name and backbone["spec"] == spec.to_dict()
+        return backbone["predicted"] if same else None
+
+    paths = sorted((runs.root / "studies").glob("*/frontier.json"))
+    predictions = (read_json(path, prediction, "run search.py again") for path in paths)
+    return next((found for found in predictions if found is not None), None)
 
 
 def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flash.arch import ArchSpec, CacheFormat, Quantization
+from flash.arch import CacheFormat, Quantization
 from flash.errors import CheckFailed, require
-from flash.interop.baselines import StockModel, to_stock_model
+from flash.interop.baselines import StockModel
 from flash.log_filters import is_noise
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
@@ -72,20 +72,6 @@ def lower_stock(
             os.fsync(file.fileno())
         os.replace(program, path)
     log.debug("%s: export_llm took %.0f s", model.name, time.perf_counter() - started)
-
-
-def lower_stock_arch(
-    spec: ArchSpec, lowering: LoweringSettings, path: Path, *, seed: int = 0
-) -> None:
-    """Lower one of our architectures with `lower_stock`.
-
-    Raises:
-        InputError: ExecuTorch's exporter cannot write this combination, or `lowering` does not fit
-            `spec`.
-        CheckFailed: The export failed; the message ends with the last lines that it printed.
-    """
-    lowering.check_fits(spec)
-    lower_stock(to_stock_model(spec), lowering, path, seed=seed)
 
 
 def check_stock(model: StockModel, lowering: LoweringSettings) -> None:

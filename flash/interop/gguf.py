@@ -26,13 +26,13 @@ from torch import Tensor
 
 from flash.arch import ArchSpec, Attention, RopeKind
 from flash.errors import CheckFailed, InputError, require
-from flash.files import replacing
 from flash.interop.gguf_tokenizer import Vocabulary, read_vocabulary
 from flash.interop.hf_folder import zero_filled_state
 from flash.interop.settings import GgufFormat
 from flash.lowering.bisect_layers import first_failing_layer
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits, compare, require_text
 from flash.model.decoder import Decoder, rotary_frequencies
+from flash.records import replacing
 
 _F32 = 0
 """Number of the cache type float32 in llama.cpp."""

@@ -16,12 +16,13 @@ from flash.latency.active_learning import ErrorEstimate, choose, extrapolates, s
 from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import BlockShape, BlockTable, Grid, grid_points
-from flash.latency.cost_model import Specs, Values, flops, parameters
+from flash.latency.cost_model import Values, flops, parameters
+from flash.latency.drift import comparable
 from flash.latency.gp import GaussianProcess
-from flash.latency.interpolation import Interpolated
 from flash.latency.power_law import PowerLaw
-from flash.latency.prediction import Prediction, Predictor, Scores, cross_predict, score
-from flash.latency.profiler import Profiler, Subject, comparable
+from flash.latency.prediction import Predictor, Scores, cross_predict, score
+from flash.latency.profiler import Profiler
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore, StoredLatency
 from flash.latency.transfer import TransferPredictor
@@ -63,22 +64,6 @@ class LatencyModel:
     values_ms: Mapping[Point, Values]
     left_out_ms: Mapping[Point, Values]
     rows: tuple[StoredLatency, ...]
-
-    @property
-    def target(self) -> Predictor:
-        """Predictor of the latency that the search minimises."""
-        return self.predictors[self.objective]
-
-    def predict(self, specs: Specs, point: Point) -> Prediction:
-        """Latencies at a measured point, or between two of its phase.
-
-        Raises:
-            InputError: The point lies outside the measured ones.
-        """
-        if point in self.predictors:
-            return self.predictors[point].predict(specs)
-        alike = {p: each for p, each in self.predictors.items() if p.phase is point.phase}
-        return Interpolated(alike).predict(specs, point)
 
     def describe(self) -> str:
         """Cross-validation as text, one line for each point and predictor."""
@@ -131,7 +116,7 @@ def collect(
         InputError: What cannot be measured on this device.
     """
     _check(device, workload, lowering, settings)
-    bench = make_bench(
+    profiler = make_profiler(
         backbone=backbone,
         device=device,
         workload=workload,
@@ -145,15 +130,15 @@ def collect(
         grid = make_grid(space, backbone, settings)
         blocks = grid_subjects(grid, backbone)
     # The store may know more models than are asked for: they cost nothing, so they all count.
-    last = backbone.replace(tie_embeddings=True)  # tied or not, the programs are the same
-    known = [spec for spec in bench.known_models() if spec != last and spec in space]
+    last = backbone.as_program()
+    known = [spec for spec in profiler.known_models() if spec != last and spec in space]
     if settings.predictor is PredictorKind.analytical:
-        models = _measure_actively(bench, space, known, last, seed)
+        models = _measure_actively(profiler, space, known, last, seed)
     else:
         planned = whole_models(space, backbone, settings.num_whole_models, seed)
         models = [*dict.fromkeys([*planned[:-1], *known]), last]
-        bench.measure_missing([*blocks, *(Subject(spec=spec) for spec in models)])
-    model = _fit(bench, backbone, grid, models)
+        profiler.measure_missing([*blocks, *(Subject(spec=spec) for spec in models)])
+    model = _fit(profiler, backbone, grid, models)
     for line in model.describe().splitlines():
         logger.info("latency: %s", line)
     return model
@@ -181,19 +166,19 @@ def _check(
 
 
 def _measure_actively(
-    bench: Profiler, space: SearchSpace, known: Sequence[ArchSpec], last: ArchSpec, seed: int
+    profiler: Profiler, space: SearchSpace, known: Sequence[ArchSpec], last: ArchSpec, seed: int
 ) -> list[ArchSpec]:
     """Measure what teaches most until the predictor is good enough; the models, `last` last.
 
     Ends when the error of left-out models is below the target and hardly any candidate lies beyond
     the measured ones, or when `whole_models` are measured.
     """
-    settings, objective = bench.settings, bench.workload.first(bench.settings.objective)
-    make = _maker(settings.predictor, objective, bench, None)
+    settings, objective = profiler.settings, profiler.workload.first(profiler.settings.objective)
+    make = _maker(settings.predictor, objective, profiler, None)
     pool = space.stratified(np.random.default_rng(seed), _POOL)
     models = [*known, last]
-    chooser = _source(bench, objective) or AnalyticalPredictor(
-        objective, bench.lowering, bench.lowering.chunk
+    chooser = _source(profiler, objective) or AnalyticalPredictor(
+        objective, profiler.lowering, profiler.lowering.chunk
     )
 
     def grown() -> list[ArchSpec]:
@@ -203,10 +188,10 @@ def _measure_actively(
     if len(models) < _LEAST_JUDGED:
         models = grown()
     while True:
-        bench.measure_missing([Subject(spec=spec) for spec in models])
+        profiler.measure_missing([Subject(spec=spec) for spec in models])
         estimate, beyond = None, 1.0
         if len(models) >= _LEAST_JUDGED:
-            values, errors = _whole_ms(bench, models, objective)
+            values, errors = _whole_ms(profiler, models, objective)
             estimate = ErrorEstimate.of(
                 cross_predict(make, models, values, errors, folds=len(models)), values
             )
@@ -229,20 +214,20 @@ def _measure_actively(
         models = grown()
 
 
-def _source(bench: Profiler, point: Point) -> AnalyticalPredictor | None:
-    """What `transfer_from` measured, as a predictor of that device; None without."""
-    device = bench.settings.transfer_from
+def _source(profiler: Profiler, point: Point) -> AnalyticalPredictor | None:
+    """Predictor of the device `transfer_from`, fitted to its measurements; None without one."""
+    device = profiler.settings.transfer_from
     if device is None:
         return None
-    attempts = bench.attempts_of(device, point)
+    attempts = profiler.attempts_of(device, point)
     values, errors = comparable(attempts, point.phase)
     specs = [rows[0].spec for rows in attempts]
-    return AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk).fit(
+    return AnalyticalPredictor(point, profiler.lowering, profiler.lowering.chunk).fit(
         specs, values, errors
     )
 
 
-def make_bench(
+def make_profiler(
     *,
     backbone: ArchSpec,
     device: Device,
@@ -252,13 +237,12 @@ def make_bench(
     store: MeasurementStore,
     cache_dir: Path,
 ) -> Profiler:
-    """A bench whose reference program is the lower half of the backbone.
+    """A profiler whose reference program is the lower half of the backbone.
 
     That has every operator of a model and about the running time of a candidate.
     """
-    half = backbone.replace(
-        layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2),
-        tie_embeddings=True,
+    half = backbone.as_program().replace(
+        layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2)
     )
     weights = lowering.weight_bytes(backbone)
     return Profiler(
@@ -275,7 +259,7 @@ def make_bench(
 
 def whole_models(space: SearchSpace, backbone: ArchSpec, num: int, seed: int) -> list[ArchSpec]:
     """`num` members of the space (fewer if it is tiny) spread over its sizes, then the backbone."""
-    last = backbone.replace(tie_embeddings=True)  # tied or not, the programs are the same
+    last = backbone.as_program()
     pool = space.stratified(np.random.default_rng(seed), max(num, _POOL))
     return [*[spec for spec in pool if spec != last][:num], last]
 
@@ -290,17 +274,19 @@ def make_grid(space: SearchSpace, backbone: ArchSpec, settings: LatencySettings)
     )
 
 
-def _whole_ms(bench: Profiler, models: Sequence[ArchSpec], point: Point) -> tuple[Values, Values]:
+def _whole_ms(
+    profiler: Profiler, models: Sequence[ArchSpec], point: Point
+) -> tuple[Values, Values]:
     """Latencies of measured models at one point and their standard errors [ms]."""
-    attempts = [bench.attempts(Subject(spec=spec), point) for spec in models]
+    attempts = [profiler.attempts(Subject(spec=spec), point) for spec in models]
     return comparable(attempts, point.phase)
 
 
 def _fit(
-    bench: Profiler, backbone: ArchSpec, grid: Grid | None, models: Sequence[ArchSpec]
+    profiler: Profiler, backbone: ArchSpec, grid: Grid | None, models: Sequence[ArchSpec]
 ) -> LatencyModel:
     """Fit and cross-validate every point."""
-    chosen = bench.settings.predictor
+    chosen = profiler.settings.predictor
     subjects = [
         *(grid_subjects(grid, backbone) if grid else ()),
         *(Subject(spec=spec) for spec in models),
@@ -310,27 +296,27 @@ def _fit(
     left_out_ms: dict[Point, Values] = {}
     scores: dict[Point, dict[str, Scores]] = {}
     all_rows: list[StoredLatency] = []
-    for point in bench.workload.points:
-        attempts = [bench.attempts(subject, point) for subject in subjects]
+    for point in profiler.workload.points:
+        attempts = [profiler.attempts(subject, point) for subject in subjects]
         all_rows += [row for rows in attempts for row in rows]
         all_ms, all_errors_ms = comparable(attempts, point.phase)
         values, errors = all_ms[-len(models) :], all_errors_ms[-len(models) :]
         table = None
         if grid is not None:
             parts_ms = dict(zip(grid.parts(), all_ms.tolist(), strict=False))
-            table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
+            table = BlockTable(point, backbone, grid, parts_ms, profiler.lowering)
         scores[point] = {}
         for kind in dict.fromkeys((chosen, PredictorKind.params, PredictorKind.flops)):
-            make = _maker(kind, point, bench, table)
+            make = _maker(kind, point, profiler, table)
             left_out = cross_predict(make, models, values, errors)
             scores[point][kind.value] = score(left_out, values)
             if kind is chosen:
                 left_out_ms[point] = left_out.mean
-        predictors[point] = _maker(chosen, point, bench, table)().fit(models, values, errors)
+        predictors[point] = _maker(chosen, point, profiler, table)().fit(models, values, errors)
         values_ms[point] = values
     return LatencyModel(
         predictors=predictors,
-        objective=bench.workload.first(bench.settings.objective),
+        objective=profiler.workload.first(profiler.settings.objective),
         scores=scores,
         models=tuple(models),
         values_ms=values_ms,
@@ -340,14 +326,14 @@ def _fit(
 
 
 def _maker(
-    kind: PredictorKind, point: Point, bench: Profiler, table: BlockTable | None
+    kind: PredictorKind, point: Point, profiler: Profiler, table: BlockTable | None
 ) -> Callable[[], Predictor]:
-    """What gives an unfitted predictor of this kind."""
+    """A function that makes an unfitted predictor of this kind."""
     match kind:
-        case PredictorKind.analytical if (source := _source(bench, point)) is not None:
+        case PredictorKind.analytical if (source := _source(profiler, point)) is not None:
             return lambda: TransferPredictor(source)
         case PredictorKind.analytical:
-            return lambda: AnalyticalPredictor(point, bench.lowering, bench.lowering.chunk)
+            return lambda: AnalyticalPredictor(point, profiler.lowering, profiler.lowering.chunk)
         case PredictorKind.blocks:
             assert table is not None
             return lambda: BlockPredictor(table)

@@ -107,20 +107,6 @@ def score(prediction: Prediction, values_ms: Values) -> Scores:
     )
 
 
-def cross_validate(
-    make_predictor: Callable[[], Predictor],
-    specs: Sequence[ArchSpec],
-    values_ms: Values,
-    errors_ms: Values | None = None,
-    *,
-    folds: int | None = None,
-    seed: int = 0,
-) -> Scores:
-    """Scores of `cross_predict`, which has the same arguments."""
-    prediction = cross_predict(make_predictor, specs, values_ms, errors_ms, folds=folds, seed=seed)
-    return score(prediction, values_ms)
-
-
 def cross_predict(
     make_predictor: Callable[[], Predictor],
     specs: Sequence[ArchSpec],

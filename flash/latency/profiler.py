@@ -1,54 +1,33 @@
-"""Lowering and measuring what the store lacks, in groups, resumable at any point."""
+"""Measurements of programs on one device: taken, stored, and not taken again."""
 
 import dataclasses
-import hashlib
-import json
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from flash.arch import ArchSpec
 from flash.device.base import Device
-from flash.device.measurement import Measurement, Program, standard_error
+from flash.device.measurement import Measurement, Program
 from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError
-from flash.files import atomic_write, write_text
-from flash.latency.cost_model import Values
+from flash.latency.drift import comparable, reference_ms
+from flash.latency.programs import Subject, cached_program, recorded_lower_s
+from flash.latency.rows import conditions_of, joined, of_point
 from flash.latency.settings import LatencySettings
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
-from flash.lowering.blocks import Block, lower_block
-from flash.lowering.lower import lower
 from flash.lowering.settings import LoweringSettings
-from flash.model.decoder import Decoder
 from flash.progress import progress_bar
+from flash.records import digest
 
 logger = logging.getLogger(__name__)
 
-LOWERING_VERSION = 3
-"""To be raised when flash.lowering writes other programs for the same spec and settings, so that
-old programs are not taken from the cache nor old latencies from the store."""
-
-RUNTIME = f"executorch {version('executorch')}"
-"""What wrote a program; a device's own runtime is part of its identity."""
-PROTOCOL = ("processes", "warmups", "runs")
-"""Settings of a device that say how it times."""
 _SLOW = 1.15
 """A group whose reference program took this many times the best group's was disturbed: seen on a
 busy machine at 2.3, in all processes of the group alike, so that comparing those showed nothing."""
-_REFERENCE_NOISE = {Phase.prefill: 1.0, Phase.decode: 1.06}
-"""Slowness of a reference program that is taken for noise. Of pairs of measurements of whole models
-half an hour and more apart (benchmarks/data/flash_space.jsonl, another whole model standing in for
-the reference), prefills at 2048 disagreed by 5.4 % as measured, 3.0 % corrected from 1.03 on and
-1.9 % corrected in full; decode steps by 1.9 %, 1.5 % corrected from 1.06 on, 3.0 % in full."""
 _LEAST_TRANSFERRED = 8
 """Whole models from which a predictor can be fitted that another device may start from."""
 _SHARED = 0.25
@@ -59,72 +38,33 @@ _LOOSER = {Phase.prefill: 1.0, Phase.decode: 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """Something to lower and measure: a whole model or one block."""
-
-    spec: ArchSpec | None = None
-    block: Block | None = None
-
-    @property
-    def kind(self) -> SubjectKind:
-        return SubjectKind.model if self.block is None else SubjectKind.block
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; equal for subjects that have the same program."""
-        if self.block is not None:
-            return {"kind": self.block.kind.value, "spec": self.block.spec.to_dict()}
-        assert self.spec is not None
-        return self.spec.to_dict()
-
-    def lower(self, settings: LoweringSettings) -> bytes:
-        """The program, with random weights: they do not change its latency."""
-        if self.block is not None:
-            return lower_block(self.block, settings)
-        assert self.spec is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return lower(Decoder(self.spec), settings)
-
-    def program(self, path: Path, flush_mib: int) -> Program:
-        """How the device is told of it; only blocks need their weights evicted."""
-        name = str(self)
-        if self.block is None:
-            assert self.spec is not None
-            return Program(name=name, path=path, vocab_size=self.spec.vocab_size)
-        spec = self.block.spec
-        if self.block.takes_tokens:
-            return Program(name=name, path=path, vocab_size=spec.vocab_size, flush_mib=flush_mib)
-        return Program(name=name, path=path, model_dim=spec.model_dim, flush_mib=flush_mib)
-
-    def __str__(self) -> str:
-        return str(self.spec if self.block is None else self.block)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Profiler:
-    """Measures subjects on one device under one workload; what is measured is in the store.
+    """Measures on one device under one workload; every measurement ends in the store.
+
+    `measure_missing` compares many subjects beside a reference program, for predictors;
+    `measure_alone` times one by itself; `measure_program` times a file with weights.
 
     Attributes:
-        reference: Takes turns with every group, so that groups can be compared. About as
-            long-running as a model: a short program finds calm moments in spells in which a long
-            one runs a tenth slower.
-        flush_mib: Memory walked through between the calls of a block [MiB]; see `Program`.
         device: Runs the programs.
         workload: What is timed.
         lowering: How subjects become programs.
-        settings: Sizes of groups.
         store: Measurements so far; grows.
         cache_dir: Folder for lowered programs.
+        reference: Takes turns with every group, so that groups can be compared. About as
+            long-running as a model: a short program finds calm moments in spells in which a long
+            one runs a tenth slower. Only `measure_missing` needs it.
+        flush_mib: Memory walked through between the calls of a block [MiB]; see `Program`.
+        settings: Sizes of groups, and how precise their latencies must be.
     """
 
-    reference: Subject
-    flush_mib: int
     device: Device
     workload: Workload
     lowering: LoweringSettings
-    settings: LatencySettings
     store: MeasurementStore
     cache_dir: Path
+    reference: Subject | None = None
+    flush_mib: int = 0
+    settings: LatencySettings = field(default_factory=LatencySettings)
 
     def key(self, subject: Subject, point: Point) -> str:
         """Key of the subject's measurements in the store."""
@@ -133,7 +73,7 @@ class Profiler:
     def attempts(self, subject: Subject, point: Point) -> list[StoredLatency]:
         """Measurements of a subject that count: those beside our reference.
 
-        Others, as an export makes, tell nothing of drift.
+        Others, as an export and `measure_alone` make, tell nothing of drift.
         """
         rows = self.store.attempts(self.key(subject, point))
         return [row for row in rows if row.result["reference"] == self._reference_key]
@@ -193,12 +133,65 @@ class Profiler:
                 self.settings.attempts,
             )
 
-    def lower_missing(self, subjects: Sequence[Subject]) -> None:
-        """Lower what the cache lacks, and the reference: measuring then only measures."""
-        with progress_bar("latency programs", len(subjects) + 1, unit="program") as bar:
-            for subject in [*subjects, self.reference]:
-                self._lowered(subject, bar)
-                bar.update()
+    def measure_alone(self, subject: Subject) -> Measurement:
+        """Latencies of a whole model whose program runs by itself, at every point.
+
+        Points that were measured so before, under the same conditions, are not measured again.
+        """
+        path = self.lowered(subject)
+        missing = self._not_alone(subject)
+        if missing:
+            with self.store.exclusive(self.device.resource):
+                missing = self._not_alone(subject)  # others may have measured meanwhile
+                if missing:
+                    workload, program = self.workload.only(missing), subject.program(path)
+                    measured = self.device.measure([program], workload)[0]
+                    self._store(subject, missing, measured, None, recorded_lower_s(path))
+        rows = {point: self._alone(subject, point)[-1] for point in self.workload.points}
+        return joined(str(subject), rows)
+
+    def measure_program(
+        self,
+        shape: Subject,
+        program: Program,
+        beside: tuple[Subject, Program] | None,
+        lower_s: float,
+    ) -> Measurement:
+        """Latencies of a program with weights, measured anew and stored as a further attempt.
+
+        Args:
+            shape: The model without its weights, which do not change its latency.
+            program: The file.
+            beside: Another model and its program, which takes turns with this one.
+            lower_s: How long the program took to lower [s].
+        """
+        other = beside[1] if beside is not None else None
+        with self.store.exclusive(self.device.resource):
+            measured = self.device.measure([program], self.workload, other)[0]
+            key = subject_key(beside[0]) if beside is not None else None
+            self._store(shape, self.workload.points, measured, key, lower_s)
+        return measured
+
+    def lowered(self, subject: Subject) -> Path:
+        """Path of the subject's program, lowered unless it is in the cache."""
+
+        def announce(subject: Subject) -> None:
+            logger.info("%s: lowering, minutes for a large model", subject)
+
+        return cached_program(subject, self.lowering, self.cache_dir, announce)
+
+    def _alone(self, subject: Subject, point: Point) -> list[StoredLatency]:
+        """Measurements of a subject in whose processes no other program ran."""
+        rows = self.store.attempts(self.key(subject, point))
+        return [
+            row
+            for row in rows
+            if not any("reference_ms" in each for each in row.result["conditions"])
+        ]
+
+    def _not_alone(self, subject: Subject) -> tuple[Point, ...]:
+        """Points at which the subject was not measured alone yet."""
+        return tuple(point for point in self.workload.points if not self._alone(subject, point))
 
     def _conditions(self, subject: Subject, point: Point) -> Conditions:
         flush_mib = self.flush_mib if subject.kind is SubjectKind.block else 0
@@ -219,7 +212,7 @@ class Profiler:
         )
 
     def _due(self, subjects: Iterable[Subject]) -> dict[Subject, tuple[Point, ...]]:
-        """What to measure: missing, or not precise yet with attempts left."""
+        """Subjects and points to measure: missing, or not precise yet with attempts left."""
         due: dict[Subject, tuple[Point, ...]] = {}
         subjects = list(dict.fromkeys(subjects))
         for point in self.workload.points:
@@ -242,7 +235,7 @@ class Profiler:
         if not attempts:
             return set()
         values, errors = comparable(list(attempts.values()), point.phase)
-        calmest = {s: min(map(_reference_ms, rows)) for s, rows in attempts.items()}
+        calmest = {s: min(map(reference_ms, rows)) for s, rows in attempts.items()}
         best = min(calmest.values())
         most = _LOOSER[point.phase] * self.settings.precision_pct / 100
         return {
@@ -253,8 +246,8 @@ class Profiler:
 
     @cached_property
     def _reference_key(self) -> str:
-        values = [self.reference.kind.value, self.reference.to_dict()]
-        return _digest(values)
+        assert self.reference is not None
+        return subject_key(self.reference)
 
     def _measure(self, due: Mapping[Subject, tuple[Point, ...]]) -> None:
         size = self.settings.group_size
@@ -268,54 +261,55 @@ class Profiler:
         self, group: Sequence[Subject], points: tuple[Point, ...], bar: tqdm
     ) -> None:
         """Measure and store; the reference program takes turns with those of the group."""
+        assert self.reference is not None
+
+        def lowered(subject: Subject) -> Path:
+            def announce(subject: Subject) -> None:
+                bar.set_postfix_str(f"lowering {subject}")
+
+            return cached_program(subject, self.lowering, self.cache_dir, announce)
+
         paths = []
         for subject in group:
-            paths.append(self._lowered(subject, bar))
+            paths.append(lowered(subject))
             bar.update()
-        reference_path = self._lowered(self.reference, bar)
+        reference_path = lowered(self.reference)
         bar.set_postfix_str("measuring")
         flush_mib = self.flush_mib
         measured = self.device.measure(
             [subject.program(path, flush_mib) for subject, path in zip(group, paths, strict=True)],
             self.workload.only(points),
-            dataclasses.replace(self.reference.program(reference_path, 0), name="reference"),
+            dataclasses.replace(self.reference.program(reference_path), name="reference"),
             lambda done, total: bar.set_postfix_str(f"measuring, process {done} of {total}"),
         )
         _warn_if_shared(measured[0])
         for subject, path, measurement in zip(group, paths, measured, strict=True):
-            for point in points:
-                self._store(subject, point, measurement, lower_s(path))
+            self._store(subject, points, measurement, self._reference_key, recorded_lower_s(path))
         if not self.settings.keep_programs:
             for path in {*paths} - {reference_path}:
                 path.unlink()
 
-    def _store(self, subject: Subject, point: Point, measured: Measurement, lower_s: float) -> None:
-        earlier = self.store.get(self.key(subject, point))
-        row = StoredLatency(
-            kind=subject.kind,
-            subject=subject.to_dict(),
-            conditions=self._conditions(subject, point),
-            result={
-                **of_point(measured, point),
-                "reference": self._reference_key,
-                "lower_s": lower_s,
-            },
-            attempt=1 if earlier is None else earlier.attempt + 1,
-        )
-        self.store.append(row)
+    def _store(
+        self,
+        subject: Subject,
+        points: Iterable[Point],
+        measured: Measurement,
+        reference: str | None,
+        lower_s: float,
+    ) -> None:
+        for point in points:
+            row = StoredLatency(
+                kind=subject.kind,
+                subject=subject.to_dict(),
+                conditions=self._conditions(subject, point),
+                result={**of_point(measured, point), "reference": reference, "lower_s": lower_s},
+            )
+            self.store.append(row)
 
-    def _lowered(self, subject: Subject, bar: tqdm) -> Path:
-        """Path of the subject's program, lowered unless it is cached."""
-        path = self.cache_dir / f"{subject.kind.value}-{program_digest(subject, self.lowering)}.pte"
-        if not path.exists():
-            bar.set_postfix_str(f"lowering {subject}")
-            started = time.perf_counter()
-            data = subject.lower(self.lowering)
-            took = time.perf_counter() - started
-            write_text(_timing(path), json.dumps({"lower_s": round(took, 2)}) + "\n")
-            with atomic_write(path) as file:
-                file.write(data)
-        return path
+
+def subject_key(subject: Subject) -> str:
+    """Hash by which rows name their reference program."""
+    return digest([subject.kind.value, subject.to_dict()], 24)
 
 
 def _warn_if_shared(measured: Measurement) -> None:
@@ -330,115 +324,3 @@ def _warn_if_shared(measured: Measurement) -> None:
             "too high: measure on a quiet device",
             100 * min(shares),
         )
-
-
-def program_digest(subject: Subject, lowering: LoweringSettings) -> str:
-    """Content hash of a program: what it was lowered from and by."""
-    return _digest([subject.kind.value, subject.to_dict(), plain(lowering), RUNTIME])
-
-
-def lower_s(path: Path) -> float:
-    """How long the program took to lower [s]."""
-    return float(json.loads(_timing(path).read_text(encoding="utf-8"))["lower_s"])
-
-
-def _timing(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def conditions_of(
-    device: Device,
-    workload: Workload,
-    point: Point,
-    lowering: LoweringSettings,
-    flush_mib: int = 0,
-) -> Conditions:
-    """What a latency on this device depends on, as the store keys it."""
-    timed: dict[str, Any] = {"phase": point.phase.value, "tokens": point.tokens}
-    if point.phase is Phase.prefill:
-        timed["prefill_chunk"] = lowering.chunk
-    else:
-        timed["decode_tokens"] = workload.decode_tokens
-    if flush_mib:
-        timed["flush_mib"] = flush_mib
-    return Conditions(
-        point=timed,
-        protocol={name: getattr(device.settings, name) for name in PROTOCOL},
-        lowering=plain(lowering),
-        runtime=RUNTIME,
-        device=device.identity(),
-    )
-
-
-def of_point(measured: Measurement, point: Point) -> dict[str, Any]:
-    """The part of a measurement that a row keeps of one point."""
-    latency = measured.latencies[point.name]
-    conditions = [dict(each) for each in measured.conditions]
-    for each in conditions:
-        if "reference_ms" in each:
-            each["reference_ms"] = each["reference_ms"][point.name]
-    return {
-        "ms": latency.ms,
-        "se_ms": latency.se_ms,
-        "rejected": measured.rejected,
-        "load_ms": measured.load_ms,
-        "peak_rss_mib": measured.peak_rss_mib,
-        "model_rss_mib": measured.model_rss_mib,
-        "samples": [
-            {"accepted": each["accepted"], "runs": each[point.name]} for each in measured.samples
-        ],
-        "conditions": conditions,
-    }
-
-
-def comparable(attempts: Sequence[Sequence[StoredLatency]], phase: Phase) -> tuple[Values, Values]:
-    """Latencies of subjects and their standard errors [ms], freed from slow drift of the device.
-
-    The processes of all attempts at a subject count as one measurement. Attempts are minutes apart,
-    and on a shared machine one may run 15 % slower than another: each is divided by how much slower
-    its reference program was than in the best attempt at any subject, beyond the noise of the
-    reference itself. The rows keep the raw values.
-    """
-    best = min(_reference_ms(row) for rows in attempts for row in rows)
-    limit = _REFERENCE_NOISE[phase] * best
-    values, errors = np.empty(len(attempts)), np.empty(len(attempts))
-    for i, rows in enumerate(attempts):
-        minima = [
-            ms / max(1.0, _reference_ms(row) / limit)
-            for row in rows
-            for ms in _process_minima_ms(row, phase)
-        ]
-        values[i], errors[i] = min(minima), standard_error(minima)
-    return values, errors
-
-
-def _process_minima_ms(row: StoredLatency, phase: Phase) -> list[float]:
-    """Smallest time of each accepted process [ms]."""
-    processes = [each["runs"] for each in row.result["samples"] if each["accepted"]]
-    if phase is Phase.prefill:
-        return [1e3 * min(run["wall_s"] for run in runs) for runs in processes]
-    return [min(min(run["steps_ms"]) for run in runs) for runs in processes]
-
-
-def device_s(rows: Iterable[StoredLatency]) -> float:
-    """Time that the device spent on these measurements, each process counted once [s]."""
-    processes = {
-        each["started"]: each["process"]["wall_s"]
-        for row in rows
-        for each in row.result["conditions"]
-    }
-    return sum(processes.values())
-
-
-def _reference_ms(row: StoredLatency) -> float:
-    """Latency of the reference program while the row's subject was measured [ms]."""
-    return min(each["reference_ms"] for each in row.result["conditions"])
-
-
-def plain(lowering: LoweringSettings) -> dict[str, Any]:
-    """Identity of a program's settings as JSON values, with the version of the programs."""
-    return {"version": LOWERING_VERSION, **lowering.identity()}

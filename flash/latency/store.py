@@ -5,13 +5,10 @@
 
 import csv
 import dataclasses
-import fcntl
-import hashlib
 import io
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +19,7 @@ from typing import Any
 
 from flash.arch import ArchSpec
 from flash.errors import InputError, under
-from flash.files import write_text
+from flash.records import JsonLines, digest, locked, write_text
 
 SCHEMA_VERSION = 2
 """Raised whenever a field of `StoredLatency` changes its meaning; other versions are refused."""
@@ -31,17 +28,19 @@ logger = logging.getLogger(__name__)
 
 
 class SubjectKind(Enum):
-    """What was measured."""
+    """Kind of a measured subject."""
 
     model = "model"
     """A whole decoder; the subject is `ArchSpec.to_dict()`."""
     block = "block"
     """One part of a decoder; the subject is the block's own dict."""
+    stock = "stock"
+    """A whole model of ExecuTorch's own export; the subject is `StockModel.to_dict()`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a latency depends on beside the subject; plain JSON values only.
+    """Everything a latency depends on beside the subject; plain JSON values only.
 
     Attributes:
         point: Which latency: phase, tokens, and what else it depends on.
@@ -61,8 +60,7 @@ class Conditions:
     def key(self, kind: SubjectKind, subject: dict[str, Any]) -> str:
         """Hash under which the store keeps the measurement of `subject`."""
         everything = {"kind": kind.value, "subject": subject, **asdict(self)}
-        text = json.dumps(everything, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return digest(everything, 32, compact=True)
 
 
 def _now() -> str:
@@ -74,14 +72,14 @@ class StoredLatency:
     """One latency of one subject.
 
     Attributes:
-        kind: Whole model or block.
-        subject: Spec of the model or of the block.
+        kind: Whole model, block or stock model.
+        subject: Its plain values.
         conditions: What the subject was measured under.
         result: `ms` and its standard error `se_ms`; `samples`, the raw times of each process;
             `conditions` of each process, with `reference_ms` of the program that took turns with
-            the subject; `reference`, the key of that program; `rejected` processes; `load_ms`,
-            `peak_rss_mib`, `model_rss_mib`; `lower_s`, which the program took to lower.
-        attempt: 1, or more for a repetition.
+            the subject; `reference`, the key of that program, or None; `rejected` processes;
+            `load_ms`, `peak_rss_mib`, `model_rss_mib`; `lower_s`, which the program took to lower.
+        attempt: 1, or more for a repetition; given by the store.
         time_utc: When it was stored, ISO 8601.
     """
 
@@ -99,7 +97,7 @@ class StoredLatency:
 
     @property
     def spec(self) -> ArchSpec:
-        """Architecture of the subject; for a block, that of its one layer.
+        """Architecture of the subject; for a block, that of its one layer. Stock models have none.
 
         Raises:
             InputError: The stored values are illegal.
@@ -108,14 +106,14 @@ class StoredLatency:
         with under(f"measurement {self.key}: subject"):
             return ArchSpec.from_dict(values)
 
-    def to_json(self) -> str:
-        """One line of JSON, without the line's end."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a line of the store holds them."""
         values = {"schema": SCHEMA_VERSION, "key": self.key, **asdict(self)}
-        return json.dumps(values | {"kind": self.kind.value}, separators=(",", ":"))
+        return values | {"kind": self.kind.value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "StoredLatency":
-        """Inverse of `to_json` once parsed; `schema` and `key` are ignored."""
+        """Inverse of `to_dict`; `schema` and `key` are ignored."""
         known = {f.name: values[f.name] for f in fields(cls)}
         known["kind"] = SubjectKind(values["kind"])
         known["conditions"] = Conditions(**values["conditions"])
@@ -125,8 +123,9 @@ class StoredLatency:
 class MeasurementStore:
     """Every measurement of every device, in one JSON-lines file.
 
-    A line is on disk when `append` returns. A line that a kill tore is dropped when the file is
-    read and overwritten by the next `append`. Of rows with one key and attempt the first counts.
+    A row is on disk when `append` returns, and no row is ever dropped: another one under the same
+    key is a further attempt. Of rows that carry the same key and attempt in the file the first
+    counts.
 
     Args:
         path: The file; it and its folder are created by the first `append`.
@@ -138,8 +137,7 @@ class MeasurementStore:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._rows: dict[str, list[StoredLatency]] = {}  # attempts, in order
-        self._end = 0  # bytes that have been read, always whole lines
-        self._lines = 0
+        self._file = JsonLines(self.path, self._take)
         self.refresh()
 
     def __len__(self) -> int:
@@ -148,56 +146,30 @@ class MeasurementStore:
     def __iter__(self) -> Iterator[StoredLatency]:
         return itertools.chain.from_iterable(self._rows.values())
 
-    def get(self, key: str) -> StoredLatency | None:
-        """The last measurement with this key, or None."""
-        attempts = self._rows.get(key)
-        return attempts[-1] if attempts else None
-
     def attempts(self, key: str) -> tuple[StoredLatency, ...]:
         """All measurements with this key, nearly always none or one, first to last."""
         return tuple(self._rows.get(key, ()))
 
-    def append(self, row: StoredLatency) -> bool:
-        """Write one measurement to disk.
+    def append(self, row: StoredLatency) -> StoredLatency:
+        """Write one measurement to disk, as the next attempt of its key.
 
-        Returns False, writing nothing, if its key is there with this attempt or a later one.
+        Returns:
+            The row with the number of its attempt.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self.refresh()  # another process may have appended
-            last = self.get(row.key)
-            if last is not None and last.attempt >= row.attempt:
-                return False
-            file.truncate(self._end)  # what a kill left of a torn line
-            line = row.to_json().encode() + b"\n"
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            self._keep(row)
-            self._end += len(line)
-            self._lines += 1
-        return True
+        numbered = row
+
+        def values() -> dict[str, Any]:
+            nonlocal numbered
+            earlier = self.attempts(row.key)  # of other processes too
+            numbered = dataclasses.replace(row, attempt=earlier[-1].attempt + 1 if earlier else 1)
+            return numbered.to_dict()
+
+        self._file.append(values)
+        return numbered
 
     def refresh(self) -> None:
         """Read what other processes have appended since."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._end)
-            text = file.read()
-        whole, _, torn = text.rpartition(b"\n")
-        for line in whole.splitlines():
-            self._lines += 1
-            self._keep(self._parse(line))
-        if torn:
-            logger.warning(
-                "%s: dropped a torn last line of %d bytes (a measurement that was being written "
-                "when its process was killed)",
-                self.path,
-                len(torn),
-            )
-        self._end += len(text) - len(torn)
+        self._file.refresh()
 
     def merge(self, other: "MeasurementStore") -> int:
         """Take over the measurements of another store; returns how many were new.
@@ -206,9 +178,9 @@ class MeasurementStore:
         """
         added = 0
         for row in other:
-            known = self.attempts(row.key)
-            if not any(mine.result == row.result for mine in known):
-                added += self.append(dataclasses.replace(row, attempt=len(known) + 1))
+            if not any(mine.result == row.result for mine in self.attempts(row.key)):
+                self.append(row)
+                added += 1
         return added
 
     def write_csv(self, path: Path) -> int:
@@ -228,25 +200,20 @@ class MeasurementStore:
 
         Different devices measure for one store at the same time.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f"{self.path.name}.{resource}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning(
-                    "%s: waiting for another process that is measuring on %s", self.path, resource
-                )
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        wait = "%s: waiting for another process that is measuring on %s"
+        lock = self.path.with_name(f"{self.path.name}.{resource}.lock")
+        with locked(lock, lambda: logger.warning(wait, self.path, resource)):
             self.refresh()
             yield
 
-    def _keep(self, row: StoredLatency) -> None:
+    def _take(self, number: int, line: bytes) -> None:
+        row = self._parse(number, line)
         attempts = self._rows.setdefault(row.key, [])
         if not attempts or attempts[-1].attempt < row.attempt:
             attempts.append(row)
 
-    def _parse(self, line: bytes) -> StoredLatency:
-        where = f"measurement store {self.path}, line {self._lines}"
+    def _parse(self, number: int, line: bytes) -> StoredLatency:
+        where = f"measurement store {self.path}, line {number}"
         try:
             values = json.loads(line)
             version = values["schema"]
@@ -264,22 +231,32 @@ class MeasurementStore:
 
 
 def _record(row: StoredLatency) -> dict[str, Any]:
-    """One measurement as columns; a block has the spec of its one layer."""
-    subject = row.subject if row.kind is SubjectKind.model else row.subject["spec"]
-    spec = row.spec
+    """One measurement as columns."""
     conditions = row.conditions
     return {
         "key": row.key,
         "attempt": row.attempt,
         "time_utc": row.time_utc,
-        "kind": row.kind.value if row.kind is SubjectKind.model else row.subject["kind"],
-        "num_layers": spec.num_layers,
-        "pattern": spec.pattern,
-        **{name: value for name, value in subject.items() if name != "layer_types"},
+        **_described(row),
         **conditions.point,
         **{name: row.result[name] for name in ("ms", "se_ms", "rejected", "peak_rss_mib")},
         **{f"protocol_{name}": value for name, value in conditions.protocol.items()},
         **{f"lowering_{name}": value for name, value in conditions.lowering.items()},
         "runtime": conditions.runtime,
         **{f"device_{name}": value for name, value in conditions.device.items()},
+    }
+
+
+def _described(row: StoredLatency) -> dict[str, Any]:
+    """Columns of the subject: a block has the spec of its one layer, a stock model its name."""
+    if row.kind is SubjectKind.stock:
+        return {"kind": row.kind.value, "stock": row.subject["stock"]}
+    whole = row.kind is SubjectKind.model
+    subject = row.subject if whole else row.subject["spec"]
+    spec = row.spec
+    return {
+        "kind": row.kind.value if whole else row.subject["kind"],
+        "num_layers": spec.num_layers,
+        "pattern": spec.pattern,
+        **{name: value for name, value in subject.items() if name != "layer_types"},
     }

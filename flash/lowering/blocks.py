@@ -5,7 +5,6 @@ half for each layer, and its two ends (embedding and head). A space of billions 
 has few distinct blocks, so each of these is lowered and measured only once.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
@@ -99,17 +98,6 @@ class Block:
                 window = ""
         heads = f"h{spec.num_heads}/{spec.num_kv_heads}x{spec.head_dim}"
         return f"{self.kind.value} d{spec.model_dim} {heads}{window}"
-
-
-def blocks_of(spec: ArchSpec) -> dict[Block, int]:
-    """Count how often each distinct block occurs in `spec`."""
-    counts: Counter[Block] = Counter()
-    for kind in spec.layer_types:
-        if kind is not Attention.skip_attention:
-            counts[Block.of(BlockKind[kind.value], spec)] += 1
-    counts[Block.of(BlockKind.ffn, spec)] += spec.num_layers
-    counts[Block.of(BlockKind.ends, spec)] += 1
-    return dict(counts)
 
 
 def lower_block(block: Block, lowering: LoweringSettings) -> bytes:

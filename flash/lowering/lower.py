@@ -20,7 +20,6 @@ from torch.export import Dim, ExportedProgram, export
 
 from flash.compat.executorch import clear_compared_nodes, edge_compile_config
 from flash.compat.torch import clear_fake_tensor_caches
-from flash.files import atomic_write
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
 from flash.lowering.patches.export_passes import short_passes
@@ -28,6 +27,7 @@ from flash.lowering.patches.partitioner import delegated_symbols
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
+from flash.records import atomic_write
 
 log = logging.getLogger(__name__)
 

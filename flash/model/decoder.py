@@ -251,34 +251,3 @@ class Decoder(nn.Module):
             LayerCache(weight.new_zeros(shape), weight.new_zeros(shape))
             for _ in self.spec.attention_layers
         ]
-
-
-@torch.no_grad()
-def generate(
-    model: Decoder,
-    prompt: Int[Tensor, "b s"],
-    new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Int[Tensor, "b t"]:
-    """The prompt and `new_tokens` more tokens, shape `(b, s + new_tokens)`.
-
-    Args:
-        model: The decoder.
-        prompt: Token ids.
-        new_tokens: Number of tokens to add.
-        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled.
-        generator: Source of randomness for sampling.
-    """
-    cache = model.empty_cache(prompt.shape[0])
-    tokens = step = prompt
-    for _ in range(new_tokens):
-        logits = model(step, cache)[:, -1].float()
-        if temperature > 0:
-            probabilities = torch.softmax(logits / temperature, dim=-1)
-            step = torch.multinomial(probabilities, 1, generator=generator)
-        else:
-            step = logits.argmax(dim=-1, keepdim=True)
-        tokens = torch.cat([tokens, step], dim=1)
-    return tokens

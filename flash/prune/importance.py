@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from flash.errors import InputError
-from flash.files import atomic_write
 from flash.model.decoder import Decoder, Layer, RMSNorm
 from flash.model.weights import weight_files
 from flash.progress import progress
+from flash.records import atomic_write
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Data of one study, read from a `runs` folder for the report."""
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from flash.errors import InputError, under
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
 from flash.paths import Runs
+from flash.records import find_json, read_json
 from flash.training.result import TrainResult
 
 
@@ -64,8 +65,8 @@ class Model:
     name: str
     spec: ArchSpec
     predicted: dict[str, dict[str, float]]
-    trained: TrainResult | None
-    exported: ExportResult | None
+    trained: TrainResult | None = None
+    exported: ExportResult | None = None
     qat_exported: ExportResult | None = None
     backbone_quality: dict[str, float] | None = None
 
@@ -151,27 +152,62 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
     if not found:
         raise InputError(f"{runs.root / 'studies' / pattern}: no finished search; run search.py")
     path: Path = found[-1]
-    search = json.loads(path.read_text("utf-8"))
-    names = {int(number): name for number, name in search["names"].items()}
-    winners = set(search["winners"])
-    with under(str(path), ": "):
-        known = [
-            _trial(trial, names.get(trial["number"]), trial["number"] in winners)
-            for trial in search["trials"]
-            if trial["state"] in {"complete", "pruned"}
-        ]
-    trials = [trial for trial in known if trial.reason is None]
-    models = _models(runs, search, trials)
+    search = read_json(path, _Search.of, "run search.py again")
+    trials = [trial for trial in search.trials if trial.reason is None]
+    models = _models(runs, search)
+    promotion = find_json(
+        path.with_name("promoted.json"),
+        lambda values: _promotion(values, trials),
+        "run search.py stage=promote again",
+    )
     return ReportData(
-        study=search["study"],
-        search=search,
+        study=search.values["study"],
+        search=search.values,
         trials=trials,
-        stopped=[trial for trial in known if trial.reason is not None],
-        failed=sum(trial["state"] == "fail" for trial in search["trials"]),
+        stopped=[trial for trial in search.trials if trial.reason is not None],
+        failed=sum(trial["state"] == "fail" for trial in search.values["trials"]),
         models=models,
-        promotion=_promotion(path.with_name("promoted.json"), trials),
+        promotion=promotion,
         evaluations=_evaluations(runs, models),
     )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """`frontier.json`, taken apart.
+
+    Attributes:
+        values: As it is.
+        trials: Completed candidates, and those that were stopped.
+        models: The backbone, then the winners, as far as the search knows them.
+    """
+
+    values: dict[str, Any]
+    trials: list[TrialPoint]
+    models: list[Model]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "_Search":
+        names = {int(number): name for number, name in values["names"].items()}
+        winners = set(values["winners"])
+        trials = [
+            _trial(trial, names.get(trial["number"]), trial["number"] in winners)
+            for trial in values["trials"]
+            if trial["state"] in {"complete", "pruned"}
+        ]
+        about = values["backbone"]
+        backbone = Model(
+            name=about["name"],
+            spec=ArchSpec.from_dict(about["spec"]),
+            predicted=about["predicted"],
+            backbone_quality=about["quality"],
+        )
+        found = [
+            Model(trial.name, trial.spec, values["predicted"][str(trial.number)])
+            for trial in sorted(trials, key=lambda trial: trial.latency_ms)
+            if trial.winner and trial.name is not None and trial.reason is None
+        ]
+        return cls(values, trials, [backbone, *found])
 
 
 def _evaluations(runs: Runs, models: list[Model]) -> list[SuiteResult]:
@@ -201,10 +237,7 @@ def _trial(trial: dict[str, Any], name: str | None, winner: bool) -> TrialPoint:
     )
 
 
-def _promotion(path: Path, trials: list[TrialPoint]) -> Promotion | None:
-    if not path.is_file():
-        return None
-    report = json.loads(path.read_text("utf-8"))
+def _promotion(report: dict[str, Any], trials: list[TrialPoint]) -> Promotion | None:
     by_number = {trial.number: trial for trial in trials}
     losses = [
         (by_number[row["number"]], row["long_loss"])
@@ -233,33 +266,19 @@ def _find_qat_export(runs: Runs, spec: ArchSpec) -> ExportResult | None:
     return None
 
 
-def _models(runs: Runs, search: dict[str, Any], trials: list[TrialPoint]) -> list[Model]:
-    about = search["backbone"]
-    with under(f"study {search['study']}: backbone.spec"):
-        spec = ArchSpec.from_dict(about["spec"])
-    backbone = Model(
-        name=about["name"],
-        spec=spec,
-        predicted=about["predicted"],
-        trained=None,
-        exported=ExportResult.read(runs.export(about["name"])),
-        backbone_quality=about["quality"],
-    )
-    models = [backbone]
-    for trial in sorted(trials, key=lambda trial: trial.latency_ms):
-        if not trial.winner or trial.name is None:
-            continue
-        trained = TrainResult.read(runs.model(trial.name))
-        exported = ExportResult.read(runs.export(trial.name))
-        models.append(
-            Model(
-                name=trial.name,
-                spec=trial.spec,
-                predicted=search["predicted"][str(trial.number)],
-                # A result of an earlier search under the same name is of another architecture.
-                trained=trained if trained and trained.spec == trial.spec else None,
-                exported=exported if exported and exported.spec == trial.spec else None,
-                qat_exported=_find_qat_export(runs, trial.spec),
-            )
+def _models(runs: Runs, search: _Search) -> list[Model]:
+    """The models of a search with what training and export found about them since."""
+    backbone, *winners = search.models
+    models = [dataclasses.replace(backbone, exported=ExportResult.read(runs.export(backbone.name)))]
+    for model in winners:
+        trained = TrainResult.read(runs.model(model.name))
+        exported = ExportResult.read(runs.export(model.name))
+        found = dataclasses.replace(
+            model,
+            # A result of an earlier search under the same name is of another architecture.
+            trained=trained if trained and trained.spec == model.spec else None,
+            exported=exported if exported and exported.spec == model.spec else None,
+            qat_exported=_find_qat_export(runs, model.spec),
         )
+        models.append(found)
     return models

@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from flash.arch import ArchSpec, Attention
 from flash.evaluation.suites import SuiteResult
-from flash.files import write_text
+from flash.records import write_text
 from flash.report.data import Model, ReportData
 from flash.report.figures import all_figures
 from flash.report.table import COLUMNS, NONE, QUANTIZATION_COLUMNS, quantization_rows, rows

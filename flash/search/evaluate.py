@@ -12,16 +12,16 @@ from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
-from flash.paths import digest
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
+from flash.records import digest, plain
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
 from flash.training.fit import LAST, STABLE, FitResult, fit, validate
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
-from flash.training.run import Inputs, plain
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
+from flash.workspace import Workspace
 
 
 class ShortTraining:
@@ -31,7 +31,7 @@ class ShortTraining:
     complete trial leaves a checkpoint from which it can be trained longer.
 
     Args:
-        inputs: Backbone, training data and folders.
+        workspace: Backbone, training data and folders.
         importance: Importance scores of the backbone.
         recipe: Recipe of the short continued pretraining.
         trainer: Hardware and precision of the training.
@@ -43,7 +43,7 @@ class ShortTraining:
 
     def __init__(
         self,
-        inputs: Inputs,
+        workspace: Workspace,
         importance: Importance,
         recipe: RecipeSettings,
         trainer: TrainerSettings,
@@ -51,16 +51,18 @@ class ShortTraining:
         folder: Path | None = None,
         shorter: "ShortTraining | None" = None,
     ) -> None:
-        self.inputs, self.importance = inputs, importance
+        self.workspace, self.importance = workspace, importance
         self.recipe, self.trainer, self.seed = recipe, trainer, seed
         self.folder, self.shorter = folder, shorter
-        self._teacher = teacher_of(inputs.backbone, inputs.data, recipe, trainer, inputs.runs)
+        self._teacher = teacher_of(
+            workspace.backbone, workspace.data, recipe, trainer, workspace.runs
+        )
 
     def checkpoints(self, spec: ArchSpec, number: int) -> Path | None:
         """Return the folder of a candidate's checkpoints; its name hashes all that affects them."""
         if self.folder is None:
             return None
-        trained = [plain(self.recipe), self.seed, self.inputs.data.digest]
+        trained = [plain(self.recipe), self.seed, self.workspace.data.digest]
         decisive = [spec.to_dict(), self.importance.digest, self.trainer.precision.value, trained]
         return self.folder / f"{number:05d}_{digest(decisive)}"
 
@@ -98,7 +100,7 @@ class ShortTraining:
         return quality
 
     def _evaluate(self, spec: ArchSpec, number: int, watch: Watch | None) -> Quality:
-        backbone = self.inputs.backbone.folder
+        backbone = self.workspace.backbone.folder
         assert backbone is not None
         start = time.perf_counter()
         L.seed_everything(self.seed, verbose=False)
@@ -115,7 +117,7 @@ class ShortTraining:
             raise
         except InputError as error:
             raise EvaluationError(str(error)) from error
-        after = validate(model, self.inputs.data, self.trainer.precision)
+        after = validate(model, self.workspace.data, self.trainer.precision)
         return Quality(
             after.loss,
             {
@@ -139,7 +141,7 @@ class ShortTraining:
 
         return fit(
             model,
-            self.inputs.data,
+            self.workspace.data,
             self.recipe,
             self.trainer,
             teacher=self._teacher,
@@ -152,7 +154,7 @@ class ShortTraining:
 
     def _points(self, losses: Sequence[float]) -> list[list[float]]:
         """Pair each recorded training loss with the number of tokens seen by then."""
-        seq_len = self.inputs.data.settings.seq_len
+        seq_len = self.workspace.data.settings.seq_len
         steps = self.recipe.steps(seq_len)
         tokens = steps * self.recipe.batch_size * seq_len
         return Curve(tuple(losses), min(steps, MAX_PARTS)).points(tokens)

@@ -1,12 +1,12 @@
 """Fingerprints: the settings that must agree for the results of a study to be comparable."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from flash.arch import SearchSpace
 from flash.errors import InputError
+from flash.records import plain
 
 
 def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def check_fingerprint(
     Raises:
         InputError: The fingerprints differ; the message lists every differing key.
     """
-    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))  # tuples come back as lists
+    old, new = _flat(stored), _flat(plain(wanted))  # tuples come back as lists
     differing = [
         f"{key} (was {old.get(key)!r}, is now {new.get(key)!r})"
         for key in sorted(old.keys() | new.keys())

@@ -1,6 +1,5 @@
 """Files of the frontier: an architecture YAML for each member, and `frontier.json`."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from flash.errors import InputError
-from flash.files import write_text
+from flash.records import write_json, write_text
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
@@ -111,5 +110,5 @@ def write_report(
             for trial in trials
         ],
     }
-    write_text(path, json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
     return report

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace, kv_cache_bytes
-from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError, under
 from flash.latency.fit import LatencyModel, collect
 from flash.latency.store import MeasurementStore
 from flash.model.backbone import Backbone
-from flash.paths import Runs, digest
+from flash.paths import Runs
 from flash.prune.importance import fingerprint
+from flash.records import digest, plain
 from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import EvaluationError
@@ -24,7 +24,8 @@ from flash.search.settings import SearchJobSettings
 from flash.search.study import Study
 from flash.training.distributed import check_devices
 from flash.training.fit import validate
-from flash.training.run import Inputs, importance_of, plain
+from flash.training.teacher import check_top_k
+from flash.workspace import Workspace
 
 _MIB = 2**20
 
@@ -35,7 +36,7 @@ class SearchJob:
 
     settings: SearchJobSettings
     space: SearchSpace
-    inputs: Inputs
+    workspace: Workspace
     identity: dict[str, Any]
     """Settings that must agree for results of trials to be comparable."""
     objectives: tuple[Objective, ...]
@@ -43,7 +44,7 @@ class SearchJob:
 
     @property
     def folder(self) -> Path:
-        return self.inputs.runs.study(self.settings.search.study)
+        return self.workspace.runs.study(self.settings.search.study)
 
     @property
     def checkpoints(self) -> Path:
@@ -52,11 +53,33 @@ class SearchJob:
 
     def storage(self, name: str) -> Path | str:
         """Return the storage of the study of this name: a SQLite file or a database URL."""
-        return self.settings.search.storage or self.inputs.runs.study(name) / "study.db"
+        return self.settings.search.storage or self.workspace.runs.study(name) / "study.db"
+
+
+def open_workspace(settings: SearchJobSettings) -> Workspace:
+    """Open the workspace of a search.
+
+    Raises:
+        InputError: The backbone cannot be used.
+    """
+    return Workspace(
+        runs=Runs(Path(settings.runs)),
+        backbone=Backbone.open(settings.backbone),
+        data_settings=settings.data,
+        device_settings=settings.device,
+        batch_size=settings.recipe.batch_size,
+        seed=settings.seed,
+    )
 
 
 def open_job(settings: SearchJobSettings) -> SearchJob:
-    backbone = Backbone.open(settings.backbone)
+    """Check the settings of a search and open what it needs.
+
+    Raises:
+        InputError: Settings, backbone, text or device cannot be used.
+    """
+    workspace = open_workspace(settings)
+    backbone = workspace.backbone
     space = SearchSpace(settings.space, backbone.spec)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
     if backbone.folder is None:
@@ -69,21 +92,20 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         )
     check_devices(settings.trainer)
     backbone.fetch()
-    runs = Runs(Path(settings.runs))
-    inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
+    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
     identity = {
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
-        "data": [inputs.data.digest, settings.data.seq_len],
+        "data": [workspace.data.digest, settings.data.seq_len],
         "heldout_sequences": settings.data.validation_sequences,
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,
-        "device": open_device(settings.device).identity(),
+        "device": workspace.device.identity(),
         "workload": _workload_identity(settings.device),
         "seed": settings.seed,
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
-    return SearchJob(settings, space, inputs, identity, objectives, baseline)
+    return SearchJob(settings, space, workspace, identity, objectives, baseline)
 
 
 def _workload_identity(device: DeviceSettings) -> dict[str, Any]:
@@ -110,12 +132,15 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     return spec
 
 
-def latency_of(settings: SearchJobSettings, space: SearchSpace, backbone: Backbone) -> LatencyModel:
-    runs = Runs(Path(settings.runs))
+def latency_of(
+    settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
+) -> LatencyModel:
+    """Stage 1: the latency predictors of the device, measured as far as the store lacks it."""
+    runs = workspace.runs
     return collect(
         space=space,
-        backbone=backbone.spec,
-        device=open_device(settings.device),
+        backbone=workspace.backbone.spec,
+        device=workspace.device,
         workload=settings.device.workload,
         lowering=settings.device.lowering,
         settings=settings.latency,
@@ -131,10 +156,10 @@ def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
     Raises:
         InputError: The baseline cannot be trained.
     """
-    settings, backbone = job.settings, job.inputs.backbone
+    settings, backbone = job.settings, job.workspace.backbone
     loss = study.remember(
         "backbone_quality",
-        lambda: plain(validate(backbone.load(), job.inputs.data, settings.trainer.precision)),
+        lambda: plain(validate(backbone.load(), job.workspace.data, settings.trainer.precision)),
     )["loss"]
     if job.baseline != backbone.spec:
         loss = study.remember(
@@ -173,14 +198,14 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
         points.setdefault(Objective[point.phase.value].value, point)
 
     def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
-        tied = [spec.replace(tie_embeddings=True) for spec in specs]  # the programs are the same
-        size = np.array([lowering.weight_bytes(spec) for spec in tied]) / _MIB
+        specs = [spec.as_program() for spec in specs]
+        size = np.array([lowering.weight_bytes(spec) for spec in specs]) / _MIB
         cache = np.array([
-            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in tied
+            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in specs
         ])
         predicted = {}
         for key, point in points.items():
-            interval = latency.predictors[point].predict(tied)
+            interval = latency.predictors[point].predict(specs)
             predicted |= {key: interval.mean, high(key): interval.high}
         return {**predicted, "size_mib": size, "memory_mib": size + cache / _MIB}
 
@@ -189,10 +214,10 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
 
 def evaluation_of(job: SearchJob, folder: Path | None) -> ShortTraining:
     """Return the evaluator of trials, which keeps its checkpoints in `folder`."""
-    settings, inputs = job.settings, job.inputs
+    settings, workspace = job.settings, job.workspace
     return ShortTraining(
-        inputs,
-        importance_of(inputs.backbone, inputs.data, settings.recipe, inputs.runs),
+        workspace,
+        workspace.importance(settings.recipe.calibration_tokens),
         settings.recipe,
         settings.trainer,
         settings.seed,

@@ -1,24 +1,27 @@
 """Entry point of `search.py`: both stages of the method, from backbone and device to frontier."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, SearchSpace, count_parameters
-from flash.device.factory import open_device
 from flash.errors import InputError, require
-from flash.files import write_text
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
-from flash.model.backbone import Backbone
 from flash.paths import Runs
+from flash.records import plain, write_json, write_text
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
-from flash.search.job import SearchJob, evaluation_of, latency_of, open_job, problem_of
+from flash.search.job import (
+    SearchJob,
+    evaluation_of,
+    latency_of,
+    open_job,
+    open_workspace,
+    problem_of,
+)
 from flash.search.logs import log_study, log_trial
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem
@@ -27,7 +30,6 @@ from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.study import Study, Trial, open_study, reopen_study
 from flash.training.loggers import close_logger, make_logger
-from flash.training.run import plain
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
             retries=settings.search.retries,
         )
         with study.lock():  # one worker measures; the others then find it done
-            latency = latency_of(settings, job.space, job.inputs.backbone)
+            latency = latency_of(settings, job.space, job.workspace)
             problem = problem_of(job, study, latency)
         if settings.stage is SearchStage.promote:
             return _promote(job, study, problem)
@@ -85,12 +87,13 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
 
 def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     """Run stage 1: measure a device, fit the predictor, print and store its accuracy."""
-    backbone = Backbone.open(settings.backbone)
+    workspace = open_workspace(settings)
+    backbone, runs = workspace.backbone, workspace.runs
     space = SearchSpace(settings.space, backbone.spec)
-    latency = latency_of(settings, space, backbone)
-    folder = Runs(Path(settings.runs)).latency(settings.device.name)
+    latency = latency_of(settings, space, workspace)
+    folder = runs.latency(settings.device.name)
     report = {
-        "device": open_device(settings.device).identity(),
+        "device": workspace.device.identity(),
         "space": settings.space.name,
         "backbone": backbone.name,
         "predictor": settings.latency.predictor.value,
@@ -108,8 +111,8 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
         ],
         "settings": plain(settings),
     }
-    write_text(folder / "latency.json", json.dumps(report, indent=1) + "\n")
-    MeasurementStore(Runs(Path(settings.runs)).measurements).write_csv(folder / "measurements.csv")
+    write_json(folder / "latency.json", report)
+    MeasurementStore(runs.measurements).write_csv(folder / "measurements.csv")
     print(f"\n{settings.device.name}: leave-one-out over {len(latency.models)} whole models")
     print(latency.describe())
     print(f"\nkept: {folder / 'latency.json'}, {folder / 'measurements.csv'}")
@@ -119,7 +122,7 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
 def _stage_two(
     job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
 ) -> dict[str, Any]:
-    settings, runs, name = job.settings, job.inputs.runs, job.settings.search.study
+    settings, runs, name = job.settings, job.workspace.runs, job.settings.search.study
     trials = study.trials()
     if sum(trial.finished for trial in trials) >= settings.search.trials:
         log.info("study %s is finished: %d trials", name, len(trials))
@@ -163,7 +166,7 @@ def _stage_two(
 
 def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
     """Train the best trials longer; print and store the comparison of the rankings."""
-    settings, inputs = job.settings, job.inputs
+    settings = job.settings
     require(
         settings.search.promote_tokens > settings.recipe.tokens,
         "search.promote_tokens",
@@ -173,7 +176,7 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
     shorter = evaluation_of(job, job.checkpoints)
     recipe = settings.recipe.longer(settings.search.promote_tokens, settings.data.seq_len)
     longer = ShortTraining(
-        inputs,
+        job.workspace,
         shorter.importance,
         recipe,
         settings.trainer,
@@ -182,7 +185,7 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
         shorter,
     )
     report = promote(study, problem, settings.search.promote, longer, recipe.tokens)
-    write_text(job.folder / "promoted.json", json.dumps(report, indent=1) + "\n")
+    write_json(job.folder / "promoted.json", report)
     print(f"\n{'trial':>5s} {'loss':>7s} {'longer':>7s}  after {recipe.tokens:,} tokens")
     for row in report["trials"]:
         longer = "failed" if row["long_loss"] is None else f"{row['long_loss']:.3f}"
@@ -209,7 +212,7 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     old = {k: v for k, v in study.fingerprint.items() if k not in _OF_THE_DEVICE}
     new = {k: v for k, v in job.identity.items() if k not in _OF_THE_DEVICE}
     check_fingerprint(source, f"the study {source}", old, new)
-    latency = latency_of(settings, job.space, job.inputs.backbone)
+    latency = latency_of(settings, job.space, job.workspace)
     problem = problem_of(job, study, latency)
     trials = rescore(study.trials(), problem)
     log.info("%d finished trials of %s judged anew", sum(t.complete for t in trials), source)
@@ -226,14 +229,14 @@ def _write(
     job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
 ) -> dict[str, Any]:
     """Write `frontier.json` and the architecture YAML of every frontier member."""
-    settings, runs = job.settings, job.inputs.runs
+    settings, runs = job.settings, job.workspace.runs
     name = settings.search.study
     front = frontier(trials, problem)
     with study.lock():  # all workers write the same
         paths = write_frontier(runs.found_arch, name, trials, problem)
     specs = {trial.number: trial.spec for trial in front}
-    backbone = job.inputs.backbone
-    specs[-1] = backbone.spec.replace(tie_embeddings=True)
+    backbone = job.workspace.backbone
+    specs[-1] = backbone.spec.as_program()
     predicted = {}
     for point, predictor in latency.predictors.items():
         interval = predictor.predict(list(specs.values()))
@@ -273,7 +276,7 @@ def _write(
                 "count": job.space.count(),
                 "count_slots": job.space.count_slots(),
             },
-            "device": open_device(settings.device).identity(),
+            "device": job.workspace.device.identity(),
             "workload": plain(settings.device.workload),
             "settings": plain(settings),
         },

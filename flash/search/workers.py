@@ -6,7 +6,6 @@ with the process, and a worker on the same machine is alive while its process ex
 another machine counts as dead when its heartbeats stop.
 """
 
-import fcntl
 import hashlib
 import os
 import socket
@@ -21,6 +20,8 @@ from typing import Any, Protocol
 import psutil
 import sqlalchemy
 from sqlalchemy.pool import NullPool
+
+from flash.records import locked
 
 _working: set[str] = set()
 """Tokens of the searches that run in this process."""
@@ -46,8 +47,7 @@ class FileLock:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.path):
             yield
 
 

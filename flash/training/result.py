@@ -1,13 +1,11 @@
 """What a finished training run says about itself."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
-from flash.errors import InputError
-from flash.files import write_text
+from flash.records import find_json, write_json
 from flash.training.fit import FitResult, ValidationMetrics
 
 
@@ -45,7 +43,7 @@ class TrainResult:
 
     def write(self, folder: Path) -> None:
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
-        write_text(folder / "result.json", json.dumps(values, indent=2) + "\n")
+        write_json(folder / "result.json", values)
 
     @classmethod
     def read(cls, folder: Path) -> "TrainResult | None":
@@ -54,17 +52,14 @@ class TrainResult:
         Raises:
             InputError: The file is damaged.
         """
-        path = folder / "result.json"
-        if not path.is_file():
-            return None
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            return cls(**{
-                **values,
-                "spec": ArchSpec.from_dict(values["spec"]),
-                "before": ValidationMetrics(**values["before"]),
-                "after": ValidationMetrics(**values["after"]),
-                "fit": FitResult(**values["fit"]),
-            })
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); delete it to train again") from error
+        return find_json(folder / "result.json", cls._from_json, "train again")
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> "TrainResult":
+        nested = {
+            "spec": ArchSpec.from_dict(values["spec"]),
+            "before": ValidationMetrics(**values["before"]),
+            "after": ValidationMetrics(**values["after"]),
+            "fit": FitResult(**values["fit"]),
+        }
+        return cls(**{**values, **nested})

@@ -1,61 +1,32 @@
 """`train.py`: an architecture, weights inherited from the backbone, trained and saved."""
 
 import dataclasses
-import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
-from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec, count_parameters
-from flash.data.module import PackedData, find_tokenizer
-from flash.data.settings import DataSettings
-from flash.data.tokenizer import end_of_text_id, load_tokenizer
-from flash.errors import InputError, under
+from flash.errors import InputError
 from flash.model.backbone import Backbone
-from flash.model.checkpoint import build, load, save, state_to_save
+from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
 from flash.model.settings import BackboneSettings
-from flash.paths import Runs, digest
-from flash.prune.importance import Importance, cached_scores, fingerprint
-from flash.prune.pruning import check_fits, prune
+from flash.paths import Runs
+from flash.prune.importance import fingerprint
+from flash.prune.pruning import prune
 from flash.ranks import is_main_process
+from flash.records import digest, plain
 from flash.training.distributed import check_devices, main_device, wait_for_others
 from flash.training.fit import fit, validate
 from flash.training.loggers import close_logger, make_logger
 from flash.training.result import TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
+from flash.workspace import Workspace, arch_of, result_name
 
 log = logging.getLogger(__name__)
-
-
-def plain(settings: Any) -> Any:
-    """Settings as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=lambda value: value.value))
-
-
-def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
-    """The backbone's architecture with `changes`.
-
-    Raises:
-        InputError: An unknown key, an illegal value, a stock baseline, or a spec that cannot be cut
-            from it.
-    """
-    if "stock" in changes:
-        raise InputError(
-            f"arch.stock={changes['stock']}: expected an architecture of ours; stock baselines "
-            "have a latency but no weights, see `export.py model=random`"
-        )
-    with under("arch"):
-        spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})
-    check_fits(spec, backbone.spec)
-    return spec
 
 
 def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
@@ -80,119 +51,32 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
     return found
 
 
-def importance_of(
-    backbone: Backbone, data: PackedData, recipe: RecipeSettings, runs: Runs
-) -> Importance:
-    """The backbone's importance scores, computed once and kept."""
-    assert backbone.folder is not None
-    batches = list(data.calibration_batches(recipe.calibration_tokens))
-    path = runs.importance(f"{fingerprint(backbone.folder)}_{data.digest}")
-    return cached_scores(path, backbone.folder, backbone.load, batches, len(batches))
-
-
 def initial_model(
-    spec: ArchSpec,
-    backbone: Backbone,
-    data: PackedData,
-    recipe: RecipeSettings,
-    runs: Runs,
-    start: str | None = None,
+    spec: ArchSpec, workspace: Workspace, calibration_tokens: int, start: str | None = None
 ) -> Decoder:
     """`spec` with the weights in `start`, or the backbone's: all, or those that pruning keeps.
 
     Without backbone weights they are random.
     """
+    backbone = workspace.backbone
     if start is not None:
         return load(Path(start))
     if backbone.folder is None:
         return Decoder(spec)
     if spec == backbone.spec:
         return backbone.load()
-    importance = importance_of(backbone, data, recipe, runs)
+    importance = workspace.importance(calibration_tokens)
     return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Everything a job needs before it works: opened, checked, nothing large loaded.
-
-    Attributes:
-        runs: Where results go.
-        backbone: What weights come from.
-        tokenizer_path: The tokenizer.json in use.
-        tokenizer: The same, loaded.
-        data: Batches.
-    """
-
-    runs: Runs
-    backbone: Backbone
-    tokenizer_path: Path
-    tokenizer: Tokenizer
-    data: PackedData
-
-    @classmethod
-    def open(
-        cls,
-        backbone: Backbone,
-        data: DataSettings,
-        recipe: RecipeSettings,
-        *,
-        seed: int,
-        runs: Runs,
-    ) -> "Inputs":
-        """Find the tokenizer and the token streams.
-
-        Raises:
-            InputError: Corpus or tokenizer cannot be used with this backbone, or its likeliest
-                tokens not be kept for this corpus.
-        """
-        check_top_k(recipe, data, backbone.spec.vocab_size)
-        path = find_tokenizer(data, backbone.tokenizer, runs.tokens)
-        tokenizer = load_tokenizer(path)
-        if tokenizer.get_vocab_size() > backbone.spec.vocab_size:
-            raise InputError(
-                f"data.tokenizer={path}: has {tokenizer.get_vocab_size()} entries: expected at "
-                f"most the backbone's vocabulary of {backbone.spec.vocab_size}"
-            )
-        if data.seq_len > backbone.spec.max_context:
-            raise InputError(
-                f"data.seq_len={data.seq_len}: expected at most {backbone.spec.max_context}, the "
-                "longest context of the backbone's rotary embedding"
-            )
-        packed = PackedData(
-            data,
-            tokenizer,
-            batch_size=recipe.batch_size,
-            seed=seed,
-            cache=runs.tokens,
-            folder=path.parent,
-        )
-        return cls(runs, backbone, path, tokenizer, packed)
-
-    @property
-    def end_of_text(self) -> int:
-        """Id of the token between documents."""
-        return end_of_text_id(self.tokenizer, self.tokenizer_path)
-
-    def save_model(self, folder: Path, model: Decoder) -> None:
-        """Write `model` as a bf16 Hugging Face folder with the tokenizer."""
-        save(
-            folder,
-            model.spec,
-            state_to_save(model, torch.bfloat16),
-            tokenizer=self.tokenizer_path,
-            token_ids={"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text},
-        )
-
-
-def _key(settings: TrainSettings, spec: ArchSpec, inputs: Inputs) -> str:
-    folder = inputs.backbone.folder
+def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
+    folder = workspace.backbone.folder
     decisive = {
         "spec": spec.to_dict(),
         "recipe": plain(settings.recipe),
         "precision": settings.trainer.precision.value,
         "max_steps": settings.trainer.max_steps,
-        "data": [inputs.data.digest, settings.data.seq_len],
+        "data": [workspace.data.digest, settings.data.seq_len],
         "backbone": fingerprint(folder) if folder else "random",
         "seed": settings.seed,
     }
@@ -226,7 +110,7 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
     first = dataclasses.replace(settings, recipe=scaled(settings.recipe), then={}, scale=1.0)
     stages = [first]
     for key, stage in settings.then.items():
-        before = stages[-1].name or settings.backbone.name
+        before = result_name(stages[-1])
         stages.append(
             dataclasses.replace(
                 first,
@@ -245,7 +129,7 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     spec = spec_of(settings, backbone)
     check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # says what cannot be shared out
-    name = settings.name or backbone.name
+    name = result_name(settings)
     if backbone.folder is None:
         log.warning(
             "backbone %s has no weights: training %s%s, without a teacher (give "
@@ -261,15 +145,22 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     if own is not None and own.is_file() and settings.data.tokenizer is None:
         settings.data = dataclasses.replace(settings.data, tokenizer=str(own))
     runs = Runs(Path(settings.runs))
-    inputs = Inputs.open(backbone, settings.data, settings.recipe, seed=settings.seed, runs=runs)
-    key = _key(settings, spec, inputs)
+    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
+    workspace = Workspace(
+        runs=runs,
+        backbone=backbone,
+        data_settings=settings.data,
+        batch_size=settings.recipe.batch_size,
+        seed=settings.seed,
+    )
+    key = _key(settings, spec, workspace)
     folder = runs.model(name)
     result = TrainResult.read(folder)
     saved = (folder / "checkpoint" / "model.safetensors").is_file()
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
         return result
-    result = _train(settings, name, spec, inputs, key)
+    result = _train(settings, name, spec, workspace, key)
     if result is not None:
         result.write(folder)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
@@ -280,32 +171,33 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
 
 
 def _train(
-    settings: TrainSettings, name: str, spec: ArchSpec, inputs: Inputs, key: str
+    settings: TrainSettings, name: str, spec: ArchSpec, workspace: Workspace, key: str
 ) -> TrainResult | None:
     """The trained and saved model's result; None in processes other than the main one."""
     recipe, precision = settings.recipe, settings.trainer.precision
-    model = initial_model(spec, inputs.backbone, inputs.data, recipe, inputs.runs, settings.start)
+    data, runs = workspace.data, workspace.runs
+    model = initial_model(spec, workspace, recipe.calibration_tokens, settings.start)
     if recipe.qat:
         # Both held-out losses are those of the rounded model.
         fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
-    teacher = teacher_of(inputs.backbone, inputs.data, recipe, settings.trainer, inputs.runs)
+    teacher = teacher_of(workspace.backbone, data, recipe, settings.trainer, runs)
     device = main_device(settings.trainer)
     before = None
     if is_main_process():
-        before = validate(model.to(device), inputs.data, precision)
+        before = validate(model.to(device), data, precision)
         log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
     logger = make_logger(
         settings.logger,
-        folder=inputs.runs.logs,
+        folder=runs.logs,
         run=name,
         job="train",
         config={**plain(settings), "spec": spec.to_dict()},
     )
-    folder = inputs.runs.model(name)
+    folder = runs.model(name)
     try:
         done = fit(
             model,
-            inputs.data,
+            data,
             recipe,
             settings.trainer,
             teacher=teacher,
@@ -316,7 +208,7 @@ def _train(
         )
         if before is None:
             return None
-        after = validate(model.to(device), inputs.data, precision)
+        after = validate(model.to(device), data, precision)
         if logger is not None:
             metrics = {
                 "val/loss_before": before.loss,
@@ -327,7 +219,7 @@ def _train(
             logger.log_metrics(metrics, step=done.steps)
     finally:
         close_logger(logger)
-    inputs.save_model(folder / "checkpoint", model)
+    workspace.save_model(folder / "checkpoint", model)
     return TrainResult(
         name=name,
         spec=spec,

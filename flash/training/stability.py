@@ -17,7 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from flash.errors import InputError
-from flash.files import atomic_write
+from flash.records import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from flash.errors import InputError, require
 from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
 from flash.model.losses import Operands, top_log_probs
-from flash.paths import Runs, digest
+from flash.paths import Runs
 from flash.progress import progress_bar
 from flash.prune.importance import fingerprint
+from flash.records import digest
 from flash.training.distributed import local_device, rank_fraction
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 

@@ -168,7 +168,7 @@ def test_damaged_shards_are_named_and_left_out_only_if_told(settings, tokenizer,
 def test_whole_shards_are_hashed_once(settings, tokenizer, tmp_path, monkeypatch):
     folder = prepare(settings)
     first = opened(folder, tokenizer, tmp_path)
-    monkeypatch.setattr("flash.data.shards._sha256", pytest.fail)
+    monkeypatch.setattr("flash.data.shards.file_digest", pytest.fail)
     assert opened(folder, tokenizer, tmp_path).digest == first.digest
 
 

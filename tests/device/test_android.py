@@ -231,10 +231,6 @@ def test_identity_names_what_changes_times(phone, connect):
         connect(threads=9).identity()
 
 
-def test_text_comes_back(phone, connect, pte):
-    assert connect().generate_text(pte, "it's $HOME", 3) == "it's $HOME!!"
-
-
 def test_what_llama_main_cannot_do_is_said(phone, connect, pte):
     device = connect()
     with pytest.raises(InputError, match="neither scores text nor continues tokens"):

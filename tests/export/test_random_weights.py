@@ -10,6 +10,7 @@ import yaml
 from flash.arch import ArchSpec, count_parameters, parse_pattern
 from flash.config import CONF
 from flash.device.base import Device
+from flash.device.factory import open_device
 from flash.device.measurement import Latency, Measurement
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
@@ -17,9 +18,11 @@ from flash.export import random_weights as shapes
 from flash.export.random_weights import ShapeResult, measure_shape, shape_of, shape_results
 from flash.export.table6 import flash_of, paper_figures, table6
 from flash.interop.baselines import STOCK_MODELS, stock_model
+from flash.latency.programs import Subject
+from flash.latency.store import MeasurementStore, SubjectKind
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
-from flash.training.run import arch_of
+from flash.workspace import arch_of
 
 TINY = ArchSpec(
     model_dim=32,
@@ -34,7 +37,7 @@ TINY = ArchSpec(
 BACKBONE = BackboneSettings(name="tiny", arch=TINY.to_dict())
 
 
-def device(**changes) -> DeviceSettings:
+def device(**changes) -> Device:
     values = {
         "name": "test",
         "max_context": 64,
@@ -47,7 +50,7 @@ def device(**changes) -> DeviceSettings:
         "runs": 1,
         "reject_ratio": 1000.0,
     }
-    return DeviceSettings(**{**values, **changes})
+    return open_device(DeviceSettings(**{**values, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,7 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(shapes, "lower", refuse)
-    monkeypatch.setattr(shapes, "lower_stock", refuse)
+    monkeypatch.setattr(Subject, "write", refuse)
     monkeypatch.setattr(Device, "measure", refuse)
 
 
@@ -78,7 +80,7 @@ def test_all_points_are_measured_and_kept(measured, runs):
     assert measured.stack == "flash"
     path = runs.root / "shapes" / "test" / "own.json"
     assert ShapeResult.read(path) == measured
-    programs = list((runs.root / "shapes").glob("own-*.pte"))
+    programs = list((runs.root / "lowered").glob("model-*.pte"))
     assert [program.stat().st_size for program in programs] == [measured.pte_bytes]
 
 
@@ -88,18 +90,61 @@ def test_the_same_is_not_measured_again(measured, runs, no_work):
 
 def test_another_protocol_measures_the_same_program(measured, runs, tmp_path, monkeypatch):
     runs = Runs(shutil.copytree(runs.root, tmp_path / "runs"))
-    monkeypatch.delattr(shapes, "lower")
+    monkeypatch.delattr(Subject, "write")
     monkeypatch.setattr(Device, "measure", lambda *args: [measured.measurement])
     again = measure_shape("own", TINY, device(processes=3), runs)
-    assert again.lower_s is None
+    assert again.lower_s == measured.lower_s
     assert again.key != measured.key
     assert shape_results(runs, device()) == []
     assert shape_results(runs, device(processes=3)) == [again]
 
 
+def test_another_name_takes_what_the_store_has(measured, runs, tmp_path, no_work):
+    runs = Runs(shutil.copytree(runs.root, tmp_path / "runs"))
+    again = measure_shape("other", TINY.replace(tie_embeddings=False), device(), runs)
+    assert again.measurement == dataclasses.replace(measured.measurement, name="other")
+    assert len(MeasurementStore(runs.measurements)) == 3
+
+
+def test_only_points_that_the_store_lacks_are_measured(measured, runs, tmp_path):
+    runs = Runs(shutil.copytree(runs.root, tmp_path / "runs"))
+    more = measure_shape("own", TINY, device(prompts=[20, 40, 30]), runs)
+    assert list(more.measurement.latencies) == [
+        *("prefill_20", "prefill_40", "prefill_30", "decode_30"),
+    ]
+    for name in measured.measurement.latencies:
+        assert more.measurement.latencies[name] == measured.measurement.latencies[name]
+    assert len(MeasurementStore(runs.measurements)) == 4
+
+
+def test_stock_shapes_are_in_the_store_and_in_its_table(tmp_path, monkeypatch):
+    lowered = []
+
+    def write(subject, path, lowering):
+        lowered.append(subject)
+        path.write_bytes(b"program")
+
+    found = result("any", prefill_20=1.0, prefill_40=2.0, decode_30=0.5).measurement
+    samples = [{"accepted": True, "prefill_20": [], "prefill_40": [], "decode_30": []}]
+    found = dataclasses.replace(found, samples=samples, conditions=[{"started": 1.0}])
+    monkeypatch.setattr(Subject, "write", write)
+    monkeypatch.setattr(Device, "measure", lambda *args: [found])
+    runs, stock = Runs(tmp_path), stock_model("lfm2_350m")
+    measured = measure_shape("lfm2_350m", stock, device(), runs)
+    monkeypatch.delattr(Device, "measure")
+    again = measure_shape("again", stock, device(), runs)
+    assert again.measurement == dataclasses.replace(measured.measurement, name="again")
+    assert [subject.stock for subject in lowered] == [stock]
+    assert len(list(runs.lowered.glob("stock-*.pte"))) == 1
+    store = MeasurementStore(runs.measurements)
+    assert {row.kind for row in store} == {SubjectKind.stock}
+    assert store.write_csv(tmp_path / "table.csv") == 3
+    assert (tmp_path / "table.csv").read_text("utf-8").count("lfm2_350m") == 3
+
+
 def test_a_damaged_result_is_named(tmp_path, no_work):
     runs = Runs(tmp_path)
-    path = ShapeResult.path(runs, device(), "own")
+    path = ShapeResult.path(runs, device().settings, "own")
     path.parent.mkdir(parents=True)
     path.write_text("{}", "utf-8")
     with pytest.raises(InputError, match=r"own\.json: damaged .*; delete it to measure again"):
@@ -221,9 +266,12 @@ def test_contexts_are_checked_before_lowering(tmp_path, no_work):
 
 def test_results_of_other_devices_and_settings_do_not_mix(tmp_path):
     runs = Runs(tmp_path)
-    conditions = shapes.conditions_of(shapes.open_device(device()))
+    conditions = shapes.conditions_of(device())
     mine = dataclasses.replace(result("mine", prefill_20=1.0), conditions=conditions)
     for each in (mine, result("other", prefill_20=1.0)):
-        each.write(ShapeResult.path(runs, device(), each.name))
+        each.write(ShapeResult.path(runs, device().settings, each.name))
     assert shape_results(runs, device()) == [mine]
-    assert json.loads(ShapeResult.path(runs, device(), "mine").read_text("utf-8"))["key"] == "k"
+    assert (
+        json.loads(ShapeResult.path(runs, device().settings, "mine").read_text("utf-8"))["key"]
+        == "k"
+    )

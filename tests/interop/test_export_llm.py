@@ -15,7 +15,7 @@ from flash.device.workload import Workload
 from flash.errors import CheckFailed, InputError
 from flash.interop import export_llm
 from flash.interop.baselines import STOCK_MODELS, StockModel, stock_model, to_stock_model
-from flash.interop.export_llm import check_stock, lower_stock, lower_stock_arch
+from flash.interop.export_llm import check_stock, lower_stock
 from flash.lowering.settings import LoweringSettings, SlidingForm
 from tests.lowering.conftest import read_program
 
@@ -48,7 +48,7 @@ def host() -> HostDevice:
 @pytest.fixture(scope="module")  # a minute: for slow tests only
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("stock") / "a = 'new' folder" / "model.pte"
-    lower_stock_arch(TINY, FORMATS, path)
+    lower_stock(to_stock_model(TINY), FORMATS, path)
     return path
 
 
@@ -174,9 +174,7 @@ def test_what_the_stack_cannot_express_is_refused_before_any_work(tmp_path):
         check_stock(gemma, LoweringSettings(group_size=256))
     linear = TINY.replace(rope_scaling=RopeScaling(kind=RopeKind.linear, factor=2.0))
     with pytest.raises(InputError, match=r"arch.rope_scaling.kind=linear: expected llama3"):
-        lower_stock_arch(linear, FORMATS, tmp_path / "a.pte")
-    with pytest.raises(InputError, match=r"lowering.max_context=512: expected at most"):
-        lower_stock_arch(TINY, LoweringSettings(max_context=512), tmp_path / "a.pte")
+        lower_stock(to_stock_model(linear), FORMATS, tmp_path / "a.pte")
     with pytest.raises(InputError, match=r"arch.stock=lfm2_35m: .*did you mean 'lfm2_350m'"):
         stock_model("lfm2_35m")
     assert not list(tmp_path.iterdir())
@@ -188,7 +186,7 @@ def test_a_failed_export_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(export_llm, "CHILD", child)
     path = tmp_path / "out" / "model.pte"
     with pytest.raises(CheckFailed, match=r"code 1 and no program: .*ValueError: no such layer$"):
-        lower_stock_arch(TINY, FORMATS, path)
+        lower_stock(to_stock_model(TINY), FORMATS, path)
     assert not list(path.parent.iterdir())
 
 
@@ -208,7 +206,7 @@ def test_ctrl_c_ends_the_export(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            lower_stock_arch(TINY, FORMATS, path)
+            lower_stock(to_stock_model(TINY), FORMATS, path)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not list(path.parent.iterdir())

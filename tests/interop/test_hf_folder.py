@@ -16,7 +16,8 @@ from flash.errors import InputError
 from flash.interop.hf_folder import check_hf, write_hf
 from flash.lowering.parity_metrics import ParityLimits, compare
 from flash.model.checkpoint import load, save, state_to_save
-from flash.model.decoder import Decoder, generate
+from flash.model.decoder import Decoder
+from tests.model.greedy import generate
 
 LLAMA3 = RopeScaling(kind=RopeKind.llama3, factor=8.0, original_context=32)
 LINEAR = RopeScaling(kind=RopeKind.linear, factor=2.0)

@@ -64,11 +64,16 @@ class FakeDevice:
             raise Killed
         reference_ms = self.reference_ms(self.groups)
         self.groups += 1
-        assert len({program.name for program in [*programs, reference]}) == len(programs) + 1
-        on_progress(1, 1)
-        return [self.time(program, reference_ms) for program in programs]
+        everything = [*programs, *([] if reference is None else [reference])]
+        assert len({program.name for program in everything}) == len(everything)
+        if on_progress is not None:
+            on_progress(1, 1)
+        beside = None
+        if reference is not None:
+            beside = {"prefill_64": reference_ms, "decode_64": 1.0}
+        return [self.time(program, reference_ms, beside) for program in programs]
 
-    def time(self, program, reference_ms):
+    def time(self, program, reference_ms, beside):
         subject = json.loads(program.path.read_text())
         self.measured.append(json.dumps(subject, sort_keys=True))
         ms = latency_ms(subject) * (reference_ms / 10.0 if self.slowdown else 1.0)
@@ -91,9 +96,10 @@ class FakeDevice:
             * 3,
             conditions=[
                 {
-                    "reference_ms": {"prefill_64": reference_ms, "decode_64": 1.0},
+                    "started": self.groups + process / 4,
                     "process": {"wall_s": 10.0, "others_s": self.others_s},
+                    **({"reference_ms": beside} if beside is not None else {}),
                 }
-            ]
-            * 3,
+                for process in range(3)
+            ],
         )

@@ -7,13 +7,11 @@ import pytest
 
 from flash.arch import Attention
 from flash.device.workload import Phase, Point
-from flash.errors import InputError
 from flash.latency.analytical import AnalyticalPredictor
 from flash.latency.cost_model import WORK_COLUMNS, SpecTable, nominal_work_ms, parameters
 from flash.latency.gp import GaussianProcess
-from flash.latency.interpolation import Interpolated
 from flash.latency.power_law import PowerLaw
-from flash.latency.prediction import Prediction, score
+from flash.latency.prediction import score
 from flash.lowering.settings import LoweringSettings, SlidingForm
 from tests.latency.simulated import (
     BACKBONE,
@@ -166,59 +164,3 @@ def test_ring_form_is_learned_as_well():
         AnalyticalPredictor(PREFILL_512, RING), DEVICES["nominal"], FLASH, PREFILL_512, RING, 0, 16
     )
     assert scores.mape_pct < 4
-
-
-@pytest.mark.parametrize(
-    ("measured", "between"), [((512, 2048), (768, 1024, 1536)), ((256, 512, 1024), (300, 700))]
-)
-@pytest.mark.parametrize("phase", list(Phase))
-def test_latency_between_measured_points(phase, measured, between):
-    """Within one chunk; a call more is a step."""
-    device, rng = DEVICES["nominal"], np.random.default_rng(0)
-    specs = [*FLASH.stratified(rng, 20), BACKBONE]
-    unseen = FLASH.stratified(rng, 50)
-    points = [Point(phase, n) for n in measured]
-    joined = Interpolated({
-        point: AnalyticalPredictor(point, SDPA).fit(specs, device.measure(specs, point, rng, SDPA))
-        for point in points
-    })
-    for point in [Point(phase, n) for n in between]:
-        prediction = joined.predict(unseen, point)
-        scores = score(prediction, device.measure(unseen, point, rng, SDPA))
-        assert scores.mape_pct < 4, point
-        assert scores.coverage_90 > 0.8, point
-    alone = AnalyticalPredictor(points[0], LOWERING).fit(specs, np.ones(len(specs)))
-    np.testing.assert_allclose(
-        Interpolated({points[0]: alone, points[1]: alone}).predict(unseen, points[0]).mean,
-        alone.predict(unseen).mean,
-    )
-
-
-class Quadratic:
-    """Prefill of a device whose attention is exactly quadratic."""
-
-    def __init__(self, tokens):
-        self.value = np.array([3.0 * tokens + 2e-3 * tokens**2])
-
-    def predict(self, specs):
-        return Prediction(self.value, 0.9 * self.value, 1.1 * self.value)
-
-
-def test_a_quadratic_prefill_is_interpolated_exactly():
-    joined = Interpolated({Point(Phase.prefill, n): Quadratic(n) for n in (512, 2048)})
-    between = joined.predict([BACKBONE], Point(Phase.prefill, 1000))
-    np.testing.assert_allclose(between.mean, Quadratic(1000).value)
-    np.testing.assert_allclose(between.low, 0.9 * Quadratic(1000).value)
-
-
-@pytest.mark.parametrize("name", ["prefill_256", "prefill_4096", "decode_1024"])
-def test_points_that_were_not_enclosed_are_refused(name):
-    joined = Interpolated({Point(Phase.prefill, n): Quadratic(n) for n in (512, 2048)})
-    with pytest.raises(InputError, match=f"point={name}: expected one from prefill_512 to"):
-        joined.predict([BACKBONE], Point.parse(name))
-
-
-@pytest.mark.parametrize("names", [["prefill_512"], ["prefill_512", "decode_512"], []])
-def test_points_that_cannot_be_joined_are_refused(names):
-    with pytest.raises(InputError, match="at least two points of one phase"):
-        Interpolated({Point.parse(name): Quadratic(1) for name in names})

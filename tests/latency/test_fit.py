@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
-from flash.device.workload import Point, Workload
+from flash.device.workload import Workload
 from flash.errors import InputError
 from flash.latency.fit import collect, make_grid, whole_models
-from flash.latency.profiler import Subject
+from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore, SubjectKind
 from flash.lowering.settings import LoweringSettings
@@ -92,7 +92,7 @@ def test_blocks_predict_models_that_were_never_measured(tmp_path, lowered):
     truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
     np.testing.assert_allclose(model.predictors[PREFILL].predict(unseen).mean, truth, rtol=0.03)
     np.testing.assert_allclose(model.predictors[DECODE].predict(unseen).mean, truth / 4, rtol=0.03)
-    assert model.target is model.predictors[PREFILL]
+    assert model.objective == PREFILL
     assert len(lowered) - 1 == num_measured(model) == 18 + 4 + 1  # and the reference
     assert model.models[-1].layer_types == BACKBONE.layer_types
     scores = model.scores[PREFILL]
@@ -225,7 +225,7 @@ def test_analytical_predictor_measures_until_it_is_good_enough(tmp_path, lowered
     assert model.scores[PREFILL]["analytical"].mape_pct < 5
     unseen = [SPACE.sample(np.random.default_rng(seed)) for seed in range(50)]
     truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
-    assert np.abs(model.target.predict(unseen).mean / truth - 1).mean() < 0.04
+    assert np.abs(model.predictors[model.objective].predict(unseen).mean / truth - 1).mean() < 0.04
     device = FakeDevice()
     again = run(tmp_path, device, ACTIVE)
     assert (device.measured, again.models) == ([], model.models)
@@ -255,11 +255,11 @@ def test_second_device_starts_from_the_first(tmp_path, lowered):
     second = FakeDevice(name="second")
     settings = replace(ACTIVE, transfer_from="fake")
     model = run(tmp_path, second, settings)
-    assert type(model.target).__name__ == "TransferPredictor"
+    assert type(model.predictors[model.objective]).__name__ == "TransferPredictor"
     assert num_measured(model) <= 16 < num_measured(first)
     unseen = [SPACE.sample(np.random.default_rng(seed)) for seed in range(50)]
     truth = np.array([latency_ms(spec.to_dict()) for spec in unseen])
-    assert np.abs(model.target.predict(unseen).mean / truth - 1).mean() < 0.03
+    assert np.abs(model.predictors[model.objective].predict(unseen).mean / truth - 1).mean() < 0.03
     with pytest.raises(InputError, match=r"transfer_from=nobody: .* holds fake, second$"):
         run(tmp_path, FakeDevice(name="third"), replace(ACTIVE, transfer_from="nobody"))
 
@@ -279,14 +279,6 @@ def test_blocks_are_refused_where_they_cannot_be_timed(tmp_path, lowered):
         run(tmp_path, phone)
     assert (lowered, phone.measured) == ([], [])
     assert run(tmp_path, phone, ACTIVE).models
-
-
-def test_latency_between_measured_lengths(tmp_path, lowered):
-    model = run(tmp_path, FakeDevice())
-    measured = model.predict(model.models, PREFILL)
-    np.testing.assert_array_equal(measured.mean, model.target.predict(model.models).mean)
-    with pytest.raises(InputError, match="expected at least two points of one phase"):
-        model.predict(model.models, Point(PREFILL.phase, 32))
 
 
 def test_workload_must_fit_the_context(tmp_path):

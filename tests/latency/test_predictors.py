@@ -23,7 +23,7 @@ from flash.latency.composition import BlockShape, BlockTable, Grid, grid_points
 from flash.latency.cost_model import SpecTable, flops, parameters
 from flash.latency.gp import GaussianProcess
 from flash.latency.power_law import PowerLaw
-from flash.latency.prediction import Prediction, cross_validate
+from flash.latency.prediction import Prediction, cross_predict, score
 from flash.lowering.settings import LoweringSettings
 
 FULL, SLIDING = Attention.full_attention, Attention.sliding_attention
@@ -217,6 +217,10 @@ class Oracle:
 
     def predict(self, specs):
         return Prediction(truth(specs), 0.99 * truth(specs), 1.01 * truth(specs))
+
+
+def cross_validate(make_predictor, specs, values, errors=None, folds=None):
+    return score(cross_predict(make_predictor, specs, values, errors, folds=folds), values)
 
 
 @pytest.mark.parametrize("folds", [None, 3])

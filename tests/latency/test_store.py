@@ -10,10 +10,13 @@ from dataclasses import replace
 import pytest
 
 from flash.arch import ArchSpec, parse_pattern
+from flash.bundled import CONF
 from flash.cli import main
 from flash.errors import InputError
+from flash.interop.baselines import stock_model
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
 
+DATA = CONF.parent / "benchmarks" / "data"
 CONDITIONS = Conditions(
     point={"phase": "prefill", "tokens": 128},
     protocol={"processes": 3},
@@ -40,37 +43,36 @@ def path(tmp_path):
 def test_row_survives_a_new_process(path):
     MeasurementStore(path).append(row(1))
     again = MeasurementStore(path)
-    assert list(again) == [row(1)] or again.get(row(1).key).result == row(1).result
-    assert again.get(row(1).key).time_utc.endswith("+00:00")
+    [kept] = again.attempts(row(1).key)
+    assert kept.result == row(1).result
+    assert kept.time_utc.endswith("+00:00")
 
 
-def test_same_key_is_never_stored_twice(path):
+def test_no_row_is_dropped_and_the_store_numbers_the_attempts(path):
     store = MeasurementStore(path)
-    assert store.append(row(1, 1.0))
-    assert not store.append(row(1, 2.0))
-    assert len(path.read_text().splitlines()) == 1
-    assert store.get(row(1).key).result["ms"] == 1.0
-
-
-def test_same_key_from_two_open_stores_is_stored_once(path):
-    first, second = MeasurementStore(path), MeasurementStore(path)
-    assert first.append(row(1, 1.0))
-    assert not second.append(row(1, 2.0))
-    assert second.get(row(1).key).result["ms"] == 1.0
-
-
-def test_later_attempt_is_kept_beside_the_first(path):
-    store = MeasurementStore(path)
-    store.append(row(1, 9.0))
-    again = replace(row(1, 5.0), attempt=2)
-    assert store.append(again)
-    assert not store.append(again)
-    assert not store.append(row(1, 1.0))
+    assert [store.append(row(1, ms)).attempt for ms in (9.0, 5.0, 5.0)] == [1, 2, 3]
+    assert store.append(row(2)).attempt == 1
     for each in (store, MeasurementStore(path)):
-        assert each.get(again.key).result["ms"] == 5.0
-        assert [each.attempt for each in each.attempts(again.key)] == [1, 2]
-        assert len(each) == 2
-    assert len(path.read_text().splitlines()) == 2
+        assert [found.result["ms"] for found in each.attempts(row(1).key)] == [9.0, 5.0, 5.0]
+        assert [found.attempt for found in each.attempts(row(1).key)] == [1, 2, 3]
+        assert len(each) == 4
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_two_open_stores_number_the_attempts_of_one_key(path):
+    first, second = MeasurementStore(path), MeasurementStore(path)
+    first.append(row(1, 1.0))
+    assert second.append(row(1, 2.0)).attempt == 2
+    assert [each.result["ms"] for each in second.attempts(row(1).key)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["flash_space", "repeatability_1", "repeatability_2"])
+def test_keys_of_stored_rows_are_those_that_they_were_stored_under(name):
+    lines = (DATA / f"{name}.jsonl").read_text().splitlines()
+    for line in (lines[0], lines[len(lines) // 2], lines[-1]):
+        values = json.loads(line)
+        assert StoredLatency.from_dict(values).key == values["key"]
+    assert len(MeasurementStore(DATA / f"{name}.jsonl")) == len(lines)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_key_depends_on_subject_and_kind_but_not_on_result_or_order():
     assert row(1, 1.0).key == row(1, 2.0).key
     subject = {"b": 1, "a": 2}
     kinds = {CONDITIONS.key(kind, subject) for kind in SubjectKind}
-    assert len(kinds) == 2
+    assert len(kinds) == len(SubjectKind)
     assert CONDITIONS.key(SubjectKind.model, {"a": 2, "b": 1}) in kinds
 
 
@@ -102,15 +104,15 @@ def test_torn_last_line_is_dropped_and_overwritten(path, caplog):
     store.append(row(1))
     store.append(row(2))
     whole = path.read_bytes()
-    for cut in (1, 20, len(row(2).to_json()) - 1):
+    for cut in (1, 20, len(whole) // 2 - 1):
         path.write_bytes(whole[:-cut])
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             store = MeasurementStore(path)
         assert "torn last line" in caplog.text
         assert len(store) == 1
-        assert [store.get(row(n).key) is None for n in (1, 2)] == [False, True]
-        assert store.append(row(2))
+        assert [len(store.attempts(row(n).key)) for n in (1, 2)] == [1, 0]
+        store.append(row(2))
         assert len(MeasurementStore(path)) == 2
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -135,8 +137,8 @@ def test_damaged_line_is_named(path, line):
 def test_devices_measure_at_once_but_each_only_for_one_process(path, caplog):
     first, second = MeasurementStore(path), MeasurementStore(path)
     with first.exclusive("phone_a"), second.exclusive("phone_b"):
-        assert first.append(row(1))
-        assert second.append(row(2))
+        first.append(row(1))
+        second.append(row(2))
     assert len(MeasurementStore(path)) == 2
     done = threading.Event()
 
@@ -162,7 +164,7 @@ def test_stores_of_two_people_merge(path, tmp_path):
     assert mine.merge(theirs) == 0  # nothing twice
     again = MeasurementStore(path)
     assert [each.result["ms"] for each in again.attempts(row(1).key)] == [1.0, 2.0]
-    assert again.get(row(2).key).result["ms"] == 3.0
+    assert again.attempts(row(2).key)[0].result["ms"] == 3.0
 
 
 def test_store_is_a_table_with_standard_errors(path, monkeypatch, capsys, tmp_path):
@@ -181,18 +183,21 @@ def test_store_is_a_table_with_standard_errors(path, monkeypatch, capsys, tmp_pa
     store.append(replace(row(1), kind=SubjectKind.model, subject=spec.to_dict(), result=result))
     block = {"kind": "ffn", "spec": spec.to_dict()}
     store.append(replace(row(1), subject=block, result=result))
+    stock = stock_model("lfm2_350m").to_dict()
+    store.append(replace(row(1), kind=SubjectKind.stock, subject=stock, result=result))
     table = tmp_path / "table.csv"
     assert call(monkeypatch, "--runs", str(runs), "export", str(table)) == 0
-    assert "2 measurements" in capsys.readouterr().out
+    assert "3 measurements" in capsys.readouterr().out
     with table.open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["kind"] for line in lines] == ["model", "ffn"]
+    assert [line["kind"] for line in lines] == ["model", "ffn", "stock"]
+    assert [line["stock"] for line in lines] == ["", "", "lfm2_350m"]
     assert lines[0]["pattern"] == "F-S"
     assert (lines[0]["phase"], lines[0]["tokens"], lines[0]["ms"]) == ("prefill", "128", "2.5")
     assert lines[0]["se_ms"] == "0.1"
     other = tmp_path / "other"
     assert call(monkeypatch, "--runs", str(other), "merge", str(store.path)) == 0
-    assert "2 measurements added, 2 in all" in capsys.readouterr().out
+    assert "3 measurements added, 3 in all" in capsys.readouterr().out
     assert call(monkeypatch, "--runs", str(other), "merge", str(tmp_path / "none")) == 2
     assert "none: no such file" in capsys.readouterr().err
 

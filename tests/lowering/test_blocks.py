@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flash.arch import ArchSpec, parse_pattern
-from flash.lowering.blocks import Block, BlockKind, blocks_of, lower_block
+from flash.lowering.blocks import Block, BlockKind, lower_block
 
 SPEC = ArchSpec(
     model_dim=64,
@@ -17,16 +17,6 @@ SPEC = ArchSpec(
     vocab_size=96,
     sliding_window=10,
 )
-
-
-def test_blocks_of_an_architecture_are_counted():
-    counts = {block.kind: count for block, count in blocks_of(SPEC).items()}
-    assert counts == {
-        BlockKind.full_attention: 2,
-        BlockKind.sliding_attention: 1,
-        BlockKind.ffn: 4,
-        BlockKind.ends: 1,
-    }
 
 
 def test_blocks_depend_only_on_what_their_program_depends_on():
@@ -45,7 +35,7 @@ def test_blocks_depend_only_on_what_their_program_depends_on():
 
 
 def test_block_names_differ():
-    assert len({str(block) for block in blocks_of(SPEC)}) == 4
+    assert len({str(Block.of(kind, SPEC)) for kind in BlockKind}) == 4
 
 
 @pytest.mark.slow

@@ -16,9 +16,10 @@ from transformers import (
 from flash.arch import ArchSpec, parse_pattern
 from flash.errors import InputError
 from flash.model.checkpoint import build, load, save, state_to_save
-from flash.model.decoder import Decoder, generate
+from flash.model.decoder import Decoder
 from flash.model.families import from_config, to_config
 from flash.model.weights import read_spec
+from tests.model.greedy import generate
 
 COMMON = {
     "hidden_size": 64,

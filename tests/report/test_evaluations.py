@@ -1,5 +1,6 @@
 """Facts about the benchmark tables on the page."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -68,4 +69,22 @@ def test_a_damaged_result_is_one_line(runs):
     path = runs.evaluation("toy") / "base.decoder.json"
     path.write_text(path.read_text()[:40])
     with pytest.raises(InputError, match=r"base\.decoder\.json: damaged .* evaluate again"):
+        read(runs)
+
+
+@pytest.mark.parametrize("key", ["trials", "names", "backbone", "predicted"])
+def test_a_damaged_frontier_is_one_line(runs, key):
+    path = runs.study("toy") / "frontier.json"
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+    message = rf"frontier\.json: damaged \('{key}' is missing\); delete it to run search\.py again"
+    with pytest.raises(InputError, match=message):
+        read(runs)
+
+
+def test_a_damaged_promotion_is_one_line(runs):
+    path = runs.study("toy") / "promoted.json"
+    path.write_text('{"trials": [{}]}')
+    with pytest.raises(InputError, match=r"promoted\.json: damaged .*stage=promote again"):
         read(runs)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from optuna.trial import TrialState
 
-from flash.files import write_text
 from flash.paths import Runs
+from flash.records import write_text
 from flash.search.frontier import write_report
 from flash.search.loop import frontier
 from flash.search.objectives import Objective

@@ -12,8 +12,8 @@ from flash.paths import Runs
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.loop import EvaluationError
 from flash.search.pruner import TrialPruned
-from flash.training.run import Inputs, importance_of
 from flash.training.settings import Precision, RecipeSettings, Schedule, TrainerSettings
+from flash.workspace import Workspace
 from tests.conftest import SMALL
 
 RECIPE = RecipeSettings(
@@ -27,17 +27,19 @@ SPEC = SMALL.replace(layer_types=parse_pattern("F-"))
 def evaluate(backbone_settings, data_settings, tmp_path) -> ShortTraining:
     runs = Runs(tmp_path / "runs")
     backbone = Backbone.open(backbone_settings)
-    inputs = Inputs.open(backbone, data_settings, RECIPE, seed=0, runs=runs)
-    importance = importance_of(backbone, inputs.data, RECIPE, runs)
-    return ShortTraining(inputs, importance, RECIPE, TRAINER, 0, tmp_path / "trials")
+    workspace = Workspace(
+        runs=runs, backbone=backbone, data_settings=data_settings, batch_size=RECIPE.batch_size
+    )
+    importance = workspace.importance(RECIPE.calibration_tokens)
+    return ShortTraining(workspace, importance, RECIPE, TRAINER, 0, tmp_path / "trials")
 
 
 def test_candidates_learn_from_a_teacher_that_spoke_ahead(evaluate, monkeypatch):
     monkeypatch.setattr("flash.data.teacher_cache.PART_TOKENS", 8 * 32)
     recipe = dataclasses.replace(RECIPE, kd_weight=0.9, kd_top_k=16)
-    taught = ShortTraining(evaluate.inputs, evaluate.importance, recipe, TRAINER, 0)
+    taught = ShortTraining(evaluate.workspace, evaluate.importance, recipe, TRAINER, 0)
     monkeypatch.setattr("flash.training.teacher.load_teacher", None)
-    again = ShortTraining(evaluate.inputs, evaluate.importance, recipe, TRAINER, 0)
+    again = ShortTraining(evaluate.workspace, evaluate.importance, recipe, TRAINER, 0)
     assert taught(SPEC, 0).loss == again(SPEC, 0).loss != evaluate(SPEC, 0).loss
 
 

@@ -18,8 +18,9 @@ from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.training.fit import fit, validate
 from flash.training.result import TrainResult
-from flash.training.run import Inputs, train
+from flash.training.run import train
 from flash.training.settings import Precision, RecipeSettings, StageSettings, TrainerSettings
+from flash.workspace import Workspace
 from tests.conftest import SMALL
 from tests.training.decoders import make_model
 
@@ -124,14 +125,13 @@ def test_quantization_aware_training_is_of_the_rounded_model(settings):
     result = train(settings)
     model, rounded = load(cut), load(cut)
     fake_quantize(rounded)
-    inputs = Inputs.open(
-        Backbone.open(settings.backbone),
-        settings.data,
-        RECIPE,
-        seed=0,
+    workspace = Workspace(
         runs=Runs(Path(settings.runs)),
+        backbone=Backbone.open(settings.backbone),
+        data_settings=settings.data,
+        batch_size=RECIPE.batch_size,
     )
-    losses = [validate(each, inputs.data, Precision.fp32).loss for each in (model, rounded)]
+    losses = [validate(each, workspace.data, Precision.fp32).loss for each in (model, rounded)]
     assert result.before.loss == losses[1] != losses[0]
     assert result.after.loss < result.before.loss
     plain = load(Path(settings.runs) / "models" / "qat" / "checkpoint")

@@ -1,0 +1,190 @@
+"""Results as JSON files: plain values, digests, atomic writes, and readers that name damage.
+
+A kill or a full disk leaves the old file or none, never half of one.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from flash.errors import InputError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""Errors of code that takes a JSON value apart which is not what it should be."""
+
+
+def plain(values: Any) -> Any:
+    """`values` as JSON values: dataclasses become objects, enums their values, paths text."""
+    return json.loads(json.dumps(values, default=_plain_leaf))
+
+
+def _plain_leaf(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def digest(values: Any, length: int = 16, *, compact: bool = False) -> str:
+    """Short SHA-256 of plain JSON values, for names of what they decide.
+
+    Args:
+        values: What decides; the order of keys does not matter.
+        length: Hexadecimal digits of the result.
+        compact: Hash the JSON text without spaces, as the measurement store does.
+    """
+    separators = (",", ":") if compact else None
+    text = json.dumps(values, sort_keys=True, separators=separators)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name only once it is safely on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """`replacing`, open for writing."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` with `text` in UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replace `path` with `values` as indented JSON, atomically; values as `plain` takes them."""
+    write_text(path, json.dumps(values, indent=1, default=_plain_leaf) + "\n")
+
+
+def read_json(path: Path, build: Callable[[Any], T], remedy: str) -> T:
+    """The JSON file at `path`, made into an object by `build`.
+
+    Args:
+        path: The file, which must exist.
+        build: Takes the parsed value; may raise what unpacking malformed values raises.
+        remedy: What a user does after deleting the file, such as `train again`.
+
+    Raises:
+        InputError: The file is not JSON, or `build` cannot use it.
+    """
+    try:
+        return build(json.loads(path.read_text("utf-8")))
+    except _DAMAGE as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path}: damaged ({reason}); delete it to {remedy}") from error
+
+
+def find_json(path: Path, build: Callable[[Any], T], remedy: str) -> T | None:
+    """`read_json`, or None where there is no such file.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    return read_json(path, build, remedy) if path.is_file() else None
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
+    """Hold the kernel's exclusive lock on `path`, which is freed when the process dies.
+
+    Args:
+        path: The file; it and its folder are created if they are missing. Its content stays.
+        on_wait: Called before waiting for another holder.
+
+    Yields:
+        The file, open for reading and appending.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+class JsonLines:
+    """A growing file of JSON values, one a line, that several processes read and append to.
+
+    A line is on disk when `append` returns. A line that a kill tore is dropped when the file is
+    read and overwritten by the next `append`.
+
+    Args:
+        path: The file; it and its folder are created by the first `append`.
+        take: Called with the number of each whole line, from 1, and its text.
+    """
+
+    def __init__(self, path: Path, take: Callable[[int, bytes], None]) -> None:
+        self.path = path
+        self._take = take
+        self._end = 0  # bytes that have been read, always whole lines
+        self._lines = 0
+
+    def refresh(self) -> None:
+        """Take the lines that were appended since the last call."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._end)
+            text = file.read()
+        whole, _, torn = text.rpartition(b"\n")
+        for line in whole.splitlines():
+            self._lines += 1
+            self._take(self._lines, line)
+        if torn:
+            log.warning(
+                "%s: dropped a torn last line of %d bytes (it was being written when its process "
+                "was killed)",
+                self.path,
+                len(torn),
+            )
+        self._end += len(text) - len(torn)
+
+    def append(self, make: Callable[[], Any]) -> None:
+        """Add the value that `make` returns once all lines of other processes were taken."""
+        with locked(self.path) as file:
+            self.refresh()
+            file.truncate(self._end)  # the rest of a torn line
+            file.write(json.dumps(make(), separators=(",", ":")).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.refresh()

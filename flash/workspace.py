@@ -1,0 +1,170 @@
+"""Everything that a command opens once: results folder, backbone, text, importance, device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from flash.arch import ArchSpec
+from flash.data.module import PackedData, find_tokenizer
+from flash.data.settings import DataSettings
+from flash.data.tokenizer import end_of_text_id, load_tokenizer
+from flash.device.base import Device
+from flash.device.factory import open_device
+from flash.device.settings import DeviceSettings
+from flash.errors import InputError, under
+from flash.model.backbone import Backbone
+from flash.model.checkpoint import save, state_to_save
+from flash.model.decoder import Decoder
+from flash.model.settings import BackboneSettings
+from flash.paths import Runs
+from flash.prune.importance import Importance, cached_scores, fingerprint
+from flash.prune.pruning import check_fits
+
+
+class Named(Protocol):
+    """Settings of a command whose result has a name."""
+
+    name: str | None
+    backbone: BackboneSettings
+
+
+def result_name(settings: Named) -> str:
+    """Name of a command's result: the one given, or else the backbone's.
+
+    For the chosen option of `arch`, flash.config gives the name.
+    """
+    return settings.name or settings.backbone.name
+
+
+def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
+    """The backbone's architecture with `changes`.
+
+    Raises:
+        InputError: An unknown key, an illegal value, a stock baseline, or a spec that cannot be cut
+            from it.
+    """
+    if "stock" in changes:
+        raise InputError(
+            f"arch.stock={changes['stock']}: expected an architecture of ours; stock baselines "
+            "have a latency but no weights, see `export.py model=random`"
+        )
+    with under("arch"):
+        spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})
+    check_fits(spec, backbone.spec)
+    return spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """A command's surroundings; each part is opened when it is first asked for, and then kept.
+
+    Commands ask for the parts that they need before any work, so that errors come first. Nothing
+    here loads weights, except `importance` where no earlier run has left the scores.
+
+    Attributes:
+        runs: Folder of results.
+        backbone: Source of weights.
+        data_settings: Text; None for commands that read none.
+        device_settings: Device; None for commands that measure nothing.
+        batch_size: Sequences of a training step; as many held-out ones are read at a time.
+        seed: Order of the text.
+    """
+
+    runs: Runs
+    backbone: Backbone
+    data_settings: DataSettings | None = None
+    device_settings: DeviceSettings | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    @cached_property
+    def device(self) -> Device:
+        """The device, opened once: a remote one says who it is once only.
+
+        Raises:
+            InputError: Settings that no such device can have.
+        """
+        assert self.device_settings is not None
+        return open_device(self.device_settings)
+
+    @cached_property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json in use.
+
+        Raises:
+            InputError: There is none, or it does not fit the backbone.
+        """
+        assert self.data_settings is not None
+        return find_tokenizer(self.data_settings, self.backbone.tokenizer, self.runs.tokens)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in use.
+
+        Raises:
+            InputError: It has more entries than the backbone's vocabulary.
+        """
+        tokenizer, limit = load_tokenizer(self.tokenizer_path), self.backbone.spec.vocab_size
+        if tokenizer.get_vocab_size() > limit:
+            raise InputError(
+                f"data.tokenizer={self.tokenizer_path}: has {tokenizer.get_vocab_size()} entries: "
+                f"expected at most the backbone's vocabulary of {limit}"
+            )
+        return tokenizer
+
+    @property
+    def end_of_text(self) -> int:
+        """Id of the token between documents."""
+        return end_of_text_id(self.tokenizer, self.tokenizer_path)
+
+    @cached_property
+    def data(self) -> PackedData:
+        """Batches of the text, for training and held out.
+
+        Raises:
+            InputError: The text cannot be used, or its sequences are longer than the backbone's
+                context.
+        """
+        data, limit = self.data_settings, self.backbone.spec.max_context
+        assert data is not None
+        tokenizer = self.tokenizer
+        if data.seq_len > limit:
+            raise InputError(
+                f"data.seq_len={data.seq_len}: expected at most {limit}, the longest context of "
+                "the backbone's rotary embedding"
+            )
+        return PackedData(
+            data,
+            tokenizer,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            cache=self.runs.tokens,
+            folder=self.tokenizer_path.parent,
+        )
+
+    def importance(self, calibration_tokens: int) -> Importance:
+        """The backbone's importance scores on the text, computed once and kept.
+
+        Raises:
+            InputError: There is no text, or kept scores are damaged.
+        """
+        folder, data = self.backbone.folder, self.data
+        assert folder is not None
+        batches = list(data.calibration_batches(calibration_tokens))
+        path = self.runs.importance(f"{fingerprint(folder)}_{data.digest}")
+        return cached_scores(path, folder, self.backbone.load, batches, len(batches))
+
+    def save_model(self, folder: Path, model: Decoder) -> None:
+        """Write `model` as a bf16 Hugging Face folder with the tokenizer."""
+        save(
+            folder,
+            model.spec,
+            state_to_save(model, torch.bfloat16),
+            tokenizer=self.tokenizer_path,
+            token_ids={"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text},
+        )
