@@ -16,7 +16,7 @@ from flash.device.factory import open_device
 from flash.device.host import HostDevice, run_process
 from flash.device.measurement import Measurement, Program
 from flash.errors import DeviceError, InputError
-from flash.model.decoder import generate
+from tests.model.greedy import generate
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,7 +153,9 @@ def test_a_killed_measurement_leaves_no_process_behind(program, settings):
         import dataclasses, sys
         from pathlib import Path
         from flash.arch import Quantization
-        from flash.device import DeviceSettings, HostDevice, Program
+        from flash.device.host import HostDevice
+        from flash.device.measurement import Program
+        from flash.device.settings import DeviceSettings
         settings = DeviceSettings(name="t", quantization=Quantization.fp32, max_context=64,
                                   prompts=[20], contexts=[30], runs=10**4)
         HostDevice(settings).measure(
