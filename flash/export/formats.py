@@ -18,9 +18,9 @@ from torch import Tensor
 from flash.arch import ArchSpec
 from flash.errors import CheckFailed, InputError
 from flash.export.settings import ExportFormat, FormatSettings
-from flash.interop.bisect_gguf import locate_gguf
 from flash.interop.gguf import LIMITS, check_gguf, check_gguf_form, write_gguf
 from flash.interop.hf_folder import check_hf, write_hf, zero_spec
+from flash.lowering.bisect_layers import locate_gguf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
 from flash.model.decoder import Decoder
 from flash.records import find_json, write_json

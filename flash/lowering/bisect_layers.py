@@ -2,12 +2,16 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from flash.interop.gguf import check_gguf, write_gguf
+from flash.interop.settings import GgufFormat
 from flash.lowering.gate import ParityStage, check_parity
+from flash.lowering.parity_metrics import ParityLimits
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
@@ -31,11 +35,36 @@ def locate(
         part = first_layers(model, depth)
         return check_parity(part, settings, text, gate, last=stage).passed
 
-    where = first_failure(model.spec.num_layers, passes)
+    where = _first_failure(model.spec.num_layers, passes)
     return where or "no layer: a program lowered anew passes, so the file is not of these weights"
 
 
-def first_failure(num_layers: int, passes: Callable[[int], bool]) -> str | None:
+def locate_gguf(
+    model: Decoder,
+    text: Int[Tensor, " n"],
+    limits: ParityLimits,
+    weight_format: GgufFormat,
+    folder: Path,
+) -> str | None:
+    """The part of `model` with which its GGUF file begins to fail; None: a new file passes.
+
+    Each step writes the first layers as a file in `folder` and removes it; llama.cpp itself shows
+    nothing between tokens and logits.
+    """
+    path = folder / ".part.gguf"
+
+    def passes(depth: int) -> bool:
+        part = first_layers(model, depth)
+        write_gguf(path, part, tokenizer=None, token_ids={}, weight_format=weight_format)
+        return check_gguf(path, part, text, limits).passed
+
+    try:
+        return _first_failure(model.spec.num_layers, passes)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _first_failure(num_layers: int, passes: Callable[[int], bool]) -> str | None:
     """Halves the depth; `passes` tells of the first layers of a model whether they are sound."""
     sound, failing = 0, num_layers + 1
     while failing - sound > 1:

@@ -12,9 +12,9 @@ from flash.errors import CheckFailed
 from flash.export.formats import ExportSource, publish
 from flash.export.settings import ExportFormat, FormatSettings
 from flash.interop import gguf as gguf_file
-from flash.interop.bisect_gguf import locate_gguf
 from flash.interop.gguf import LIMITS, check_gguf
 from flash.interop.settings import GgufFormat
+from flash.lowering.bisect_layers import locate_gguf
 from flash.lowering.parity_metrics import ParityLimits
 from flash.model.checkpoint import load
 from tests.interop.test_gguf import (
