@@ -19,7 +19,7 @@ from flash.device.host import HostDevice, run_process
 from flash.device.measurement import Measurement, Program
 from flash.device.workload import Workload
 from flash.errors import DeviceError, InputError
-from flash.model.decoder import generate
+from tests.model.greedy import generate
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import string
 import torch
 
 from flash.device.stock_runner import generate_text
-from flash.model.decoder import generate
+from tests.model.greedy import generate
 
 LETTERS = "_^" + string.ascii_letters + string.digits
 
