@@ -159,7 +159,7 @@ def connect(server, settings, tokenizer, tmp_path, monkeypatch):
     runner = tmp_path / "llama_main"
     runner.write_text(LLAMA_MAIN)
 
-    def connect(link=(), **changes):
+    def connect(link=(), contexts=(20, 30), **changes):
         values = {
             "server_port": server,
             "runner": str(runner),
@@ -169,7 +169,8 @@ def connect(server, settings, tokenizer, tmp_path, monkeypatch):
             "retries": 2,
             **dict(link),
         }
-        changed = {"contexts": [20, 30], "runs": 1, "processes": 1, **changes}
+        workload = replace(settings.workload, contexts=list(contexts))
+        changed = {"workload": workload, "runs": 1, "processes": 1, **changes}
         kind = DeviceKind.android
         device = open_device(
             replace(settings, kind=kind, android=AndroidSettings(**values), **changed)
