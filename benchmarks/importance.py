@@ -22,8 +22,9 @@ from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
-from flash.training.fit import fit, validate
+from flash.training.fit import fit
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
+from flash.training.validation import validate
 from flash.workspace import Workspace
 
 RECIPE = RecipeSettings(name="recovery", tokens=32768, batch_size=2, lr=1e-3, warmup_ratio=0.1)

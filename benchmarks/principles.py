@@ -45,8 +45,9 @@ from flash.paths import Runs
 from flash.progress import progress
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
-from flash.training.fit import fit, validate
+from flash.training.fit import fit
 from flash.training.settings import RecipeSettings, Schedule, TrainerSettings
+from flash.training.validation import validate
 from flash.workspace import Workspace
 
 DATA = conf.ROOT / "benchmarks" / "data" / "principles.jsonl"

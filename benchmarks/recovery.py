@@ -21,14 +21,13 @@ import plotly.graph_objects as go
 from record import Recorder
 
 import conf
-from flash.data.module import PackedData
+from flash.data.corpus import PackedData
 from flash.data.settings import DataSettings
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.model.quantization import fake_quantize
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
-from flash.training.fit import validate
 from flash.training.result import TrainResult
 from flash.training.run import train
 from flash.training.settings import (
@@ -39,6 +38,7 @@ from flash.training.settings import (
     TrainerSettings,
     TrainSettings,
 )
+from flash.training.validation import validate
 from flash.workspace import Workspace
 
 TOKENS, FURTHER = 131_072, 65_536

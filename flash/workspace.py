@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec
-from flash.data.module import PackedData, find_tokenizer
+from flash.data.corpus import PackedData, find_tokenizer
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id, load_tokenizer
 from flash.device.base import Device

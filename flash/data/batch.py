@@ -31,6 +31,11 @@ class Batch(NamedTuple):
     top_ids: Int[Tensor, "b s k"] | None = None
     top_log_probs: Float[Tensor, "b s k+1"] | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        fields = (None if field is None else field.to(device) for field in self)
+        return Batch(*fields)  # pyright: ignore[reportArgumentType]
+
 
 def collate(sequences: Sequence[Batch]) -> Batch:
     """Stack sequences that have the same fields into a batch."""

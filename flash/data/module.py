@@ -1,111 +1,34 @@
-"""Lightning data module: resumable training batches, and the validation sequences."""
+"""Lightning data module: resumable training batches, and batches for validation."""
 
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from flash.data.batch import Batch, collate
-from flash.data.factory import InMemorySequences, open_splits
-from flash.data.files import find_documents, read_text
-from flash.data.packed import PackedSequences
+from flash.data.corpus import MAX_BATCH, PackedData
 from flash.data.sampler import ResumableBatchSampler, Share
-from flash.data.settings import DataKind, DataSettings
 from flash.data.stream import SequenceStream, StreamedSequences, StreamLoader
-from flash.data.teacher_cache import TeacherCache
-from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from flash.errors import InputError
-from flash.records import write_text
-
-_AT_ONCE = 16
-"""Most validation or calibration sequences per batch."""
 
 
-def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) -> Path:
-    """Find the tokenizer.json to use: the setting's, else `default`, else one that is trained.
-
-    Args:
-        settings: Data settings; a tokenizer can be trained on text files only.
-        default: The backbone's own tokenizer, if there is one.
-        cache: Folder for trained tokenizers.
-
-    Raises:
-        InputError: The named file cannot be used, or there is none and no text files to train on.
-    """
-    path = Path(settings.tokenizer) if settings.tokenizer else default
-    if path is not None:
-        load_tokenizer(path)
-        return path
-    if settings.kind not in {DataKind.stdlib, DataKind.folder}:
-        raise InputError(
-            f"data.tokenizer=null: expected a tokenizer.json for data.kind="
-            f"{settings.kind.value}, as the backbone has none"
-        )
-    training = [
-        document
-        for document in find_documents(settings)
-        if not document.in_validation_split(settings.validation_percent)
-    ]
-    trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}.json"
-    if not trained.is_file():
-        tokenizer = train_tokenizer(map(read_text, training), settings.bpe_vocab_size)
-        write_text(trained, tokenizer.to_str())
-    return trained
-
-
-class PackedData(L.LightningDataModule):
-    """Training batches in a reproducible, resumable order, and the validation sequences.
+class PackedDataModule(L.LightningDataModule):
+    """Batches of packed data in a reproducible, resumable order.
 
     The order is the same for any number of ranks, micro-batches and workers. A run resumes from a
     checkpoint with any other number of them. The trainer must not add a sampler of its own
     (`use_distributed_sampler=False`).
 
     Args:
-        settings: Text and sequence length.
-        tokenizer: Encoder of the text.
-        batch_size: Sequences per optimizer step, over all ranks.
-        seed: Seed of the order of the training sequences.
-        cache: Folder for token streams.
-        folder: Folder of the tokenizer, with its chat template; only for `data.kind=chat`.
-
-    Attributes:
-        train_set: Training sequences, read by index or streamed.
-        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer.
-        bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
-        validation_set: Validation sequences, each a `Batch` without the first axis.
-        teacher_cache: Training sequences with a teacher's most likely tokens, to be set before
-            training. None: no cache.
-
-    Raises:
-        InputError: The data cannot be used.
+        data: The sequences.
     """
 
-    def __init__(
-        self,
-        settings: DataSettings,
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        seed: int,
-        cache: Path,
-        folder: Path | None = None,
-    ) -> None:
+    def __init__(self, data: PackedData) -> None:
         super().__init__()
-        self.settings, self.batch_size, self.seed = settings, batch_size, seed
-        splits = open_splits(settings, tokenizer, seed=seed, cache=cache, folder=folder)
-        self.train_set: PackedSequences | StreamedSequences = splits.train
-        self.digest, self.bytes_per_token = splits.digest, token_bytes(tokenizer)
-        self.validation_set: Subset[Batch] = _evenly_spaced(
-            splits.validation, settings.validation_sequences
-        )
-        self.teacher_cache: TeacherCache | None = None
+        self.data = data
         self._steps: int | None = None
         self._states: Tensor | None = None
         self._trained: list[Tensor | None] = []
@@ -120,9 +43,9 @@ class PackedData(L.LightningDataModule):
         """Share of this rank in each batch."""
         trainer = self.trainer
         if trainer is None:
-            return Share(self.batch_size)
+            return Share(self.data.batch_size)
         return Share(
-            self.batch_size,
+            self.data.batch_size,
             trainer.world_size,
             trainer.global_rank,
             trainer.accumulate_grad_batches,
@@ -132,20 +55,34 @@ class PackedData(L.LightningDataModule):
         if self._steps is None:
             # No batch has been counted yet: a new run, or a checkpoint that holds the step only.
             self._steps = self.trainer.global_step if self.trainer is not None else 0
-        share, workers = self.share, self.settings.workers
-        if isinstance(self.train_set, StreamedSequences):
+        share, workers = self.share, self.data.settings.workers
+        if isinstance(self.data.train_set, StreamedSequences):
             if self._states is None:
-                self._states = self.train_set.initial_states()
-                self._steps = 0
-            stream = SequenceStream(self.train_set, share, self._steps, self._states.clone())
+                self._check_new()
+                self._states = self.data.train_set.initial_states()
+            stream = SequenceStream(self.data.train_set, share, self._steps, self._states.clone())
             return StreamLoader(stream, workers)
-        batches = ResumableBatchSampler(len(self.train_set), share, self.seed, self._steps)
+        batches = ResumableBatchSampler(
+            len(self.data.train_set), share, self.data.seed, self._steps
+        )
         return DataLoader(
-            self.teacher_cache if self.teacher_cache is not None else self.train_set,
+            self.data.teacher_cache if self.data.teacher_cache is not None else self.data.train_set,
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=workers,
         )
+
+    def _check_new(self) -> None:
+        """Refuse to start a stream over in the middle of a run.
+
+        Raises:
+            InputError: The checkpoint is of a former version, which kept the state elsewhere.
+        """
+        if self._steps:
+            raise InputError(
+                "data: the checkpoint does not say where in its stream the run stopped; start over "
+                "with another name"
+            )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count the batches that are trained on; workers and Lightning have read further ahead."""
@@ -182,8 +119,8 @@ class PackedData(L.LightningDataModule):
             InputError: The checkpoint belongs to streamed data of other sources or shards.
         """
         states = state_dict.get("stream_states")
-        if isinstance(self.train_set, StreamedSequences):
-            initial = self.train_set.initial_states()
+        if isinstance(self.data.train_set, StreamedSequences):
+            initial = self.data.train_set.initial_states()
             if states is None or states.shape != initial.shape:
                 raise InputError(
                     "data: the checkpoint is of other data.sources or data.logical_shards; start "
@@ -199,7 +136,7 @@ class PackedData(L.LightningDataModule):
             InputError: The validation split has fewer sequences than there are ranks.
         """
         share = self.share
-        total = len(self.validation_set)
+        total = len(self.data.validation_set)
         if total < share.world_size:
             raise InputError(
                 f"data.validation_sequences={total}: expected at least one for each of "
@@ -207,36 +144,10 @@ class PackedData(L.LightningDataModule):
             )
         mine = np.arange(share.rank, total, share.world_size)
         # Batches of two or more, so that ranks with one sequence less do not have a batch less.
-        size = max(2, min(share.micro_batch, _AT_ONCE))
+        size = max(2, min(share.micro_batch, MAX_BATCH))
         batches = np.array_split(mine, -(-total // share.world_size) // size or 1)
         return DataLoader(
-            self.validation_set,
+            self.data.validation_set,
             batch_sampler=[batch.tolist() for batch in batches],
             collate_fn=collate,
         )
-
-    def calibration_batches(self, tokens: int) -> Iterator[Tensor]:
-        """Yield training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""
-        count = max(1, tokens // self.settings.seq_len)
-        sequences = self._first_sequences(count)
-        while chosen := list(islice(sequences, min(self.batch_size, _AT_ONCE))):
-            yield torch.stack([sequence.tokens[:-1] for sequence in chosen])
-
-    def _first_sequences(self, count: int) -> Iterator[Batch]:
-        if isinstance(self.train_set, StreamedSequences):
-            yield from self.train_set.first(count)
-            return
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.train_set), generator=generator)
-        for i in order[:count].tolist():
-            yield self.train_set[i]
-
-
-def _evenly_spaced(sequences: PackedSequences | InMemorySequences, count: int) -> Subset[Batch]:
-    """Select `count` sequences, or all for 0.
-
-    They are evenly spaced, so that even a few come from many documents.
-    """
-    count = min(count or len(sequences), len(sequences))
-    chosen = torch.linspace(0, len(sequences) - 1, count).long().unique().tolist()
-    return Subset(sequences, chosen)

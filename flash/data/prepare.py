@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from flash.data.corpus import find_tokenizer
 from flash.data.encoders import TextEncoder
-from flash.data.module import find_tokenizer
 from flash.data.packed import token_type
 from flash.data.settings import DataKind, DataSettings, PrepareSettings
 from flash.data.shards import Manifest, Shard, tokenizer_digest, write_shard

@@ -22,7 +22,7 @@ from flash.model.checkpoint import load
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, file_digest, plain
-from flash.training.distributed import check_devices, main_device
+from flash.training.accelerators import check_devices, main_device
 from flash.training.loggers import close_logger, make_logger
 from flash.workspace import Workspace, arch_of, result_name
 

@@ -1,36 +1,13 @@
 """Loss of a .pte on real text, run through its runtime and not through an eager twin."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flash.device.base import Device
+from flash.export.result import ProgramQuality
 from flash.model.decoder import Decoder
-
-
-@dataclass(frozen=True)
-class ProgramQuality:
-    """Losses on the same tokens [nats a token].
-
-    Attributes:
-        float_loss: Of the float decoder.
-        pte_loss: Of the program on the device.
-        tokens: How many tokens were predicted.
-        agreement: Share of them where both find the same token likeliest.
-    """
-
-    float_loss: float
-    pte_loss: float
-    tokens: int
-    agreement: float
-
-    @property
-    def change_pct(self) -> float:
-        """Change of perplexity from the float decoder to the program [%]."""
-        change = torch.tensor(self.pte_loss - self.float_loss, dtype=torch.float64).expm1()
-        return 100 * float(change)
 
 
 @torch.no_grad()

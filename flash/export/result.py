@@ -1,15 +1,37 @@
 """What an export found, as the file that the report reads."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
 from flash.device.measurement import Measurement
-from flash.export.perplexity import ProgramQuality
 from flash.records import find_json, write_json
-from flash.training.fit import ValidationMetrics
+from flash.training.result import ValidationMetrics
+
+
+@dataclass(frozen=True)
+class ProgramQuality:
+    """Losses on the same tokens [nats a token].
+
+    Attributes:
+        float_loss: Of the float decoder.
+        pte_loss: Of the program on the device.
+        tokens: How many tokens were predicted.
+        agreement: Share of them where both find the same token likeliest.
+    """
+
+    float_loss: float
+    pte_loss: float
+    tokens: int
+    agreement: float
+
+    @property
+    def change_pct(self) -> float:
+        """Change of perplexity from the float decoder to the program [%]."""
+        return 100 * math.expm1(self.pte_loss - self.float_loss)
 
 
 @dataclass(frozen=True)

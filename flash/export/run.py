@@ -29,8 +29,8 @@ from flash.model.decoder import Decoder
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import plain, read_json, write_json
-from flash.training.fit import validate
 from flash.training.loggers import close_logger, make_logger
+from flash.training.validation import validate
 from flash.workspace import result_name
 
 log = logging.getLogger(__name__)

@@ -93,13 +93,13 @@ def check_stock(model: StockModel, lowering: LoweringSettings) -> None:
         return
     require(
         lowering.sliding is SlidingForm.stock,
-        "lowering.sliding",
+        "device.lowering.sliding",
         lowering.sliding.value,
         f"stock for {model.name}, which ExecuTorch's own stack lowers",
     )
     require(
         lowering.chunk <= 2 * min(windows),
-        "lowering.prefill_chunk",
+        "device.lowering.prefill_chunk",
         lowering.chunk,
         f"at most {2 * min(windows)} for {model.name}, whose ring buffers hold twice their window",
     )

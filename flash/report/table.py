@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flash.export.perplexity import ProgramQuality
+from flash.export.result import ProgramQuality
 from flash.report.data import Model
 
 COLUMNS = (

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning as L
 import torch
 
 from flash.arch import ArchSpec
@@ -17,10 +16,11 @@ from flash.prune.pruning import prune
 from flash.records import digest, plain
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
-from flash.training.fit import LAST, STABLE, FitResult, fit, validate
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
+from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
+from flash.training.validation import validate
 from flash.workspace import Workspace
 
 
@@ -103,7 +103,9 @@ class ShortTraining:
         backbone = self.workspace.backbone.folder
         assert backbone is not None
         start = time.perf_counter()
-        L.seed_everything(self.seed, verbose=False)
+        from lightning import seed_everything  # takes seconds; a finished search has no use for it
+
+        seed_everything(self.seed, verbose=False)
         model = build(spec, prune(backbone, self.importance, spec), f"trial {number}")
         about = {
             "importance": self.importance.digest,
@@ -138,6 +140,8 @@ class ShortTraining:
                 seen = self._points(curve.losses)
                 pruned.info |= {"curve": seen, "tokens": int(seen[-1][0])}
                 raise
+
+        from flash.training.fit import fit
 
         return fit(
             model,

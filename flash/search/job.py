@@ -22,9 +22,9 @@ from flash.search.loop import EvaluationError
 from flash.search.objectives import Costs, Objective, Problem, high
 from flash.search.settings import SearchJobSettings
 from flash.search.study import Study
-from flash.training.distributed import check_devices
-from flash.training.fit import validate
+from flash.training.accelerators import check_devices
 from flash.training.teacher import check_top_k
+from flash.training.validation import validate
 from flash.workspace import Workspace
 
 _MIB = 2**20

@@ -1,19 +1,20 @@
 """Logging of a search: metrics of each trial as it ends, tables and figures at the end."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from lightning.pytorch.loggers import Logger, WandbLogger
+from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec, Attention, count_parameters
 from flash.search.objectives import Problem
 from flash.search.study import Trial
 
+if TYPE_CHECKING:  # Lightning takes seconds to import
+    from lightning.pytorch.loggers import Logger
+
 Draw = Callable[[], Mapping[str, Any]]
 """Function that draws the plotly figures of a written study, by name."""
 
 
-def log_trial(logger: Logger | None, trial: Trial, problem: Problem) -> None:
+def log_trial(logger: "Logger | None", trial: Trial, problem: Problem) -> None:
     """Log the metrics of a complete trial, with its number as the step."""
     if logger is None or trial.loss is None:
         return
@@ -29,7 +30,7 @@ def log_trial(logger: Logger | None, trial: Trial, problem: Problem) -> None:
     logger.log_metrics(metrics, step=trial.number)
 
 
-def log_study(logger: Logger | None, report: Mapping[str, Any], draw: Draw) -> None:
+def log_study(logger: "Logger | None", report: Mapping[str, Any], draw: Draw) -> None:
     """Log the final hypervolume; a W&B logger also gets the table of trials and the figures.
 
     Args:
@@ -41,6 +42,8 @@ def log_study(logger: Logger | None, report: Mapping[str, Any], draw: Draw) -> N
         return
     step = len(report["trials"])
     logger.log_metrics({"search/hypervolume": report["hypervolume"][-1]}, step=step)
+    from lightning.pytorch.loggers import WandbLogger
+
     if not isinstance(logger, WandbLogger):
         return
     import wandb

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import torch
 from flash.arch import ArchSpec, training_flops_per_token
 from flash.progress import progress_bar
 from flash.training.lightning_module import LanguageModeling
+from flash.training.loss_curve import MAX_PARTS, Curve, Watch
 from flash.training.settings import Precision, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -142,3 +144,68 @@ class Throughput(L.Callback):
     ) -> None:
         if hasattr(self, "_bar"):
             self._bar.close()
+
+
+class CurveRecorder(L.Callback):
+    """Records the loss of every step, including those before the run was resumed.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        watch: Called with the curve after each of its parts; None calls nothing.
+    """
+
+    def __init__(self, steps: int, watch: Watch | None) -> None:
+        self.steps, self.watch = steps, watch
+        self._losses: list[float] = []
+
+    @property
+    def curve(self) -> Curve:
+        """The curve of the steps so far."""
+        return Curve.of(self._losses, self.steps)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, LanguageModeling)
+        step = trainer.global_step
+        if step == len(self._losses):
+            return  # more micro-batches of this step follow
+        self._losses.append(pl_module.step_loss)
+        parts = min(self.steps, MAX_PARTS)
+        ends = {round(i * self.steps / parts) for i in range(1, parts + 1)}
+        if self.watch is not None and step in ends:
+            self.watch(self.curve)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self._losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses = list(state_dict["losses"])
+
+
+class SaveAtStep(L.Callback):
+    """Writes one checkpoint, with which another run can go on under another schedule.
+
+    Args:
+        step: Number of finished steps at which it is written.
+        path: File of the checkpoint.
+    """
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path, weights_only=False)  # includes the optimizer

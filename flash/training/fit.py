@@ -1,120 +1,30 @@
-"""Training of a decoder, with checkpoints to resume from, and its held-out loss."""
+"""Training of a decoder, with checkpoints to resume from."""
 
 import copy
-import math
 import signal
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from flash.compat.lightning import kill_launched_processes
-from flash.data.batch import collate
-from flash.data.module import PackedData
+from flash.data.corpus import PackedData
+from flash.data.module import PackedDataModule
 from flash.data.teacher_cache import TeacherCache
 from flash.errors import InputError
 from flash.model.decoder import Decoder
-from flash.model.losses import Operands, linear_losses
-from flash.model.quantization import head_operands
-from flash.progress import progress
 from flash.ranks import is_main_process
-from flash.training.callbacks import Throughput
+from flash.training.callbacks import CurveRecorder, SaveAtStep, Throughput
 from flash.training.distributed import gather, lightning_precision, make_strategy
 from flash.training.lightning_module import LanguageModeling
-from flash.training.loss_curve import CurveRecorder, SaveAtStep, Watch
+from flash.training.loss_curve import Watch
+from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
 from flash.training.stability import AtomicCheckpointIO, StopBySignal, Stopped
 from flash.training.teacher import Teacher
-
-LAST = "last.ckpt"
-"""Name of the checkpoint that a stopped run resumes from."""
-STABLE = "stable.ckpt"
-"""Name of the checkpoint of the last step before the learning rate falls. A run for more tokens can
-go on from it."""
-
-
-_MAX_BATCH = 16
-"""Most held-out sequences per forward pass."""
-
-
-@dataclass(frozen=True)
-class ValidationMetrics:
-    """Quality on held-out text.
-
-    Attributes:
-        loss: Negative log-likelihood [nats per token].
-        bits_per_byte: Negative log-likelihood in bits per UTF-8 byte of the target tokens, which
-            can be compared between tokenizers.
-        tokens: Number of target tokens.
-    """
-
-    loss: float
-    bits_per_byte: float
-    tokens: int
-
-
-@torch.no_grad()
-def validate(model: Decoder, data: PackedData, precision: Precision) -> ValidationMetrics:
-    """Quality of `model` on all held-out sequences of `data`.
-
-    Args:
-        model: Decoder on the device that it is to be evaluated on.
-        data: Held-out sequences and the bytes of each token.
-        precision: bf16 runs the matrix products in bf16.
-    """
-    total, tokens, num_bytes = 0.0, 0, 0
-    device = next(model.parameters()).device
-    batches = DataLoader(
-        data.validation_set, batch_size=min(data.batch_size, _MAX_BATCH), collate_fn=collate
-    )
-    for batch in progress(batches, "held-out loss"):
-        batch = move_data_to_device(batch, device)
-        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
-            hidden = model.hidden(inputs, documents=batch.document_ids).flatten(0, 1)
-            if batch.loss_mask is not None:
-                learn = batch.loss_mask.flatten()
-                hidden, targets = hidden[learn], targets[learn]
-            student = Operands(*head_operands(model, hidden))
-            total += float(linear_losses(student, targets).ce)
-        tokens += targets.numel()
-        num_bytes += int(data.bytes_per_token[targets.cpu().numpy()].sum())
-    bits = total / math.log(2)
-    return ValidationMetrics(total / tokens, bits / num_bytes, tokens)
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """Length, speed and course of a training run.
-
-    Attributes:
-        steps: Optimizer steps in all, including those before the run was resumed.
-        tokens: Tokens seen in these steps.
-        tokens_per_s: Median rate of the last steps.
-        mfu: Share of the machine's measured matrix-product rate.
-        peak_rss_mib: Highest resident memory of the process [MiB].
-        skipped_steps: Steps left out because their gradient was not finite or their loss a spike.
-        curve: Mean training loss of each of up to 32 equal parts of the run [nats per token].
-    """
-
-    steps: int
-    tokens: int
-    tokens_per_s: float
-    mfu: float
-    peak_rss_mib: float
-    skipped_steps: int = 0
-    curve: Sequence[float] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "curve", tuple(self.curve))  # lists come back from JSON
 
 
 def fit(
@@ -278,7 +188,9 @@ def _run(
         warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
         warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
         try:
-            lightning.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+            lightning.fit(
+                module, datamodule=PackedDataModule(data), ckpt_path=last, weights_only=True
+            )
         except OSError:
             kill_launched_processes(lightning)  # else they wait for this process and fail
             raise

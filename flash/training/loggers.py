@@ -5,11 +5,12 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from typing import TYPE_CHECKING, Any
 
 from flash.training.settings import LoggerKind, LoggerSettings
+
+if TYPE_CHECKING:  # Lightning takes seconds to import
+    from lightning.pytorch.loggers import Logger
 
 
 def has_wandb_key() -> bool:
@@ -24,7 +25,7 @@ def has_wandb_key() -> bool:
 
 def make_logger(
     logger: LoggerSettings, *, folder: Path, run: str, job: str, config: Mapping[str, Any]
-) -> Logger | None:
+) -> "Logger | None":
     """The Lightning logger of one run; None if metrics are not kept.
 
     Args:
@@ -37,6 +38,8 @@ def make_logger(
     folder.mkdir(parents=True, exist_ok=True)
     if logger.kind is LoggerKind.none:
         return None
+    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
     if logger.kind is LoggerKind.csv:
         return CSVLogger(folder, name="csv", version="")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -56,9 +59,13 @@ def make_logger(
         )
 
 
-def close_logger(logger: Logger | None) -> None:
+def close_logger(logger: "Logger | None") -> None:
     """Flush and end a run, so that the next logger of this process starts a new one."""
+    if logger is None:
+        return
+    from lightning.pytorch.loggers import WandbLogger
+
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()
-    elif logger is not None:
+    else:
         logger.save()

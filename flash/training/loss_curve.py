@@ -1,15 +1,9 @@
-"""The training loss along a run, kept in its checkpoints, and the callbacks that record it."""
+"""The training loss along a run, as means over equal parts of it."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import lightning as L
-
-from flash.training.lightning_module import LanguageModeling
 
 MAX_PARTS = 32
 """Most points of a loss curve: enough to show its shape, and few enough that each is a mean over
@@ -49,68 +43,3 @@ def _mean(losses: Sequence[float]) -> float:
 
 Watch = Callable[[Curve], None]
 """Function that is called with the curve after each of its parts; it may raise to end the run."""
-
-
-class CurveRecorder(L.Callback):
-    """Records the loss of every step, including those before the run was resumed.
-
-    Args:
-        steps: Optimizer steps of the whole run.
-        watch: Called with the curve after each of its parts; None calls nothing.
-    """
-
-    def __init__(self, steps: int, watch: Watch | None) -> None:
-        self.steps, self.watch = steps, watch
-        self._losses: list[float] = []
-
-    @property
-    def curve(self) -> Curve:
-        """The curve of the steps so far."""
-        return Curve.of(self._losses, self.steps)
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, LanguageModeling)
-        step = trainer.global_step
-        if step == len(self._losses):
-            return  # more micro-batches of this step follow
-        self._losses.append(pl_module.step_loss)
-        parts = min(self.steps, MAX_PARTS)
-        ends = {round(i * self.steps / parts) for i in range(1, parts + 1)}
-        if self.watch is not None and step in ends:
-            self.watch(self.curve)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": self._losses}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = list(state_dict["losses"])
-
-
-class SaveAtStep(L.Callback):
-    """Writes one checkpoint, with which another run can go on under another schedule.
-
-    Args:
-        step: Number of finished steps at which it is written.
-        path: File of the checkpoint.
-    """
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path, weights_only=False)  # includes the optimizer

@@ -1,17 +1,65 @@
-"""What a finished training run says about itself."""
+"""Result of a training run, as the file beside the model."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
 from flash.records import find_json, write_json
-from flash.training.fit import FitResult, ValidationMetrics
+
+LAST = "last.ckpt"
+"""Name of the checkpoint that a stopped run resumes from."""
+STABLE = "stable.ckpt"
+"""Name of the checkpoint of the last step before the learning rate falls. A run for more tokens can
+go on from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationMetrics:
+    """Quality on held-out text.
+
+    Attributes:
+        loss: Negative log-likelihood [nats per token].
+        bits_per_byte: Negative log-likelihood in bits per UTF-8 byte of the target tokens, which
+            can be compared between tokenizers.
+        tokens: Number of target tokens.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """Length, speed and course of a training run.
+
+    Attributes:
+        steps: Optimizer steps in all, including those before the run was resumed.
+        tokens: Tokens seen in these steps.
+        tokens_per_s: Median rate of the last steps.
+        mfu: Share of the machine's measured matrix-product rate.
+        peak_rss_mib: Highest resident memory of the process [MiB].
+        skipped_steps: Steps left out because their gradient was not finite or their loss a spike.
+        curve: Mean training loss of each of up to 32 equal parts of the run [nats per token].
+    """
+
+    steps: int
+    tokens: int
+    tokens_per_s: float
+    mfu: float
+    peak_rss_mib: float
+    skipped_steps: int = 0
+    curve: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curve", tuple(self.curve))  # lists come back from JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What `result.json` beside a trained model says.
+    """Content of `result.json` beside a trained model.
 
     Attributes:
         name: Name of the run.

@@ -4,8 +4,6 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import lightning as L
-
 from flash.arch import ArchSpec, count_parameters
 from flash.errors import InputError
 from flash.model.backbone import Backbone
@@ -18,12 +16,12 @@ from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
-from flash.training.distributed import check_devices, main_device, wait_for_others
-from flash.training.fit import fit, validate
+from flash.training.accelerators import check_devices, main_device, wait_for_others
 from flash.training.loggers import close_logger, make_logger
 from flash.training.result import TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
+from flash.training.validation import validate
 from flash.workspace import Workspace, arch_of, result_name
 
 log = logging.getLogger(__name__)
@@ -140,7 +138,6 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         )
         settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
     backbone.fetch()
-    L.seed_everything(settings.seed, verbose=False)
     own = Path(settings.start, "tokenizer.json") if settings.start is not None else None
     if own is not None and own.is_file() and settings.data.tokenizer is None:
         settings.data = dataclasses.replace(settings.data, tokenizer=str(own))
@@ -174,6 +171,11 @@ def _train(
     settings: TrainSettings, name: str, spec: ArchSpec, workspace: Workspace, key: str
 ) -> TrainResult | None:
     """The trained and saved model's result; None in processes other than the main one."""
+    from lightning import seed_everything  # takes seconds; a finished run has no use for it
+
+    from flash.training.fit import fit
+
+    seed_everything(settings.seed, verbose=False)
     recipe, precision = settings.recipe, settings.trainer.precision
     data, runs = workspace.data, workspace.runs
     model = initial_model(spec, workspace, recipe.calibration_tokens, settings.start)

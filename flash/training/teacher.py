@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash.data.batch import Batch, collate
-from flash.data.module import PackedData
+from flash.data.corpus import PackedData
 from flash.data.packed import PackedSequences
 from flash.data.settings import DataSettings
 from flash.data.teacher_cache import TeacherCache
@@ -20,7 +20,7 @@ from flash.paths import Runs
 from flash.progress import progress_bar
 from flash.prune.importance import fingerprint
 from flash.records import digest
-from flash.training.distributed import local_device, rank_fraction
+from flash.training.accelerators import local_device, rank_fraction
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)

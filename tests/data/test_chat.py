@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer
 
 from flash.data.chat import ChatEncoder, read_template
-from flash.data.module import PackedData
+from flash.data.corpus import PackedData
+from flash.data.module import PackedDataModule
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
@@ -100,7 +101,7 @@ def test_whole_conversations_are_packed(settings, tokenizer, tmp_path):
     data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
     end = tokenizer.token_to_id("<|endoftext|>")
     start = tokenizer.encode("<|im_start|>system", add_special_tokens=False).ids
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(PackedDataModule(data).train_dataloader()))
     assert batch.tokens.shape == (4, 121)
     assert batch.loss_mask is not None
     assert batch.document_ids is not None
@@ -118,14 +119,15 @@ def test_whole_conversations_are_packed(settings, tokenizer, tmp_path):
 
 def test_packed_conversations_resume(settings, tokenizer, tmp_path):
     data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
-    batches = iter(data.train_dataloader())
+    module = PackedDataModule(data)
+    batches = iter(module.train_dataloader())
     first = [next(batches) for _ in range(6)]
     states = data.train_set.initial_states()  # pyright: ignore
     for batch in first[:3]:
         for state in batch.stream_state:  # pyright: ignore
             states[int(state[0])] = state
-    data.load_state_dict({"steps": 3, "stream_states": states})
-    resumed = iter(data.train_dataloader())
+    module.load_state_dict({"steps": 3, "stream_states": states})
+    resumed = iter(module.train_dataloader())
     for batch in first[3:]:
         again = next(resumed)
         assert torch.equal(again.tokens, batch.tokens)

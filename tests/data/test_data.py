@@ -3,8 +3,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from flash.data.corpus import PackedData, find_tokenizer
 from flash.data.files import find_documents
-from flash.data.module import PackedData, find_tokenizer
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.sampler import ResumableBatchSampler, Share
 from flash.data.settings import DataKind, DataSettings

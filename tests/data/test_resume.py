@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from flash.data.batch import Batch
-from flash.data.module import PackedData
+from flash.data.corpus import PackedData
+from flash.data.module import PackedDataModule
 from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import train_tokenizer
@@ -61,10 +62,11 @@ def settings_of(folder: Path, kind: str, workers: int = 0) -> DataSettings:
     )
 
 
-def data_of(folder: Path, kind: str, workers: int = 0) -> PackedData:
+def data_of(folder: Path, kind: str, workers: int = 0) -> PackedDataModule:
     tokenizer = train_tokenizer([f"a{i} b" for i in range(100)], 320)
     settings = settings_of(folder, kind, workers)
-    return PackedData(settings, tokenizer, batch_size=4, seed=0, cache=folder)
+    data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=folder)
+    return PackedDataModule(data)
 
 
 def fit(data, folder, steps, accumulation=1, checkpoint=None) -> Recorder:
@@ -117,7 +119,7 @@ def test_one_data_module_serves_several_runs(kind, tmp_path):
 def test_checkpoints_of_another_mixture_are_refused(tmp_path):
     fit(data_of(tmp_path, "datasets"), tmp_path, steps=1)
     data = data_of(tmp_path, "datasets")
-    data.train_set = type(data.train_set)(**{**vars(data.train_set), "logical_shards": 8})
+    data.data.train_set = type(data.train_set)(**{**vars(data.train_set), "logical_shards": 8})
     with pytest.raises(InputError, match=r"other data\.sources or data\.logical_shards"):
         fit(data, tmp_path, steps=2, checkpoint=tmp_path / "1.ckpt")
 
@@ -125,16 +127,16 @@ def test_checkpoints_of_another_mixture_are_refused(tmp_path):
 @pytest.mark.parametrize(("total", "world_size"), [(6, 1), (6, 4), (7, 2), (5, 5), (6, 5)])
 def test_ranks_share_the_held_out_sequences(total, world_size, tmp_path, monkeypatch):
     data = data_of(tmp_path, "folder")
-    data.validation_set = torch.utils.data.Subset(data.train_set, range(total))  # pyright: ignore
+    data.data.validation_set = torch.utils.data.Subset(data.data.train_set, range(total))  # pyright: ignore
     batches = []
     for rank in range(world_size):
         share = Share(60, world_size, rank, accumulation=60 // world_size)
-        monkeypatch.setattr(PackedData, "share", share)
+        monkeypatch.setattr(PackedDataModule, "share", share)
         batches.append([batch.tokens for batch in data.val_dataloader()])
     assert len({len(mine) for mine in batches}) == 1  # else collectives would wait for ever
     rows = [tuple(row.tolist()) for mine in batches for batch in mine for row in batch]
-    assert sorted(rows) == sorted(tuple(row.tokens.tolist()) for row in data.validation_set)
-    monkeypatch.setattr(PackedData, "share", Share(60, 10))
+    assert sorted(rows) == sorted(tuple(row.tokens.tolist()) for row in data.data.validation_set)
+    monkeypatch.setattr(PackedDataModule, "share", Share(60, 10))
     if total < 10:
         with pytest.raises(InputError, match=r"data\.validation_sequences=\d: .*10 ranks"):
             data.val_dataloader()

@@ -11,8 +11,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from flash.config import entry
+from flash.data.corpus import PackedData
 from flash.data.encoders import in_validation_split
-from flash.data.module import PackedData
+from flash.data.module import PackedDataModule
 from flash.data.prepare import prepare
 from flash.data.settings import DataKind, DataSettings, PrepareSettings, TextSourceSettings
 from flash.data.shards import Manifest, ShardedTokens, open_shards
@@ -137,7 +138,7 @@ def test_shards_are_read_as_one_stream(settings, tokenizer, tmp_path):
     data = opened(folder, tokenizer, tmp_path, document_masks=True, workers=2)
     num_windows = (len(joined) - 1) // 32
     rows = []
-    batches = iter(data.train_dataloader())
+    batches = iter(PackedDataModule(data).train_dataloader())
     while len(rows) < num_windows:
         rows += [tuple(row.tolist()) for row in next(batches).tokens]
     expected = [tuple(joined[i * 32 : i * 32 + 33].tolist()) for i in range(num_windows)]

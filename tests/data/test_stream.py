@@ -11,9 +11,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from flash.data.corpus import PackedData
 from flash.data.encoders import TextEncoder, in_validation_split
 from flash.data.factory import open_splits
-from flash.data.module import PackedData
+from flash.data.module import PackedDataModule
 from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSourceSettings
 from flash.data.sources import TextSource
@@ -229,7 +230,7 @@ def test_validation_text_can_be_a_source_of_its_own(files, tokenizer, tmp_path):
         logical_shards=1,
     )
     data = PackedData(settings, tokenizer, batch_size=2, seed=0, cache=tmp_path)
-    rows = [batch.tokens for batch in data.val_dataloader()]
+    rows = [batch.tokens for batch in PackedDataModule(data).val_dataloader()]
     assert "<20" in tokenizer.decode(torch.cat(rows).flatten().tolist())
     sequences = data.train_set
     assert isinstance(sequences, StreamedSequences)
@@ -258,7 +259,7 @@ def test_calibration_reads_the_training_stream(files, tokenizer, tmp_path):
     data = PackedData(settings, tokenizer, batch_size=3, seed=0, cache=tmp_path)
     batches = list(data.calibration_batches(SEQ_LEN * 8))
     assert [b.shape for b in batches] == [(3, SEQ_LEN), (3, SEQ_LEN), (2, SEQ_LEN)]
-    first = next(iter(data.train_dataloader())).tokens
+    first = next(iter(PackedDataModule(data).train_dataloader())).tokens
     assert torch.equal(batches[0], first[:, :-1])
 
 

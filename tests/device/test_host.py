@@ -159,8 +159,11 @@ def test_a_killed_measurement_leaves_no_process_behind(program, settings):
         from flash.device.host import HostDevice
         from flash.device.measurement import Program
         from flash.device.settings import DeviceSettings
-        settings = DeviceSettings(name="t", quantization=Quantization.fp32, max_context=64,
-                                  prompts=[20], contexts=[30], runs=10**4)
+        from flash.device.workload import Workload
+        from flash.lowering.settings import LoweringSettings
+        formats = LoweringSettings(quantization=Quantization.fp32, max_context=64)
+        times = Workload(prompts=[20], contexts=[30])
+        settings = DeviceSettings(name="t", lowering=formats, workload=times, runs=10**4)
         HostDevice(settings).measure(
             [Program(name="a", path=Path(sys.argv[1]), vocab_size=64)], settings.workload
         )

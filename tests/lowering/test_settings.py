@@ -44,7 +44,7 @@ def test_settings_name_the_bad_value():
         LoweringSettings(max_context=64, prefill_chunk=100)
     with pytest.raises(InputError, match="^max_context=0: expected"):
         LoweringSettings(max_context=0)
-    assert LoweringSettings(max_context=4096).prefill_chunk == 256
+    assert LoweringSettings(max_context=4096).chunk == 256
     sdpa = LoweringSettings(max_context=4096, attention=AttentionForm.sdpa)
-    assert sdpa.prefill_chunk == 1024
-    assert LoweringSettings(max_context=64).prefill_chunk == 64
+    assert sdpa.chunk == 1024
+    assert LoweringSettings(max_context=64).chunk == 64

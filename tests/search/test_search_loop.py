@@ -144,7 +144,7 @@ def test_another_fingerprint_is_refused_with_what_differs(tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("trials", 0), ("study", "a/b"), ("pool_size", 2)])
 def test_bad_settings_name_their_key(key, value):
-    with pytest.raises(InputError, match=f"search.{key}="):
+    with pytest.raises(InputError, match=f"^{key}="):
         toy.make_settings(**{key: value})
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from flash.data.module import PackedData, find_tokenizer
+from flash.data.corpus import PackedData, find_tokenizer
 from flash.data.tokenizer import load_tokenizer
 from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
 

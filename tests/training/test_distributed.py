@@ -24,7 +24,7 @@ import json, sys
 from pathlib import Path
 from safetensors.torch import save_file
 import torch
-from flash.data.module import PackedData, find_tokenizer
+from flash.data.corpus import PackedData, find_tokenizer
 from flash.data.settings import DataKind, DataSettings
 from flash.data.tokenizer import load_tokenizer
 from flash.model.checkpoint import state_to_save

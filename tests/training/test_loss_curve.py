@@ -6,8 +6,9 @@ import pytest
 
 from flash.errors import InputError
 from flash.model.decoder import Decoder
-from flash.training.fit import STABLE, fit
+from flash.training.fit import fit
 from flash.training.loss_curve import Curve
+from flash.training.result import STABLE
 from flash.training.settings import (
     Precision,
     RecipeSettings,

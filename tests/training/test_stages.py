@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash.data.module import PackedData
+from flash.data.corpus import PackedData
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import load_tokenizer, train_tokenizer
 from flash.errors import InputError
@@ -16,10 +16,11 @@ from flash.model.checkpoint import load, save, state_to_save
 from flash.model.quantization import fake_quantize
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
-from flash.training.fit import fit, validate
+from flash.training.fit import fit
 from flash.training.result import TrainResult
 from flash.training.run import train
 from flash.training.settings import Precision, RecipeSettings, StageSettings, TrainerSettings
+from flash.training.validation import validate
 from flash.workspace import Workspace
 from tests.conftest import SMALL
 from tests.training.decoders import make_model

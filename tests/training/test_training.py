@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from flash.data.module import PackedDataModule
 from flash.data.settings import DataKind, DataSettings
 from flash.errors import InputError
 from flash.model.checkpoint import load
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
-from flash.training.fit import fit, validate
+from flash.training.fit import fit
 from flash.training.run import train
 from flash.training.settings import (
     LoggerKind,
@@ -28,6 +29,7 @@ from flash.training.settings import (
     TrainerSettings,
     TrainSettings,
 )
+from flash.training.validation import validate
 from tests.conftest import SMALL
 from tests.plain_losses import cross_entropy, distillation
 from tests.training.decoders import make_model, same_weights
@@ -67,7 +69,7 @@ def test_distillation_of_equal_models_is_zero():
 def test_distillation_pulls_towards_the_teacher(data):
     teacher, student = make_model(), Decoder(SMALL)
     recipe = dataclasses.replace(RECIPE, kd_weight=1.0)
-    tokens = next(iter(data.val_dataloader())).tokens[:, :-1]
+    tokens = next(iter(PackedDataModule(data).val_dataloader())).tokens[:, :-1]
 
     @torch.no_grad()
     def divergence() -> float:

@@ -1,0 +1,125 @@
+"""Packed text of a command: training sequences, validation sequences and their digest."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import Subset
+
+from flash.data.batch import Batch
+from flash.data.factory import InMemorySequences, open_splits
+from flash.data.files import find_documents, read_text
+from flash.data.packed import PackedSequences
+from flash.data.settings import DataKind, DataSettings
+from flash.data.stream import StreamedSequences
+from flash.data.teacher_cache import TeacherCache
+from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
+from flash.errors import InputError
+from flash.records import write_text
+
+MAX_BATCH = 16
+"""Most validation or calibration sequences per batch."""
+
+
+def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) -> Path:
+    """Find the tokenizer.json to use: the setting's, else `default`, else one that is trained.
+
+    Args:
+        settings: Data settings; a tokenizer can be trained on text files only.
+        default: The backbone's own tokenizer, if there is one.
+        cache: Folder for trained tokenizers.
+
+    Raises:
+        InputError: The named file cannot be used, or there is none and no text files to train on.
+    """
+    path = Path(settings.tokenizer) if settings.tokenizer else default
+    if path is not None:
+        load_tokenizer(path)
+        return path
+    if settings.kind not in {DataKind.stdlib, DataKind.folder}:
+        raise InputError(
+            f"data.tokenizer=null: expected a tokenizer.json for data.kind="
+            f"{settings.kind.value}, as the backbone has none"
+        )
+    training = [
+        document
+        for document in find_documents(settings)
+        if not document.in_validation_split(settings.validation_percent)
+    ]
+    trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}.json"
+    if not trained.is_file():
+        tokenizer = train_tokenizer(map(read_text, training), settings.bpe_vocab_size)
+        write_text(trained, tokenizer.to_str())
+    return trained
+
+
+class PackedData:
+    """Training and validation sequences of a corpus; `PackedDataModule` batches them for Lightning.
+
+    Args:
+        settings: Text and sequence length.
+        tokenizer: Encoder of the text.
+        batch_size: Sequences per optimizer step, over all ranks.
+        seed: Seed of the order of the training sequences.
+        cache: Folder for token streams.
+        folder: Folder of the tokenizer, with its chat template; only for `data.kind=chat`.
+
+    Attributes:
+        train_set: Training sequences, read by index or streamed.
+        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer.
+        bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
+        validation_set: Validation sequences, each a `Batch` without the first axis.
+        teacher_cache: Training sequences with a teacher's most likely tokens, to be set before
+            training. None: no cache.
+
+    Raises:
+        InputError: The data cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        cache: Path,
+        folder: Path | None = None,
+    ) -> None:
+        self.settings, self.batch_size, self.seed = settings, batch_size, seed
+        splits = open_splits(settings, tokenizer, seed=seed, cache=cache, folder=folder)
+        self.train_set: PackedSequences | StreamedSequences = splits.train
+        self.digest, self.bytes_per_token = splits.digest, token_bytes(tokenizer)
+        self.validation_set: Subset[Batch] = _evenly_spaced(
+            splits.validation, settings.validation_sequences
+        )
+        self.teacher_cache: TeacherCache | None = None
+
+    def calibration_batches(self, tokens: int) -> Iterator[Tensor]:
+        """Yield training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""
+        count = max(1, tokens // self.settings.seq_len)
+        sequences = self._first_sequences(count)
+        while chosen := list(islice(sequences, min(self.batch_size, MAX_BATCH))):
+            yield torch.stack([sequence.tokens[:-1] for sequence in chosen])
+
+    def _first_sequences(self, count: int) -> Iterator[Batch]:
+        if isinstance(self.train_set, StreamedSequences):
+            yield from self.train_set.first(count)
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.train_set), generator=generator)
+        for i in order[:count].tolist():
+            yield self.train_set[i]
+
+
+def _evenly_spaced(sequences: PackedSequences | InMemorySequences, count: int) -> Subset[Batch]:
+    """Select `count` sequences, or all for 0.
+
+    They are evenly spaced, so that even a few come from many documents.
+    """
+    count = min(count or len(sequences), len(sequences))
+    chosen = torch.linspace(0, len(sequences) - 1, count).long().unique().tolist()
+    return Subset(sequences, chosen)
