@@ -84,7 +84,7 @@ def check_stock(model: StockModel, lowering: LoweringSettings) -> None:
     require(
         lowering.quantization is Quantization.fp32
         or all(width % lowering.group_size == 0 for width in model.widths),
-        "lowering.group_size",
+        "device.lowering.group_size",
         lowering.group_size,
         f"a divisor of the widths {model.widths} of {model.name}",
     )

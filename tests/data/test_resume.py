@@ -119,7 +119,10 @@ def test_one_data_module_serves_several_runs(kind, tmp_path):
 def test_checkpoints_of_another_mixture_are_refused(tmp_path):
     fit(data_of(tmp_path, "datasets"), tmp_path, steps=1)
     data = data_of(tmp_path, "datasets")
-    data.data.train_set = type(data.train_set)(**{**vars(data.train_set), "logical_shards": 8})
+    data.data.train_set = type(data.data.train_set)(**{
+        **vars(data.data.train_set),
+        "logical_shards": 8,
+    })
     with pytest.raises(InputError, match=r"other data\.sources or data\.logical_shards"):
         fit(data, tmp_path, steps=2, checkpoint=tmp_path / "1.ckpt")
 
