@@ -1,4 +1,4 @@
-"""Loss of a .pte on real text, run through its runtime and not through an eager twin."""
+"""Loss of a .pte on held-out text, computed by its runtime and not by the eager model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ from flash.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ProgramQuality:
-    """Losses on the same tokens [nats a token].
+    """Losses of the float decoder and of its program on the same tokens.
 
     Attributes:
-        float_loss: Of the float decoder.
-        pte_loss: Of the program on the device.
-        tokens: How many tokens were predicted.
-        agreement: Share of them where both find the same token likeliest.
+        float_loss: Mean loss of the float decoder [nats a token].
+        pte_loss: Mean loss of the program on the device [nats a token].
+        tokens: Number of predicted tokens.
+        agreement: Share of positions with the same likeliest token in both.
     """
 
     float_loss: float
@@ -37,9 +37,12 @@ class ProgramQuality:
 def program_quality(
     model: Decoder, program: Path, device: Device, sequences: list[Tensor]
 ) -> ProgramQuality:
-    """Both losses on `sequences` of token ids `(s,)`, each read from an empty cache.
+    """Compute both losses on `sequences` of token ids `(s,)`, each from an empty cache.
 
-    The program decodes token by token, as it does when it writes text.
+    The program decodes one token at a time, as when it generates text.
+
+    Raises:
+        DeviceError: A process on the device died or took too long.
     """
     float_sum, pte_sum, tokens, same = 0.0, 0.0, 0, 0
     for sequence in sequences:

@@ -1,4 +1,4 @@
-"""What a finished training run says about itself."""
+"""Result of a finished training run: the file `result.json`."""
 
 import dataclasses
 from pathlib import Path
@@ -11,17 +11,18 @@ from flash.training.fit import FitResult, ValidationMetrics
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What `result.json` beside a trained model says.
+    """Result of a training run; stored as `result.json` next to the checkpoint.
 
     Attributes:
         name: Name of the run.
-        spec: The architecture.
-        parameters: Trained parameters, tied ones once.
+        spec: Architecture of the model.
+        parameters: Number of parameters; tied ones count once.
         before: Held-out quality of the inherited weights.
         after: Held-out quality after training.
-        fit: Steps, tokens and speed.
-        key: Hash of all that decides the result; the run is done when it is unchanged.
-        settings: The settings, plain.
+        fit: Steps, tokens and speed of the training.
+        key: Hash of all inputs and settings that affect the result; if it is unchanged, the run is
+            not repeated.
+        settings: Settings of the run as plain values.
     """
 
     name: str
@@ -35,7 +36,7 @@ class TrainResult:
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """Held-out loss before and after, and number of tokens, in one line."""
         return (
             f"held-out loss {self.before.loss:.3f} -> {self.after.loss:.3f} "
             f"({self.after.bits_per_byte:.3f} bits per byte), {self.fit.tokens:,} tokens"
@@ -47,7 +48,7 @@ class TrainResult:
 
     @classmethod
     def read(cls, folder: Path) -> "TrainResult | None":
-        """The result in `folder`, or None where there is none.
+        """Read the result from `folder`; None if there is none.
 
         Raises:
             InputError: The file is damaged.
