@@ -177,17 +177,17 @@ def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeyp
 def test_a_phone_that_is_unplugged_after_the_last_trial_does_not_cost_the_frontier(
     common, searched, monkeypatch
 ):
-    identify, asked = HostDevice._identify, []
+    identify, calls = HostDevice._identify, []
 
     def unplugged(device):
-        asked.append(device)
-        if len(asked) > 1:
+        calls.append(device)
+        if len(calls) > 1:
             raise DeviceError("phone: gone")
         return identify(device)
 
     monkeypatch.setattr(HostDevice, "_identify", unplugged)
     assert run_search(_search_settings(common))["device"] == searched["device"]
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 def test_an_export_adds_its_rows_and_the_search_measures_nothing_again(

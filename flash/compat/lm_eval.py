@@ -58,14 +58,14 @@ def rolling_windows(tokens: list[int], prefix: int, max_length: int) -> Iterator
     return map(make_disjoint_window, windows)
 
 
-def generation_settings(asked: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+def generation_settings(arguments: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
     """Complete the generation settings of a request: `do_sample`, `until` and `max_gen_toks`.
 
     Args:
-        asked: Arguments of a `generate_until` request.
+        arguments: Arguments of a `generate_until` request.
         max_new_tokens: Default of `max_gen_toks`.
     """
-    return dict(normalize_gen_kwargs(dict(asked), max_new_tokens))
+    return dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
 
 
 def index_tasks(folders: Sequence[Path], names: set[str]) -> TaskManager:

@@ -100,7 +100,7 @@ def shape_of(
         return arch_of(arch, Backbone.open(backbone))
     name = arch["stock"]
     for key in arch:
-        require(key == "stock", f"arch.{key}", arch[key], f"no key beside arch.stock={name}")
+        require(key == "stock", f"arch.{key}", arch[key], f"no key besides arch.stock={name}")
     found = stock_model(name)
     require(model == RANDOM, "model", model, f"{RANDOM}: arch.stock={name} has no other weights")
     return found
@@ -177,7 +177,7 @@ def conditions_of(device: Device) -> str:
 
 
 def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:
-    """Return the settings for a shape; `export_llm` knows only the attention form `sdpa`."""
+    """Return the settings for a shape; `export_llm` has only the attention form `sdpa`."""
     if isinstance(shape, StockModel):
         lowering = dataclasses.replace(settings.lowering, attention=AttentionForm.sdpa)
         return dataclasses.replace(settings, lowering=lowering)

@@ -152,11 +152,11 @@ def _measure(
     """Measure latencies, and speedups over the reference program in the same processes."""
     settings, runs = job.settings, job.workspace.runs
     vocab_size = model.spec.vocab_size
-    beside = None
+    reference = None
     if job.reference is not None:
         path = runs.export(job.reference.name) / "model.pte"
         other = Program(name="reference", path=path, vocab_size=vocab_size)
-        beside = Subject.of(job.reference.spec), other
+        reference = Subject.of(job.reference.spec), other
     profiler = Profiler(
         device=job.device,
         workload=settings.device.workload,
@@ -165,8 +165,8 @@ def _measure(
         cache_dir=runs.lowered,
     )
     program = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    measured = profiler.measure_program(Subject.of(model.spec), program, beside, lower_s)
-    if beside is None:
+    measured = profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
+    if reference is None:
         return measured, {}
     kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
     speedups = {

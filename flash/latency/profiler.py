@@ -160,7 +160,7 @@ class Profiler:
         self,
         shape: Subject,
         program: Program,
-        beside: tuple[Subject, Program] | None,
+        reference: tuple[Subject, Program] | None,
         lower_s: float,
     ) -> Measurement:
         """Measure a program with trained weights, and store the result as a further attempt.
@@ -168,13 +168,13 @@ class Profiler:
         Args:
             shape: Model without its weights, since these do not change its latency.
             program: Program to measure.
-            beside: Another model and its program, which is timed in the same processes; or None.
+            reference: Another model and its program, timed in the same processes; or None.
             lower_s: Time that the lowering of the program took [s].
         """
-        other = beside[1] if beside is not None else None
+        other = reference[1] if reference is not None else None
         with self.store.exclusive(self.device.resource):
             measured = self.device.measure([program], self.workload, other)[0]
-            key = subject_key(beside[0]) if beside is not None else None
+            key = subject_key(reference[0]) if reference is not None else None
             self._store(shape, self.workload.points, measured, key, lower_s)
         return measured
 

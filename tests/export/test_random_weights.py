@@ -13,6 +13,7 @@ from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.measurement import Latency, Measurement
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
 from flash.errors import InputError
 from flash.export import random_weights as shapes
 from flash.export.random_weights import ShapeResult, measure_shape, shape_of, shape_results
@@ -20,6 +21,7 @@ from flash.export.table6 import flash_of, paper_figures, table6
 from flash.interop.baselines import STOCK_MODELS, stock_model
 from flash.latency.programs import Subject
 from flash.latency.store import MeasurementStore, SubjectKind
+from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.workspace import arch_of
@@ -38,19 +40,20 @@ BACKBONE = BackboneSettings(name="tiny", arch=TINY.to_dict())
 
 
 def device(**changes) -> Device:
-    values = {
-        "name": "test",
-        "max_context": 64,
-        "prefill_chunk": 16,
-        "prompts": [20, 40],
-        "contexts": [30],
-        "decode_tokens": 2,
-        "processes": 2,
-        "warmups": 1,
-        "runs": 1,
-        "reject_ratio": 1000.0,
-    }
-    return open_device(DeviceSettings(**{**values, **changes}))
+    """Open the host with short measurements; `changes` may name settings of each group."""
+    lowering = {"max_context": 64, "prefill_chunk": 16}
+    workload = {"prompts": [20, 40], "contexts": [30], "decode_tokens": 2}
+    protocol = {"processes": 2, "warmups": 1, "runs": 1, "reject_ratio": 1000.0}
+    for name, value in changes.items():
+        group = next(each for each in (lowering, workload, protocol) if name in each)
+        group[name] = value
+    settings = DeviceSettings(
+        name="test",
+        lowering=LoweringSettings(**lowering),
+        workload=Workload(**workload),
+        **protocol,
+    )
+    return open_device(settings)
 
 
 @pytest.fixture(scope="module")
