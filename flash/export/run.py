@@ -96,7 +96,7 @@ def _export(job: ExportJob) -> ExportResult:
     end = workspace.end_of_text
     program = lower(model, settings.device.lowering, bos_id=end, eos_ids=(end,))
     lower_s = time.perf_counter() - start
-    report = _prove(job, model, program)
+    report = _run_gate(job, model, program)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
@@ -124,7 +124,7 @@ def _export(job: ExportJob) -> ExportResult:
     )
 
 
-def _prove(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
+def _run_gate(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
     """Run the parity gate and store its report as gate.json.
 
     Raises:

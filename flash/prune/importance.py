@@ -23,7 +23,7 @@ from flash.records import atomic_write
 
 @dataclass(frozen=True)
 class Importance:
-    """The paper's three importance metrics, as means over all calibration positions (Sec. 3.3).
+    """Importance metrics of the paper (Sec. 3.3), as means over all calibration positions.
 
     Attributes:
         ffn: Mean magnitude of each hidden FFN activation, `(layers, ffn_dim)`.

@@ -35,15 +35,21 @@ class SearchJob:
     """Search whose settings were checked and whose inputs are open."""
 
     settings: SearchJobSettings
+    """Settings of `search.py`."""
     space: SearchSpace
+    """Architectures that may be proposed."""
     workspace: Workspace
+    """Backbone, text, device and folder of results."""
     identity: dict[str, Any]
     """Settings that must agree for results of trials to be comparable."""
     objectives: tuple[Objective, ...]
+    """Objectives to minimize."""
     baseline: ArchSpec
+    """Architecture from which the reference point is derived."""
 
     @property
     def folder(self) -> Path:
+        """Folder of the study's results."""
         return self.workspace.runs.study(self.settings.search.study)
 
     @property

@@ -43,6 +43,7 @@ class TrainResult:
         )
 
     def write(self, folder: Path) -> None:
+        """Write `result.json` into `folder`, atomically."""
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
         write_json(folder / "result.json", values)
 
