@@ -1,6 +1,6 @@
-"""Files that come with the package: the configuration groups and the tiny backbone.
+"""Paths of bundled files: the configuration groups and the tiny backbone.
 
-A clone has them at the top of the repository, a wheel inside of the package.
+They are at the top of the repository; in a wheel they are inside the package.
 """
 
 from pathlib import Path
@@ -13,5 +13,5 @@ CONF = _ROOT / "conf"
 
 
 def bundled(name: str) -> str:
-    """Absolute path of a file or folder that comes with the package; `${bundled:NAME}` in YAML."""
+    """Return the absolute path of a bundled file or folder; `${bundled:NAME}` in YAML."""
     return str(_ROOT / name)

@@ -1,6 +1,7 @@
-"""The console command `flash`, and the one call of the scripts at the top of a clone.
+"""Console command `flash`, which the scripts at the top of the repository call too.
 
-Work is imported when it begins: help and every mistake in a setting are answered without torch.
+The modules that do the work are imported when it begins, so that help texts and errors about
+settings do not wait for the import of torch.
 """
 
 import argparse
@@ -84,10 +85,10 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def _new(arguments: Sequence[str]) -> int:
-    """Start a configuration file of the user's own, as a copy of one that comes along."""
+    """Create a configuration file in the working directory from one that comes with flash."""
     parser = argparse.ArgumentParser(prog="flash new", description=_new.__doc__)
     parser.add_argument("group", help=f"one of {', '.join(_groups())}")
-    parser.add_argument("name", help="of the new option; the file is conf/GROUP/NAME.yaml")
+    parser.add_argument("name", help="name of the new option; the file is conf/GROUP/NAME.yaml")
     parser.add_argument("--from", dest="source", metavar="OPTION", help="option to copy")
     options = parser.parse_args(arguments)
     path, source = new_option(options.group, options.name, options.source)
@@ -104,7 +105,7 @@ _STARTING_POINTS = {
     "space": "tiny",
     "trainer": "cpu",
 }
-"""Option that a new one is a copy of, by group, where the user names none."""
+"""Option to copy by default, for each group."""
 
 
 def _groups() -> list[str]:
@@ -112,10 +113,18 @@ def _groups() -> list[str]:
 
 
 def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, str]:
-    """Write `conf/GROUP/NAME.yaml` in the working directory; the file, and the option copied.
+    """Write `conf/GROUP/NAME.yaml` in the working directory, as a copy of an option of flash.
+
+    Args:
+        group: Configuration group.
+        name: Name of the new option.
+        source: Option to copy; None takes the default of the group.
+
+    Returns:
+        Path of the file, and the name of the copied option.
 
     Raises:
-        InputError: No such group or option, a name that is taken, or one that is no file's name.
+        InputError: An unknown group or option, or a name that is taken or not allowed.
     """
     groups = _groups()
     if group not in groups:
@@ -140,22 +149,22 @@ def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
     "search": ("frontier of held-out loss and latency for a backbone on a device", None),
     "train": ("continued pretraining of an architecture, weights inherited", None),
-    "export": (".pte through ExecuTorch XNNPACK, proven and measured; hf and gguf", None),
+    "export": (".pte for ExecuTorch XNNPACK, checked and measured; also hf and gguf", None),
     "evaluate": ("benchmarks of lm-evaluation-harness on a model or its program", None),
-    "prepare": ("a mixture of text tokenized ahead, into shards", None),
-    "measurements": ("the measurement store as CSV, or two stores as one", _measurements),
+    "prepare": ("tokenize a mixture of text into shards, ahead of training", None),
+    "measurements": ("export the measurement store as CSV, or merge two stores", _measurements),
     "report": ("result table and HTML page of a study", _report),
     "new": ("start a configuration file of your own in conf/", _new),
 }
-"""What each command does, and what runs it where it is not configured by Hydra."""
+"""Help text of each command, and its function; None for commands configured by Hydra."""
 
 
 def main() -> int:
-    """Run the console command `flash`; its exit code."""
+    """Run the console command `flash` and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="flash",
         description="Design language models for phones.",
-        epilog="`flash COMMAND --help` tells more.",
+        epilog="`flash COMMAND --help` shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")

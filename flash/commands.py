@@ -1,4 +1,4 @@
-"""Commands as users type them: a clone's scripts, or the installed `flash`."""
+"""Command lines for messages: scripts of the repository, or the installed command `flash`."""
 
 import os
 import shlex
@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 SCRIPTS = ("train", "search", "export")
-"""Verbs that have a script at the top of a clone."""
+"""Commands that have a script at the top of the repository."""
 _VARIABLE = "FLASH_FROM_SCRIPTS"
 
 
 def begin(verb: str) -> None:
-    """Remember how this process was started, for itself and for the processes that it starts.
+    """Record in the environment whether this process was started by a script or by `flash`.
 
-    Help texts of `conf/*.yaml` name the command by the variable FLASH_COMMAND.
+    Child processes inherit it, and help texts in `conf/*.yaml` contain FLASH_COMMAND.
     """
     if Path(sys.argv[0]).name == f"{verb}.py":
         os.environ[_VARIABLE] = "1"
@@ -24,14 +24,14 @@ def begin(verb: str) -> None:
 
 
 def command(verb: str) -> str:
-    """`python train.py` where scripts are in use and have the verb, else `flash train`."""
+    """Return `python VERB.py` if this process was started by a script, else `flash VERB`."""
     if _VARIABLE in os.environ and verb in SCRIPTS:
         return f"python {verb}.py"
     return f"flash {verb}"
 
 
 def this_command() -> str:
-    """The command line of this process, to be typed again."""
+    """Return the command line of this process, quoted for a shell."""
     program, *arguments = sys.argv
     start = f"python {program}" if program.endswith(".py") else program
     return " ".join([start, *map(shlex.quote, arguments)])

@@ -1,8 +1,9 @@
-"""From Hydra's configuration to typed settings, and from its errors to one line.
+"""Conversion of Hydra's configuration to typed settings, and of errors to one-line messages.
 
-The dataclasses are the schema; YAML under `conf/` holds values only. `entry` wraps Hydra's main:
-it composes, checks every key, converts once, and turns anything a user got wrong into one line and
-exit code 2 before any work starts. Ctrl-C ends with 130 and says how to go on.
+The dataclasses are the schema; YAML files under `conf/` hold only values. `entry` wraps Hydra's
+main: it composes the configuration, checks every key and converts it once. A mistake of the user
+ends in a one-line message and exit code 2 before any work starts. Ctrl-C ends with exit code 130
+and a message on how to continue.
 """
 
 import dataclasses
@@ -56,11 +57,11 @@ ROOTS: dict[str, type] = {
     "prepare": PrepareSettings,
     "evaluate": EvaluateSettings,
 }
-"""Root settings of each command; `conf/COMMAND.yaml` holds its defaults."""
+"""Root settings of each command; `conf/COMMAND.yaml` holds their defaults."""
 
 
 def _config_folders() -> list[Path]:
-    """Folders of configuration groups besides our own: what searches found, and the user's."""
+    """Return further folders of configuration groups: of found architectures, and the user's."""
     folders, own = [Path(os.environ["FLASH_RUNS"], "conf")], Path.cwd() / "conf"
     if own.is_dir() and own.resolve() != CONF.resolve():
         folders.append(own)
@@ -68,10 +69,10 @@ def _config_folders() -> list[Path]:
 
 
 def check_own_options(folder: Path) -> None:
-    """Refuse a user's option that has the name of one of ours, which would be taken instead.
+    """Check that no option of the user has the name of one of flash, which Hydra would prefer.
 
     Raises:
-        InputError: Names the file.
+        InputError: An option has such a name; names its file.
     """
     if folder.resolve() == CONF.resolve():
         return
@@ -84,7 +85,7 @@ def check_own_options(folder: Path) -> None:
 
 
 def register() -> None:
-    """Tell Hydra and OmegaConf of our schemas, folders and resolver."""
+    """Register schemas, search paths and the resolver `bundled` with Hydra and OmegaConf."""
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
@@ -92,14 +93,15 @@ def register() -> None:
     add_search_paths(_config_folders)
     plugin = plugin_option("hydra/launcher", "submitit_slurm")
     if plugin is not None:
-        # Plain values: a job would get a copy of the plugin's class, which equals no other. Not a
-        # file in conf: Hydra validates one of this name against the plugin's, with a warning.
+        # Plain values, since a job would get a copy of the plugin's class, which is not equal to
+        # the original. Not a file in conf, since Hydra would validate a file of this name against
+        # the plugin's schema, with a warning.
         values = {**plugin, **slurm.DEFAULTS}
         store.store(group="hydra/launcher", name="submitit_slurm", node=values, provider="flash")
 
 
 def _dataclass_of(annotation: Any) -> type | None:
-    """The dataclass behind `X` or `X | None`, if that is what the annotation is."""
+    """Return the dataclass X of an annotation `X` or `X | None`; None for any other."""
     if typing.get_origin(annotation) in {typing.Union, UnionType}:
         options = [arg for arg in typing.get_args(annotation) if arg is not NoneType]
         annotation = options[0] if len(options) == 1 else None
@@ -108,7 +110,7 @@ def _dataclass_of(annotation: Any) -> type | None:
 
 
 def schema_at(root: type, path: list[str]) -> type | None:
-    """The dataclass that holds the keys below `path`, or None where there is none."""
+    """Return the dataclass that defines the keys below `path`; None if there is none."""
     schema: type | None = root
     for key in path:
         if schema is None:
@@ -118,10 +120,10 @@ def schema_at(root: type, path: list[str]) -> type | None:
 
 
 def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = None) -> None:
-    """Refuse keys that the schema lacks: `+a.b=1` would otherwise be dropped in silence.
+    """Check that the schema has every key; `+a.b=1` would otherwise be ignored.
 
     Raises:
-        InputError: Names the key and the nearest valid one.
+        InputError: A key is unknown; names it and the nearest valid one.
     """
     path = path or []
     schema = schema_at(root, path)
@@ -142,9 +144,9 @@ def _unknown(key: str, valid: list[str]) -> str:
 
 
 def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
-    """Build the settings of every group, innermost first, so that errors name the whole key.
+    """Build the settings of every group, innermost first, so that errors name the full key.
 
-    Settings name keys relative to themselves.
+    Errors of the settings themselves name keys relative to their group.
 
     Raises:
         InputError: An illegal value.
@@ -159,7 +161,7 @@ def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
 
 
 def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
-    """The composed configuration as typed settings.
+    """Convert the composed configuration to typed settings.
 
     Raises:
         InputError: An unknown key, a missing value, a wrong type or an illegal value.
@@ -179,7 +181,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def explain(error: BaseException, schema: type) -> str:
-    """One line about an error of Hydra's or OmegaConf's: key, what is wrong, nearest valid key."""
+    """Explain an error of Hydra or OmegaConf in one line: key, reason, nearest valid key."""
     if isinstance(error, MissingConfigException):
         return _explain_missing_option(error)
     cause: BaseException | None = error
@@ -195,7 +197,7 @@ def explain(error: BaseException, schema: type) -> str:
         return str(wrapped)
     *path, last = key.split(".")
     owner = schema_at(schema, path)
-    if not path and dataclasses.is_dataclass(error_schema(cause)):  # in a list, without its place
+    if not path and dataclasses.is_dataclass(error_schema(cause)):  # an item of a list
         owner = error_schema(cause)
     fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
     if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
@@ -204,7 +206,7 @@ def explain(error: BaseException, schema: type) -> str:
 
 
 def _explain_missing_option(error: MissingConfigException) -> str:
-    """`+arch=typo`: name the group's nearest option."""
+    """Explain that a group lacks an option, as in `+arch=typo`; names the nearest option."""
     name, options = missing_option(error)
     if name == slurm.LAUNCHER.replace("=", "/"):
         return f"{slurm.LAUNCHER}: needs a plugin; pip install hydra-submitit-launcher"
@@ -217,10 +219,10 @@ def _explain_missing_option(error: MissingConfigException) -> str:
 
 
 def _prepare_folders() -> None:
-    """Make the folder of found architectures, which Hydra reads, and look at the user's own.
+    """Create the folder of found architectures, which Hydra reads, and check the user's options.
 
     Raises:
-        InputError: An option of the user's has the name of one of ours.
+        InputError: An option of the user has the name of one of flash.
     """
     runs = "runs"
     for argument in sys.argv[1:]:
@@ -232,25 +234,25 @@ def _prepare_folders() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Drop notices that users of these scripts cannot act on."""
+    """Suppress messages of libraries that users of flash cannot act on."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torchao").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    # Of Lightning, wherever Slurm is installed; one process needs no srun.
+    # A warning of Lightning on machines with Slurm; a single process needs no srun.
     warnings.filterwarnings("ignore", "The .srun. command is available")
 
 
 @contextmanager
 def one_line_errors(schema: type) -> Iterator[None]:
-    """Turn what a user can mend into one line and an exit code."""
+    """Convert errors that a user can correct to one line on stderr and an exit code."""
     command = commands.this_command()
     try:
         yield
     except InputError as error:
         _fail(str(error))
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except DeviceError as error:
@@ -269,7 +271,7 @@ def one_line_errors(schema: type) -> Iterator[None]:
     except AssertionError as error:
         if not sets_key_within_null(error):
             raise
-        _fail(  # OmegaConf's, which does not say where
+        _fail(  # the error of OmegaConf does not name the key
             "an override sets a key within a value that is null; give the value as a whole, as in "
             "'data.validation={path: FILE}'"
         )
@@ -284,12 +286,12 @@ def one_line_errors(schema: type) -> Iterator[None]:
 
 
 class CheckJobs(Callback):
-    """Before `-m` starts the first job: the settings of all are legal."""
+    """Callback that checks the settings of all jobs before `-m` starts the first one."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
         schema = ROOTS[hydra.job.config_name]
-        with one_line_errors(schema):  # Hydra makes a warning of any other exception
+        with one_line_errors(schema):  # Hydra converts any other exception to a warning
             slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
             for job in job_configs(config):
                 load(job, schema)
@@ -299,8 +301,8 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
     """Run a command: compose its configuration, check it, convert it, call `job`, then exit.
 
     Args:
-        verb: Name of the root settings.
-        job: The one call.
+        verb: Name of the command, a key of `ROOTS`.
+        job: Function of the settings that does the work.
     """
     schema = ROOTS[verb]
     with one_line_errors(schema):
@@ -310,9 +312,9 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
     def run(cfg: DictConfig) -> None:
-        errors = one_line_errors(schema)  # here already, else Hydra adds lines of its own
+        errors = one_line_errors(schema)  # inside Hydra, which would otherwise add lines
         if slurm.in_job():
-            _quiet_libraries()  # the job is a new process, and starts here
+            _quiet_libraries()  # a job is a new process that starts here
             errors = slurm.job(errors)
         with errors:
             settings = load(cfg, schema)
@@ -328,6 +330,6 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
 
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
-    if is_main_process():  # the others of a run have found the same
+    if is_main_process():  # the other processes have the same error
         print(f"error: {message}", file=sys.stderr)
     raise slurm.CommandExit(message, code)

@@ -1,4 +1,4 @@
-"""The folder that holds everything a team's runs produce, and what lies where in it."""
+"""Layout of the folder `runs`, which holds the results of all commands."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ class Runs:
     """Layout of the `runs` folder.
 
     Attributes:
-        root: Setting `runs`.
+        root: The folder, from the setting `runs`.
     """
 
     root: Path
@@ -21,21 +21,21 @@ class Runs:
 
     @property
     def lowered(self) -> Path:
-        """Lowered programs by content."""
+        """Cache of lowered programs."""
         return self.root / "lowered"
 
     @property
     def measurements(self) -> Path:
-        """The measurement store."""
+        """File of the measurement store."""
         return self.root / "measurements.jsonl"
 
     def latency(self, device: str) -> Path:
-        """What stage 1 found about a device."""
+        """Return the folder of the latency predictor's accuracy on a device (stage 1)."""
         return self.root / "latency" / device
 
     @property
     def found_arch(self) -> Path:
-        """Config group `arch` of what searches found; it is on Hydra's search path."""
+        """Hydra's config group `arch` of architectures that searches found."""
         return self.root / "conf" / "arch"
 
     @property
@@ -45,34 +45,34 @@ class Runs:
 
     @property
     def report(self) -> Path:
-        """The HTML report."""
+        """File of the HTML report."""
         return self.root / "report" / "index.html"
 
     def importance(self, backbone: str) -> Path:
-        """Importance scores of a backbone."""
+        """Return the file of a backbone's importance scores."""
         return self.root / "importance" / f"{backbone}.safetensors"
 
     def teacher(self, key: str) -> Path:
-        """What a teacher said about training sequences ahead."""
+        """Return the folder of precomputed teacher outputs on training sequences."""
         return self.root / "teachers" / key
 
     def model(self, name: str) -> Path:
-        """A training run: `checkpoints/`, the finished Hugging Face folder and `result.json`."""
+        """Return the folder of a training run: checkpoints, Hugging Face folder, `result.json`."""
         return self.root / "models" / name
 
     def study(self, name: str) -> Path:
-        """A search: its database, `trials/` with checkpoints, `frontier.json`."""
+        """Return the folder of a search: database, `trials/` with checkpoints, `frontier.json`."""
         return self.root / "studies" / name
 
     def evaluation(self, name: str) -> Path:
-        """Results of a model's benchmark suites."""
+        """Return the folder of a model's benchmark results."""
         return self.root / "evaluations" / name
 
     @property
     def shapes(self) -> Path:
-        """Latencies of shapes with random weights, a folder a device."""
+        """Latencies of models with random weights, in one folder per device."""
         return self.root / "shapes"
 
     def export(self, name: str) -> Path:
-        """An exported model."""
+        """Return the folder of an exported model."""
         return self.root / "exports" / name

@@ -1,6 +1,6 @@
-"""Results as JSON files: plain values, digests, atomic writes, and readers that name damage.
+"""Results as JSON files: plain values, digests, atomic writes, and readers that report damage.
 
-A kill or a full disk leaves the old file or none, never half of one.
+After a kill or on a full disk a file is complete, as before or as written, or missing.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError)
-"""Errors of code that takes a JSON value apart which is not what it should be."""
+"""Errors that code raises when it unpacks a JSON value of an unexpected form."""
 
 
 def plain(values: Any) -> Any:
-    """`values` as JSON values: dataclasses become objects, enums their values, paths text."""
+    """Convert to JSON values: dataclasses become objects, enums their values, paths text."""
     return json.loads(json.dumps(values, default=_plain_leaf))
 
 
@@ -41,11 +41,11 @@ def _plain_leaf(value: Any) -> Any:
 
 
 def digest(values: Any, length: int = 16, *, compact: bool = False) -> str:
-    """Short SHA-256 of plain JSON values, for names of what they decide.
+    """Compute a short SHA-256 of plain JSON values, as a key of results that depend on them.
 
     Args:
-        values: What decides; the order of keys does not matter.
-        length: Hexadecimal digits of the result.
+        values: Values to hash; the order of keys does not matter.
+        length: Number of hexadecimal digits of the result.
         compact: Hash the JSON text without spaces, as the measurement store does.
     """
     separators = (",", ":") if compact else None
@@ -54,14 +54,14 @@ def digest(values: Any, length: int = 16, *, compact: bool = False) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Compute the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name only once it is safely on disk."""
+    """Yield a temporary file that replaces `path` at the end, once it is safely on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -78,7 +78,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """`replacing`, open for writing."""
+    """Yield a file open for writing that replaces `path` at the end; see `replacing`."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         yield file
 
@@ -90,20 +90,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Replace `path` with `values` as indented JSON, atomically; values as `plain` takes them."""
+    """Replace `path` with `values` as indented JSON, atomically; `plain` converts the values."""
     write_text(path, json.dumps(values, indent=1, default=_plain_leaf) + "\n")
 
 
 def read_json(path: Path, build: Callable[[Any], T], remedy: str) -> T:
-    """The JSON file at `path`, made into an object by `build`.
+    """Read the JSON file at `path` and convert its value with `build`.
 
     Args:
         path: The file, which must exist.
-        build: Takes the parsed value; may raise what unpacking malformed values raises.
-        remedy: What a user does after deleting the file, such as `train again`.
+        build: Function of the parsed value; its errors about malformed values are caught.
+        remedy: Advice for the time after the file is deleted, such as `train again`.
 
     Raises:
-        InputError: The file is not JSON, or `build` cannot use it.
+        InputError: The file is not JSON, or `build` cannot convert it.
     """
     try:
         return build(json.loads(path.read_text("utf-8")))
@@ -113,7 +113,7 @@ def read_json(path: Path, build: Callable[[Any], T], remedy: str) -> T:
 
 
 def find_json(path: Path, build: Callable[[Any], T], remedy: str) -> T | None:
-    """`read_json`, or None where there is no such file.
+    """Read a JSON file as `read_json` does; None if it does not exist.
 
     Raises:
         InputError: The file is damaged.
@@ -126,8 +126,8 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[I
     """Hold the kernel's exclusive lock on `path`, which is freed when the process dies.
 
     Args:
-        path: The file; it and its folder are created if they are missing. Its content stays.
-        on_wait: Called before waiting for another holder.
+        path: The file; it and its folder are created if they are missing. Its content is kept.
+        on_wait: Called before waiting for another holder of the lock.
 
     Yields:
         The file, open for reading and appending.
@@ -143,24 +143,24 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[I
 
 
 class JsonLines:
-    """A growing file of JSON values, one a line, that several processes read and append to.
+    """File of JSON values, one per line, that several processes read and append to.
 
-    A line is on disk when `append` returns. A line that a kill tore is dropped when the file is
-    read and overwritten by the next `append`.
+    A line is on disk when `append` returns. A last line that is incomplete, since its process was
+    killed, is ignored by readers and overwritten by the next `append`.
 
     Args:
         path: The file; it and its folder are created by the first `append`.
-        take: Called with the number of each whole line, from 1, and its text.
+        take: Called with the number of each complete line, from 1, and its text.
     """
 
     def __init__(self, path: Path, take: Callable[[int, bytes], None]) -> None:
         self.path = path
         self._take = take
-        self._end = 0  # bytes that have been read, always whole lines
+        self._end = 0  # bytes that have been read, always complete lines
         self._lines = 0
 
     def refresh(self) -> None:
-        """Take the lines that were appended since the last call."""
+        """Read the lines that were appended since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -172,18 +172,18 @@ class JsonLines:
             self._take(self._lines, line)
         if torn:
             log.warning(
-                "%s: dropped a torn last line of %d bytes (it was being written when its process "
-                "was killed)",
+                "%s: dropped an incomplete last line of %d bytes (its process was killed while "
+                "writing it)",
                 self.path,
                 len(torn),
             )
         self._end += len(text) - len(torn)
 
     def append(self, make: Callable[[], Any]) -> None:
-        """Add the value that `make` returns once all lines of other processes were taken."""
+        """Append the value that `make` returns; it is called after all earlier lines were read."""
         with locked(self.path) as file:
             self.refresh()
-            file.truncate(self._end)  # the rest of a torn line
+            file.truncate(self._end)  # removes an incomplete last line
             file.write(json.dumps(make(), separators=(",", ":")).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

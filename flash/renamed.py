@@ -1,4 +1,7 @@
-"""Former names of configuration keys and options, for errors that tell a user the present one."""
+"""Former names: of configuration keys, for error messages, and of keys in results of old runs."""
+
+from collections.abc import Mapping
+from typing import Any
 
 KEYS = {
     **{
@@ -27,20 +30,28 @@ KEYS = {
     "data.heldout_sequences": "data.validation_sequences",
     "form": "format",
 }
-"""Present key by former key."""
+"""Present name of each renamed key."""
 
 REMOVED = {
     "device.backend": "programs are lowered to XNNPACK only; leave it out (see docs/devices.md)",
 }
-"""Remedy by former key that has no successor."""
+"""Advice for each removed key."""
 
 OPTIONS = {"latency=physical": "latency=analytical"}
-"""Present option of a group by former option."""
+"""Present name of each renamed option of a group."""
+
+RESULT_KEYS = {"artefact": "program_quality", "artefact_loss": "file_loss"}
+"""Present name of each renamed key of a result file, such as `export.json`."""
+
+
+def present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object of a result file with the present names of its keys."""
+    return {RESULT_KEYS.get(key, key): value for key, value in values.items()}
 
 
 def present_name(key: str) -> str | None:
-    """Hint for a key that was renamed or removed, or None for a key that never was."""
-    for former, present in KEYS.items():  # also within stages (then.ift.data.heldout) and groups
+    """Return a hint for a renamed or removed key; None for any other key."""
+    for former, present in KEYS.items():  # also below stages (then.ift.data.heldout)
         start, found, rest = key.partition(former)
         if found and start[-1:] in {"", "."} and rest[:1] in {"", ".", "["}:
             return f"renamed to {start}{present}{rest}"

@@ -1,4 +1,4 @@
-"""Everything that a command opens once: results folder, backbone, text, importance, device."""
+"""Inputs that a command opens once: results folder, backbone, text, importance, device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,19 +34,19 @@ class Named(Protocol):
 
 
 def result_name(settings: Named) -> str:
-    """Name of a command's result: the one given, or else the backbone's.
+    """Return the name of a command's result: the setting `name`, or else the backbone's name.
 
-    For the chosen option of `arch`, flash.config gives the name.
+    If an option of the group `arch` is chosen, flash.config sets `name` to it.
     """
     return settings.name or settings.backbone.name
 
 
 def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
-    """The backbone's architecture with `changes`.
+    """Return the backbone's architecture with `changes`.
 
     Raises:
-        InputError: An unknown key, an illegal value, a stock baseline, or a spec that cannot be cut
-            from it.
+        InputError: An unknown key, an illegal value, a stock baseline, or an architecture to which
+            the backbone cannot be pruned.
     """
     if "stock" in changes:
         raise InputError(
@@ -61,18 +61,18 @@ def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """A command's surroundings; each part is opened when it is first asked for, and then kept.
+    """Inputs of a command; each is opened at its first use and then kept.
 
-    Commands ask for the parts that they need before any work, so that errors come first. Nothing
-    here loads weights, except `importance` where no earlier run has left the scores.
+    Commands use the inputs that they need before any work, so that errors come first. No weights
+    are loaded, except by `importance` if no earlier run has stored the scores.
 
     Attributes:
-        runs: Folder of results.
+        runs: Layout of the folder of results.
         backbone: Source of weights.
-        data_settings: Text; None for commands that read none.
-        device_settings: Device; None for commands that measure nothing.
-        batch_size: Sequences of a training step; as many held-out ones are read at a time.
-        seed: Order of the text.
+        data_settings: Settings of the text; None for commands that read no text.
+        device_settings: Settings of the device; None for commands that measure nothing.
+        batch_size: Sequences per training step, and per forward pass on held-out text.
+        seed: Seed of the order of the text.
     """
 
     runs: Runs
@@ -84,27 +84,27 @@ class Workspace:
 
     @cached_property
     def device(self) -> Device:
-        """The device, opened once: a remote one says who it is once only.
+        """Device of the settings; its identity is read once per command.
 
         Raises:
-            InputError: Settings that no such device can have.
+            InputError: Connection settings that cannot be used.
         """
         assert self.device_settings is not None
         return open_device(self.device_settings)
 
     @cached_property
     def tokenizer_path(self) -> Path:
-        """The tokenizer.json in use.
+        """Path of the tokenizer.json in use.
 
         Raises:
-            InputError: There is none, or it does not fit the backbone.
+            InputError: There is no tokenizer, or it does not fit the backbone.
         """
         assert self.data_settings is not None
         return find_tokenizer(self.data_settings, self.backbone.tokenizer, self.runs.tokens)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in use.
+        """Tokenizer in use.
 
         Raises:
             InputError: It has more entries than the backbone's vocabulary.
@@ -124,7 +124,7 @@ class Workspace:
 
     @cached_property
     def data(self) -> PackedData:
-        """Batches of the text, for training and held out.
+        """Text as batches: the training split and the validation split.
 
         Raises:
             InputError: The text cannot be used, or its sequences are longer than the backbone's
@@ -148,10 +148,10 @@ class Workspace:
         )
 
     def importance(self, calibration_tokens: int) -> Importance:
-        """The backbone's importance scores on the text, computed once and kept.
+        """Return the backbone's importance scores on the text, computed once and stored.
 
         Raises:
-            InputError: There is no text, or kept scores are damaged.
+            InputError: There is no text, or stored scores are damaged.
         """
         folder, data = self.backbone.folder, self.data
         assert folder is not None
@@ -160,7 +160,7 @@ class Workspace:
         return cached_scores(path, folder, self.backbone.load, batches, len(batches))
 
     def save_model(self, folder: Path, model: Decoder) -> None:
-        """Write `model` as a bf16 Hugging Face folder with the tokenizer."""
+        """Write `model` in bfloat16 and its tokenizer as a Hugging Face folder."""
         save(
             folder,
             model.spec,

@@ -1,4 +1,4 @@
-"""What many tests need: a little text, a little backbone, and settings that run in seconds."""
+"""Shared fixtures: a small corpus, a small backbone, and settings that run in seconds."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ SMALL = ArchSpec(
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Forty small files of text with some structure to learn."""
+    """Folder of forty small files of text with some structure to learn."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(40):
         lines = [f"def f{j}(x):\n    return x + {(i * j) % 7}\n" for j in range(40)]
@@ -50,7 +50,7 @@ def data_settings(corpus) -> DataSettings:
 
 @pytest.fixture(scope="session")
 def backbone_folder(corpus, tmp_path_factory) -> Path:
-    """A Hugging Face folder with random weights and a tokenizer of the corpus."""
+    """Hugging Face folder with random weights and a tokenizer trained on the corpus."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("backbone")
     tokenizer = folder / "bpe.json"

@@ -1,4 +1,4 @@
-"""What a user may get wrong ends in one line that names it, exit code 2, before any work."""
+"""Configuration: all options compose, and mistakes end in one line and exit code 2."""
 
 import sys
 from pathlib import Path
@@ -17,12 +17,15 @@ NEEDS = {
     "data=shards": ["data.path=x"],
     "data=files": ["data.sources=[{path: x}]"],
 }
-"""What an option leaves to the user."""
+"""Settings that an option requires the user to give."""
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Run an entry script in this process with a job that must not be reached."""
+    """Function that runs an entry script in this process; returns its exit code and stderr.
+
+    The code is -1 if a job was given that ended without an error.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
@@ -41,7 +44,7 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 OF_EXPERIMENT = {"table6": "export"}
-"""Experiments of another script than train.py."""
+"""Command of each experiment that is not for train.py."""
 
 
 @pytest.mark.parametrize("script", ROOTS)
@@ -154,5 +157,5 @@ def test_found_architectures_are_taken_by_name(run, tmp_path):
     assert seen[0].name == "mine_0"
 
 
-def test_conf_is_where_config_says():
+def test_the_folder_of_configuration_groups_exists():
     assert Path(CONF).is_dir()

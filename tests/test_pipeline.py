@@ -1,4 +1,4 @@
-"""Facts about the whole method on a very small backbone, from lowering to the report."""
+"""End-to-end tests on a very small backbone: search, training, export and report."""
 
 import csv
 import dataclasses
@@ -66,12 +66,13 @@ RECIPE = RecipeSettings(
 )
 TRAINER = TrainerSettings(precision=Precision.fp32)
 NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
-# Random weights under 4 bits keep little of the answer; the runtime stage stays tight.
+# With random weights, quantization to 4 bits changes most likeliest tokens; only the limits of the
+# other stages stay tight.
 GATE = GateSettings(prefill_tokens=8, decode_tokens=4, min_agreement_quantized=0.0)
 
 
 def _device(**lowering) -> DeviceSettings:
-    """`DEVICE` with programs in another format."""
+    """Return `DEVICE` with other settings of the lowering."""
     return dataclasses.replace(DEVICE, lowering=dataclasses.replace(DEVICE.lowering, **lowering))
 
 
@@ -122,7 +123,10 @@ def searched(common):
 
 @pytest.fixture(scope="module")
 def winner(common, searched):
-    """Name of the trained and exported winner; the backbone is exported before it."""
+    """Name and architecture of the trained and exported winner.
+
+    The backbone is exported first.
+    """
     name = (Runs(Path(common["runs"])).study("t") / "winners").read_text().strip()
     arch = yaml.safe_load((Runs(Path(common["runs"])).found_arch / f"{name}.yaml").read_text())
     recipe = dataclasses.replace(RECIPE, kd_weight=0.5)
@@ -173,17 +177,17 @@ def test_a_finished_search_measures_and_trains_nothing(common, searched, monkeyp
 def test_a_phone_that_is_unplugged_after_the_last_trial_does_not_cost_the_frontier(
     common, searched, monkeypatch
 ):
-    identify, asked = HostDevice._identify, []
+    identify, calls = HostDevice._identify, []
 
     def unplugged(device):
-        asked.append(device)
-        if len(asked) > 1:
+        calls.append(device)
+        if len(calls) > 1:
             raise DeviceError("phone: gone")
         return identify(device)
 
     monkeypatch.setattr(HostDevice, "_identify", unplugged)
     assert run_search(_search_settings(common))["device"] == searched["device"]
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 def test_an_export_adds_its_rows_and_the_search_measures_nothing_again(
@@ -214,7 +218,15 @@ def test_the_export_proves_and_measures_the_program(common, winner):
     assert result["reference"] == "small"
     assert result["speedups"]["prefill_32"] > 0
     assert result["predicted"] is not None
-    assert abs(result["artefact"]["pte_loss"] - result["artefact"]["float_loss"]) < 0.5
+    quality = result["program_quality"]
+    assert abs(quality["pte_loss"] - quality["float_loss"]) < 0.5
+
+
+def test_an_export_with_former_keys_is_read(common, winner, tmp_path):
+    folder = Runs(Path(common["runs"])).export(winner[0])
+    text = (folder / "export.json").read_text().replace('"program_quality"', '"artefact"')
+    (tmp_path / "export.json").write_text(text)
+    assert ExportResult.read(tmp_path) == ExportResult.read(folder)
 
 
 def test_a_finished_export_is_not_repeated(common, winner, monkeypatch):
@@ -306,7 +318,7 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     backbone, line = quantization_rows(read(runs).models)
     assert backbone[-2:] == ["-", "-"]
     assert line[0] == name
-    assert line[-2] == f"{aware.artefact.pte_loss:.3f}"
+    assert line[-2] == f"{aware.program_quality.pte_loss:.3f}"
     assert "Loss of quantization" in render(read(runs))
 
 
@@ -400,7 +412,7 @@ def test_a_baseline_is_trained_once_and_sets_the_reference_point(common, searche
     settings.search.baseline = {**baseline, "ffn_dim": 96}
     with pytest.raises(InputError, match=r"search\.baseline=.*member of space test: ffn_dim=96"):
         run_search(settings)
-    settings.search.baseline = {"model_dim": 48}  # no architecture at all
+    settings.search.baseline = {"model_dim": 48}  # an illegal architecture
     with pytest.raises(InputError, match=r"search\.baseline\.model_dim=48: expected a mult"):
         run_search(settings)
 

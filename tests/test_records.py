@@ -99,7 +99,7 @@ def test_a_torn_line_is_dropped_and_overwritten(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_text('"a"\n"b')
     lines, seen = opened(path)
-    assert "dropped a torn last line of 2 bytes" in caplog.text
+    assert "dropped an incomplete last line of 2 bytes" in caplog.text
     lines.append(lambda: "c")
     assert seen == [(1, "a"), (2, "c")]
     assert path.read_text() == '"a"\n"c"\n'

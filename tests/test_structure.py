@@ -1,4 +1,4 @@
-"""Facts about imports: one order of packages, no circle, and light modules that stay light."""
+"""Imports: packages follow one order without cycles, and light modules import nothing heavy."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import flash
 
 ROOT = Path(flash.__file__).parent
 
-# From the ground up: a package imports only from those before it. Modules beside the packages
+# A package imports only from packages earlier in this list. Modules that are directly in flash
 # count as packages.
 ORDER = [
     "errors",
@@ -47,7 +47,7 @@ HEAVY = ["torch", "lightning", "executorch", "botorch", "transformers", "lm_eval
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the project by its dotted name."""
+    """Return the path of every module of the project by its dotted name."""
     found = {}
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
@@ -56,7 +56,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of ours that a file imports anywhere, those for type checkers included."""
+    """Return the modules of the project that a file imports, also if only for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -69,7 +69,7 @@ def imports(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """Package of a module, or its own name where it stands beside the packages."""
+    """Return the package of a module; for a module that is directly in flash, its own name."""
     return module.split(".")[1]
 
 
@@ -78,7 +78,7 @@ def test_every_package_has_its_place_in_the_order():
     assert rooms == set(ORDER)
 
 
-def test_no_arrow_points_upward():
+def test_no_package_imports_from_a_later_one():
     upward = [
         f"{name} imports {other}"
         for name, path in modules().items()
@@ -89,7 +89,7 @@ def test_no_arrow_points_upward():
     assert upward == []
 
 
-def test_modules_do_not_import_each_other_in_circles():
+def test_imports_have_no_cycles():
     graph = {name: imports(path) - {name} for name, path in modules().items()}
     while leaves := {name for name, others in graph.items() if not others & graph.keys()}:
         graph = {name: others for name, others in graph.items() if name not in leaves}

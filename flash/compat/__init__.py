@@ -1,7 +1,7 @@
-"""Private interfaces of dependencies, one module a dependency.
+"""Private interfaces of dependencies, in one module per dependency.
 
-A private or undocumented name of a library is used here, or in `flash.lowering.patches` where a
-part of ExecuTorch is replaced, and nowhere else (tests/compat/test_private_names.py). Each module
-names what it uses and why, imports nothing but its dependency, and has a contract test in
-tests/compat that fails with a sentence when a new version of the library behaves differently.
+Private and undocumented names of a library are used only here and in `flash.lowering.patches`,
+which replaces parts of ExecuTorch (checked by tests/compat/test_private_names.py). Each module
+lists the names that it uses with the reasons, and imports only its dependency. Its contract test in
+tests/compat fails with an explanation if a new version of the library behaves differently.
 """

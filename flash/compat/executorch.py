@@ -1,17 +1,17 @@
-"""ExecuTorch: its operators, settings of its lowering, and a cache that keeps weights.
+"""ExecuTorch: operators, settings of the lowering, and a cache that would keep weights alive.
 
 Names that ExecuTorch 1.5 does not document, and the reasons to use them:
 
 - `executorch.extension.llm.custom_ops.custom_ops` and `executorch.kernels.quantized`: importing
   them registers the `llama` and `quantized_decomposed` operators of an exported decoder.
-- `EdgeCompileConfig(_check_ir_validity=False)`: the check refuses `torch.sym_max`, though
-  the rest of the lowering takes it.
-- `executorch.exir.backend.utils.is_same_node`: a cache of its results, for the life of the process,
+- `EdgeCompileConfig(_check_ir_validity=False)`: the check rejects `torch.sym_max`, though
+  the rest of the lowering supports it.
+- `executorch.exir.backend.utils.is_same_node`: the cache of its results is never emptied and
   holds the nodes of every graph that was lowered.
 
-ExecuTorch takes seconds to import, so each function imports what it needs. Passes and the
-partitioner are replaced in `flash.lowering.patches`; `flash.device.runner` uses the native module
-on its own, since it is copied to boards alone.
+ExecuTorch takes seconds to import, so each function imports the parts that it needs. Passes and the
+partitioner are replaced in `flash.lowering.patches`. `flash.device.runner` uses the native module
+directly, since only that file is copied to boards.
 """
 
 from typing import TYPE_CHECKING
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def register_operators() -> None:
-    """Have PyTorch know the operators `llama::*` and the quantized embedding."""
+    """Register the operators `llama::*` and the quantized embedding with PyTorch."""
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401
     import executorch.kernels.quantized  # noqa: F401
 
 
 def edge_compile_config() -> "EdgeCompileConfig":
-    """Settings of `to_edge_transform_and_lower` for graphs with maxima of symbolic numbers."""
+    """Return settings of `to_edge_transform_and_lower` for graphs with `torch.sym_max`."""
     from executorch.exir import EdgeCompileConfig
 
     return EdgeCompileConfig(_check_ir_validity=False)
 
 
 def clear_compared_nodes() -> None:
-    """Forget which nodes were compared, and with them the graphs that these belong to."""
+    """Empty the cache of `is_same_node`, which frees the graphs of its nodes."""
     from executorch.exir.backend.utils import is_same_node
 
     is_same_node.cache_clear()

@@ -1,6 +1,6 @@
-"""ExecuTorch's own LLM stack: its decoder, and its lowering inside a context of ours.
+"""ExecuTorch's LLM stack `export_llm`: its decoder, and its lowering inside a given context.
 
-What the examples and the exporter of ExecuTorch 1.5 do not document, and the reasons to use it:
+Names that ExecuTorch 1.5 does not document, and the reasons to use them:
 
 - `executorch.examples.models.llama`: `llama_transformer.construct_transformer`, `ModelArgs`,
   `RMSNorm`, `FeedForward`, to make a checkpoint of random weights;
@@ -9,8 +9,8 @@ What the examples and the exporter of ExecuTorch 1.5 do not document, and the re
   `LLMEdgeManager.to_executorch`, wrapped to lower without repeated work.
 - `executorch.extension.llm.export.export_llm`: run as a program.
 
-The functions change classes and modules of ExecuTorch for the rest of the process, which is one of
-its own (flash/interop/export_llm_child.py).
+The functions change classes and modules of ExecuTorch until the process ends; they are therefore
+called only in a child process (flash/interop/export_llm_child.py).
 """
 
 from collections.abc import Callable
@@ -26,21 +26,21 @@ from executorch.examples.models.llama.norm import RMSNorm
 from executorch.extension.llm.export import builder
 
 EXPORT = "executorch.extension.llm.export.export_llm"
-"""The exporter, to be run as a program."""
+"""Module of the exporter, to be run with `python -m`."""
 
 
 class CompleteBlock(llama_transformer.TransformerBlock):
-    """A layer with all that ModelArgs say of Gemma 3.
+    """Decoder layer that applies all arguments in `ModelArgs`, as Gemma 3 needs.
 
-    The layer of ExecuTorch 1.5.1 overlooks three of its own arguments: the norms behind attention
-    and FFN, and an activation other than SiLU.
+    The layer of ExecuTorch 1.5.1 ignores three of them: the norms after attention and FFN, and an
+    activation other than SiLU.
     """
 
     def __init__(self, args: ModelArgs, attention: Any, **kwargs: Any) -> None:
         super().__init__(args, attention, **kwargs)
         assert args.hidden_dim is not None
         self.post_attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.post_ffn_norm = RMSNorm(args.dim, args.norm_eps)  # used where a layer has one
+        self.post_ffn_norm = RMSNorm(args.dim, args.norm_eps)  # applied by the base class
         self.feed_forward = ActivatedFeedForward(args.dim, args.hidden_dim)
         self.feed_forward.activation = args.act_fn.get_function()
 
@@ -51,7 +51,7 @@ class CompleteBlock(llama_transformer.TransformerBlock):
 
 
 class ActivatedFeedForward(FeedForward):
-    """A gated FFN with any activation."""
+    """Gated FFN with any activation function."""
 
     activation: Any
 
@@ -60,18 +60,18 @@ class ActivatedFeedForward(FeedForward):
 
 
 def complete_layers() -> None:
-    """Have the stack build its decoders of `CompleteBlock` from now on."""
+    """Make all decoders that are built from now on use `CompleteBlock`."""
     llama_transformer.TransformerBlock = CompleteBlock
 
 
 def meta_model(params: dict[str, Any]) -> llama_transformer.Transformer:
-    """ExecuTorch's decoder of these `ModelArgs`, without memory for its weights."""
+    """Build ExecuTorch's decoder of these `ModelArgs` on the device `meta`, without weights."""
     with torch.device("meta"):
         return llama_transformer.construct_transformer(ModelArgs(**params))
 
 
 def lower_within(context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have the stack lower inside `context` from now on; tracing stays as it is."""
+    """Make all lowering from now on run inside `context`; tracing is not affected."""
     manager = builder.LLMEdgeManager
     builder.to_edge_transform_and_lower = _within(context, builder.to_edge_transform_and_lower)
     manager.to_executorch = _within(context, manager.to_executorch)

@@ -1,15 +1,15 @@
-"""Hydra: the jobs of a multirun before any of them starts, options of plugins, missing options.
+"""Hydra: configurations of the jobs of a multirun, options of plugins, missing options.
 
 Names that Hydra 1.3 does not document, and the reasons to use them:
 
 - `hydra._internal.core_plugins.basic_sweeper.BasicSweeper.split_arguments`,
   `OverridesParser.create(...).parse_overrides`, `GlobalHydra.config_loader` and
-  `ConfigLoader.load_sweep_config`: they compose the configuration of a job as the sweeper will, so
-  that a mistake in the last job is found before the first one starts.
-- `Plugins.instance` and `ConfigStore.repo`: whether a launcher is installed, and its defaults.
-- `Plugins.register`: a search path of our own.
-- `MissingConfigException.missing_cfg_file` and `.options`: which option was asked for, and which
-  there are.
+  `ConfigLoader.load_sweep_config`: compose the configuration of a job as the sweeper does, so that
+  a mistake in the last job is found before the first one starts.
+- `Plugins.instance` and `ConfigStore.repo`: show if a launcher is installed, and its defaults.
+- `Plugins.register`: adds folders to the search path.
+- `MissingConfigException.missing_cfg_file` and `.options`: hold the missing option and the options
+  that exist.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,12 +28,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 def job_configs(multirun: DictConfig) -> Iterator[DictConfig]:
-    """Compose the configuration of each job of a multirun, in their order, without node `hydra`.
+    """Compose the configuration of each job of a multirun, in order, without the node `hydra`.
 
-    Errors in an override are raised as Hydra raises them, when the iterator reaches that job.
+    An error in an override is raised by Hydra when the iterator reaches that job.
 
     Args:
-        multirun: The configuration that `Callback.on_multirun_start` gets.
+        multirun: The configuration that `Callback.on_multirun_start` receives.
     """
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(loader).parse_overrides(list(multirun.hydra.overrides.task))
@@ -45,13 +45,13 @@ def job_configs(multirun: DictConfig) -> Iterator[DictConfig]:
 
 
 def plugin_option(group: str, name: str) -> dict[str, Any] | None:
-    """Values of the option `name` that a plugin has registered; None where it is not installed.
+    """Return the values of an option that a plugin registers; None if it is not installed.
 
     Args:
-        group: The config group, as in `hydra/launcher`.
-        name: The option, as in `submitit_slurm`.
+        group: Config group, such as `hydra/launcher`.
+        name: Name of the option, such as `submitit_slurm`.
     """
-    Plugins.instance()  # finds the plugins, which then register their options
+    Plugins.instance()  # imports the plugins, which register their options
     options: Any = ConfigStore.instance().repo
     for part in group.split("/"):
         options = options.get(part, {})
@@ -60,11 +60,11 @@ def plugin_option(group: str, name: str) -> dict[str, Any] | None:
 
 
 _folders: list[Callable[[], list[Path]]] = []
-"""The argument of the last call of `add_search_paths`; Hydra makes the plugin itself."""
+"""Argument of the last call of `add_search_paths`; Hydra calls the plugin without arguments."""
 
 
 class _FolderPlugin(SearchPathPlugin):
-    """Appends the folders of `add_search_paths` to Hydra's search path."""
+    """Plugin that appends the folders of `add_search_paths` to Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in _folders[0]():
@@ -72,19 +72,20 @@ class _FolderPlugin(SearchPathPlugin):
 
 
 def add_search_paths(folders: Callable[[], list[Path]]) -> None:
-    """Have Hydra look for config groups in further folders, after the command's own.
+    """Add folders of config groups to Hydra's search path, after the bundled ones.
 
     Args:
-        folders: Called at each composition; its folders are searched in their order.
+        folders: Function that returns the folders, in the order of the search; it is called for
+            each composition.
     """
     _folders[:] = [folders]
-    Plugins.instance().register(_FolderPlugin)  # once, however often it is called
+    Plugins.instance().register(_FolderPlugin)  # has no effect if called again
 
 
 def missing_option(error: MissingConfigException) -> tuple[str, list[str] | None]:
-    """The file that Hydra looked for, as `group/option`, and the options that the group has.
+    """Return the missing file as `group/option`, and the options that the group has.
 
-    The options are None where Hydra does not know the group.
+    The options are None if the group does not exist.
     """
     options = error.options
     return str(error.missing_cfg_file or ""), None if options is None else list(options)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: token scoring, text windows, generation settings, tasks as it keeps them.
+"""lm-evaluation-harness: scoring of tokens, text windows, generation settings, loading of tasks.
 
 Names that the harness 0.4.13 does not document, and the reasons to use them:
 
@@ -6,11 +6,12 @@ Names that the harness 0.4.13 does not document, and the reasons to use them:
   implements.
 - `lm_eval.models.utils.normalize_gen_kwargs`, `lm_eval.utils.get_rolling_token_windows` and
   `make_disjoint_window`: the rules of the harness's own `hf` model, so that results agree with it.
-- `TaskManager.all_tasks` and `task_index`: which tasks there are, and what their YAML says.
-- The dictionary that `TaskManager.load` takes and gives: an inline group may change what the file
-  of a task says, and tasks are configured between loading and `evaluate`.
+- `TaskManager.all_tasks` and `task_index`: the names of all tasks, and the content of their YAML
+  files.
+- The dictionaries that `TaskManager.load` accepts and returns: an inline group can override the
+  file of a task, and tasks are configured between loading and `evaluate`.
 
-Import this module only where a benchmark is run: the harness takes a second to import.
+Import this module only to run a benchmark, since the import of the harness takes a second.
 """
 
 from abc import abstractmethod
@@ -24,11 +25,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 Pair = tuple[list[int], list[int]]
-"""Tokens of a context, and those of the continuation that is scored."""
+"""Tokens of a context, and of the continuation to score."""
 
 
 class TokenScoringLM(TemplateLM):
-    """A model of the harness whose `loglikelihood` ends in `score_pairs`."""
+    """Base class of models for the harness; subclasses implement `score_pairs`."""
 
     def _loglikelihood_tokens(
         self,
@@ -40,16 +41,16 @@ class TokenScoringLM(TemplateLM):
 
     @abstractmethod
     def score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Log-likelihood [nats] of each continuation, and whether its tokens are the likeliest."""
+        """Score continuations: log-likelihood [nats], and True if the tokens are the likeliest."""
 
 
 def rolling_windows(tokens: list[int], prefix: int, max_length: int) -> Iterator[Pair]:
     """Cut a text into contexts and continuations that score each of its tokens once.
 
     Args:
-        tokens: The text.
-        prefix: Token that stands for the context of the first one.
-        max_length: Tokens that the model can read.
+        tokens: Token ids of the text.
+        prefix: Token id that serves as the context of the first token.
+        max_length: Maximum number of tokens that the model reads.
     """
     windows = get_rolling_token_windows(
         token_list=tokens, prefix_token=prefix, max_seq_len=max_length, context_len=1
@@ -57,20 +58,20 @@ def rolling_windows(tokens: list[int], prefix: int, max_length: int) -> Iterator
     return map(make_disjoint_window, windows)
 
 
-def generation_settings(asked: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """What a task asks of an answer, with defaults: `do_sample`, `until` and `max_gen_toks`.
+def generation_settings(arguments: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """Complete the generation settings of a request: `do_sample`, `until` and `max_gen_toks`.
 
     Args:
-        asked: Arguments of a `generate_until` request.
+        arguments: Arguments of a `generate_until` request.
         max_new_tokens: Default of `max_gen_toks`.
     """
-    return dict(normalize_gen_kwargs(dict(asked), max_new_tokens))
+    return dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
 
 
 def index_tasks(folders: Sequence[Path], names: set[str]) -> TaskManager:
-    """The index of the tasks in `folders`, with the harness's own if `names` has others.
+    """Index the tasks in `folders`; those of the harness too if `names` contains others.
 
-    The harness's own 14,000 tasks take ten seconds to index.
+    The 14,000 tasks of the harness take ten seconds to index.
     """
     manager = TaskManager(include_path=list(folders), include_defaults=False)
     if names <= set(manager.all_tasks):
@@ -79,33 +80,33 @@ def index_tasks(folders: Sequence[Path], names: set[str]) -> TaskManager:
 
 
 def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
-    """What the YAML file of a task says."""
+    """Return the content of the YAML file of a task."""
     return manager.task_index[name].cfg or {}
 
 
 def load_task(manager: TaskManager, name: str, data_files: Mapping[str, Any] | None) -> Any:
-    """A task with its data, as `evaluate` takes it.
+    """Load a task with its data, in the form that `evaluate` accepts.
 
     Args:
-        manager: Knows the task.
-        name: Of a task or of a group of tasks.
-        data_files: Files to read, by split, in place of those that the task's file names.
+        manager: Index that contains the task.
+        name: Name of a task or of a group of tasks.
+        data_files: Data files by split, which replace those in the file of the task; or None.
     """
     if not data_files:
         return manager.load([name])
     kwargs = {**task_config(manager, name).get("dataset_kwargs", {}), "data_files": data_files}
     changed = {"task": name, "dataset_kwargs": kwargs}
     loaded = manager.load([{"group": "with_files", "task": [changed]}])
-    return {"tasks": loaded["tasks"]}  # without the group, which would be a result of its own
+    return {"tasks": loaded["tasks"]}  # without the group, which would get its own result
 
 
 def set_fewshot(loaded: Any, shots: int | None, seed: int) -> None:
-    """Fix the examples that the tasks show.
+    """Set the number and the seed of the few-shot examples of tasks.
 
     Args:
-        loaded: What `load_task` gave.
-        shots: Number of examples; None: what each task says, or none.
-        seed: Of the choice of examples.
+        loaded: Return value of `load_task`.
+        shots: Number of examples; None keeps the number in the file of each task, or else 0.
+        seed: Seed of the choice of examples.
     """
     for task in loaded["tasks"].values():
         if shots is not None:
@@ -116,5 +117,5 @@ def set_fewshot(loaded: Any, shots: int | None, seed: int) -> None:
 
 
 def fewshot_of(loaded: Any) -> int:
-    """The most examples that one of the loaded tasks shows."""
+    """Return the largest number of few-shot examples of the loaded tasks."""
     return max(task.get_config("num_fewshot") for task in loaded["tasks"].values())

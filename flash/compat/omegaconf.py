@@ -1,13 +1,13 @@
-"""OmegaConf: nodes that are not resolved when they are looked at, and the keys of errors.
+"""OmegaConf: access to nodes without resolving them, and the keys of errors.
 
 Names that OmegaConf 2.3 does not document, and the reasons to use them:
 
-- `DictConfig._get_node`, `Node._is_none` and `Node._is_missing`: the public access raises for a
-  missing value and resolves an interpolation; the check for unknown keys must do neither.
-- `OmegaConfBaseException.full_key`, `.key` and `.object_type`: where in the configuration an error
-  is, so that a message can name the key.
-- The words "Unexpected type for root" of an AssertionError of `OmegaConf.update`: the only sign of
-  an override that sets a key within a null.
+- `DictConfig._get_node`, `Node._is_none` and `Node._is_missing`: public access raises for missing
+  values and resolves interpolations; the check for unknown keys must do neither.
+- `OmegaConfBaseException.full_key`, `.key` and `.object_type`: locate an error in the
+  configuration, so that a message can name the key.
+- The text "Unexpected type for root" of an AssertionError of `OmegaConf.update`: the only way to
+  recognize an override that sets a key within a null.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 def child_mapping(node: DictConfig, key: str) -> DictConfig | None:
-    """The mapping below `key`; None where the value is null, missing or no mapping."""
+    """Return the mapping below `key`; None if the value is null, missing or no mapping."""
     child = node._get_node(key)
     if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
         return None
@@ -27,7 +27,10 @@ def child_mapping(node: DictConfig, key: str) -> DictConfig | None:
 def child_containers(
     node: DictConfig | ListConfig,
 ) -> Iterator[tuple[str | int, DictConfig | ListConfig]]:
-    """Keys (indices, in a list) and mappings or lists directly below; null and missing left out."""
+    """Iterate over (key, child) for children that are mappings or lists; a list has indices.
+
+    Null and missing children are skipped.
+    """
     for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
         child = node._get_node(key)
         known = isinstance(child, DictConfig | ListConfig)
@@ -36,15 +39,15 @@ def child_containers(
 
 
 def error_key(error: OmegaConfBaseException) -> str:
-    """The key that an error is about, with dots between its parts; "" where it names none."""
+    """Return the key of an error, with dots between its parts; empty if it has none."""
     return str(error.full_key or error.key or "")
 
 
 def error_schema(error: OmegaConfBaseException) -> type | None:
-    """The class of the node that holds the key, a dataclass where the node has a schema."""
+    """Return the class of the node that holds the key: the dataclass that is its schema."""
     return error.object_type if isinstance(error.object_type, type) else None
 
 
 def sets_key_within_null(error: AssertionError) -> bool:
-    """Whether OmegaConf raised this since an override sets a key within a value that is null."""
+    """Return True if OmegaConf raised `error` for an override of a key within a null value."""
     return str(error).startswith("Unexpected type for root")

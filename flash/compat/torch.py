@@ -1,11 +1,11 @@
-"""PyTorch: bounds of symbols in an export, caches of fake tensors, products with many tensors.
+"""PyTorch: bounds of symbolic sizes in an export, caches of fake tensors, scaling of many tensors.
 
 Names that PyTorch 2.13 does not export, and the reasons to use them:
 
-- `torch._check`: tells `torch.export` the bounds of a number that is known only at run time.
-- `torch._foreach_mul_`: one kernel for all gradients instead of one each.
+- `torch._check`: declares bounds of a number that is known only at run time to `torch.export`.
+- `torch._foreach_mul_`: scales all gradients with one kernel instead of one kernel each.
 - `torch._subclasses.FakeTensorMode.cache_clear` and `ShapeEnv.fake_tensor_cache`: caches that would
-  keep all weights of every lowered model for the life of the process.
+  otherwise keep the weights of every lowered model until the process ends.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,19 +19,19 @@ if TYPE_CHECKING:  # training needs no exporter
 
 
 def assume(condition: bool) -> None:
-    """Have an export rely on a condition of symbolic numbers; in eager mode, check it."""
+    """Declare a condition on symbolic numbers to an export; check it in eager mode."""
     torch._check(condition)
 
 
 def scale_in_place(tensors: Sequence[Tensor | None], factor: float) -> None:
-    """Multiply all tensors with one factor."""
+    """Multiply all tensors in place by `factor`."""
     torch._foreach_mul_(tensors, factor)  # pyright: ignore  the stubs know one overload
 
 
 def clear_fake_tensor_caches(programs: "Iterable[ExportedProgram]") -> None:
-    """Empty the caches of fake tensors: the process-wide one, and that of each program's shapes.
+    """Empty the global cache of fake tensors and those of the programs' shape environments.
 
-    Their keys hold the delegates of lowered programs, and so the weights.
+    Their keys hold the delegates of lowered programs, and thus the weights.
     """
     from torch._subclasses import FakeTensorMode
 

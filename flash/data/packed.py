@@ -98,7 +98,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type, split: str) -> 
     end = end_of_text_id(tokenizer)
     chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     documents: list[np.ndarray] = []
-    for chunk in progress(chunks, f"tokenising {split}"):
+    for chunk in progress(chunks, f"tokenizing {split}"):
         for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
             documents.append(np.array([*encoding.ids, end], dtype=dtype))
     return np.concatenate(documents)

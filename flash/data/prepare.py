@@ -1,4 +1,4 @@
-"""`flash prepare`: tokenisation of a mixture into shards, ahead of training."""
+"""Entry point of `flash prepare`: tokenize a mixture of text into shards, ahead of training."""
 
 import dataclasses
 import logging
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DOCUMENTS_AT_ONCE = 256
-"""Documents that are tokenised at a time, by as many threads as there are processors."""
+"""Number of documents that are tokenized in parallel, by one thread per processor."""
 _VALIDATION_TOKENS = 1 << 20
-"""Least tokens of a validation split that is a share of the documents."""
+"""Number of tokens after which a validation split by percent ends; fewer if the text ends."""
 
 
 def prepare(settings: PrepareSettings) -> Path:
-    """Write the shards that are missing, and return their folder.
+    """Write the missing shards and return their folder.
 
     Raises:
         InputError: Settings, tokenizer or data cannot be used, or the folder holds other shards.
@@ -70,7 +70,7 @@ def prepare(settings: PrepareSettings) -> Path:
 def _training_split(
     settings: PrepareSettings, sources: "list[TextSource]", tokenizer: Tokenizer
 ) -> StreamedSequences:
-    """Training split of the mixture, as one logical shard."""
+    """Open the training split of the mixture, as one logical shard."""
     data, encoder = settings.data, TextEncoder(tokenizer)
     return StreamedSequences(
         sources=sources,
@@ -87,7 +87,7 @@ def _training_split(
 def _manifest(
     settings: PrepareSettings, sources: "list[TextSource]", tokenizer: Tokenizer, folder: Path
 ) -> Manifest:
-    """Read the manifest of these shards; an empty one if the folder has none.
+    """Read the manifest of the shards; a new one if the folder has none.
 
     Raises:
         InputError: The folder holds other shards.
@@ -149,11 +149,15 @@ def _write_shards(
     settings: PrepareSettings,
     dtype: type,
 ) -> None:
-    """Write the training shards that the manifest lacks, and the manifest after each."""
+    """Write the training shards that the manifest lacks, and the manifest after each.
+
+    Raises:
+        InputError: The training split has no text.
+    """
     state = np.array(manifest.state, np.int64) if manifest.state is not None else None
     mixture = Mixture(train, shard=0, state=state)
     wanted = settings.tokens
-    with progress_bar("tokenising", wanted, " tokens") as bar:
+    with progress_bar("tokenizing", wanted, " tokens") as bar:
         bar.update(manifest.tokens)
         while not manifest.complete:
             documents: list[np.ndarray] = []

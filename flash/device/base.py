@@ -1,8 +1,9 @@
-"""`Device`: the protocol of a measurement, the same on every kind of device.
+"""`Device`: base class of all devices, with the protocol of a measurement.
 
-Noise between processes is several times the noise within one, so each program is timed in several
-fresh processes. Inside a process the programs and a fixed reference take turns, so that a slow
-moment affects all of them alike. A process that was slow throughout is rejected and counted.
+Latencies vary several times more between processes than within one, so each program is timed in
+several fresh processes. Within a process, the runs of all programs and of a fixed reference
+alternate, so that a disturbance affects all of them alike. A process that was slow throughout is
+rejected and counted.
 """
 
 import time
@@ -19,14 +20,14 @@ from flash.errors import InputError
 KIB_PER_MIB = 1024
 
 Progress = Callable[[int, int], None]
-"""A callback that gets the number of finished processes and the number of all processes."""
+"""Callback with the number of finished processes and the number of all processes."""
 
 
 class Device(ABC):
-    """A machine that runs programs in fresh processes and times them.
+    """Machine that runs programs in fresh processes and times them.
 
-    Subclasses define how one process is started (`run`) and what identifies the machine
-    (`identity`).
+    Subclasses implement the start of one process (`run`) and the identification of the machine
+    (`_identify`).
     """
 
     times_blocks = True
@@ -37,9 +38,9 @@ class Device(ABC):
         self._identity: dict[str, str | int] | None = None
 
     def identity(self) -> dict[str, str | int]:
-        """Conditions under which a stored measurement is valid: hardware, system, runtime, threads.
+        """Return conditions of a stored measurement: hardware, system, runtime and threads.
 
-        The device is asked once; a phone that is unplugged later still has a name.
+        They are read once and kept, so that the device may be disconnected later.
 
         Raises:
             InputError: The settings ask for more than the device has, such as threads or CPUs.
@@ -51,7 +52,7 @@ class Device(ABC):
 
     @abstractmethod
     def _identify(self) -> dict[str, str | int]:
-        """Ask the device for its `identity`."""
+        """Read the `identity` from the device."""
 
     @property
     def resource(self) -> str:
@@ -78,12 +79,12 @@ class Device(ABC):
         reference: Program | None = None,
         on_progress: Progress | None = None,
     ) -> list[Measurement]:
-        """Time all programs, which take turns in each of several fresh processes.
+        """Time all programs, whose runs alternate in each of several fresh processes.
 
         Args:
             programs: Programs to measure; their names must differ.
             workload: Latencies to time.
-            reference: A fixed program that takes turns with the others, to distinguish slow
+            reference: Fixed program that is timed in the same processes, to distinguish slow
                 processes from slow programs; its times are in `conditions`.
             on_progress: Called after each process.
 

@@ -1,4 +1,4 @@
-"""Latencies to time: prompts of some lengths, and single decode steps at some contexts."""
+"""Workload of a measurement: the prompt lengths and cache positions whose latency is timed."""
 
 import re
 from collections.abc import Sequence
@@ -9,29 +9,30 @@ from flash.errors import InputError, require
 
 
 class Phase(Enum):
-    """The two latencies of a language model on a device."""
+    """Phases of text generation, whose latencies are timed separately."""
 
     prefill = "prefill"
-    """Time to first token: from an empty cache to the first token's logits."""
+    """Reading of the prompt; its latency is the time to first token (TTFT)."""
     decode = "decode"
-    """Time of one generated token."""
+    """Generation of one token."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One latency that is timed and predicted; its name is `prefill_512` or `decode_2048`.
-
-    Attributes:
-        phase: Prefill or decode.
-        tokens: Length of the prompt, or position in the cache of the decoded token.
-    """
+    """Latency that is timed and predicted, such as `prefill_512` or `decode_2048`."""
 
     phase: Phase
+    """Phase whose latency is timed."""
     tokens: int
+    """Length of the prompt, or cache position of the decoded token [tokens]."""
 
     @classmethod
     def parse(cls, name: str) -> "Point":
-        """The point of that name; another text is an InputError."""
+        """Convert a name such as `prefill_512` to a point.
+
+        Raises:
+            InputError: The name has another form.
+        """
         match = re.fullmatch(r"(prefill|decode)_(\d+)", name)
         if match is None:
             raise InputError(f"point={name}: expected prefill_N or decode_N, N a number of tokens")
@@ -39,6 +40,7 @@ class Point:
 
     @property
     def name(self) -> str:
+        """Name of the point: the phase and the number of tokens."""
         return f"{self.phase.value}_{self.tokens}"
 
     def __str__(self) -> str:
@@ -47,18 +49,19 @@ class Point:
 
 @dataclass(kw_only=True)  # not frozen: omegaconf would refuse overrides
 class Workload:
-    """Latencies of a measurement. The first prompt and the first context are the headline.
+    """Latencies to time; those of the first prompt and the first context are the headline.
 
-    TTFT is the time from an empty cache to the first token's logits, the prompt fed in chunks.
-    Decode is the time of one token at a cache position; the cache's content does not change it.
+    TTFT is the time from an empty cache to the logits of the first token; the prompt is fed in
+    chunks. Decode is the time of one token at a cache position; it does not depend on the content
+    of the cache.
     """
 
     prompts: list[int] = field(default_factory=lambda: [512])
-    """Prompt lengths whose TTFT is timed; the search works on the first [tokens]."""
+    """Prompt lengths whose TTFT is timed [tokens]; the search uses the first."""
     contexts: list[int] = field(default_factory=lambda: [512])
-    """Cache positions at which decoding is timed; the search works on the first [tokens]."""
+    """Cache positions at which decoding is timed [tokens]; the search uses the first."""
     decode_tokens: int = 16
-    """Timed decode steps of one run."""
+    """Number of decode steps that are timed in one run."""
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("contexts", 0)):
@@ -80,24 +83,24 @@ class Workload:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """Every latency of this workload, prompts first."""
+        """All points of the workload, prompts first."""
         return (
             *(Point(Phase.prefill, tokens) for tokens in self.prompts),
             *(Point(Phase.decode, tokens) for tokens in self.contexts),
         )
 
     def first(self, phase: Phase) -> Point:
-        """The headline point of a phase."""
+        """Return the headline point of a phase."""
         return next(point for point in self.points if point.phase is phase)
 
     @property
     def context(self) -> int:
-        """Cache slots that a program needs to run this workload [tokens]."""
+        """Size of the cache that a program needs to run the workload [tokens]."""
         decoded = (tokens + self.decode_tokens for tokens in self.contexts)
         return max((*self.prompts, *decoded))
 
     def only(self, points: Sequence[Point]) -> "Workload":
-        """The same with some of its points."""
+        """Return the workload with only these points."""
         prompts = [p.tokens for p in points if p.phase is Phase.prefill]
         contexts = [p.tokens for p in points if p.phase is Phase.decode]
         return replace(self, prompts=prompts, contexts=contexts)

@@ -1,1 +1,1 @@
-"""Export of finished models: written, proven, measured, judged by their own perplexity."""
+"""Export of trained models: lowering, parity gate, latency on the device, perplexity."""

@@ -1,7 +1,7 @@
-"""Formats of a finished model other than the measured program: a folder, a file for llama.cpp.
+"""Formats of an exported model besides the measured program: a Hugging Face folder, a GGUF file.
 
-Each is written under a hidden name, proved in the program that it is meant for, and only then
-given its own.
+Each is written under a hidden name, tested in the program that will read it, and renamed only if
+it passed.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from flash.interop.hf_folder import check_hf, transformers_spec, write_hf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
 from flash.model.decoder import Decoder
 from flash.records import find_json, write_json
+from flash.renamed import present_keys
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,12 @@ FILES = {
 
 @dataclass(frozen=True)
 class FormatResult:
-    """A published file or folder; `hf.json` or `gguf.json` beside it.
+    """Published file or folder of one format; stored next to it as `hf.json` or `gguf.json`.
 
     Attributes:
-        check: What its gate found.
-        size_bytes: Of the file, or of all files in the folder.
-        key: Hash of all that decides it.
+        check: Result of the format's gate.
+        size_bytes: Size of the file, or of all files in the folder.
+        key: Hash of all inputs and settings that affect the file.
     """
 
     check: FormatCheck
@@ -56,7 +57,7 @@ class FormatResult:
 
     @classmethod
     def read(cls, folder: Path, kind: ExportFormat) -> "FormatResult | None":
-        """The result of a format in an export's folder, or None where there is none.
+        """Read the result of a format from an export's folder; None if the format was not written.
 
         Raises:
             InputError: The file is damaged.
@@ -65,17 +66,18 @@ class FormatResult:
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> "FormatResult":
-        return cls(**{**values, "check": FormatCheck(**values["check"])})
+        check = FormatCheck(**present_keys(values["check"]))
+        return cls(**{**values, "check": check})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """What formats are written from.
+    """Source of the formats: the model, its tokenizer and a text to test them on.
 
     Attributes:
         model: The decoder in float32.
-        text: Held-out token ids that the formats are proved on.
-        tokenizer: Its tokenizer.json.
+        text: Held-out token ids on which the formats are compared with the model.
+        tokenizer: Path of the model's tokenizer.json.
         token_ids: Special tokens for config files, such as `eos_token_id`.
     """
 
@@ -92,10 +94,10 @@ def check_formats(
     tokenizer: Path,
     token_ids: Mapping[str, int],
 ) -> None:
-    """See that each format can express `spec` and its gate can run; costs nothing.
+    """Check that each format can express `spec` and that its gate can run; loads no weights.
 
     Raises:
-        InputError: One cannot; says why.
+        InputError: A format cannot express it, or its gate needs a package that is not installed.
     """
     if ExportFormat.hf in formats:
         transformers_spec(spec)
@@ -109,10 +111,11 @@ def check_formats(
 def publish(
     kind: ExportFormat, folder: Path, source: ExportSource, settings: FormatSettings, key: str
 ) -> FormatResult:
-    """Write one format into an export's folder, or return the finished result of the same.
+    """Write one format into an export's folder, or return its result if `key` is unchanged.
 
     Raises:
-        CheckFailed: Its answers are not the model's; nothing is published, nothing deleted.
+        CheckFailed: The outputs of the file differ from the model's. No file is published, and an
+            earlier one is kept.
     """
     path = folder / FILES[kind]
     found = FormatResult.read(folder, kind)
@@ -169,7 +172,7 @@ _WRITERS: dict[ExportFormat, Callable[[Path, ExportSource, FormatSettings], Form
 
 
 def _gguf_limits(settings: FormatSettings) -> ParityLimits:
-    """Limits of a GGUF file: those that suit its weights, where the user gives no others."""
+    """Return the limits of a GGUF file: the user's, or else those of its weight format."""
     given = {"max_kl": settings.max_kl_gguf, "min_agreement": settings.min_agreement_gguf}
     changes = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(LIMITS[settings.gguf], **changes)

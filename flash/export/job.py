@@ -1,4 +1,4 @@
-"""One export: its settings, and everything that is found and checked before it works."""
+"""Job of an export: its settings, and the inputs that are opened and checked before any work."""
 
 import logging
 import shutil
@@ -27,16 +27,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One export: everything opened and known, nothing large loaded.
+    """Export whose inputs are open; no weights are loaded yet.
 
     Attributes:
-        settings: Of the script.
-        name: Of the result.
+        settings: Settings of `export.py`.
+        name: Name of the result.
         spec: Architecture of the weights.
         weights: The checkpoint folder.
-        reference: The backbone's result, to measure in turns with.
+        reference: Result of the backbone, whose program alternates with the new one while both are
+            timed; None if this is the backbone or there is no such program for the device.
         workspace: Backbone, tokenizer, text, and the device of the measurement.
-        keys: For each format a hash of all that decides its result.
+        keys: For each format a hash of all inputs and settings that affect its result.
     """
 
     settings: ExportSettings
@@ -49,10 +50,10 @@ class ExportJob:
 
     @classmethod
     def open(cls, settings: ExportSettings, runs: Runs) -> "ExportJob":
-        """Find weights, device and text.
+        """Open the job: find its weights, its device and its text.
 
         Raises:
-            InputError: One of them cannot be used.
+            InputError: Weights, device or text cannot be used.
         """
         backbone = Backbone.open(settings.backbone)
         spec = arch_of(settings.arch, backbone)
@@ -66,7 +67,8 @@ class ExportJob:
             seed=settings.seed,
         )
         device = workspace.device
-        # A winner is measured in turns with its backbone, if that has a program for this device.
+        # While a winner is timed, the program of its backbone alternates with it, if there is one
+        # for this device.
         whole = spec == backbone.spec
         reference = None if whole else _reference(runs.export(backbone.name), device)
         keys = _keys(settings, weights, reference, workspace)
@@ -74,17 +76,17 @@ class ExportJob:
 
     @property
     def device(self) -> Device:
-        """Where the program is measured."""
+        """Device on which the program is measured."""
         return self.workspace.device
 
     @property
     def folder(self) -> Path:
-        """Where results go."""
+        """Folder of the results."""
         return self.workspace.runs.export(self.name)
 
     @property
     def key(self) -> str:
-        """Of the program."""
+        """Hash of all inputs and settings that affect the program and its measurement."""
         return self.keys[ExportFormat.executorch]
 
     @property
@@ -95,7 +97,7 @@ class ExportJob:
 
     @property
     def texts(self) -> list[Tensor]:
-        """Held-out sequences of about `perplexity_tokens` in all, each fitting the cache."""
+        """Held-out sequences, of about `perplexity_tokens` in total; each fits the cache."""
         settings = self.settings
         limits = (
             settings.data.seq_len,
@@ -108,11 +110,11 @@ class ExportJob:
         return [sequences[i].tokens[:length] for i in range(min(count, len(sequences)))]
 
     def check(self) -> None:
-        """Refuse what could only fail later.
+        """Check before any work that the export can succeed.
 
         Raises:
-            InputError: Nothing to write, a format that cannot say the architecture, a gate that
-                cannot run, a finished export that would be overwritten, or no room.
+            InputError: No format is given, a format cannot express the architecture, a gate cannot
+                run, a finished export would be overwritten, or the disk is too full.
         """
         settings = self.settings
         require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
@@ -128,7 +130,7 @@ class ExportJob:
         self._check_room()
 
     def _compare_rounding(self) -> None:
-        """Warn where the weights were trained for another rounding than the device's."""
+        """Warn if the weights were trained for another quantization than the device's."""
         trained = TrainResult.read(self.weights.parent)
         if trained is None or not trained.settings["recipe"]["qat"]:
             return
@@ -140,7 +142,7 @@ class ExportJob:
             if ours != theirs:
                 log.warning(
                     "%s was trained with recipe.qat_%s=%d, not with device.lowering.%s=%d: the "
-                    "program loses part of what that training won",
+                    "program loses part of the benefit of that training",
                     *(self.name, key, theirs, key, ours),
                 )
 
@@ -170,16 +172,16 @@ class ExportJob:
 
 
 def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
-    """The checkpoint folder to export or to evaluate.
+    """Find the checkpoint folder to export or to evaluate.
 
     Args:
-        model: The folder, if the user names one.
-        spec: What it must hold.
-        backbone: Has the weights of its own architecture.
-        trained: What `train.py` wrote under the model's name.
+        model: Folder given by the user; None finds it.
+        spec: Architecture that the checkpoint must have.
+        backbone: Backbone, whose own weights are used if `spec` is its architecture.
+        trained: Folder that `train.py` wrote under the model's name.
 
     Raises:
-        InputError: There is none yet, or it holds another architecture.
+        InputError: There is no checkpoint yet, or it has another architecture.
     """
     if model is not None:
         folder = Path(model)

@@ -1,4 +1,4 @@
-"""Loss of a .pte on real text, run through its runtime and not through an eager twin."""
+"""Loss of a .pte on held-out text, computed by its runtime and not by the eager model."""
 
 from pathlib import Path
 
@@ -14,9 +14,12 @@ from flash.model.decoder import Decoder
 def program_quality(
     model: Decoder, program: Path, device: Device, sequences: list[Tensor]
 ) -> ProgramQuality:
-    """Both losses on `sequences` of token ids `(s,)`, each read from an empty cache.
+    """Compute both losses on `sequences` of token ids `(s,)`, each from an empty cache.
 
-    The program decodes token by token, as it does when it writes text.
+    The program decodes one token at a time, as when it generates text.
+
+    Raises:
+        DeviceError: A process on the device died or took too long.
     """
     float_sum, pte_sum, tokens, same = 0.0, 0.0, 0, 0
     for sequence in sequences:

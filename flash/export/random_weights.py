@@ -1,4 +1,4 @@
-"""`measure_shape`: the latency of a shape with random weights, our own or a stock baseline's."""
+"""Latency of models with random weights: architectures of flash, and stock baselines."""
 
 import dataclasses
 import logging
@@ -27,24 +27,24 @@ from flash.workspace import arch_of
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
-"""`model=random`: no weights are read and none are judged."""
+"""Value of `model` to measure only the latency, with random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeResult:
-    """Latencies of one shape on one device; `runs/shapes/DEVICE/NAME.json`.
+    """Latencies of one shape on one device; stored as `runs/shapes/DEVICE/NAME.json`.
 
     Attributes:
         name: Name of the model.
         shape: `to_dict` of the ArchSpec or StockModel.
-        stack: What lowered it: `flash`, or ExecuTorch's `export_llm`.
-        parameters: Tied ones once.
+        stack: Lowering stack: `flash`, or ExecuTorch's `export_llm`.
+        parameters: Number of parameters; tied ones count once.
         measurement: Latencies on the device.
-        pte_bytes: Size of the program.
-        lower_s: Seconds from shape to file; None in results of older versions.
+        pte_bytes: Size of the program [bytes].
+        lower_s: Time of the lowering [s]; None in results of older versions.
         device: Identity of the device.
-        conditions: Hash of all that other shapes must share with this one to be compared.
-        key: Hash of all that decides the result.
+        conditions: Hash of device and settings; only results with the same one are comparable.
+        key: Hash of all inputs and settings that affect the result.
     """
 
     name: str
@@ -60,11 +60,11 @@ class ShapeResult:
 
     @staticmethod
     def path(runs: Runs, settings: DeviceSettings, name: str) -> Path:
-        """Where the result of that name is kept."""
+        """Return the path of the result of that name."""
         return _folder(runs, settings) / f"{name}.json"
 
     def write(self, path: Path) -> None:
-        """Store as JSON, atomically."""
+        """Write the result as JSON, atomically."""
         write_json(path, self)
 
     @classmethod
@@ -85,34 +85,40 @@ class ShapeResult:
 def shape_of(
     arch: Mapping[str, Any], backbone: BackboneSettings, model: str | None = RANDOM
 ) -> Shape:
-    """What `+arch` names: a stock baseline, or the backbone's architecture with changes.
+    """Return the shape that `+arch` selects: a stock baseline, or a change of the backbone's.
+
+    Args:
+        arch: Setting `arch`: the key `stock` with the name of a baseline, or changes.
+        backbone: Settings of the backbone.
+        model: Setting `model`; a stock baseline needs `random`.
 
     Raises:
-        InputError: No such baseline, other keys or weights beside `stock`, or no such spec.
+        InputError: An unknown baseline, other keys besides `stock`, weights for a baseline, or an
+            illegal architecture.
     """
     if "stock" not in arch:
         return arch_of(arch, Backbone.open(backbone))
     name = arch["stock"]
     for key in arch:
-        require(key == "stock", f"arch.{key}", arch[key], f"no key beside arch.stock={name}")
+        require(key == "stock", f"arch.{key}", arch[key], f"no key besides arch.stock={name}")
     found = stock_model(name)
     require(model == RANDOM, "model", model, f"{RANDOM}: arch.stock={name} has no other weights")
     return found
 
 
 def measure_shape(name: str, shape: Shape, device: Device, runs: Runs) -> ShapeResult:
-    """Lower `shape` with random weights and time it, or return the finished result of the same.
+    """Lower `shape` with random weights and time it, or return the result of an earlier call.
 
-    What the measurement store has of it under the same conditions is not measured again.
+    Latencies that the measurement store holds under the same conditions are not measured again.
 
     Args:
-        name: Names the result's file, and the row of `table6`.
-        shape: What to measure.
-        device: Where; its settings say how, and what the program is lowered for.
-        runs: The result is kept in its folder `shapes`.
+        name: Name of the result's file and of the row in `table6`.
+        shape: Model to measure.
+        device: Device to measure on; its settings define workload, lowering and protocol.
+        runs: Layout of the folder of results.
 
     Raises:
-        InputError: Settings that cannot be used with this shape, or a damaged result.
+        InputError: The settings do not fit this shape, or a stored result is damaged.
         CheckFailed: ExecuTorch's export failed.
         DeviceError: A process on the device died or took too long.
     """
@@ -155,7 +161,7 @@ def measure_shape(name: str, shape: Shape, device: Device, runs: Runs) -> ShapeR
 
 
 def shape_results(runs: Runs, device: Device) -> list[ShapeResult]:
-    """All results that were measured with these settings on this device, by name.
+    """Read all results that were measured on this device with its settings, by name.
 
     Raises:
         InputError: A file is damaged.
@@ -166,12 +172,12 @@ def shape_results(runs: Runs, device: Device) -> list[ShapeResult]:
 
 
 def conditions_of(device: Device) -> str:
-    """Hash of device, runtime and settings: what makes two latencies comparable."""
+    """Hash device, runtime and settings; latencies with the same hash are comparable."""
     return digest({"device": device.identity(), "settings": plain(device.settings)})
 
 
 def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:
-    """ExecuTorch's own export has one form of attention, and a default chunk that goes with it."""
+    """Return the settings for a shape; `export_llm` has only the attention form `sdpa`."""
     if isinstance(shape, StockModel):
         lowering = dataclasses.replace(settings.lowering, attention=AttentionForm.sdpa)
         return dataclasses.replace(settings, lowering=lowering)

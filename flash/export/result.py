@@ -1,4 +1,4 @@
-"""What an export found, as the file that the report reads."""
+"""Result of an export: the file `export.json`, which the report reads."""
 
 import dataclasses
 import math
@@ -9,18 +9,19 @@ from typing import Any
 from flash.arch import ArchSpec
 from flash.device.measurement import Measurement
 from flash.records import find_json, write_json
+from flash.renamed import present_keys
 from flash.training.result import ValidationMetrics
 
 
 @dataclass(frozen=True)
 class ProgramQuality:
-    """Losses on the same tokens [nats a token].
+    """Losses of the float decoder and of its program on the same tokens.
 
     Attributes:
-        float_loss: Of the float decoder.
-        pte_loss: Of the program on the device.
-        tokens: How many tokens were predicted.
-        agreement: Share of them where both find the same token likeliest.
+        float_loss: Mean loss of the float decoder [nats a token].
+        pte_loss: Mean loss of the program on the device [nats a token].
+        tokens: Number of predicted tokens.
+        agreement: Share of positions with the same likeliest token in both.
     """
 
     float_loss: float
@@ -36,34 +37,36 @@ class ProgramQuality:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One exported model on one device; `export.json` beside its `model.pte`.
+    """One exported model on one device; stored as `export.json` next to its `model.pte`.
 
     Attributes:
         name: Name of the model.
-        spec: Its architecture.
-        parameters: Tied ones once.
+        spec: Architecture of the model.
+        parameters: Number of parameters; tied ones count once.
         quality: Held-out quality of the float weights.
-        artefact: Loss of the program against the float decoder's.
-        pte_bytes: Size of the program.
+        program_quality: Loss of the program, compared with the float decoder's.
+        pte_bytes: Size of the program [bytes].
         gate: Report of the parity gate.
         measurement: Latencies on the device.
-        reference: Name of the program that took turns with this one; None for the backbone itself.
-        speedups: Latency of the reference over this one's at each point, both from the same
-            processes; empty without a reference.
-        predicted: What stage 1 predicted, with intervals; None for an arch that no search found.
-        prompt: What the program was asked to continue.
-        completion: What it wrote.
+        reference: Name of the backbone whose program was timed in the same processes; None if
+            there was none.
+        speedups: Latency of the reference divided by this program's at each point, both from the
+            same processes; empty without a reference.
+        predicted: Latencies that stage 1 predicted, with intervals; None for an architecture that
+            no search found.
+        prompt: Text that the program continued.
+        completion: Continuation by the program.
         device: Identity of the device.
-        lower_s: Seconds from weights to file.
-        key: Hash of all that decides the result.
-        weights: Hash of the checkpoint that was exported; empty in results of older versions.
+        lower_s: Time of the lowering [s].
+        key: Hash of all inputs and settings that affect the result.
+        weights: Hash of the exported checkpoint; empty in results of older versions.
     """
 
     name: str
     spec: ArchSpec
     parameters: int
     quality: ValidationMetrics
-    artefact: ProgramQuality
+    program_quality: ProgramQuality
     pte_bytes: int
     gate: dict[str, Any]
     measurement: Measurement
@@ -78,13 +81,13 @@ class ExportResult:
     weights: str = ""
 
     def write(self, folder: Path) -> None:
-        """Store as `export.json`, atomically."""
+        """Write `export.json` into `folder`, atomically."""
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
         write_json(folder / "export.json", values)
 
     @classmethod
     def read(cls, folder: Path) -> "ExportResult | None":
-        """The result in `folder`, or None where there is none.
+        """Read the result from `folder`; None if there is none.
 
         Raises:
             InputError: The file is damaged.
@@ -93,10 +96,11 @@ class ExportResult:
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> "ExportResult":
+        values = present_keys(values)
         nested = {
             "spec": ArchSpec.from_dict(values["spec"]),
             "quality": ValidationMetrics(**values["quality"]),
-            "artefact": ProgramQuality(**values["artefact"]),
+            "program_quality": ProgramQuality(**values["program_quality"]),
             "measurement": Measurement.from_dict(values["measurement"]),
         }
         return cls(**{**values, **nested})

@@ -1,4 +1,4 @@
-"""`export.py`: weights -> .pte, parity gate, measurement on the device, text from the artefact."""
+"""Entry point of `export.py`: lower, check against the float model, measure, generate text."""
 
 import dataclasses
 import logging
@@ -37,14 +37,16 @@ log = logging.getLogger(__name__)
 
 
 def export(settings: ExportSettings) -> ExportResult | None:
-    """Export, prove and measure one model, or return the finished result of the same export.
+    """Export, check and measure one model, or return the result of the same earlier export.
 
     Returns:
-        What was found about the program; None where none was asked for.
+        The result for the program; None if `format` does not include it, or if only the latency of
+        a shape is measured.
 
     Raises:
-        InputError: Settings or weights that cannot be used.
-        CheckFailed: A format's answers differ from the model's; names the first bad stage.
+        InputError: Settings or weights cannot be used.
+        CheckFailed: The outputs of a format differ from the model's; names the first bad stage.
+        DeviceError: A process on the device died or took too long.
     """
     runs = Runs(Path(settings.runs))
     if settings.model == RANDOM:
@@ -76,7 +78,7 @@ def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
 
 
 def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
-    """Write and prove the formats other than the program."""
+    """Write and check the formats other than the program."""
     model = load_checkpoint(job.weights)
     path = job.workspace.tokenizer_path
     source = ExportSource(model=model, text=job.texts[0], tokenizer=path, token_ids=job.token_ids)
@@ -94,7 +96,7 @@ def _export(job: ExportJob) -> ExportResult:
     end = workspace.end_of_text
     program = lower(model, settings.device.lowering, bos_id=end, eos_ids=(end,))
     lower_s = time.perf_counter() - start
-    report = _prove(job, model, program)
+    report = _run_gate(job, model, program)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
@@ -106,7 +108,7 @@ def _export(job: ExportJob) -> ExportResult:
         spec=model.spec,
         parameters=count_parameters(model.spec).total,
         quality=validate(model, workspace.data, settings.trainer.precision),
-        artefact=program_quality(model, path, job.device, job.texts),
+        program_quality=program_quality(model, path, job.device, job.texts),
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,
@@ -122,8 +124,12 @@ def _export(job: ExportJob) -> ExportResult:
     )
 
 
-def _prove(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
-    """The gate's report, kept as gate.json; a failure is looked into and raised as CheckFailed."""
+def _run_gate(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
+    """Run the parity gate and store its report as gate.json.
+
+    Raises:
+        CheckFailed: The gate failed; names the stage and the first bad part of the model.
+    """
     lowering, gate = job.settings.device.lowering, job.settings.gate
     path = job.folder / "gate.json"
     report = check_parity(model, lowering, job.texts[0], gate, program=program)
@@ -143,14 +149,14 @@ def _prove(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
 def _measure(
     job: ExportJob, model: Decoder, lower_s: float
 ) -> tuple[Measurement, dict[str, float]]:
-    """Latencies, and how many times faster than the reference program of the same processes."""
+    """Measure latencies, and speedups over the reference program in the same processes."""
     settings, runs = job.settings, job.workspace.runs
     vocab_size = model.spec.vocab_size
-    beside = None
+    reference = None
     if job.reference is not None:
         path = runs.export(job.reference.name) / "model.pte"
         other = Program(name="reference", path=path, vocab_size=vocab_size)
-        beside = Subject.of(job.reference.spec), other
+        reference = Subject.of(job.reference.spec), other
     profiler = Profiler(
         device=job.device,
         workload=settings.device.workload,
@@ -159,8 +165,8 @@ def _measure(
         cache_dir=runs.lowered,
     )
     program = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    measured = profiler.measure_program(Subject.of(model.spec), program, beside, lower_s)
-    if beside is None:
+    measured = profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
+    if reference is None:
         return measured, {}
     kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
     speedups = {
@@ -171,7 +177,7 @@ def _measure(
 
 
 def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
-    """Latencies that the search which found this arch, or had this backbone, predicted for it."""
+    """Find the latencies that a search predicted for this architecture or for its backbone."""
 
     def prediction(found: dict[str, Any]) -> dict[str, Any] | None:
         by_number = {trial["number"]: trial for trial in found["trials"]}
@@ -204,8 +210,8 @@ def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
         **{f"export/{name}_speedup": value for name, value in result.speedups.items()},
         "export/pte_mib": result.pte_bytes / 2**20,
         "export/val_loss": result.quality.loss,
-        "export/perplexity_change_pct": result.artefact.change_pct,
-        "export/top1_agreement": result.artefact.agreement,
+        "export/perplexity_change_pct": result.program_quality.change_pct,
+        "export/top1_agreement": result.program_quality.agreement,
     }
     logger.log_metrics(metrics)
     close_logger(logger)

@@ -21,7 +21,7 @@ class ExportFormat(Enum):
     executorch = "executorch"
     """`model.pte`, which is also measured on the device."""
     hf = "hf"
-    """`hf/`, a folder for stock transformers; a skipped layer is no faster there."""
+    """`hf/`, a folder for stock transformers; skipping attention saves no time there."""
     gguf = "gguf"
     """`model.gguf` for llama.cpp."""
 
@@ -33,14 +33,14 @@ class FormatSettings:
     gguf: GgufFormat = GgufFormat.q8_0
     """Weights of a GGUF file."""
     gguf_tokenizer: bool = True
-    """Include the tokenizer; false writes a file of token ids, for tokenizers that llama.cpp
-    has no name for, as those that this project trains."""
+    """Include the tokenizer; false writes a file that takes token ids only, for tokenizers that
+    llama.cpp does not support, such as those trained by this project."""
     max_error_hf: float = 1e-4
-    """A folder in stock transformers: largest difference of a logit over the largest logit."""
+    """Largest difference of a logit in stock transformers, divided by the largest logit."""
     max_kl_gguf: float | None = None
-    """GGUF against the float model: mean KL [nats]; null takes what suits the weights."""
+    """Largest mean KL divergence of the GGUF file from the float model [nats]; null: by `gguf`."""
     min_agreement_gguf: float | None = None
-    """GGUF: share of positions with the same likeliest token; null takes what suits the weights."""
+    """Least share of positions with the same likeliest token in the GGUF file; null: by `gguf`."""
 
     def __post_init__(self) -> None:
         require(self.max_error_hf > 0, "max_error_hf", self.max_error_hf, "above 0")
@@ -63,13 +63,13 @@ class ExportSettings:
     device: DeviceSettings = MISSING
     """Device that the program is lowered for and measured on."""
     data: DataSettings = MISSING
-    """Text that formats are proven and judged on."""
+    """Held-out text on which formats are compared with the model."""
     trainer: TrainerSettings = MISSING
     """Precision of the float model's held-out loss."""
     logger: LoggerSettings = MISSING
     """Destination of the figures."""
     gate: GateSettings = field(default_factory=GateSettings)
-    """Differences that each stage of the lowering may make."""
+    """Largest accepted difference after each stage of the lowering."""
     format: list[ExportFormat] = field(default_factory=lambda: [ExportFormat.executorch])
     """Formats to write, such as [executorch,hf,gguf]."""
     formats: FormatSettings = field(default_factory=FormatSettings)
@@ -79,18 +79,18 @@ class ExportSettings:
     name: str | None = None
     """Name of the result; null takes the arch's."""
     model: str | None = None
-    """Folder of trained weights; null takes what `train.py` wrote under the same name; `random`
-    only measures the shape."""
+    """Folder of trained weights; null: the folder that `train.py` wrote under the same name;
+    `random`: measure only the latency, with random weights."""
     prompt: str = "def main("
     """Text that the exported program continues."""
     new_tokens: int = 48
-    """Length of its answer [tokens]."""
+    """Length of the continuation [tokens]."""
     perplexity_tokens: int = 512
-    """Held-out tokens that the program's own loss is computed on."""
+    """Number of held-out tokens on which the loss of the program is computed."""
     overwrite: bool = False
     """Replace an export of the same name that has other weights or settings."""
     seed: int = 0
-    """Seed of the data's order and of random weights."""
+    """Seed of the order of the data and of random weights."""
     runs: str = "runs"
     """Folder for everything that runs produce."""
 

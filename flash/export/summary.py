@@ -1,4 +1,4 @@
-"""What the terminal says about a finished export."""
+"""Summary of a finished export for the terminal."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from flash.export.result import ExportResult
 from flash.export.settings import ExportFormat
 
 ENDS = ("mean", "low", "high")
-"""Of a predicted interval."""
+"""Keys of a predicted latency: its mean and the ends of its interval."""
 
 
 def describe_format(name: str, kind: ExportFormat, result: FormatResult, folder: Path) -> None:
@@ -44,9 +44,10 @@ def describe(result: ExportResult, folder: Path) -> None:
             mean, low, high = (result.predicted[name][f"{end}_ms"] for end in ENDS)
             text += f"; predicted {mean:.3g} [{low:.3g}, {high:.3g}] ms"
         print(f"  {text}")
+    quality = result.program_quality
     print(
         f"  held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
-        f"{result.artefact.change_pct:+.1f} % and {100 * result.artefact.agreement:.0f} % equal "
-        f"choices on {result.artefact.tokens} tokens"
+        f"{quality.change_pct:+.1f} % and {100 * quality.agreement:.0f} % equal choices on "
+        f"{quality.tokens} tokens"
     )
     print(f"  it writes   {result.prompt!r} -> {result.completion!r}")

@@ -1,4 +1,4 @@
-"""`table6`: measured shapes beside the paper's phone figures, each against Flash of its class."""
+"""Table 6 of the paper with own measurements next to the paper's, both relative to Flash."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,17 +15,17 @@ PHONE = Path(__file__).with_name("phone.yaml")
 NONE = "-"
 
 Cells = Mapping[str, tuple[float, float]]
-"""Value and standard error by name of the point: TTFT in seconds, decoding in tokens/s."""
+"""Value and standard error by name of the point: TTFT [s], decoding [tokens/s]."""
 
 
 def table6(results: Sequence[ShapeResult]) -> str:
-    """A Markdown table, a row a model, in the order of the paper's classes.
+    """Format a Markdown table with one row per model, in the order of the paper's size classes.
 
-    In brackets: how many times faster the Flash model of the class is, on the device and on the
-    paper's phone.
+    Numbers in brackets are the speedup of the Flash model of the same class, on the device and on
+    the paper's phone.
 
     Args:
-        results: Measured under the same conditions, see `shape_results`.
+        results: Results measured under the same conditions; see `shape_results`.
     """
     if not results:
         return "no shape was measured under these conditions"
@@ -49,12 +49,12 @@ def table6(results: Sequence[ShapeResult]) -> str:
 
 @cache
 def paper_figures() -> dict[str, Any]:
-    """`phone.yaml`: classes, and the paper's TTFT [s] and decode [tokens/s] by model and length."""
+    """Read `phone.yaml`: size classes, and the paper's TTFT [s] and decode speed [tokens/s]."""
     return yaml.safe_load(PHONE.read_text("utf-8"))
 
 
 def flash_of(name: str) -> str | None:
-    """The Flash model of the class of `name`; None for itself and for models of no class."""
+    """Return the Flash model of the class of `name`; None for itself and outside the classes."""
     for first, *others in paper_figures()["classes"].values():
         if name in others:
             return first
@@ -96,7 +96,7 @@ def _phone(point: Point, name: str, flash: str | None) -> str:
 
 
 def _ratio(point: Point, value: float, flash: float | None) -> str:
-    """How many times faster Flash is, in brackets."""
+    """Format the speedup of Flash over `value`, in brackets; empty without a Flash value."""
     if flash is None:
         return ""
     times = value / flash if point.phase is Phase.prefill else flash / value
@@ -115,7 +115,7 @@ def _described(device: Mapping[str, Any]) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown that also reads well on a terminal."""
+    """Format a Markdown table whose columns are aligned, to be read on a terminal too."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"

@@ -10,17 +10,17 @@ from flash.paths import Runs
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `flash measurements`; its exit code.
+    """Run `flash measurements` and return its exit code.
 
     Raises:
-        InputError: A store that cannot be read.
+        InputError: A store cannot be read.
     """
     parser = argparse.ArgumentParser(prog="flash measurements", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write the store as CSV, a row a latency")
+    export = commands.add_parser("export", help="write the store as CSV, one row per latency")
     export.add_argument("csv", type=Path)
-    merge = commands.add_parser("merge", help="take over the measurements of another store")
+    merge = commands.add_parser("merge", help="add the measurements of another store")
     merge.add_argument("store", type=Path, help="another runs/measurements.jsonl")
     return _run(parser.parse_args(arguments))
 

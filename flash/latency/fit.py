@@ -1,4 +1,4 @@
-"""Stage 1 of the search: measure what is missing, fit the predictors (Sec. 3.4 of the paper)."""
+"""Stage 1 of the search: measure missing latencies, fit the predictors (Sec. 3.4 of the paper)."""
 
 import dataclasses
 import logging
@@ -33,28 +33,28 @@ logger = logging.getLogger(__name__)
 
 BYTES_PER_MIB = 2**20
 _MOST_FLUSH_MIB = 64
-"""Twice the largest cache that one core is likely to see."""
+"""Upper limit of the flushed memory [MiB]: twice the largest cache expected for one core."""
 _LEAST_JUDGED = 6
-"""Whole models from which the error is worth estimating."""
+"""Least number of whole models for an estimate of the error."""
 _MOST_BEYOND = 0.05
-"""Share of the candidates that may lie beyond the measured models when measuring ends."""
+"""Largest share of candidates outside the range of the measured models when measuring ends."""
 _POOL = 1024
-"""Whole models are the first of a longer list, so asking for more keeps those already measured."""
+"""Length of the list of which the first models are measured: a larger number extends the set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyModel:
-    """Predictors of one device under one workload, and what they were made from.
+    """Predictors of one device under one workload, with the measurements they were fitted to.
 
     Attributes:
-        predictors: One for each latency of the workload.
-        objective: Which of them the search minimises.
+        predictors: Predictor of each latency of the workload.
+        objective: Latency that the search minimizes.
         scores: Cross-validation at each point: of the chosen predictor, and of the baselines
             `params` and `flops` on the same whole models.
-        models: The measured whole models; the backbone is the last.
-        values_ms: Their measured latencies at each point [ms], freed from drift of the device.
-        left_out_ms: What the chosen predictor says of them when fitted to the others [ms].
-        rows: Every measurement that was used.
+        models: The measured whole models; the last is the backbone.
+        values_ms: Measured latencies of `models` at each point [ms], corrected for drift.
+        left_out_ms: Leave-one-out predictions of the chosen predictor for `models` [ms].
+        rows: All measurements that were used.
     """
 
     predictors: Mapping[Point, Predictor]
@@ -66,7 +66,7 @@ class LatencyModel:
     rows: tuple[StoredLatency, ...]
 
     def describe(self) -> str:
-        """Cross-validation as text, one line for each point and predictor."""
+        """Format the cross-validation as text, one line for each point and predictor."""
         width = max(len(point.name) for point in self.scores)
         return "\n".join(
             f"{point.name:{width}s} {name:8s} {scores}"
@@ -75,7 +75,7 @@ class LatencyModel:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Cross-validation as numbers for a logger, `latency/<point>/<predictor>/<score>`."""
+        """Return the cross-validation for a logger, by `latency/<point>/<predictor>/<score>`."""
         return {
             f"latency/{point.name}/{name}/{key}": float(value)
             for point, by_name in self.scores.items()
@@ -96,24 +96,25 @@ def collect(
     cache_dir: Path,
     seed: int = 0,
 ) -> LatencyModel:
-    """Measure what the store lacks for this device and workload, and fit the predictors.
+    """Measure latencies that the store lacks for this device and workload; fit the predictors.
 
-    A killed call goes on where it was: finished groups are in the store, lowered programs in
-    `cache_dir`. Only one process measures for a store at a time; others wait.
+    A call after a kill continues: measured groups are in the store, lowered programs in
+    `cache_dir`. Only one process at a time measures on a device for the same store; others wait.
 
     Args:
-        space: Candidates whose latency is wanted.
-        backbone: Measured too, as a reference and for calibration.
-        device: Runs the programs.
-        workload: What is timed.
-        lowering: How models become programs.
-        settings: Predictor and numbers of measurements.
-        store: Measurements so far; grows.
+        space: Search space whose latencies are to be predicted.
+        backbone: Backbone; measured too, as a reference and for calibration.
+        device: Device that runs the programs.
+        workload: Latencies to time.
+        lowering: Settings of the lowering.
+        settings: Kind of predictor and numbers of measurements.
+        store: Store of measurements; new ones are appended.
         cache_dir: Folder for lowered programs.
-        seed: Chooses the whole models.
+        seed: Seed of the choice of whole models.
 
     Raises:
-        InputError: What cannot be measured on this device.
+        InputError: The device cannot run the workload or time what the predictor needs.
+        DeviceError: A process on the device died or took too long.
     """
     _check(device, workload, lowering, settings)
     profiler = make_profiler(
@@ -129,7 +130,7 @@ def collect(
     if settings.predictor is PredictorKind.blocks:
         grid = make_grid(space, backbone, settings)
         blocks = grid_subjects(grid, backbone)
-    # The store may know more models than are asked for: they cost nothing, so they all count.
+    # All whole models in the store are used: further ones cost no measurement.
     last = backbone.as_program()
     known = [spec for spec in profiler.known_models() if spec != last and spec in space]
     if settings.predictor is PredictorKind.analytical:
@@ -147,10 +148,10 @@ def collect(
 def _check(
     device: Device, workload: Workload, lowering: LoweringSettings, settings: LatencySettings
 ) -> None:
-    """See before any work that what is asked for can be measured.
+    """Check before any work that the workload can be measured.
 
     Raises:
-        InputError: It cannot.
+        InputError: The context is too long, or the device cannot time blocks.
     """
     require(
         workload.context <= lowering.max_context,
@@ -168,10 +169,13 @@ def _check(
 def _measure_actively(
     profiler: Profiler, space: SearchSpace, known: Sequence[ArchSpec], last: ArchSpec, seed: int
 ) -> list[ArchSpec]:
-    """Measure what teaches most until the predictor is good enough; the models, `last` last.
+    """Measure the most informative models until the predictor is accurate enough.
 
-    Ends when the error of left-out models is below the target and hardly any candidate lies beyond
-    the measured ones, or when `whole_models` are measured.
+    Ends when the error of left-out models is below the target and at most `_MOST_BEYOND` of the
+    candidates require extrapolation, or when `whole_models` models are measured.
+
+    Returns:
+        The measured models, with `last` at the end.
     """
     settings, objective = profiler.settings, profiler.workload.first(profiler.settings.objective)
     make = _maker(settings.predictor, objective, profiler, None)
@@ -215,7 +219,7 @@ def _measure_actively(
 
 
 def _source(profiler: Profiler, point: Point) -> AnalyticalPredictor | None:
-    """Predictor of the device `transfer_from`, fitted to its measurements; None without one."""
+    """Fit a predictor of the device `transfer_from`; None if the settings name no device."""
     device = profiler.settings.transfer_from
     if device is None:
         return None
@@ -237,9 +241,9 @@ def make_profiler(
     store: MeasurementStore,
     cache_dir: Path,
 ) -> Profiler:
-    """A profiler whose reference program is the lower half of the backbone.
+    """Make a profiler whose reference program is the lower half of the backbone.
 
-    That has every operator of a model and about the running time of a candidate.
+    This half has every operator of a model and runs about as long as a candidate.
     """
     half = backbone.as_program().replace(
         layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2)
@@ -258,14 +262,17 @@ def make_profiler(
 
 
 def whole_models(space: SearchSpace, backbone: ArchSpec, num: int, seed: int) -> list[ArchSpec]:
-    """`num` members of the space (fewer if it is tiny) spread over its sizes, then the backbone."""
+    """Choose `num` members of the space (fewer if it is tiny), spread over its sizes.
+
+    The backbone is added at the end.
+    """
     last = backbone.as_program()
     pool = space.stratified(np.random.default_rng(seed), max(num, _POOL))
     return [*[spec for spec in pool if spec != last][:num], last]
 
 
 def make_grid(space: SearchSpace, backbone: ArchSpec, settings: LatencySettings) -> Grid:
-    """Blocks to measure so that the space and the backbone lie between measured points."""
+    """Choose the blocks to measure: space and backbone lie between the points of their grid."""
     kinds = {*space.kinds, *backbone.layer_types}
     return Grid(
         model_dims=grid_points([*space.model_dims, backbone.model_dim], settings.grid_widths),
@@ -277,7 +284,7 @@ def make_grid(space: SearchSpace, backbone: ArchSpec, settings: LatencySettings)
 def _whole_ms(
     profiler: Profiler, models: Sequence[ArchSpec], point: Point
 ) -> tuple[Values, Values]:
-    """Latencies of measured models at one point and their standard errors [ms]."""
+    """Return latencies of measured models at one point, and their standard errors [ms]."""
     attempts = [profiler.attempts(Subject(spec=spec), point) for spec in models]
     return comparable(attempts, point.phase)
 
@@ -285,7 +292,7 @@ def _whole_ms(
 def _fit(
     profiler: Profiler, backbone: ArchSpec, grid: Grid | None, models: Sequence[ArchSpec]
 ) -> LatencyModel:
-    """Fit and cross-validate every point."""
+    """Fit and cross-validate the predictor of every point."""
     chosen = profiler.settings.predictor
     subjects = [
         *(grid_subjects(grid, backbone) if grid else ()),
@@ -328,7 +335,7 @@ def _fit(
 def _maker(
     kind: PredictorKind, point: Point, profiler: Profiler, table: BlockTable | None
 ) -> Callable[[], Predictor]:
-    """A function that makes an unfitted predictor of this kind."""
+    """Return a function that makes an unfitted predictor of this kind."""
     match kind:
         case PredictorKind.analytical if (source := _source(profiler, point)) is not None:
             return lambda: TransferPredictor(source)
@@ -346,7 +353,7 @@ def _maker(
 
 
 def grid_subjects(grid: Grid, backbone: ArchSpec) -> list[Subject]:
-    """The blocks of a grid, in its order."""
+    """Return the blocks of a grid, in the order of `Grid.parts`."""
 
     def block(part: BlockShape) -> Block:
         ffn_dim = backbone.ffn_dim if part.ffn_dim is None else part.ffn_dim

@@ -1,4 +1,4 @@
-"""Measurements of programs on one device: taken, stored, and not taken again."""
+"""Profiler of one device: measures the latencies that the store lacks and adds them to it."""
 
 import dataclasses
 import logging
@@ -26,35 +26,39 @@ from flash.records import digest
 logger = logging.getLogger(__name__)
 
 _SLOW = 1.15
-"""A group whose reference program took this many times the best group's was disturbed: seen on a
-busy machine at 2.3, in all processes of the group alike, so that comparing those showed nothing."""
+"""Slowdown of the reference program, relative to the best group, from which a group counts as
+disturbed. On a busy machine it was 2.3 in all processes of a group, so that a comparison of these
+processes with each other showed nothing."""
 _LEAST_TRANSFERRED = 8
-"""Whole models from which a predictor can be fitted that another device may start from."""
+"""Least number of whole models for a predictor that is transferred to another device."""
 _SHARED = 0.25
-"""Processor time of others, as a share of the wall time, from which a measurement is in doubt: even
-on another core it takes memory bandwidth and shared caches."""
+"""Processor time of other programs, as a share of the wall time, from which a warning is logged:
+even on another core they take memory bandwidth and space in shared caches."""
 _LOOSER = {Phase.prefill: 1.0, Phase.decode: 2.0}
-"""A decode step spreads about twice as much between processes as a prefill does."""
+"""Factor of the accepted error by phase: decode varies about twice as much between processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profiler:
-    """Measures on one device under one workload; every measurement ends in the store.
+    """Profiler of one device under one workload; stores every measurement.
 
-    `measure_missing` compares many subjects beside a reference program, for predictors;
-    `measure_alone` times one by itself; `measure_program` times a file with weights.
+    `measure_missing` times many subjects together with a reference program, for predictors;
+    `measure_alone` times one subject without other programs; `measure_program` times a file with
+    trained weights.
 
     Attributes:
-        device: Runs the programs.
-        workload: What is timed.
-        lowering: How subjects become programs.
-        store: Measurements so far; grows.
+        device: Device that runs the programs.
+        workload: Latencies to time.
+        lowering: Settings of the lowering of subjects to programs.
+        store: Store of all measurements; new ones are appended.
         cache_dir: Folder for lowered programs.
-        reference: Takes turns with every group, so that groups can be compared. About as
-            long-running as a model: a short program finds calm moments in spells in which a long
-            one runs a tenth slower. Only `measure_missing` needs it.
-        flush_mib: Memory walked through between the calls of a block [MiB]; see `Program`.
-        settings: Sizes of groups, and how precise their latencies must be.
+        reference: Program that is timed with every group, in the same processes, so that groups
+            can be compared; only `measure_missing` needs it. It should run about as long as a
+            model: on a machine that is 10 % slower for a while, a short program still finds calm
+            moments and does not show it.
+        flush_mib: Size of the memory that is read between the calls of a block, to evict its
+            weights from the caches [MiB]; see `Program`.
+        settings: Size of groups, and the required precision of latencies.
     """
 
     device: Device
@@ -67,28 +71,29 @@ class Profiler:
     settings: LatencySettings = field(default_factory=LatencySettings)
 
     def key(self, subject: Subject, point: Point) -> str:
-        """Key of the subject's measurements in the store."""
+        """Return the key of the subject's measurements in the store."""
         return self._conditions(subject, point).key(subject.kind, subject.to_dict())
 
     def attempts(self, subject: Subject, point: Point) -> list[StoredLatency]:
-        """Measurements of a subject that count: those beside our reference.
+        """Return the measurements of a subject that were timed with this profiler's reference.
 
-        Others, as an export and `measure_alone` make, tell nothing of drift.
+        The drift of the device is not known for others, such as those of an export and of
+        `measure_alone`.
         """
         rows = self.store.attempts(self.key(subject, point))
         return [row for row in rows if row.result["reference"] == self._reference_key]
 
     def known_models(self) -> list[ArchSpec]:
-        """Whole models that the store holds at the first point, measured beside our reference."""
+        """Return the whole models that were timed with the same reference at the first point."""
         wanted = self._base(self.workload.points[0])
         found = (row.spec for row in self._comparable_models() if row.conditions == wanted)
         return list(dict.fromkeys(found))
 
     def attempts_of(self, device: str, point: Point) -> list[list[StoredLatency]]:
-        """Measurements of each whole model at this point on another device of the store.
+        """Return the measurements of each whole model at this point on another device of the store.
 
         Raises:
-            InputError: There are none of the same programs.
+            InputError: The store holds too few measurements of the same programs on that device.
         """
         wanted = self._base(point)
         found: dict[str, list[StoredLatency]] = {}
@@ -114,12 +119,12 @@ class Profiler:
         )
 
     def measure_missing(self, subjects: Sequence[Subject]) -> None:
-        """Lower and measure, in groups, what the store lacks; repeat what is not precise yet."""
+        """Lower and measure subjects that the store lacks; repeat those that are imprecise."""
         if not self._due(subjects):
             return
         with self.store.exclusive(self.device.resource):
             repeated = False
-            while due := self._due(subjects):  # ends: attempts at each are limited
+            while due := self._due(subjects):  # ends, since the attempts are limited
                 self._announce(due, len(subjects), repeated=repeated)
                 self._measure(due)
                 repeated = True
@@ -134,15 +139,16 @@ class Profiler:
             )
 
     def measure_alone(self, subject: Subject) -> Measurement:
-        """Latencies of a whole model whose program runs by itself, at every point.
+        """Measure a whole model at every point, in processes that run no other program.
 
-        Points that were measured so before, under the same conditions, are not measured again.
+        Points that were measured in this way before, under the same conditions, are taken from the
+        store.
         """
         path = self.lowered(subject)
         missing = self._not_alone(subject)
         if missing:
             with self.store.exclusive(self.device.resource):
-                missing = self._not_alone(subject)  # others may have measured meanwhile
+                missing = self._not_alone(subject)  # another process may have measured it
                 if missing:
                     workload, program = self.workload.only(missing), subject.program(path)
                     measured = self.device.measure([program], workload)[0]
@@ -154,26 +160,26 @@ class Profiler:
         self,
         shape: Subject,
         program: Program,
-        beside: tuple[Subject, Program] | None,
+        reference: tuple[Subject, Program] | None,
         lower_s: float,
     ) -> Measurement:
-        """Latencies of a program with weights, measured anew and stored as a further attempt.
+        """Measure a program with trained weights, and store the result as a further attempt.
 
         Args:
-            shape: The model without its weights, which do not change its latency.
-            program: The file.
-            beside: Another model and its program, which takes turns with this one.
-            lower_s: How long the program took to lower [s].
+            shape: Model without its weights, since these do not change its latency.
+            program: Program to measure.
+            reference: Another model and its program, timed in the same processes; or None.
+            lower_s: Time that the lowering of the program took [s].
         """
-        other = beside[1] if beside is not None else None
+        other = reference[1] if reference is not None else None
         with self.store.exclusive(self.device.resource):
             measured = self.device.measure([program], self.workload, other)[0]
-            key = subject_key(beside[0]) if beside is not None else None
+            key = subject_key(reference[0]) if reference is not None else None
             self._store(shape, self.workload.points, measured, key, lower_s)
         return measured
 
     def lowered(self, subject: Subject) -> Path:
-        """Path of the subject's program, lowered unless it is in the cache."""
+        """Return the path of the subject's program, lowering it if the cache lacks it."""
 
         def announce(subject: Subject) -> None:
             logger.info("%s: lowering, minutes for a large model", subject)
@@ -181,7 +187,7 @@ class Profiler:
         return cached_program(subject, self.lowering, self.cache_dir, announce)
 
     def _alone(self, subject: Subject, point: Point) -> list[StoredLatency]:
-        """Measurements of a subject in whose processes no other program ran."""
+        """Return the measurements of a subject in whose processes no other program ran."""
         rows = self.store.attempts(self.key(subject, point))
         return [
             row
@@ -190,7 +196,7 @@ class Profiler:
         ]
 
     def _not_alone(self, subject: Subject) -> tuple[Point, ...]:
-        """Points at which the subject was not measured alone yet."""
+        """Return the points at which the subject was not measured alone yet."""
         return tuple(point for point in self.workload.points if not self._alone(subject, point))
 
     def _conditions(self, subject: Subject, point: Point) -> Conditions:
@@ -212,7 +218,7 @@ class Profiler:
         )
 
     def _due(self, subjects: Iterable[Subject]) -> dict[Subject, tuple[Point, ...]]:
-        """Subjects and points to measure: missing, or not precise yet with attempts left."""
+        """Return what to measure: missing latencies, and imprecise ones with attempts left."""
         due: dict[Subject, tuple[Point, ...]] = {}
         subjects = list(dict.fromkeys(subjects))
         for point in self.workload.points:
@@ -224,10 +230,11 @@ class Profiler:
         return {subject: due[subject] for subject in subjects if subject in due}
 
     def _poor(self, subjects: Iterable[Subject], point: Point) -> set[Subject]:
-        """Subjects whose latency is not known as well as it should be.
+        """Return the subjects whose latency is not precise enough.
 
-        Its standard error is too large, or the reference program was clearly slower than at best
-        in every attempt, which no comparison of processes within an attempt would show.
+        Either its standard error is too large, or the reference program was clearly slower than
+        its best in every attempt. A comparison of the processes of one attempt would not show the
+        latter.
         """
         attempts = {
             subject: rows for subject in subjects if (rows := self.attempts(subject, point))
@@ -260,7 +267,7 @@ class Profiler:
     def _measure_group(
         self, group: Sequence[Subject], points: tuple[Point, ...], bar: tqdm
     ) -> None:
-        """Measure and store; the reference program takes turns with those of the group."""
+        """Measure and store a group; the reference program is timed in the same processes."""
         assert self.reference is not None
 
         def lowered(subject: Subject) -> Path:
@@ -308,12 +315,12 @@ class Profiler:
 
 
 def subject_key(subject: Subject) -> str:
-    """Hash by which rows name their reference program."""
+    """Return the hash by which rows of the store name their reference program."""
     return digest([subject.kind.value, subject.to_dict()], 24)
 
 
 def _warn_if_shared(measured: Measurement) -> None:
-    """Say so if other work ran meanwhile, which neither precision nor the reference would show."""
+    """Warn if other programs ran throughout; neither precision nor the reference would show it."""
     shares = [
         each["process"].get("others_s", 0.0) / each["process"]["wall_s"]
         for each in measured.conditions

@@ -1,4 +1,4 @@
-"""Subjects of measurements and their programs, lowered once and kept in one folder."""
+"""Subjects of measurements, and a cache of their lowered programs."""
 
 import time
 from collections.abc import Callable
@@ -21,24 +21,24 @@ from flash.model.decoder import Decoder
 from flash.records import digest, read_json, replacing, write_json
 
 LOWERING_VERSION = 3
-"""To be raised when flash.lowering writes other programs for the same spec and settings, so that
-old programs are not taken from the cache nor old latencies from the store."""
+"""Version of the lowered programs. Raise it when flash.lowering writes other programs for the same
+spec and settings: programs in the cache and latencies in the store are then not used any more."""
 
 RUNTIME = f"executorch {version('executorch')}"
-"""What wrote a program; a device's own runtime is part of its identity."""
+"""Package that wrote a program; the runtime of a device is part of the device's identity."""
 
 Shape = ArchSpec | StockModel
-"""A whole model without weights: one of ours, or a baseline of ExecuTorch's own export."""
+"""Whole model without weights: an architecture of flash, or a stock baseline of `export_llm`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Something to lower and measure; exactly one attribute is given.
+    """Model or block to lower and measure; exactly one attribute is not None.
 
     Attributes:
-        spec: A whole model.
-        block: A part of one.
-        stock: A whole model of ExecuTorch's own export.
+        spec: Architecture of a whole model.
+        block: Part of a model, such as one attention layer.
+        stock: Stock baseline, a whole model that ExecuTorch's `export_llm` lowers.
     """
 
     spec: ArchSpec | None = None
@@ -47,26 +47,26 @@ class Subject:
 
     @classmethod
     def of(cls, shape: Shape) -> "Subject":
-        """A whole model, of ours as its program knows it."""
+        """Make the subject of a whole model; architectures with the same program become equal."""
         if isinstance(shape, StockModel):
             return cls(stock=shape)
         return cls(spec=shape.as_program())
 
     @property
     def kind(self) -> SubjectKind:
-        """What is measured, as the store names it."""
+        """Kind of the subject, as in the store."""
         if self.block is not None:
             return SubjectKind.block
         return SubjectKind.model if self.stock is None else SubjectKind.stock
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; equal for subjects that have the same program."""
+        """Return plain JSON values, which are equal for subjects with the same program."""
         if self.block is not None:
             return {"kind": self.block.kind.value, "spec": self.block.spec.to_dict()}
         return self._shape.to_dict()
 
     def lower(self, lowering: LoweringSettings) -> bytes:
-        """The program of one of ours, with random weights: they do not change its latency."""
+        """Lower a model or block with random weights, since weights do not change its latency."""
         if self.block is not None:
             return lower_block(self.block, lowering)
         assert self.spec is not None
@@ -75,10 +75,10 @@ class Subject:
             return lower(Decoder(self.spec), lowering)
 
     def write(self, path: Path, lowering: LoweringSettings) -> None:
-        """Lower to a file.
+        """Lower the subject and write its program to `path`.
 
         Raises:
-            CheckFailed: ExecuTorch's own export failed.
+            CheckFailed: ExecuTorch's `export_llm` failed.
         """
         if self.stock is not None:
             lower_stock(self.stock, lowering, path)
@@ -86,7 +86,7 @@ class Subject:
             path.write_bytes(self.lower(lowering))
 
     def program(self, path: Path, flush_mib: int = 0) -> Program:
-        """How the device is told of it; only blocks need their weights evicted."""
+        """Describe the program for the device; `flush_mib` [MiB] applies to blocks only."""
         name = str(self)
         if self.block is None:
             return Program(name=name, path=path, vocab_size=self._shape.vocab_size)
@@ -108,12 +108,12 @@ class Subject:
 
 
 def lowering_values(lowering: LoweringSettings) -> dict[str, Any]:
-    """Identity of the settings as JSON values, with the version of the programs."""
+    """Return the settings that affect a program as JSON values, with `LOWERING_VERSION`."""
     return {"version": LOWERING_VERSION, **lowering.identity()}
 
 
 def program_digest(subject: Subject, lowering: LoweringSettings) -> str:
-    """Content hash of a program: what it was lowered from and by."""
+    """Hash the subject, the settings and the package that affect a program's content."""
     decisive = [subject.kind.value, subject.to_dict(), lowering_values(lowering), RUNTIME]
     return digest(decisive, 24)
 
@@ -124,13 +124,13 @@ def cached_program(
     folder: Path,
     on_lower: Callable[[Subject], None] = lambda subject: None,
 ) -> Path:
-    """Path of the subject's program in `folder`, lowered unless it is there.
+    """Return the path of the subject's program in `folder`, lowering it if it is missing.
 
     Args:
-        subject: What to lower.
-        lowering: How.
-        folder: Programs by content.
-        on_lower: Called before one is lowered, which takes seconds to minutes.
+        subject: Subject to lower.
+        lowering: Settings of the lowering.
+        folder: Cache of programs; their names hash everything that affects them.
+        on_lower: Called before a program is lowered, which takes seconds to minutes.
     """
     path = folder / f"{subject.kind.value}-{program_digest(subject, lowering)}.pte"
     if not (path.exists() and _timing(path).exists()):
@@ -144,10 +144,10 @@ def cached_program(
 
 
 def recorded_lower_s(path: Path) -> float:
-    """How long the program took to lower [s].
+    """Read the time that the lowering of a cached program took [s].
 
     Raises:
-        InputError: The note beside it is damaged.
+        InputError: The JSON file next to the program is damaged.
     """
     return read_json(_timing(path), lambda values: float(values["lower_s"]), "lower it again")
 

@@ -1,4 +1,4 @@
-"""Measurements as rows of the store, a row a point, and back."""
+"""Conversion of measurements to rows of the store, one row per point, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from flash.latency.store import Conditions, StoredLatency
 from flash.lowering.settings import LoweringSettings
 
 PROTOCOL = ("processes", "warmups", "runs")
-"""Settings of a device that say how it times."""
+"""Settings of a device that define its timing protocol."""
 
 
 def conditions_of(
@@ -21,7 +21,7 @@ def conditions_of(
     lowering: LoweringSettings,
     flush_mib: int = 0,
 ) -> Conditions:
-    """All that a latency on this device depends on, as the store keys it."""
+    """Collect everything besides the subject that a latency on this device depends on."""
     timed: dict[str, Any] = {"phase": point.phase.value, "tokens": point.tokens}
     if point.phase is Phase.prefill:
         timed["prefill_chunk"] = lowering.chunk
@@ -39,7 +39,7 @@ def conditions_of(
 
 
 def of_point(measured: Measurement, point: Point) -> dict[str, Any]:
-    """The part of a measurement that a row keeps of one point."""
+    """Return the part of a measurement that belongs to one point, as `StoredLatency.result`."""
     latency = measured.latencies[point.name]
     conditions = [dict(each) for each in measured.conditions]
     for each in conditions:
@@ -60,11 +60,11 @@ def of_point(measured: Measurement, point: Point) -> dict[str, Any]:
 
 
 def joined(name: str, rows: Mapping[Point, StoredLatency]) -> Measurement:
-    """Inverse of `of_point` for the rows of all points, each process once.
+    """Join the rows of all points to one measurement, in which each process appears once.
 
     Args:
-        name: Of the measurement.
-        rows: Measurements of one subject in whose processes no other program ran.
+        name: Name of the measurement.
+        rows: Row of each point, all of one subject, in whose processes no other program ran.
     """
     samples: dict[float, dict[str, Any]] = {}
     conditions: dict[float, dict[str, Any]] = {}

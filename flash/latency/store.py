@@ -1,4 +1,4 @@
-"""Measurements are data: an append-only file with one line for each, never taken twice.
+"""Store of measured latencies: an append-only JSON-lines file, so that none is measured twice.
 
 `flash measurements` writes a store as CSV and merges two stores.
 """
@@ -22,7 +22,7 @@ from flash.errors import InputError, under
 from flash.records import JsonLines, digest, locked, write_text
 
 SCHEMA_VERSION = 2
-"""Raised whenever a field of `StoredLatency` changes its meaning; other versions are refused."""
+"""Version of the rows. Raise it when a field of `StoredLatency` changes its meaning."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +31,23 @@ class SubjectKind(Enum):
     """Kind of a measured subject."""
 
     model = "model"
-    """A whole decoder; the subject is `ArchSpec.to_dict()`."""
+    """Whole decoder; the subject is `ArchSpec.to_dict()`."""
     block = "block"
-    """One part of a decoder; the subject is the block's own dict."""
+    """One part of a decoder; the subject is its `kind` and `spec`."""
     stock = "stock"
-    """A whole model of ExecuTorch's own export; the subject is `StockModel.to_dict()`."""
+    """Stock baseline of ExecuTorch's `export_llm`; the subject is `StockModel.to_dict()`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Everything a latency depends on beside the subject; plain JSON values only.
+    """Everything besides the subject that a latency depends on, as plain JSON values.
 
     Attributes:
-        point: Which latency: phase, tokens, and what else it depends on.
-        protocol: How it is timed: processes, warm-ups, runs. In the key, so that a quick look does
-            not pass for a careful measurement.
+        point: Phase, number of tokens, and the settings of the workload that affect this latency.
+        protocol: Timing protocol: processes, warm-ups, runs. It is part of the key, so that a quick
+            measurement is not mistaken for a careful one.
         lowering: Weight and cache formats, chunk and context lengths.
-        runtime: Name and version of what executes the program.
+        runtime: Name and version of the package that wrote the program.
         device: Identity of the device, with everything that changes its speed (threads, affinity).
     """
 
@@ -58,7 +58,7 @@ class Conditions:
     device: dict[str, Any]
 
     def key(self, kind: SubjectKind, subject: dict[str, Any]) -> str:
-        """Hash under which the store keeps the measurement of `subject`."""
+        """Return the hash under which the store keeps measurements of `subject`."""
         everything = {"kind": kind.value, "subject": subject, **asdict(self)}
         return digest(everything, 32, compact=True)
 
@@ -72,15 +72,16 @@ class StoredLatency:
     """One latency of one subject.
 
     Attributes:
-        kind: Whole model, block or stock model.
-        subject: Its plain values.
-        conditions: What the subject was measured under.
+        kind: Kind of the subject.
+        subject: Plain values of the subject; see `SubjectKind`.
+        conditions: Conditions of the measurement.
         result: `ms` and its standard error `se_ms`; `samples`, the raw times of each process;
-            `conditions` of each process, with `reference_ms` of the program that took turns with
-            the subject; `reference`, the key of that program, or None; `rejected` processes;
-            `load_ms`, `peak_rss_mib`, `model_rss_mib`; `lower_s`, which the program took to lower.
-        attempt: 1, or more for a repetition; given by the store.
-        time_utc: When it was stored, ISO 8601.
+            `conditions` of each process, with `reference_ms` of the reference program in the same
+            process; `reference`, the key of that program, or None; the number of `rejected`
+            processes; `load_ms`, `peak_rss_mib`, `model_rss_mib`; `lower_s`, the time of the
+            lowering [s].
+        attempt: Number of the measurement among those with the same key, from 1; set by the store.
+        time_utc: Time at which it was stored, in ISO 8601.
     """
 
     kind: SubjectKind
@@ -97,7 +98,7 @@ class StoredLatency:
 
     @property
     def spec(self) -> ArchSpec:
-        """Architecture of the subject; for a block, that of its one layer. Stock models have none.
+        """Architecture of the subject; for a block, of its one layer. Not for stock models.
 
         Raises:
             InputError: The stored values are illegal.
@@ -107,7 +108,7 @@ class StoredLatency:
             return ArchSpec.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a line of the store holds them."""
+        """Return plain values, as in a line of the store."""
         values = {"schema": SCHEMA_VERSION, "key": self.key, **asdict(self)}
         return values | {"kind": self.kind.value}
 
@@ -121,17 +122,16 @@ class StoredLatency:
 
 
 class MeasurementStore:
-    """Every measurement of every device, in one JSON-lines file.
+    """Store of the measurements of all devices, in one JSON-lines file.
 
-    A row is on disk when `append` returns, and no row is ever dropped: another one under the same
-    key is a further attempt. Of rows that carry the same key and attempt in the file the first
-    counts.
+    A row is on disk when `append` returns. No row is replaced: another row with the same key is a
+    further attempt. If two lines of the file have the same key and attempt, the first is used.
 
     Args:
         path: The file; it and its folder are created by the first `append`.
 
     Raises:
-        InputError: The file belongs to another schema version, or is no measurement store.
+        InputError: The file has another schema version, or is not a measurement store.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,20 +147,20 @@ class MeasurementStore:
         return itertools.chain.from_iterable(self._rows.values())
 
     def attempts(self, key: str) -> tuple[StoredLatency, ...]:
-        """All measurements with this key, nearly always none or one, first to last."""
+        """Return all measurements with this key, first to last; most keys have none or one."""
         return tuple(self._rows.get(key, ()))
 
     def append(self, row: StoredLatency) -> StoredLatency:
-        """Write one measurement to disk, as the next attempt of its key.
+        """Append one measurement to the file, as the next attempt of its key.
 
         Returns:
-            The row with the number of its attempt.
+            The row with its attempt number.
         """
         numbered = row
 
         def values() -> dict[str, Any]:
             nonlocal numbered
-            earlier = self.attempts(row.key)  # of other processes too
+            earlier = self.attempts(row.key)  # includes those of other processes
             numbered = dataclasses.replace(row, attempt=earlier[-1].attempt + 1 if earlier else 1)
             return numbered.to_dict()
 
@@ -168,13 +168,13 @@ class MeasurementStore:
         return numbered
 
     def refresh(self) -> None:
-        """Read what other processes have appended since."""
+        """Read the rows that other processes have appended since the last read."""
         self._file.refresh()
 
     def merge(self, other: "MeasurementStore") -> int:
-        """Take over the measurements of another store; returns how many were new.
+        """Add the measurements of another store and return the number of new ones.
 
-        What both measured under one key stays as attempts of it, in the order of arrival.
+        Measurements of both stores with the same key become attempts of it, this store's first.
         """
         added = 0
         for row in other:
@@ -184,7 +184,7 @@ class MeasurementStore:
         return added
 
     def write_csv(self, path: Path) -> int:
-        """All measurements as a table, a row each with its standard error; returns their number."""
+        """Write all measurements as CSV, one row each, and return their number."""
         records = [_record(row) for row in self]
         columns = list(dict.fromkeys(name for record in records for name in record))
         text = io.StringIO()
@@ -196,9 +196,9 @@ class MeasurementStore:
 
     @contextmanager
     def exclusive(self, resource: str) -> Iterator[None]:
-        """Be the only process of this store that measures on `resource`; waits for another one.
+        """Hold the lock for measuring on `resource`, waiting while another process holds it.
 
-        Different devices measure for one store at the same time.
+        Processes that share a store can measure on different devices at the same time.
         """
         wait = "%s: waiting for another process that is measuring on %s"
         lock = self.path.with_name(f"{self.path.name}.{resource}.lock")
@@ -231,7 +231,7 @@ class MeasurementStore:
 
 
 def _record(row: StoredLatency) -> dict[str, Any]:
-    """One measurement as columns."""
+    """Return one measurement as values by CSV column."""
     conditions = row.conditions
     return {
         "key": row.key,
@@ -248,7 +248,7 @@ def _record(row: StoredLatency) -> dict[str, Any]:
 
 
 def _described(row: StoredLatency) -> dict[str, Any]:
-    """Columns of the subject: a block has the spec of its one layer, a stock model its name."""
+    """Return the columns of the subject: the spec (of a block's one layer), or a stock name."""
     if row.kind is SubjectKind.stock:
         return {"kind": row.kind.value, "stock": row.subject["stock"]}
     whole = row.kind is SubjectKind.model

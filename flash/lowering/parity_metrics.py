@@ -66,7 +66,7 @@ class FormatCheck:
     """Share of positions whose likeliest token stayed the same."""
     float_loss: float
     """Mean loss of the float decoder [nats a token]."""
-    artefact_loss: float
+    file_loss: float
     """Mean loss of the file [nats a token]."""
     tokens: int
     """Number of predicted tokens."""
@@ -80,7 +80,7 @@ class FormatCheck:
     @property
     def change_pct(self) -> float:
         """Change of perplexity from the float decoder to the file [%]."""
-        return 100 * math.expm1(self.artefact_loss - self.float_loss)
+        return 100 * math.expm1(self.file_loss - self.float_loss)
 
     def __str__(self) -> str:
         where = f", first in {self.worst_layer}" if self.worst_layer else ""
@@ -138,7 +138,7 @@ def compare(
         kl=kl,
         agreement=agreement,
         float_loss=next_token_loss(reference, text),
-        artefact_loss=next_token_loss(logits, text),
+        file_loss=next_token_loss(logits, text),
         tokens=len(text) - 1,
         passed=passed,
         rule=limits.rule,

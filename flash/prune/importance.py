@@ -23,13 +23,13 @@ from flash.records import atomic_write
 
 @dataclass(frozen=True)
 class Importance:
-    """The paper's three importance metrics, as means over all calibration positions (Sec. 3.3).
+    """Importance metrics of the paper (Sec. 3.3), as means over all calibration positions.
 
     Attributes:
-        ffn: Mean magnitude of each hidden MLP activation, `(layers, ffn_dim)`.
+        ffn: Mean magnitude of each hidden FFN activation, `(layers, ffn_dim)`.
         model: Mean magnitude of each channel of the norms' outputs, over all norms,
-            `(model_dim,)`. The paper's formula has one value per position, which could not rank
-            channels; it is taken per channel here.
+            `(model_dim,)`. The paper's formula has one value per position, which cannot rank
+            channels; here it is computed per channel.
         layers: 1 - mean cosine similarity of a layer's input and output, `(layers,)`.
         tokens: Number of calibration positions.
         backbone: `fingerprint` of the scored weights.
@@ -58,7 +58,7 @@ class Importance:
 
     @classmethod
     def read(cls, path: Path) -> "Importance":
-        """Inverse of `write`.
+        """Read scores that `write` has stored.
 
         Raises:
             InputError: The file is damaged or holds no importance scores.
@@ -73,7 +73,7 @@ class Importance:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint folder's config and weights."""
+    """Hash the config and the weights in a checkpoint folder."""
     hasher = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
         with path.open("rb") as file:
@@ -82,7 +82,7 @@ def fingerprint(folder: Path) -> str:
 
 
 class _Sums:
-    """Running sums by name; each batch is summed in float32, and batches are added in float64."""
+    """Running sums by name: a batch is summed in float32, batches are added in float64."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ class _Sums:
 
 
 def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
-    """Handles of hooks that add each activation to `sums` and keep nothing else."""
+    """Register hooks that add the activations to `sums`, and return their handles."""
 
     def ffn_hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -131,9 +131,9 @@ def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
 
 @torch.no_grad()
 def score(model: Decoder, batches: Iterable[Tensor], backbone: str) -> Importance:
-    """Importance scores of `model` from one pass over calibration text.
+    """Compute importance scores of `model` in one pass over calibration text.
 
-    Memory does not grow with the number of tokens.
+    The memory needed does not depend on the number of tokens.
 
     Args:
         model: The backbone.
@@ -169,7 +169,7 @@ def score(model: Decoder, batches: Iterable[Tensor], backbone: str) -> Importanc
 def cached_scores(
     path: Path, folder: Path, load: Callable[[], Decoder], batches: Iterable[Tensor], count: int
 ) -> Importance:
-    """Scores from the file `path` if they belong to this backbone; else computed and stored there.
+    """Read scores from `path` if they belong to this backbone; else compute and store them.
 
     Args:
         path: File of the scores.

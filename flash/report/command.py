@@ -30,14 +30,14 @@ def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `flash report`; its exit code.
+    """Run `flash report` and return its exit code.
 
     Raises:
         InputError: There is no finished search, or a file is damaged.
     """
     parser = argparse.ArgumentParser(prog="flash report", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("--study", help="name of a study; default: the one written last")
+    parser.add_argument("--study", help="name of a study (default: the latest)")
     parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
     options = parser.parse_args(arguments)
     runs = Runs(options.runs)

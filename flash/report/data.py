@@ -142,7 +142,7 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
 
     Args:
         runs: Folder with all results.
-        study: Name of the study; None takes the one written last.
+        study: Name of the study; None takes the latest.
 
     Raises:
         InputError: No search of that name is finished, or a file is damaged.
@@ -174,12 +174,12 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
 
 @dataclass(frozen=True)
 class _Search:
-    """`frontier.json`, taken apart.
+    """Content of `frontier.json`.
 
     Attributes:
-        values: As it is.
-        trials: Completed candidates, and those that were stopped.
-        models: The backbone, then the winners, as far as the search knows them.
+        values: Parsed JSON value.
+        trials: Complete trials and those that were stopped early.
+        models: Backbone, then the winners, fastest first, without results of training and export.
     """
 
     values: dict[str, Any]
@@ -242,7 +242,7 @@ def _promotion(report: dict[str, Any], trials: list[TrialPoint]) -> Promotion | 
     losses = [
         (by_number[row["number"]], row["long_loss"])
         for row in report["trials"]
-        # A result of an earlier study of the same name is of another architecture.
+        # A stored result may belong to an earlier study of the same name.
         if row["number"] in by_number
         and by_number[row["number"]].spec == ArchSpec.from_dict(row["spec"])
         and row["long_loss"] is not None
@@ -267,7 +267,7 @@ def _find_qat_export(runs: Runs, spec: ArchSpec) -> ExportResult | None:
 
 
 def _models(runs: Runs, search: _Search) -> list[Model]:
-    """The models of a search with what training and export found about them since."""
+    """Add the results of training and export to the models of a search."""
     backbone, *winners = search.models
     models = [dataclasses.replace(backbone, exported=ExportResult.read(runs.export(backbone.name)))]
     for model in winners:
@@ -275,7 +275,7 @@ def _models(runs: Runs, search: _Search) -> list[Model]:
         exported = ExportResult.read(runs.export(model.name))
         found = dataclasses.replace(
             model,
-            # A result of an earlier search under the same name is of another architecture.
+            # A stored result may belong to an earlier search under the same name.
             trained=trained if trained and trained.spec == model.spec else None,
             exported=exported if exported and exported.spec == model.spec else None,
             qat_exported=_find_qat_export(runs, model.spec),

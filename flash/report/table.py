@@ -72,9 +72,9 @@ def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
     for model in models:
         if model.exported is None:
             continue
-        plain, qat = model.exported.artefact, model.qat_exported
+        plain, qat = model.exported.program_quality, model.qat_exported
         line = [model.name, f"{plain.float_loss:.3f}", *_rounded(plain)]
-        lines.append([*line, *(_rounded(qat.artefact) if qat else [NONE, NONE])])
+        lines.append([*line, *(_rounded(qat.program_quality) if qat else [NONE, NONE])])
     return lines
 
 

@@ -170,7 +170,7 @@ def _remove(folder: Path | None) -> None:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # A CPU's allocator has no exception of its own.
+    # PyTorch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

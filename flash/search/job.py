@@ -35,15 +35,21 @@ class SearchJob:
     """Search whose settings were checked and whose inputs are open."""
 
     settings: SearchJobSettings
+    """Settings of `search.py`."""
     space: SearchSpace
+    """Architectures that may be proposed."""
     workspace: Workspace
+    """Backbone, text, device and folder of results."""
     identity: dict[str, Any]
     """Settings that must agree for results of trials to be comparable."""
     objectives: tuple[Objective, ...]
+    """Objectives to minimize."""
     baseline: ArchSpec
+    """Architecture from which the reference point is derived."""
 
     @property
     def folder(self) -> Path:
+        """Folder of the study's results."""
         return self.workspace.runs.study(self.settings.search.study)
 
     @property
@@ -83,7 +89,7 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     space = SearchSpace(settings.space, backbone.spec)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
     if backbone.folder is None:
-        backbone.load()  # says that weights are needed
+        backbone.load()  # raises: weights are needed
     assert backbone.folder is not None
     if settings.trainer.devices * settings.trainer.nodes > 1:
         raise InputError(
@@ -135,7 +141,7 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
 def latency_of(
     settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
 ) -> LatencyModel:
-    """Stage 1: the latency predictors of the device, measured as far as the store lacks it."""
+    """Run stage 1: measure latencies that the store lacks and fit the device's predictors."""
     runs = workspace.runs
     return collect(
         space=space,
@@ -194,7 +200,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
     """Return the function that computes the known objectives of candidates."""
     lowering = device.lowering
     points = {}
-    for point in latency.predictors:  # the first of each phase is the headline
+    for point in latency.predictors:  # the first point of each phase is the headline
         points.setdefault(Objective[point.phase.value].value, point)
 
     def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:

@@ -75,7 +75,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
             heartbeat_s=settings.search.heartbeat_s,
             retries=settings.search.retries,
         )
-        with study.lock():  # one worker measures; the others then find it done
+        with study.lock():  # one worker measures; the others find the results in the store
             latency = latency_of(settings, job.space, job.workspace)
             problem = problem_of(job, study, latency)
         if settings.stage is SearchStage.promote:
@@ -215,12 +215,12 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     latency = latency_of(settings, job.space, job.workspace)
     problem = problem_of(job, study, latency)
     trials = rescore(study.trials(), problem)
-    log.info("%d finished trials of %s judged anew", sum(t.complete for t in trials), source)
+    log.info("%d finished trials of %s rated again", sum(t.complete for t in trials), source)
     if not frontier(trials, problem):
         check_limits(job.space, problem, settings.seed)
         raise InputError(
             f"search.limits={problem.limits}: expected limits that a trial of {source} obeys; "
-            "search anew with them, since the space has members that do"
+            "start a new search with them, since the space has members that do"
         )
     return _write(job, study, latency, problem, trials)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # Lightning takes seconds to import
 
 
 def has_wandb_key() -> bool:
-    """True if W&B finds a key in the environment or in `.netrc`, so that it need not ask."""
+    """Return True if W&B finds an API key in the environment or in `.netrc`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -26,13 +26,13 @@ def has_wandb_key() -> bool:
 def make_logger(
     logger: LoggerSettings, *, folder: Path, run: str, job: str, config: Mapping[str, Any]
 ) -> "Logger | None":
-    """The Lightning logger of one run; None if metrics are not kept.
+    """Make the Lightning logger of one run; None if metrics are not logged.
 
     Args:
         logger: Backend and its options.
-        folder: Folder of local files; made if it is missing.
+        folder: Folder of local files; created if it is missing.
         run: Name of the run.
-        job: Kind of job, to group runs by: train, search or export.
+        job: Command that runs (train, search or export), by which W&B groups runs.
         config: Settings to record.
     """
     folder.mkdir(parents=True, exist_ok=True)

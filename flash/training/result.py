@@ -1,4 +1,4 @@
-"""Result of a training run, as the file beside the model."""
+"""Result of a finished training run: the file `result.json`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,17 +59,18 @@ class FitResult:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Content of `result.json` beside a trained model.
+    """Result of a training run; stored as `result.json` next to the checkpoint.
 
     Attributes:
         name: Name of the run.
-        spec: The architecture.
-        parameters: Trained parameters, tied ones once.
+        spec: Architecture of the model.
+        parameters: Number of parameters; tied ones count once.
         before: Held-out quality of the inherited weights.
         after: Held-out quality after training.
-        fit: Steps, tokens and speed.
-        key: Hash of all that decides the result; the run is done when it is unchanged.
-        settings: The settings, plain.
+        fit: Steps, tokens and speed of the training.
+        key: Hash of all inputs and settings that affect the result; if it is unchanged, the run is
+            not repeated.
+        settings: Settings of the run as plain values.
     """
 
     name: str
@@ -83,19 +84,20 @@ class TrainResult:
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """Held-out loss before and after, and number of tokens, in one line."""
         return (
             f"held-out loss {self.before.loss:.3f} -> {self.after.loss:.3f} "
             f"({self.after.bits_per_byte:.3f} bits per byte), {self.fit.tokens:,} tokens"
         )
 
     def write(self, folder: Path) -> None:
+        """Write `result.json` into `folder`, atomically."""
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
         write_json(folder / "result.json", values)
 
     @classmethod
     def read(cls, folder: Path) -> "TrainResult | None":
-        """The result in `folder`, or None where there is none.
+        """Read the result from `folder`; None if there is none.
 
         Raises:
             InputError: The file is damaged.

@@ -1,4 +1,4 @@
-"""`train.py`: an architecture, weights inherited from the backbone, trained and saved."""
+"""Entry point of `train.py`: prune the backbone to an architecture, train it, save it."""
 
 import dataclasses
 import logging
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
-    """The architecture to train.
+    """Return the architecture to train.
 
     Raises:
-        InputError: It cannot be cut out of the backbone, or is not the one in `start`.
+        InputError: The backbone cannot be pruned to it, or the checkpoint `start` has another one.
     """
     if settings.start is None:
         return arch_of(settings.arch, backbone)
@@ -52,9 +52,10 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
 def initial_model(
     spec: ArchSpec, workspace: Workspace, calibration_tokens: int, start: str | None = None
 ) -> Decoder:
-    """`spec` with the weights in `start`, or the backbone's: all, or those that pruning keeps.
+    """Build a decoder of `spec` with the weights before training.
 
-    Without backbone weights they are random.
+    They come from the folder `start` or, if it is None, from the backbone by pruning. They are
+    random if the backbone has no weights.
     """
     backbone = workspace.backbone
     if start is not None:
@@ -84,19 +85,19 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
 
 
 def train(settings: TrainSettings) -> TrainResult:
-    """Train what `settings` ask for, stage by stage; finished stages are not done again.
+    """Train a model, stage by stage; stages that are finished are not repeated.
 
     Returns:
         The result of the last stage.
 
     Raises:
-        InputError: Settings, backbone or data that cannot be used.
+        InputError: Settings, backbone or data cannot be used.
     """
     return [_train_stage(stage) for stage in _stages(settings)][-1]
 
 
 def _stages(settings: TrainSettings) -> list[TrainSettings]:
-    """The settings of each stage, the first of which is `settings` itself."""
+    """Return the settings of each stage: first `settings` itself, then those of `then`."""
 
     def scaled(recipe: RecipeSettings) -> RecipeSettings:
         counts = {
@@ -126,7 +127,7 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     backbone = Backbone.open(settings.backbone)
     spec = spec_of(settings, backbone)
     check_devices(settings.trainer)
-    settings.trainer.accumulation(settings.recipe.batch_size)  # says what cannot be shared out
+    settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
     name = result_name(settings)
     if backbone.folder is None:
         log.warning(
@@ -161,7 +162,7 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     if result is not None:
         result.write(folder)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
-    wait_for_others()  # what follows may start from this result
+    wait_for_others()  # a further stage may start from this result
     result = TrainResult.read(folder)
     assert result is not None
     return result
@@ -170,7 +171,7 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
 def _train(
     settings: TrainSettings, name: str, spec: ArchSpec, workspace: Workspace, key: str
 ) -> TrainResult | None:
-    """The trained and saved model's result; None in processes other than the main one."""
+    """Train and save the model; return its result, or None outside the main process."""
     from lightning import seed_everything  # takes seconds; a finished run has no use for it
 
     from flash.training.fit import fit
@@ -180,7 +181,7 @@ def _train(
     data, runs = workspace.data, workspace.runs
     model = initial_model(spec, workspace, recipe.calibration_tokens, settings.start)
     if recipe.qat:
-        # Both held-out losses are those of the rounded model.
+        # Both held-out losses are those of the fake-quantized model.
         fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
     teacher = teacher_of(workspace.backbone, data, recipe, settings.trainer, runs)
     device = main_device(settings.trainer)
@@ -203,7 +204,7 @@ def _train(
             recipe,
             settings.trainer,
             teacher=teacher,
-            # Checkpoints carry the key: other settings start over, not from foreign ones.
+            # The path contains the key, so that other settings do not resume from these.
             folder=folder / "checkpoints" / key,
             loggers=logger if logger is not None else False,
             label=name,

@@ -1,4 +1,4 @@
-"""Failures of contract tests in one sentence: what has changed, and who relies on it."""
+"""Context manager of contract tests, which explains a failure in one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,19 @@ import pytest
 
 @contextmanager
 def contract(names: str, user: str, purpose: str) -> Iterator[None]:
-    """Turn any error inside the block into a sentence about a dependency.
+    """Convert any error inside the block to a sentence about a dependency.
 
     Args:
         names: The private or undocumented names.
-        user: The function of ours that uses them.
-        purpose: Continues "relies on it to".
+        user: Function of flash that uses them.
+        purpose: Purpose of the use, a verb phrase that continues "relies on it to".
+
+    Raises:
+        Failed: An error of any kind inside the block.
     """
     try:
         yield
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         sentence = f"{names} is gone or behaves differently: {user} relies on it to {purpose}"
-        raise pytest.fail.Exception(f"{sentence} ({said})", pytrace=False) from None
+        raise pytest.fail.Exception(f"{sentence} ({reason})", pytrace=False) from None

@@ -1,4 +1,4 @@
-"""Versions in pyproject.toml: bounded from above, and in agreement with constraints.txt."""
+"""Versions of dependencies in pyproject.toml: upper bounds, and agreement with constraints.txt."""
 
 import tomllib
 from importlib.metadata import version
@@ -29,7 +29,7 @@ KNOWN_FROM_INSIDE = {
     "torch",
     "torchao",
 }
-"""Dependencies of which a minor version may break flash.compat."""
+"""Dependencies whose minor versions may break flash.compat."""
 
 
 def constraints() -> dict[str, Version]:
@@ -45,7 +45,7 @@ def test_a_dependency_has_an_upper_bound_that_admits_the_tried_version(requireme
     upper = {spec.operator for spec in requirement.specifier} & {"<", "=="}
     assert upper, f"{requirement}: give it an upper bound"
     tried = constraints().get(canonicalize_name(requirement.name))
-    if tried is None:  # built by its user, and so in no constraints
+    if tried is None:  # built by the user, so it is not pinned
         return
     assert tried in requirement.specifier
     if requirement.name in KNOWN_FROM_INSIDE:

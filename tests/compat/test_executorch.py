@@ -1,4 +1,4 @@
-"""ExecuTorch's interfaces behind flash.compat.executorch, lowering.patches and device.runner."""
+"""Contract tests of ExecuTorch for flash.compat.executorch, lowering.patches, device.runner."""
 
 import ast
 import inspect
@@ -27,7 +27,7 @@ OPERATORS = {
         "input scales zero_points quant_min quant_max dtype output_dtype"
     ),
 }
-"""Operators of flash.lowering.kv_cache, with the arguments that it passes by position."""
+"""Operators used by flash.lowering.kv_cache, with the arguments that it passes by position."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,10 @@ def parameters(function):
 
 
 def test_passes_can_be_shortened():
-    """What `short_passes` replaces; its effect is tested in lowering/test_export_passes."""
+    """Check the names that `short_passes` replaces.
+
+    Its effect is tested in lowering/test_export_passes.
+    """
     user = "flash.lowering.patches.export_passes"
     with contract("ExecuTorch's and PyTorch's base of export passes", user, "reuse results"):
         import torch._export.pass_base as torch_passes
@@ -118,7 +121,9 @@ def test_passes_can_be_shortened():
 
 def test_searches_of_xnnpack_can_be_dropped():
     user = "flash.lowering.patches.export_passes"
-    with contract("XNNPACKPassManager", user, "drop passes that search for what we never have"):
+    with contract(
+        "XNNPACKPassManager", user, "drop passes for patterns that decoders do not contain"
+    ):
         from executorch.backends.xnnpack._passes import XNNPACKPassManager
 
         from flash.lowering.patches.export_passes import DROPPED_PASSES, short_passes
@@ -132,7 +137,7 @@ def test_searches_of_xnnpack_can_be_dropped():
         assert shorter == names - set(DROPPED_PASSES)
 
 
-def test_the_partitioner_asks_what_we_answer():
+def test_the_partitioner_calls_the_function_that_is_replaced():
     with contract(
         "XNNPACK's partitioner and the name has_free_unbacked_symbols in it",
         "flash.lowering.patches.partitioner",
@@ -141,13 +146,13 @@ def test_the_partitioner_asks_what_we_answer():
         from executorch.backends.xnnpack.partition.config import xnnpack_config
 
         functions = vars(xnnpack_config.XNNPartitionerConfig).values()
-        asked = [
+        callers = [
             function
             for function in functions
             if inspect.isfunction(function)
             and "has_free_unbacked_symbols" in function.__code__.co_names
         ]
-        assert asked
+        assert callers
 
 
 def test_the_runner_finds_the_native_module():
@@ -165,7 +170,7 @@ try:
 except RuntimeError:
     print("refused")
 import torch
-torch.ops.llama.custom_sdpa  # of the libraries that `load_operators` looks for
+torch.ops.llama.custom_sdpa  # registered by the libraries that `load_operators` finds
 """
         folder = Path(runner.__file__).parent
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The interfaces of ExecuTorch's LLM stack behind flash.compat.executorch_llm."""
+"""Contract test of ExecuTorch's LLM stack for flash.compat.executorch_llm."""
 
 import subprocess
 import sys
@@ -39,8 +39,8 @@ assert importlib.util.find_spec(stack.EXPORT) is not None
 """
 
 
-def test_the_stack_builds_what_we_ask_and_lowers_inside_our_context():
-    """In a process of its own, as it changes the stack."""
+def test_the_stack_builds_complete_layers_and_lowers_inside_a_context():
+    """Run the check in a child process, since it changes the stack."""
     with contract(
         "ExecuTorch's llama_transformer, LLMEdgeManager or export_llm",
         "flash.compat.executorch_llm",

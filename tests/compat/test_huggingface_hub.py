@@ -1,4 +1,4 @@
-"""The hub's interface behind flash.compat.huggingface_hub."""
+"""Contract test of huggingface_hub for flash.compat.huggingface_hub."""
 
 import pytest
 from huggingface_hub import HfApi
@@ -7,7 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tests.compat.contract import contract
 
 
-def test_one_error_is_that_of_the_server_and_of_the_connection():
+def test_one_error_class_covers_responses_and_failed_connections():
     with contract(
         "huggingface_hub.errors.HTTPError",
         "flash.compat.huggingface_hub.HTTPError",

@@ -1,4 +1,4 @@
-"""Hydra's interfaces behind flash.compat.hydra."""
+"""Contract tests of Hydra for flash.compat.hydra."""
 
 import sys
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SEEN: list[dict] = []
 
 
 class ReadJobs(Callback):
-    """What `job_configs` finds before the first job."""
+    """Callback that records the results of `job_configs` before the first job."""
 
     def on_multirun_start(self, config, **kwargs):
         from flash.compat.hydra import job_configs
@@ -69,7 +69,7 @@ def test_options_of_plugins_are_found():
         assert plugin_option("no/group", "none") is None
 
 
-def test_a_missing_option_is_told_with_those_there_are(tmp_path):
+def test_a_missing_option_is_named_with_the_existing_ones(tmp_path):
     with contract(
         "Hydra's MissingConfigException.missing_cfg_file or .options",
         "flash.compat.hydra.missing_option",

@@ -1,4 +1,4 @@
-"""Lightning's interfaces behind flash.compat.lightning."""
+"""Contract test of Lightning for flash.compat.lightning."""
 
 import signal
 import subprocess

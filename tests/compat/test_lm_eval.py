@@ -1,4 +1,4 @@
-"""The harness's interfaces behind flash.compat.lm_eval."""
+"""Contract tests of lm-evaluation-harness for flash.compat.lm_eval."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ QUESTIONS = [{"question": "1 + 1", "choices": ["2", "33"], "label": 0}] * 3
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with one task, whose file names other data than the tests give it."""
+    """Folder with the YAML file of one task; the data that it names do not exist."""
     task = {
         "task": "contract",
         "dataset_path": "json",
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def make_model():
-    """A model whose tokens are characters, and to which shorter continuations are likelier."""
+    """Make a model whose tokens are characters, and whose shorter continuations are likelier."""
     from flash.compat.lm_eval import TokenScoringLM
 
     class Characters(TokenScoringLM):
@@ -61,7 +61,7 @@ def make_model():
     return Characters()
 
 
-def test_log_likelihoods_are_asked_for_by_tokens():
+def test_log_likelihoods_are_requested_by_tokens():
     with contract(
         "lm_eval's TemplateLM._loglikelihood_tokens",
         "flash.compat.lm_eval.TokenScoringLM",
@@ -105,7 +105,7 @@ def test_a_task_is_indexed_changed_loaded_and_evaluated(folder, shots):
     with contract(
         "lm_eval's TaskManager, its tasks or what evaluate returns",
         "flash.compat.lm_eval and flash.evaluation.tasks",
-        "run benchmarks on files of the user's",
+        "run benchmarks on data files of the user",
     ):
         from lm_eval.evaluator import evaluate
 
@@ -119,7 +119,7 @@ def test_a_task_is_indexed_changed_loaded_and_evaluated(folder, shots):
 
         manager = index_tasks([folder], {"contract"})
         assert "contract" in manager.all_tasks
-        assert len(manager.all_tasks) < 100  # without the harness's own
+        assert len(manager.all_tasks) < 100  # without the tasks of the harness
         assert task_config(manager, "contract")["dataset_path"] == "json"
         loaded = load_task(
             manager, "contract", {split: str(folder / "data.jsonl") for split in ("test", "shown")}

@@ -1,4 +1,4 @@
-"""OmegaConf's interfaces behind flash.compat.omegaconf."""
+"""Contract tests of OmegaConf for flash.compat.omegaconf."""
 
 from dataclasses import dataclass, field
 
@@ -63,7 +63,7 @@ def test_errors_know_their_key():
         assert error_key(OmegaConfBaseException("x")) == ""
 
 
-def test_a_key_within_null_is_told():
+def test_an_override_within_null_is_recognized():
     with contract(
         "omegaconf's AssertionError 'Unexpected type for root'",
         "flash.compat.omegaconf.sets_key_within_null",

@@ -1,4 +1,4 @@
-"""Optuna's interfaces behind flash.compat.optuna."""
+"""Contract tests of Optuna for flash.compat.optuna."""
 
 import time
 import warnings
@@ -14,7 +14,7 @@ from tests.compat.contract import contract
 
 @pytest.fixture
 def study(tmp_path):
-    """A study with a waiting trial 0 and 1, whose heartbeats are stale after a second."""
+    """Study with two waiting trials, 0 and 1, whose heartbeats are stale after a second."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         url = f"sqlite:///{tmp_path / 'study.db'}"
@@ -47,11 +47,11 @@ def test_a_trial_goes_back_to_the_queue_under_its_number(study):
         assert states(study) == [TrialState.WAITING, TrialState.WAITING]
 
 
-def test_silence_is_seen(study):
+def test_trials_without_heartbeats_are_stale(study):
     with contract(
         "Optuna's BaseHeartbeat.record_heartbeat or _get_stale_trial_ids",
         "flash.compat.optuna.TrialStorage.stale_numbers",
-        "tell dead workers on other machines",
+        "recognize dead workers on other machines",
     ):
         from flash.compat.optuna import TrialStorage
 
@@ -65,7 +65,7 @@ def test_silence_is_seen(study):
         assert storage.stale_numbers() == {1}
 
 
-def test_told_trials_count_to_a_generation():
+def test_added_trials_belong_to_a_generation():
     with contract(
         "Optuna's NSGAIISampler._get_generation_key",
         "flash.compat.optuna.generation_attrs",

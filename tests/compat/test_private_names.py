@@ -1,4 +1,4 @@
-"""Private names of dependencies are used where they have a contract test, and nowhere else."""
+"""Private names of dependencies are used only in modules that have a contract test."""
 
 import ast
 import sys
@@ -9,16 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = ("flash/compat", "flash/lowering/patches", "flash/device/runner.py")
-"""Where private names may stand; flash/device/system_info.py needs none."""
+"""Paths whose files may use private names."""
 DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
-"""Public names of the standard library that begin with an underscore."""
+"""Documented names of the standard library that begin with an underscore."""
 COMPAT = {
     "hydra": {"hydra", "omegaconf"},
     "executorch_llm": {"executorch", "torch"},
     "submitit": set(),
     "torchao": {"torch"},
 }
-"""What a module of flash.compat may import besides the standard library, if not just its name."""
+"""Packages that a module of flash.compat may import; by default the one it is named after."""
 
 
 def is_private(name: str) -> bool:
@@ -26,14 +26,14 @@ def is_private(name: str) -> bool:
 
 
 def sources() -> dict[str, ast.Module]:
-    """Syntax trees of what is no test, by path from the root."""
+    """Return the syntax trees of all files except tests, by path from the root."""
     paths = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("flash/**/*.py")]
     trees = {path: ast.parse(path.read_text("utf-8")) for path in paths}
     return {path.relative_to(ROOT).as_posix(): tree for path, tree in trees.items()}
 
 
 def defined_names(tree: ast.AST) -> set[str]:
-    """Names of the classes, functions, variables, parameters and fields of a module."""
+    """Return the names of classes, functions, variables, parameters and fields of a module."""
     names: set[str] = set()
     for node in ast.walk(tree):
         match node:
@@ -47,7 +47,7 @@ def defined_names(tree: ast.AST) -> set[str]:
 
 
 def foreign_modules(tree: ast.AST) -> set[str]:
-    """Names that imports bind to modules, classes or functions of others."""
+    """Return the names that imports bind to modules, classes or functions of dependencies."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def is_ours(module: str | None) -> bool:
 
 
 def root_of(node: ast.expr) -> str | None:
-    """The name that a chain of attributes begins with."""
+    """Return the name at the start of a chain of attributes; None for another expression."""
     while isinstance(node, ast.Attribute):
         node = node.value
     return node.id if isinstance(node, ast.Name) else None
@@ -79,11 +79,11 @@ def imported_privately(node: ast.Import | ast.ImportFrom) -> bool:
 
 
 def private_uses(tree: ast.Module, ours: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and text of each use of a private name that this project does not define.
+    """Iterate over line and text of each use of a private name that the project does not define.
 
-    A name on an imported module, class or function of others counts in any case. Any other counts
-    unless `ours`, the names that the project defines, holds it; what `self` keeps may be of others,
-    so that a name on it must be one that the file itself defines.
+    Every private name of an imported module, class or function of a dependency is reported, and any
+    other that is not in `ours`, the names that the project defines. An attribute of `self` may be
+    an object of a dependency, so its private names must be defined in the file itself.
     """
     own, foreign = defined_names(tree), foreign_modules(tree)
     for node in ast.walk(tree):
@@ -108,7 +108,7 @@ def private_uses(tree: ast.Module, ours: set[str]) -> Iterator[tuple[int, str]]:
             yield line, ast.unparse(node)
 
 
-def test_private_names_of_dependencies_stand_where_they_may():
+def test_private_names_of_dependencies_are_used_only_where_allowed():
     trees = sources()
     ours = set().union(*map(defined_names, trees.values()))
     found = [
@@ -152,12 +152,12 @@ def test_private_uses_are_found(code):
         "for _ in range(3):\n    pass",
     ],
 )
-def test_names_of_our_own_are_none(code):
+def test_private_names_of_the_project_are_not_reported(code):
     assert not list(private_uses(ast.parse(code), {"_mine", "_x"}))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "flash/compat").glob("*.py")), ids=lambda p: p.stem)
-def test_a_module_of_compat_knows_its_dependency_alone(path):
+def test_a_module_of_compat_imports_only_its_dependency(path):
     imported = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The interfaces of submitit and of Hydra's launcher behind flash.compat.submitit."""
+"""Contract tests of submitit and of its Hydra launcher for flash.compat.submitit."""
 
 import signal
 from typing import Any
@@ -10,11 +10,11 @@ from tests.compat.contract import contract
 pytest.importorskip("submitit")
 
 
-def test_a_job_is_told_by_its_environment(monkeypatch):
+def test_a_job_is_recognized_by_its_environment(monkeypatch):
     with contract(
         "submitit's environment variable SUBMITIT_EXECUTOR",
         "flash.compat.submitit.in_job",
-        "tell a job from a command",
+        "distinguish a job from a command",
     ):
         from submitit.local.local import LocalJobEnvironment
 
@@ -49,7 +49,7 @@ def test_sigusr2_queues_a_job_again():
                 signal.signal(number, handler)
 
 
-def test_its_errors_are_known():
+def test_errors_are_recognized():
     with contract(
         "submitit's package of errors",
         "flash.compat.submitit.error_lines",
@@ -59,13 +59,13 @@ def test_its_errors_are_known():
 
         from flash.compat.submitit import error_lines
 
-        said = "Job failed\n-------\n  sbatch: no partition \n"
+        text = "Job failed\n-------\n  sbatch: no partition \n"
         for kind in (FailedJobError, UncompletedJobError):
-            assert error_lines(kind(said)) == ["Job failed", "sbatch: no partition"]
-        assert error_lines(ValueError(said)) is None
+            assert error_lines(kind(text)) == ["Job failed", "sbatch: no partition"]
+        assert error_lines(ValueError(text)) is None
 
 
-def test_launchers_are_told_apart():
+def test_launchers_are_distinguished():
     with contract(
         "_target_ of the configuration of Hydra's submitit launcher",
         "flash.compat.submitit.is_slurm_launcher",

@@ -1,4 +1,4 @@
-"""PyTorch's interfaces behind flash.compat.torch."""
+"""Contract tests of PyTorch for flash.compat.torch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.compat.contract import contract
 
 
 class Cut(nn.Module):
-    """The first rows, as many as the second input says."""
+    """Module that returns the first rows of its first input; the second input is their number."""
 
     def forward(self, x, count):
         from flash.compat.torch import assume

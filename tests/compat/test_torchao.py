@@ -1,4 +1,4 @@
-"""torchao's interfaces behind flash.compat.torchao."""
+"""Contract tests of torchao for flash.compat.torchao."""
 
 import torch
 from torch import nn

@@ -52,7 +52,7 @@ def test_bytes_per_token_add_up_to_the_text(data_settings, tokenizer, tmp_path):
     assert lengths[streams.train].sum() == total
 
 
-def test_unchanged_texts_are_not_tokenised_again(data_settings, tokenizer, tmp_path, monkeypatch):
+def test_unchanged_texts_are_not_tokenized_again(data_settings, tokenizer, tmp_path, monkeypatch):
     first = tokenize(data_settings, tokenizer, tmp_path)
     monkeypatch.setattr("flash.data.packed._encode", pytest.fail)
     again = tokenize(data_settings, tokenizer, tmp_path)

@@ -166,7 +166,7 @@ def test_runs_go_on_with_other_numbers_of_ranks_and_workers(files, tokenizer):
         done += steps
 
 
-def test_resuming_tokenises_one_document_again_at_most(files, tokenizer, monkeypatch):
+def test_resuming_tokenizes_one_document_again_at_most(files, tokenizer, monkeypatch):
     sequences = sequences_of(files, tokenizer, logical_shards=1)
     _, states = take(sequences, 1, 0, steps=8, batch_size=4)
     encodings = []

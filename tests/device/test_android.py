@@ -262,7 +262,7 @@ def test_no_phone_several_phones_and_wrong_serial(make_phone, connect, pte):
     assert len(calls(one)) == len(calls(two)) == 2
 
 
-def test_unauthorised_phone_says_what_to_do(server, make_phone, connect):
+def test_unauthorized_phone_says_what_to_do(server, make_phone, connect):
     phone = make_phone(attach=False)
     phone.authorized = False
     adb(server, "connect", phone.serial)

@@ -1,4 +1,4 @@
-"""Formats are proved before they get their names, and what is finished stays."""
+"""Publishing of formats: a file is checked first, and a finished one is kept."""
 
 import copy
 import dataclasses
@@ -44,7 +44,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_proved_folder_is_published_once_with_its_figures(source, tmp_path, monkeypatch):
+def test_a_checked_folder_is_published_once_with_its_figures(source, tmp_path, monkeypatch):
     result = publish(ExportFormat.hf, tmp_path, source, FormatSettings(), "key")
     assert names(tmp_path) == ["hf", "hf.json"]
     assert result.check.passed
@@ -82,13 +82,20 @@ def test_a_stop_in_the_middle_leaves_no_half_file(source, tmp_path, monkeypatch)
     assert names(tmp_path) == []
 
 
+def test_a_result_with_former_keys_is_read(source, tmp_path):
+    result = publish(ExportFormat.hf, tmp_path, source, FormatSettings(), "key")
+    path = tmp_path / "hf.json"
+    path.write_text(path.read_text().replace("file_loss", "artefact_loss"))
+    assert FormatResult.read(tmp_path, ExportFormat.hf) == result
+
+
 def test_a_damaged_result_says_what_to_do(tmp_path):
     (tmp_path / "hf.json").write_text(json.dumps({"key": "x"}))
     with pytest.raises(InputError, match=r"hf\.json: damaged .* delete it"):
         FormatResult.read(tmp_path, ExportFormat.hf)
 
 
-def test_what_a_format_cannot_say_is_refused_before_any_work(source):
+def test_an_architecture_that_a_format_cannot_express_is_refused_before_any_work(source):
     spec = dataclasses.replace(source.model.spec, qk_norm=True, qkv_bias=True)
     ids = source.token_ids
     with pytest.raises(InputError, match="no stock class"):

@@ -1,4 +1,4 @@
-"""Latencies of shapes with random weights: kept, compared, and what is refused."""
+"""Latencies of models with random weights: storage, comparison, and refused settings."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def measured(runs):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Lowering and measuring would raise."""
+    """Make lowering and measuring raise an error."""
 
     def refuse(*args, **kwargs):
         raise AssertionError
@@ -226,7 +226,7 @@ def test_whole_specs_are_those_of_their_backbones(name):
     assert ArchSpec.from_dict(arch) == ArchSpec.from_dict(backbone["arch"])
 
 
-def test_what_arch_names():
+def test_arch_selects_a_shape():
     assert shape_of({}, BACKBONE) == TINY
     assert shape_of({"ffn_dim": 32}, BACKBONE) == TINY.replace(ffn_dim=32)
     nothing = BackboneSettings(name="none")

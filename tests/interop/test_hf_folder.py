@@ -220,7 +220,7 @@ def test_a_comparison_by_hand():
     assert found.kl == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2)
     assert found.agreement == 1.0
     assert found.float_loss == pytest.approx(math.log(4 / 3))
-    assert found.artefact_loss == pytest.approx(math.log(2))
+    assert found.file_loss == pytest.approx(math.log(2))
     assert found.change_pct == pytest.approx(50.0)
     assert found.tokens == 1
     assert found.passed

@@ -109,7 +109,7 @@ def test_torn_last_line_is_dropped_and_overwritten(path, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             store = MeasurementStore(path)
-        assert "torn last line" in caplog.text
+        assert "incomplete last line" in caplog.text
         assert len(store) == 1
         assert [len(store.attempts(row(n).key)) for n in (1, 2)] == [1, 0]
         store.append(row(2))

@@ -13,7 +13,7 @@ SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
 @pytest.mark.parametrize(
     ("layer", "where"), [(0, "layer 0, the embedding or the head"), (2, "layer 2")]
 )
-def test_the_layer_that_quantises_badly_is_found(toy, settings, text, layer, where):
+def test_the_layer_that_quantizes_badly_is_found(toy, settings, text, layer, where):
     model = toy("F---")
     with torch.no_grad():  # a few channels so large that 8 bits leave nothing of the others
         model.model.layers[layer].mlp.up_proj.weight[::32] *= 100

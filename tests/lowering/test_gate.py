@@ -40,7 +40,7 @@ def test_prefill_runs_in_xnnpack(toy, settings):
     assert "llama::custom_sdpa" in outside
 
 
-def test_quantised_program_equals_its_eager_form(toy, settings, text):
+def test_quantized_program_equals_its_eager_form(toy, settings, text):
     # The sliding layers also cover the additive mask; biases stay beside quantised weights.
     model = toy("SS", qkv_bias=True)
     report = check_parity(model, settings(), text, SHORT)

@@ -15,7 +15,7 @@ from tests.lowering.test_modules import last_logits
 
 @torch.no_grad()
 @pytest.mark.parametrize(("group_size", "embedding_bits"), [(32, 4), (64, 8)])
-def test_a_fake_quantised_decoder_has_the_weights_and_logits_of_the_quantised_module(
+def test_a_fake_quantized_decoder_has_the_weights_and_logits_of_the_quantized_module(
     toy, settings, text, group_size, embedding_bits
 ):
     model = toy("FS", qkv_bias=True, ffn_dim=128)
@@ -32,7 +32,7 @@ def test_a_fake_quantised_decoder_has_the_weights_and_logits_of_the_quantised_mo
     assert (last_logits(module, text, [16, 4])[0] - fake).abs().max() < 0.3 * rounding
 
 
-def test_the_program_of_a_fake_quantised_decoder_agrees_with_it(toy, settings, text):
+def test_the_program_of_a_fake_quantized_decoder_agrees_with_it(toy, settings, text):
     model = toy("F-")
     fake_quantize(model)
     # Against this decoder, quantising changes nothing any more; against the float one it does.
@@ -58,7 +58,7 @@ def test_gradients_pass_through_the_rounding_and_the_tied_weight_stays_one(toy):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_quantising_by_rows_equals_quantising_at_once(toy, settings, monkeypatch):
+def test_quantizing_by_rows_equals_quantizing_at_once(toy, settings, monkeypatch):
     at_once = quantized_module(toy("F-"), settings())
     module = importlib.import_module("flash.lowering.quantize")
     monkeypatch.setattr(module, "CHUNK_WEIGHTS", 7 * 64)  # 7 rows of most matrices

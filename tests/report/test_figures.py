@@ -55,7 +55,7 @@ def test_a_pattern_of_full_depth_is_not_stretched():
     assert skipped == [0, 1, 0, 1, 1, 0]
 
 
-def test_interleaving_is_the_share_of_unlike_neighbours():
+def test_interleaving_is_the_share_of_unlike_neighbors():
     specs = [toy.BACKBONE.replace(layer_types=parse_pattern(p)) for p in ("F-F-", "FF--")]
     assert mixed_neighbor_share(specs) == pytest.approx(4 / 6)
 
