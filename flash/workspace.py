@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec
+from flash.commands import command
 from flash.data.corpus import PackedData, find_tokenizer
 from flash.data.settings import DataSettings
 from flash.data.tokenizer import end_of_text_id, load_tokenizer
@@ -51,7 +52,7 @@ def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:
     if "stock" in changes:
         raise InputError(
             f"arch.stock={changes['stock']}: expected an architecture of ours; stock baselines "
-            "have a latency but no weights, see `export.py model=random`"
+            f"have a latency but no weights, see `{command('export')} model=random`"
         )
     with under("arch"):
         spec = ArchSpec.from_dict({**backbone.spec.to_dict(), **changes})

@@ -299,7 +299,7 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
 
 
 def test_an_untrained_arch_is_refused(common, searched):
-    with pytest.raises(InputError, match=r"expected trained weights in .*run train\.py"):
+    with pytest.raises(InputError, match=r"expected trained weights in .*run flash train"):
         export(_export_settings(common, "never_trained", {"ffn_dim": 64}))
 
 

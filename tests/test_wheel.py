@@ -68,8 +68,8 @@ def test_commands_are_listed_and_a_wrong_one_is_answered(installed, tmp_path):
     listed = run(installed, tmp_path)
     assert listed.returncode == 2
     assert all(verb in listed.stdout for verb in (*VERBS, "measurements", "report", "new"))
-    wrong = run(installed, tmp_path, "serch")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: flash serch: did you mean 'search'?\n")
+    wrong = run(installed, tmp_path, "searc")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: flash searc: did you mean 'search'?\n")
 
 
 def test_a_space_of_the_users_own_is_found(installed, tmp_path):

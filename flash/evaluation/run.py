@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec
+from flash.commands import command
 from flash.data.shards import tokenizer_digest
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
@@ -128,7 +129,8 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
     exported = ExportResult.read(folder)
     if exported is None or not path.is_file():
         raise InputError(
-            f"format=program: expected {path}, found none; run export.py with the same +arch first"
+            f"format=program: expected {path}, found none; run {command('export')} with the "
+            "same +arch first"
         )
     if exported.spec != spec:
         raise InputError(
@@ -137,7 +139,8 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
     if exported.weights not in ("", fingerprint(weights)):
         raise InputError(
             f"format=program: {path} was made of other weights than {weights}: export it again "
-            "(export.py overwrite=true), or give model=FOLDER of those that it was made of"
+            f"({command('export')} overwrite=true), or give model=FOLDER of those that it was made "
+            "of"
         )
     return path
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
+from flash.commands import command
 from flash.device.base import Device
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
@@ -192,8 +193,8 @@ def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained
         folder = trained / "checkpoint"
         if not folder.is_dir():
             raise InputError(
-                f"model=null: expected trained weights in {folder}; run train.py with the same "
-                "+arch first, or give model=FOLDER"
+                f"model=null: expected trained weights in {folder}; run {command('train')} with "
+                "the same +arch first, or give model=FOLDER"
             )
     found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
     if found != spec:

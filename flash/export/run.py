@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
+from flash.commands import command
 from flash.device.factory import open_device
 from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed
@@ -188,8 +189,9 @@ def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
         same = backbone["name"] == name and backbone["spec"] == spec.to_dict()
         return backbone["predicted"] if same else None
 
+    again = f"run {command('search')} again"
     paths = sorted((runs.root / "studies").glob("*/frontier.json"))
-    predictions = (read_json(path, prediction, "run search.py again") for path in paths)
+    predictions = (read_json(path, prediction, again) for path in paths)
     return next((found for found in predictions if found is not None), None)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
+from flash.commands import command
 from flash.device.workload import Point
 from flash.errors import InputError, under
 from flash.evaluation.suites import SuiteResult
@@ -150,15 +151,17 @@ def read(runs: Runs, study: str | None = None) -> ReportData:
     pattern = f"{study or '*'}/frontier.json"
     found = sorted((runs.root / "studies").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(f"{runs.root / 'studies' / pattern}: no finished search; run search.py")
+        raise InputError(
+            f"{runs.root / 'studies' / pattern}: no finished search; run {command('search')}"
+        )
     path: Path = found[-1]
-    search = read_json(path, _Search.of, "run search.py again")
+    search = read_json(path, _Search.of, f"run {command('search')} again")
     trials = [trial for trial in search.trials if trial.reason is None]
     models = _models(runs, search)
     promotion = find_json(
         path.with_name("promoted.json"),
         lambda values: _promotion(values, trials),
-        "run search.py stage=promote again",
+        f"run {command('search')} stage=promote again",
     )
     return ReportData(
         study=search.values["study"],

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from flash.arch import ArchSpec, SearchSpace, count_parameters
+from flash.commands import command
 from flash.errors import InputError, require
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
@@ -304,7 +305,7 @@ def _describe(job: SearchJob, report: dict[str, Any]) -> None:
     winners = ",".join(report["names"][str(number)] for number in sorted(report["winners"]))
     write_text(job.folder / "winners", winners + "\n")
     if winners:
-        print(f"\nnext: python train.py -m +arch={winners}")
+        print(f"\nnext: {command('train')} -m +arch={winners}")
     else:
         print(
             "\nno winner: no trial is better than the reference point in every objective; raise "
