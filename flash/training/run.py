@@ -212,24 +212,21 @@ def _train(
         if before is None:
             return None
         after = validate(model.to(device), data, precision)
+        parameters = count_parameters(spec).total
+        result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
         if logger is not None:
-            metrics = {
-                "val/loss_before": before.loss,
-                "val/loss_after": after.loss,
-                "val/bits_per_byte": after.bits_per_byte,
-                "parameters": count_parameters(spec).total,
-            }
-            logger.log_metrics(metrics, step=done.steps)
+            logger.log_metrics(_metrics(result), step=done.steps)
     finally:
         close_logger(logger)
     workspace.save_model(folder / "checkpoint", model)
-    return TrainResult(
-        name=name,
-        spec=spec,
-        parameters=count_parameters(spec).total,
-        before=before,
-        after=after,
-        fit=done,
-        key=key,
-        settings=plain(settings),
-    )
+    return result
+
+
+def _metrics(result: TrainResult) -> dict[str, float]:
+    """Figures of a finished run for its logger."""
+    return {
+        "val/loss_before": result.before.loss,
+        "val/loss_after": result.after.loss,
+        "val/bits_per_byte": result.after.bits_per_byte,
+        "parameters": result.parameters,
+    }
