@@ -21,7 +21,7 @@ from flash.latency.prediction import Prediction, cross_predict, score
 from flash.latency.profiler import comparable
 from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
 from flash.lowering.settings import AttentionForm, LoweringSettings
-from flash.report.style import BLUE, GREY, INK, ORANGE, layout
+from flash.report.style import BLUE, GRAY, INK, ORANGE, layout
 from flash.search.pareto import non_dominated
 
 FIGURE = conf.ROOT / "docs" / "figures" / "overview.svg"
@@ -34,7 +34,7 @@ WIDTH, HEIGHT = 1000, 560
 PLOT_TOP = 0.73
 """Height at which the loop begins, as a share of the plotting area."""
 STEPS = (
-    ("pretrained<br>backbone", GREY),
+    ("pretrained<br>backbone", GRAY),
     ("measure<br>the device", ORANGE),
     ("search: prune,<br>train briefly", BLUE),
     ("frontier of loss<br>and latency", BLUE),
@@ -73,7 +73,7 @@ def draw_frontier(figure: go.Figure) -> None:
     order = np.argsort(latency[front])
     figure.add_scatter(
         x=latency[~front], y=loss[~front], mode="markers", name="candidates, each trained",
-        marker={"color": GREY, "size": 5, "opacity": 0.6},
+        marker={"color": GRAY, "size": 5, "opacity": 0.6},
     )  # fmt: skip
     figure.add_scatter(
         x=latency[front][order], y=loss[front][order], mode="lines+markers", name="frontier",
@@ -93,7 +93,7 @@ def draw_inset(figure: go.Figure) -> None:
     ends = [0.9 * measured.min() / 1e3, 1.08 * measured.max() / 1e3]
     figure.add_scatter(
         x=ends, y=ends, xaxis="x2", yaxis="y2", mode="lines", showlegend=False,
-        line={"color": GREY, "dash": "dot", "width": 1},
+        line={"color": GRAY, "dash": "dot", "width": 1},
     )  # fmt: skip
     quality = score(guess, measured)
     small = {"title_font_size": 11, "tickfont_size": 10, "nticks": 5, "range": ends}
