@@ -23,7 +23,7 @@ def _stages(runs: Path) -> dict[str, list[str]]:
         "train": ["train.py", "-m", chosen, f"runs={runs}"],
         "export_backbone": ["export.py", f"runs={runs}"],
         "export_winners": ["export.py", "-m", chosen, f"runs={runs}"],
-        "report": ["-m", "flash.report", "--runs", str(runs), "--wandb", "flash"],
+        "report": ["-m", "flash", "report", "--runs", str(runs), "--wandb", "flash"],
     }
 
 
