@@ -13,7 +13,7 @@ from typing import Any
 
 from flash import commands
 from flash.bundled import CONF
-from flash.config import entry
+from flash.config import entry, one_line_errors
 from flash.data.settings import PrepareSettings
 from flash.errors import InputError, nearest
 from flash.evaluation.settings import EvaluateSettings
@@ -130,7 +130,7 @@ def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, 
     if group not in groups:
         raise InputError(f"new {group}: expected a group; {nearest(group, groups)}")
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    chosen = source or _STARTING_POINTS.get(group, options[0])
+    chosen = _STARTING_POINTS.get(group, options[0]) if source is None else source
     if chosen not in options:
         raise InputError(f"new {group} --from {chosen}: no such option; {nearest(chosen, options)}")
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
@@ -173,7 +173,8 @@ def main() -> int:
         subparsers.add_parser(name, help=text, add_help=False)
     chosen, rest = sys.argv[1:2], sys.argv[2:]
     if chosen and chosen[0] not in _COMMANDS and not chosen[0].startswith("-"):
-        print(f"error: flash {chosen[0]}: {nearest(chosen[0], _COMMANDS)}", file=sys.stderr)
+        hint = nearest(chosen[0], _COMMANDS)
+        print(f"error: flash {chosen[0]}: no such command; {hint}", file=sys.stderr)
         return 2
     options, _ = parser.parse_known_args(chosen)
     if options.version:
@@ -189,8 +190,5 @@ def main() -> int:
     if handler is None:
         run(options.command)
         return 0
-    try:
+    with one_line_errors():
         return handler(rest)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2

@@ -33,5 +33,5 @@ def command(verb: str) -> str:
 def this_command() -> str:
     """Return the command line of this process, quoted for a shell."""
     program, *arguments = sys.argv
-    start = f"python {program}" if program.endswith(".py") else program
+    start = f"python {shlex.quote(program)}" if program.endswith(".py") else program
     return " ".join([start, *map(shlex.quote, arguments)])

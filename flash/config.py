@@ -15,49 +15,38 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
-from flash import commands, renamed, slurm
+from flash import commands, slurm
 from flash.bundled import CONF, bundled
-from flash.compat.hydra import add_search_paths, job_configs, missing_option, plugin_option
+from flash.compat.hydra import add_search_paths, job_configs, plugin_option
 from flash.compat.omegaconf import (
     child_containers,
     child_mapping,
-    error_key,
-    error_schema,
     sets_key_within_null,
 )
-from flash.data.settings import PrepareSettings
-from flash.errors import CheckFailed, DeviceError, InputError, nearest, under
+from flash.config_errors import explain, unknown_key
+from flash.errors import CheckFailed, DeviceError, InputError, under
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
 from flash.paths import Runs
 from flash.ranks import is_main_process
-from flash.search.settings import SearchJobSettings
+from flash.schemas import ROOTS, schema_at
 from flash.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
 
 Settings = TypeVar("Settings")
-
-ROOTS: dict[str, type] = {
-    "train": TrainSettings,
-    "search": SearchJobSettings,
-    "export": ExportSettings,
-    "prepare": PrepareSettings,
-    "evaluate": EvaluateSettings,
-}
-"""Root settings of each command; `conf/COMMAND.yaml` holds their defaults."""
 
 
 def _config_folders() -> list[Path]:
@@ -100,25 +89,6 @@ def register() -> None:
         store.store(group="hydra/launcher", name="submitit_slurm", node=values, provider="flash")
 
 
-def _dataclass_of(annotation: Any) -> type | None:
-    """Return the dataclass X of an annotation `X` or `X | None`; None for any other."""
-    if typing.get_origin(annotation) in {typing.Union, UnionType}:
-        options = [arg for arg in typing.get_args(annotation) if arg is not NoneType]
-        annotation = options[0] if len(options) == 1 else None
-    is_schema = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-    return annotation if is_schema else None
-
-
-def schema_at(root: type, path: list[str]) -> type | None:
-    """Return the dataclass that defines the keys below `path`; None if there is none."""
-    schema: type | None = root
-    for key in path:
-        if schema is None:
-            return None
-        schema = _dataclass_of(typing.get_type_hints(schema).get(key))
-    return schema
-
-
 def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = None) -> None:
     """Check that the schema has every key; `+a.b=1` would otherwise be ignored.
 
@@ -133,14 +103,10 @@ def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = N
     for key in map(str, node):
         full = ".".join([*path, key])
         if key not in valid:
-            raise InputError(f"{full}: {renamed.present_name(full) or _unknown(key, valid)}")
+            raise InputError(unknown_key(full, valid, root))
         child = child_mapping(node, key)
         if child is not None:
             reject_unknown_keys(child, root, [*path, key])
-
-
-def _unknown(key: str, valid: list[str]) -> str:
-    return f"unknown key; {nearest(key, valid)}"
 
 
 def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
@@ -176,48 +142,6 @@ def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
     return settings
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def explain(error: BaseException, schema: type) -> str:
-    """Explain an error of Hydra or OmegaConf in one line: key, reason, nearest valid key."""
-    if isinstance(error, MissingConfigException):
-        return _explain_missing_option(error)
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException | InputError):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, InputError):
-        return str(cause)
-    if not isinstance(cause, OmegaConfBaseException):
-        return _first_line(error)
-    key = error_key(cause)
-    wrapped = cause.__cause__ or cause.__context__
-    if isinstance(wrapped, InputError):
-        return str(wrapped)
-    *path, last = key.split(".")
-    owner = schema_at(schema, path)
-    if not path and dataclasses.is_dataclass(error_schema(cause)):  # an item of a list
-        owner = error_schema(cause)
-    fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
-    if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
-        return f"{key}: {renamed.present_name(key) or _unknown(last, fields)}"
-    return f"{key}: {_first_line(cause)}"
-
-
-def _explain_missing_option(error: MissingConfigException) -> str:
-    """Explain that a group lacks an option, as in `+arch=typo`; names the nearest option."""
-    name, options = missing_option(error)
-    if name == slurm.LAUNCHER.replace("=", "/"):
-        return f"{slurm.LAUNCHER}: needs a plugin; pip install hydra-submitit-launcher"
-    if "/" in name and options is not None:
-        group, option = name.rsplit("/", 1)
-        if f"{group}={option}" in renamed.OPTIONS:
-            return f"{group}={option}: renamed to {renamed.OPTIONS[f'{group}={option}']}"
-        return f"{group}={option}: expected one of {', '.join(options)}; {nearest(option, options)}"
-    return _first_line(error)
-
-
 def _prepare_folders() -> None:
     """Create the folder of found architectures, which Hydra reads, and check the user's options.
 
@@ -245,8 +169,12 @@ def _quiet_libraries() -> None:
 
 
 @contextmanager
-def one_line_errors(schema: type) -> Iterator[None]:
-    """Convert errors that a user can correct to one line on stderr and an exit code."""
+def one_line_errors(schema: type = object) -> Iterator[None]:
+    """Convert errors that a user can correct to one line on stderr and an exit code.
+
+    Args:
+        schema: Root settings of the command, for errors of Hydra and OmegaConf.
+    """
     command = commands.this_command()
     try:
         yield
@@ -261,6 +189,10 @@ def one_line_errors(schema: type) -> Iterator[None]:
         _fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, schema))
+    except MarkedYAMLError as error:  # a file of the user's own
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"
+        _fail(f"{where}: {error.problem}; correct the file")
     except OSError as error:
         if error.errno is None:
             raise
@@ -279,6 +211,8 @@ def one_line_errors(schema: type) -> Iterator[None]:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if str(error).startswith("Config group override must be"):  # of Hydra, without the group
+            _fail("a config group is null: expected the name of one of its options")
         line = slurm.explain(error)
         if line is None:
             raise

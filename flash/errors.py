@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Input that cannot be used: the entry scripts print it in one line and exit with code 2."""
+    """Input that cannot be used: commands print it in one line and exit with code 2."""
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -50,17 +50,21 @@ def under(path: str, separator: str = ".") -> Iterator[None]:
         raise
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """A hint that names the closest valid name; None when none is close."""
+    close = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the closest valid name, or lists all of them when none is close."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"valid: {', '.join(names)}" if names else "no keys are valid here"
+    listed = f"valid: {', '.join(names)}" if names else "no keys are valid here"
+    return closest(name, names) or listed
 
 
 class CheckFailed(RuntimeError):
-    """A result that did not pass its check: the entry scripts print it and exit with code 1."""
+    """A result that did not pass its check: commands print it and exit with code 1."""
 
 
 class DeviceError(RuntimeError):

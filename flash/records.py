@@ -21,7 +21,7 @@ from flash.errors import InputError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 """Errors that code raises when it unpacks a JSON value of an unexpected form."""
 
 
@@ -164,6 +164,8 @@ class JsonLines:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._end:  # moved away: this is another file
+                self._end = self._lines = 0
             file.seek(self._end)
             text = file.read()
         whole, _, torn = text.rpartition(b"\n")

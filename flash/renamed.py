@@ -1,6 +1,6 @@
 """Former names: of configuration keys, for error messages, and of keys in results of old runs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 KEYS = {
@@ -17,7 +17,7 @@ KEYS = {
             "prefill_chunk",
         )
     },
-    "device.prefill_last_only": "device.lowering.prefill_last_only",
+    "device.skip_unread": "device.lowering.prefill_last_only",
     **{
         f"device.{name}": f"device.workload.{name}"
         for name in ("prompts", "contexts", "decode_tokens")
@@ -40,6 +40,9 @@ REMOVED = {
 OPTIONS = {"latency=physical": "latency=analytical"}
 """Present name of each renamed option of a group."""
 
+VALUES = {"latency.predictor=physical": "latency.predictor=analytical"}
+"""Present name of each renamed value."""
+
 RESULT_KEYS = {"artefact": "program_quality", "artefact_loss": "file_loss"}
 """Present name of each renamed key of a result file, such as `export.json`."""
 
@@ -49,10 +52,17 @@ def present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {RESULT_KEYS.get(key, key): value for key, value in values.items()}
 
 
-def present_name(key: str) -> str | None:
-    """Return a hint for a renamed or removed key; None for any other key."""
+def present_name(key: str, roots: Collection[str]) -> str | None:
+    """Return a hint for a renamed or removed key; None for any other key.
+
+    Args:
+        key: The whole key, as typed.
+        roots: Keys at the top of the command's configuration.
+    """
     for former, present in KEYS.items():  # also below stages (then.ift.data.heldout)
         start, found, rest = key.partition(former)
-        if found and start[-1:] in {"", "."} and rest[:1] in {"", ".", "["}:
-            return f"renamed to {start}{present}{rest}"
+        whole = start == "" or (start.endswith(".") and "." in former)
+        if found and whole and rest[:1] in {"", ".", "["}:
+            now = f"{start}{present}{rest}"
+            return f"renamed to {now}" if now.partition(".")[0] in roots else None
     return REMOVED.get(key)

@@ -37,6 +37,8 @@ ORDER = [
     "export",
     "evaluation",
     "report",
+    "schemas",
+    "config_errors",
     "config",
     "config_reference",
     "cli",

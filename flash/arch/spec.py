@@ -163,6 +163,12 @@ class ArchSpec:
     def __post_init__(self) -> None:
         # OmegaConf and JSON hand over lists of kinds or of their names; people type letters.
         kinds = self.layer_types
+        require(
+            isinstance(kinds, str | list | tuple),
+            "layer_types",
+            kinds,
+            "a pattern such as FF-S, or a list of kinds",
+        )
         kinds = parse_pattern(kinds) if isinstance(kinds, str) else map(Attention.parse, kinds)
         object.__setattr__(self, "layer_types", tuple(kinds))
         if isinstance(self.rope_scaling, Mapping):

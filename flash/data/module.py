@@ -26,6 +26,8 @@ class PackedDataModule(L.LightningDataModule):
         data: The sequences.
     """
 
+    __qualname__ = "PackedData"  # Lightning keeps the state in checkpoints under this name
+
     def __init__(self, data: PackedData) -> None:
         super().__init__()
         self.data = data
@@ -58,8 +60,8 @@ class PackedDataModule(L.LightningDataModule):
         share, workers = self.share, self.data.settings.workers
         if isinstance(self.data.train_set, StreamedSequences):
             if self._states is None:
-                self._check_new()
                 self._states = self.data.train_set.initial_states()
+                self._steps = 0
             stream = SequenceStream(self.data.train_set, share, self._steps, self._states.clone())
             return StreamLoader(stream, workers)
         batches = ResumableBatchSampler(
@@ -71,18 +73,6 @@ class PackedDataModule(L.LightningDataModule):
             collate_fn=collate,
             num_workers=workers,
         )
-
-    def _check_new(self) -> None:
-        """Refuse to start a stream over in the middle of a run.
-
-        Raises:
-            InputError: The checkpoint is of a former version, which kept the state elsewhere.
-        """
-        if self._steps:
-            raise InputError(
-                "data: the checkpoint does not say where in its stream the run stopped; start over "
-                "with another name"
-            )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count the batches that are trained on; workers and Lightning have read further ahead."""
@@ -118,7 +108,7 @@ class PackedDataModule(L.LightningDataModule):
         Raises:
             InputError: The checkpoint belongs to streamed data of other sources or shards.
         """
-        states = state_dict.get("stream_states")
+        states = state_dict.get("stream_states", state_dict.get("places"))  # its former name
         if isinstance(self.data.train_set, StreamedSequences):
             initial = self.data.train_set.initial_states()
             if states is None or states.shape != initial.shape:

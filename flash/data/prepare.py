@@ -96,7 +96,11 @@ def _manifest(
     keys = ("sources", "validation", "validation_percent", "skip_damaged")
     chosen = {key: data[key] for key in keys}
     decisive = {
-        **chosen,
+        # Former names, so that the shards of former versions stay valid.
+        "parts": data["sources"],
+        "heldout": data["validation"],
+        "heldout_percent": data["validation_percent"],
+        "skip_damaged": data["skip_damaged"],
         "files": [source.fingerprint for source in sources],
         "tokenizer": tokenizer_digest(tokenizer),
         "tokens": settings.tokens,

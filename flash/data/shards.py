@@ -83,7 +83,9 @@ class Manifest:
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> "Manifest":
         version = values.pop("version")
-        if version != _VERSION:
+        if version == 1:  # had the same content under a former name
+            values["validation"] = values.pop("heldout")
+        elif version != _VERSION:
             raise InputError(f"version {version}: expected {_VERSION}")
         shards = [Shard(**shard) for shard in values.pop("shards")]
         found = values.pop("validation")

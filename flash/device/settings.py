@@ -4,11 +4,13 @@ import os
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.workload import Workload
 from flash.errors import require
 from flash.lowering.settings import LoweringSettings
+from flash.records import plain
 
 
 class DeviceKind(Enum):
@@ -98,6 +100,13 @@ class DeviceSettings:
             f"some of the CPUs {usable} that this process may use",
         )
         require(self.threads <= len(cpus), "threads", self.threads, f"1 to the {len(cpus)} cores")
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide a result, by the names that keys of results have always had."""
+        values = plain(self)
+        lowering, workload = values.pop("lowering"), values.pop("workload")
+        lowering["skip_unread"] = lowering.pop("prefill_last_only")
+        return {**values, **lowering, **workload, "backend": "xnnpack"}
 
     @property
     def pinned(self) -> list[int] | None:

@@ -219,7 +219,7 @@ def _keys(
     source = {"weights": fingerprint(weights), "data": text}
     program = {
         "device": workspace.device.identity(),
-        "device_settings": plain(settings.device),
+        "device_settings": settings.device.identity(),
         "gate": plain(settings.gate),
         "text": [settings.prompt, settings.new_tokens],
         "reference": reference.key if reference else None,

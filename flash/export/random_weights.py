@@ -21,7 +21,7 @@ from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.backbone import Backbone
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
-from flash.records import digest, plain, read_json, write_json
+from flash.records import digest, read_json, write_json
 from flash.workspace import arch_of
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def shape_results(runs: Runs, device: Device) -> list[ShapeResult]:
 
 def conditions_of(device: Device) -> str:
     """Hash device, runtime and settings; latencies with the same hash are comparable."""
-    return digest({"device": device.identity(), "settings": plain(device.settings)})
+    return digest({"device": device.identity(), "settings": device.settings.identity()})
 
 
 def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:

@@ -29,12 +29,12 @@ _SLOW = 1.15
 """Slowdown of the reference program, relative to the best group, from which a group counts as
 disturbed. On a busy machine it was 2.3 in all processes of a group, so that a comparison of these
 processes with each other showed nothing."""
-_LEAST_TRANSFERRED = 8
+_MIN_MODELS_TO_TRANSFER = 8
 """Least number of whole models for a predictor that is transferred to another device."""
 _SHARED = 0.25
 """Processor time of other programs, as a share of the wall time, from which a warning is logged:
 even on another core they take memory bandwidth and space in shared caches."""
-_LOOSER = {Phase.prefill: 1.0, Phase.decode: 2.0}
+_ERROR_FACTOR = {Phase.prefill: 1.0, Phase.decode: 2.0}
 """Factor of the accepted error by phase: decode varies about twice as much between processes."""
 
 
@@ -102,11 +102,11 @@ class Profiler:
             same = (theirs.point, theirs.lowering) == (wanted.point, wanted.lowering)
             if same and theirs.device["device"] == device:
                 found.setdefault(row.key, []).append(row)
-        if len(found) < _LEAST_TRANSFERRED:
+        if len(found) < _MIN_MODELS_TO_TRANSFER:
             devices = sorted({str(row.conditions.device["device"]) for row in self.store})
             raise InputError(
                 f"latency.transfer_from={device}: expected a device with at least "
-                f"{_LEAST_TRANSFERRED} whole models of {point} and this lowering in "
+                f"{_MIN_MODELS_TO_TRANSFER} whole models of {point} and this lowering in "
                 f"{self.store.path}, found {len(found)}; it holds {', '.join(devices) or 'none'}"
             )
         return list(found.values())
@@ -244,7 +244,7 @@ class Profiler:
         values, errors = comparable(list(attempts.values()), point.phase)
         calmest = {s: min(map(reference_ms, rows)) for s, rows in attempts.items()}
         best = min(calmest.values())
-        most = _LOOSER[point.phase] * self.settings.precision_pct / 100
+        most = _ERROR_FACTOR[point.phase] * self.settings.precision_pct / 100
         return {
             subject
             for subject, imprecise in zip(attempts, errors > most * values, strict=True)
@@ -270,10 +270,13 @@ class Profiler:
         """Measure and store a group; the reference program is timed in the same processes."""
         assert self.reference is not None
 
-        def lowered(subject: Subject) -> Path:
-            def announce(subject: Subject) -> None:
-                bar.set_postfix_str(f"lowering {subject}")
+        made: set[Subject] = set()
 
+        def announce(subject: Subject) -> None:
+            made.add(subject)
+            bar.set_postfix_str(f"lowering {subject}")
+
+        def lowered(subject: Subject) -> Path:
             return cached_program(subject, self.lowering, self.cache_dir, announce)
 
         paths = []
@@ -293,8 +296,9 @@ class Profiler:
         for subject, path, measurement in zip(group, paths, measured, strict=True):
             self._store(subject, points, measurement, self._reference_key, recorded_lower_s(path))
         if not self.settings.keep_programs:
-            for path in {*paths} - {reference_path}:
-                path.unlink()
+            mine = {path for subject, path in zip(group, paths, strict=True) if subject in made}
+            for path in mine - {reference_path}:
+                path.unlink(missing_ok=True)  # another device may have measured it too
 
     def _store(
         self,

@@ -217,7 +217,7 @@ class MeasurementStore:
         try:
             values = json.loads(line)
             version = values["schema"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{where}: not a measurement; remove or repair the line") from error
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -226,7 +226,7 @@ class MeasurementStore:
             )
         try:
             return StoredLatency.from_dict(values)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{where}: not a measurement; remove or repair the line") from error
 
 

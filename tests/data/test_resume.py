@@ -116,6 +116,19 @@ def test_one_data_module_serves_several_runs(kind, tmp_path):
     assert steps_of(fit(data, tmp_path, steps=3)) == steps_of(first)
 
 
+def test_checkpoints_of_the_former_version_are_continued(tmp_path):
+    """The state of a stream is kept under the names that it had before classes were renamed."""
+    fit(data_of(tmp_path, "datasets"), tmp_path, steps=2)
+    path = tmp_path / "2.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["PackedData"]
+    checkpoint["PackedData"] = {"steps": state["steps"], "places": state["stream_states"]}
+    torch.save(checkpoint, path)
+    resumed = fit(data_of(tmp_path, "datasets"), tmp_path, steps=4, checkpoint=path)
+    whole = fit(data_of(tmp_path, "datasets"), tmp_path, steps=4)
+    assert steps_of(resumed) == steps_of(whole)[2:]
+
+
 def test_checkpoints_of_another_mixture_are_refused(tmp_path):
     fit(data_of(tmp_path, "datasets"), tmp_path, steps=1)
     data = data_of(tmp_path, "datasets")

@@ -78,6 +78,18 @@ def test_every_document_is_in_one_shard_once(settings, tokenizer):
     ]
 
 
+def test_a_manifest_of_the_former_version_is_read(settings):
+    folder = prepare(settings)
+    now = Manifest.read(folder)
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text("utf-8"))
+    former = {**values, "version": 1, "heldout": values.pop("validation")}
+    del former["validation"]
+    path.write_text(json.dumps(former), "utf-8")
+    assert Manifest.read(folder) == now
+    prepare(settings)  # the key is of the data, not of the names of settings
+
+
 def test_preparing_goes_on_after_a_kill(settings, monkeypatch, tmp_path):
     whole = Manifest.read(prepare(settings))
     settings.out = str(tmp_path / "again")

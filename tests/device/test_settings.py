@@ -9,6 +9,7 @@ from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError
 from flash.lowering.settings import LoweringSettings
+from flash.records import digest
 
 HOST = Path(__file__).parents[2] / "conf" / "device" / "host.yaml"
 
@@ -64,3 +65,8 @@ def test_name_of_a_device_is_a_folder_and_cpus_must_be_ours():
         DeviceSettings(name="a/b")
     with pytest.raises(InputError, match=r"^cpus=\[9999\]: expected some of the CPUs"):
         DeviceSettings(name="host", cpus=[9999])
+
+
+def test_results_keep_the_keys_that_they_had_before_settings_were_nested():
+    """The digest of these settings in commit ff50dd0, which keys of exports were made from."""
+    assert digest(DeviceSettings(name="host").identity()) == "cb302b38c0880f12"

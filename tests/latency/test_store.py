@@ -204,4 +204,7 @@ def test_store_is_a_table_with_standard_errors(path, monkeypatch, capsys, tmp_pa
 
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["flash", "measurements", *arguments])
-    return main()
+    try:
+        return main()
+    except SystemExit as stop:
+        return stop.code

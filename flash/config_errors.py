@@ -1,0 +1,106 @@
+"""Errors of Hydra and OmegaConf as one line in the form of our own."""
+
+import dataclasses
+import re
+
+from hydra.errors import MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from flash import renamed, slurm
+from flash.compat.hydra import missing_option
+from flash.compat.omegaconf import error_key, error_schema
+from flash.errors import InputError, closest, nearest
+from flash.schemas import commands_with, schema_at
+
+_KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+"""Types of OmegaConf in words."""
+
+
+def explain(error: BaseException, schema: type) -> str:
+    """Explain an error of Hydra or OmegaConf in one line: key, reason, nearest valid key."""
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException | InputError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, InputError):
+        return str(cause)
+    if not isinstance(cause, OmegaConfBaseException):
+        return _composition(_first_line(error))
+    key = error_key(cause)
+    wrapped = cause.__cause__ or cause.__context__
+    if isinstance(wrapped, InputError):
+        return str(wrapped)
+    *path, last = key.split(".")
+    owner = schema_at(schema, path)
+    if not path and dataclasses.is_dataclass(error_schema(cause)):  # an item of a list
+        owner = error_schema(cause)
+    fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
+    if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
+        return unknown_key(key, fields, schema)
+    return _wrong_value(key, _first_line(cause))
+
+
+def unknown_key(key: str, valid: list[str], schema: type) -> str:
+    """Explain an unknown key: its present name, the commands that have it, or the nearest key.
+
+    Args:
+        key: The whole key, as typed.
+        valid: Keys that its parent has.
+        schema: Root settings of the command.
+    """
+    roots = {f.name for f in dataclasses.fields(schema)}
+    present = renamed.present_name(key, roots)
+    if present is not None:
+        return f"{key}: {present}"
+    root = key.partition(".")[0]
+    others = commands_with(root)
+    if others and root not in roots:
+        return f"{key}: not a setting of this command; it is one of flash {', '.join(others)}"
+    return f"{key}: unknown key; {nearest(key.rpartition('.')[2], valid)}"
+
+
+def _wrong_value(key: str, text: str) -> str:
+    """Put OmegaConf's words about a value of the wrong type into the form of our own errors."""
+    if found := re.match(r"Value '(.*)' of type '.*' could not be converted to (\w+)", text):
+        return f"{key}={found[1]}: expected {_KINDS.get(found[2], found[2])}"
+    if found := re.match(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
+        typed = f"{key}={found[1]}"
+        if typed in renamed.VALUES:
+            return f"{typed}: renamed to {renamed.VALUES[typed]}"
+        return f"{typed}: expected one of {found[2]}"
+    return f"{key}: {text}" if key else f"{text}; expected a mapping of keys to values"
+
+
+def _composition(text: str) -> str:
+    """Put Hydra's words about an override into the form of our own errors."""
+    if found := re.match(r"Could not override '([\w/]+)'", text):
+        others = commands_with(found[1])
+        if others:
+            return (
+                f"{found[1]}: not a group of this command; it is one of flash {', '.join(others)}"
+            )
+        return f"{found[1]}: no such group; flash COMMAND --help lists the groups"
+    if found := re.match(r"Error parsing override '(.*)'", text):
+        return f"{found[1]}: expected key=value; quote values with commas, spaces or brackets"
+    return text
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    """Explain that a group lacks an option, as in `+arch=typo`; names the nearest option."""
+    name, options = missing_option(error)
+    if name == slurm.LAUNCHER.replace("=", "/"):
+        return f"{slurm.LAUNCHER}: needs a plugin; pip install hydra-submitit-launcher"
+    if "/" not in name or options is None:
+        return _first_line(error)
+    group, option = name.rsplit("/", 1)
+    if f"{group}={option}" in renamed.OPTIONS:
+        return f"{group}={option}: renamed to {renamed.OPTIONS[f'{group}={option}']}"
+    hint = closest(option, options)
+    if hint is None and group == "arch":
+        hint = "architectures that a search finds come from its own runs folder: search first"
+    return f"{group}={option}: expected one of {', '.join(options)}" + (f"; {hint}" if hint else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
