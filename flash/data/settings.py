@@ -181,7 +181,7 @@ class DataSettings:
 
 @dataclass(kw_only=True)
 class PrepareSettings:
-    """Root of `flash prepare`."""
+    """Settings of `flash prepare`."""
 
     backbone: BackboneSettings = MISSING
     """Model whose tokenizer encodes the text, unless `data.tokenizer` names another one."""

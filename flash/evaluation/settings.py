@@ -19,7 +19,7 @@ class ModelFormat(Enum):
     decoder = "decoder"
     """The float weights, in PyTorch."""
     program = "program"
-    """`model.pte` of export.py, in its runtime on the device."""
+    """`model.pte` of `flash export`, in its runtime on the device."""
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ class SuiteSettings:
 
 @dataclass(kw_only=True)
 class EvaluateSettings:
-    """Root of `flash evaluate`."""
+    """Settings of `flash evaluate`."""
 
     backbone: BackboneSettings = MISSING
     """Backbone that the model was cut out of."""
@@ -104,11 +104,11 @@ class EvaluateSettings:
     format: ModelFormat = ModelFormat.decoder
     """Format of the model that answers."""
     arch: dict[str, Any] = field(default_factory=dict)
-    """Architecture to evaluate, as for `train.py`; empty is the backbone itself."""
+    """Architecture to evaluate, as for `flash train`; empty is the backbone itself."""
     name: str | None = None
     """Name of the model in `runs`; null takes the arch's."""
     model: str | None = None
-    """Folder of trained weights; null takes what `train.py` wrote under the same name."""
+    """Folder of trained weights; null takes what `flash train` wrote under the same name."""
     limit: int | None = None
     """Questions of each task, for a first look; null takes all."""
     batch_size: int = 8

@@ -1,4 +1,4 @@
-"""Settings of an export: the formats that it writes, and the root of `export.py`."""
+"""Settings of an export: the formats that it writes, and the settings of `flash export`."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -56,7 +56,7 @@ class FormatSettings:
 
 @dataclass(kw_only=True)
 class ExportSettings:
-    """Root of `export.py`."""
+    """Settings of `flash export`."""
 
     backbone: BackboneSettings = MISSING
     """Backbone that the model was cut out of."""
@@ -75,12 +75,13 @@ class ExportSettings:
     formats: FormatSettings = field(default_factory=FormatSettings)
     """Weights and limits of hf and gguf."""
     arch: dict[str, Any] = field(default_factory=dict)
-    """Architecture to export, as for `train.py`; empty is the backbone itself."""
+    """Architecture to export, as for `flash train`; empty is the backbone itself."""
     name: str | None = None
     """Name of the result; null takes the arch's."""
     model: str | None = None
-    """Folder of trained weights; null: the folder that `train.py` wrote under the same name;
-    `random`: measure only the latency, with random weights."""
+    """Folder of trained weights. Null takes the backbone itself where the architecture is the
+    backbone's, else the folder that training wrote under the same name. `random` measures only the
+    latency, with random weights."""
     prompt: str = "def main("
     """Text that the exported program continues."""
     new_tokens: int = 48

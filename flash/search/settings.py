@@ -194,7 +194,7 @@ class SearchSettings:
 
 
 class SearchStage(Enum):
-    """Part of the method that `search.py` does."""
+    """Part of the method that `flash search` does."""
 
     latency = "latency"
     """Stage 1 only: measure, fit, report how good the predictor is. Needs no weights, no data."""
@@ -206,7 +206,7 @@ class SearchStage(Enum):
 
 @dataclass(kw_only=True)
 class SearchJobSettings:
-    """Root of `search.py`."""
+    """Settings of `flash search`."""
 
     stage: SearchStage = SearchStage.search
     """Part of the method to do."""

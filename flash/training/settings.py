@@ -324,7 +324,7 @@ class StageSettings:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainSettings:
-    """Root of `train.py`."""
+    """Settings of `flash train`."""
 
     backbone: BackboneSettings = MISSING
     """Model that weights are inherited from, and the teacher."""
