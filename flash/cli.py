@@ -142,7 +142,7 @@ def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, 
         raise InputError(f"{path}: exists; choose another name, or edit it")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
-    path.write_text(re.sub(rf"(?m)^name: {chosen}$", f"name: {name}", text), "utf-8")
+    path.write_text(re.sub(r"(?m)^name: \S+$", f"name: {name}", text), "utf-8")
     return path, chosen
 
 

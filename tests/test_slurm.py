@@ -11,8 +11,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from flash import slurm
-from flash.config import SearchJobSettings, entry, one_line_errors
+from flash.config import entry, one_line_errors
 from flash.errors import InputError
+from flash.search.settings import SearchJobSettings
 
 
 @pytest.fixture
