@@ -32,6 +32,8 @@ def run(monkeypatch, tmp_path, capsys):
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS"):
+            monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
         begin(script)
         reached = []
         try:

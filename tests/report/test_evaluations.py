@@ -78,7 +78,9 @@ def test_a_damaged_frontier_is_one_line(runs, key):
     values = json.loads(path.read_text())
     del values[key]
     path.write_text(json.dumps(values))
-    message = rf"frontier\.json: damaged \('{key}' is missing\); delete it to run search\.py again"
+    message = (
+        rf"frontier\.json: damaged \('{key}' is missing\); delete it to run flash search again"
+    )
     with pytest.raises(InputError, match=message):
         read(runs)
 

@@ -78,14 +78,16 @@ def test_an_interrupted_trial_goes_on_from_its_last_checkpoint(evaluate):
         (RuntimeError("a bug"), RuntimeError),
     ],
 )
-@pytest.mark.parametrize("where", ["prune", "fit", "validate"])
+@pytest.mark.parametrize(
+    "where", ["search.evaluate.prune", "training.fit.fit", "search.evaluate.validate"]
+)
 def test_a_lack_of_memory_fails_the_trial_and_a_bug_stops_the_search(
     evaluate, monkeypatch, error, becomes, where
 ):
     def fail(*arguments, **keywords):
         raise error
 
-    monkeypatch.setattr(f"flash.search.evaluate.{where}", fail)
+    monkeypatch.setattr(f"flash.{where}", fail)
     with pytest.raises(becomes):
         evaluate(SPEC, 0)
     assert left(evaluate, 0) == [] or becomes is RuntimeError

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flash.data.corpus import PackedData
+from flash.data.module import PackedDataModule
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError
@@ -93,7 +94,7 @@ def test_each_sequence_has_the_outputs_of_the_teacher_for_it(
     taught = teacher_of(backbone, data, TOP, TRAINER, runs)
     model = backbone.load()
     data.teacher_cache = taught
-    for batch in islice(data.train_dataloader(), 12):
+    for batch in islice(PackedDataModule(data).train_dataloader(), 12):
         with torch.no_grad():
             hidden = model.hidden(batch.tokens[:, :-1], documents=batch.document_ids).flatten(0, 1)
             ids, log_probs = top_log_probs(Operands(hidden, model.lm_head.weight), 8)
