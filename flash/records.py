@@ -169,9 +169,10 @@ class JsonLines:
             file.seek(self._end)
             text = file.read()
         whole, _, torn = text.rpartition(b"\n")
-        for line in whole.splitlines():
-            self._lines += 1
-            self._take(self._lines, line)
+        lines = whole.splitlines()
+        for number, line in enumerate(lines, self._lines + 1):
+            self._take(number, line)
+        self._lines += len(lines)
         if torn:
             log.warning(
                 "%s: dropped an incomplete last line of %d bytes (its process was killed while "

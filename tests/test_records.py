@@ -119,3 +119,14 @@ def test_a_lock_has_one_holder_who_is_waited_for(tmp_path):
         assert not held.is_set()
     thread.join(10)
     assert held.is_set()
+
+
+def test_a_file_that_was_moved_away_is_begun_anew(tmp_path):
+    path, seen = tmp_path / "rows.jsonl", []
+    rows = JsonLines(path, lambda number, line: seen.append((number, line)))
+    rows.append(lambda: {"a": 1})
+    rows.append(lambda: {"a": 2})
+    path.rename(tmp_path / "away.jsonl")
+    rows.append(lambda: {"b": 3})
+    assert path.read_bytes() == b'{"b":3}\n'
+    assert seen[-1] == (1, b'{"b":3}')

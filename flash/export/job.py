@@ -198,7 +198,11 @@ def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained
             )
     found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
     if found != spec:
-        raise InputError(f"model={folder}: holds arch {found}: expected {spec}; train it again")
+        typed = "" if model is None else "model="
+        raise InputError(
+            f"{typed}{folder}: holds arch {found}: expected {spec}; give the name= that it was "
+            "trained under, or train it under a new one"
+        )
     return folder
 
 
