@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
+import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -73,9 +74,27 @@ def check_own_options(folder: Path) -> None:
             )
 
 
+def _option_groups(verb: str) -> str:
+    """Groups of a command with their options, for its help, in lines of at most 80 columns."""
+    fields = {field.name for field in dataclasses.fields(ROOTS[verb])}
+    if "optional experiment" in (CONF / f"{verb}.yaml").read_text("utf-8"):
+        fields.add("experiment")
+    found: dict[str, set[str]] = {}
+    for folder in (CONF, *_config_folders()):
+        for path in folder.glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    lines = [
+        f"{'+' if group == 'arch' else ''}{group}: {', '.join(sorted(options))}"
+        for group, options in sorted(found.items())
+        if group in fields
+    ]
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
+
+
 def register() -> None:
     """Register schemas, search paths and the resolver `bundled` with Hydra and OmegaConf."""
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
+    OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
