@@ -161,6 +161,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
 
 def main() -> int:
     """Run the console command `flash` and return its exit code."""
+    inherited = commands.inherited_verb()
+    if inherited is not None and sys.argv[1:2] != [inherited]:
+        run(inherited)
+        return 0
     parser = argparse.ArgumentParser(
         prog="flash",
         description="Design language models for phones.",
@@ -185,7 +189,8 @@ def main() -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    sys.argv[:2] = [f"flash {options.command}"]
+    del sys.argv[1]  # what is left are the overrides
+    commands.begin(options.command)
     handler = _COMMANDS[options.command][1]
     if handler is None:
         run(options.command)

@@ -5,33 +5,44 @@ import shlex
 import sys
 from pathlib import Path
 
+from flash.ranks import is_main_process
+
 SCRIPTS = ("train", "search", "export")
 """Commands that have a script at the top of the repository."""
-_VARIABLE = "FLASH_FROM_SCRIPTS"
+_FROM_SCRIPTS = "FLASH_FROM_SCRIPTS"
+_VERB = "FLASH_VERB"
 
 
 def begin(verb: str) -> None:
-    """Record in the environment whether this process was started by a script or by `flash`.
+    """Store in the environment how this process was started, also for its child processes.
 
-    Child processes inherit it, and help texts in `conf/*.yaml` contain FLASH_COMMAND.
+    The help texts in `conf/*.yaml` read the name of the command from the variable FLASH_COMMAND.
     """
     if Path(sys.argv[0]).name == f"{verb}.py":
-        os.environ[_VARIABLE] = "1"
+        os.environ[_FROM_SCRIPTS] = "1"
     else:
-        os.environ.pop(_VARIABLE, None)
-        sys.argv[0] = f"flash {verb}"
+        os.environ.pop(_FROM_SCRIPTS, None)
+    os.environ[_VERB] = verb
     os.environ["FLASH_COMMAND"] = command(verb)
+
+
+def inherited_verb() -> str | None:
+    """Return the command of the main process in a further rank of its run, else None.
+
+    Lightning starts further ranks with the program and the arguments that Hydra knows, without the
+    command in between.
+    """
+    return None if is_main_process() else os.environ.get(_VERB)
 
 
 def command(verb: str) -> str:
     """Return `python VERB.py` if this process was started by a script, else `flash VERB`."""
-    if _VARIABLE in os.environ and verb in SCRIPTS:
+    if os.environ.get(_FROM_SCRIPTS) and verb in SCRIPTS:
         return f"python {verb}.py"
     return f"flash {verb}"
 
 
 def this_command() -> str:
-    """Return the command line of this process, quoted for a shell."""
-    program, *arguments = sys.argv
-    start = f"python {shlex.quote(program)}" if program.endswith(".py") else program
-    return " ".join([start, *map(shlex.quote, arguments)])
+    """Return the command line of this process, to be typed again."""
+    start = os.environ.get("FLASH_COMMAND") or "flash"
+    return " ".join([start, *map(shlex.quote, sys.argv[1:])])

@@ -9,6 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from flash import cli
 from flash.bundled import CONF
 from flash.commands import begin
 from flash.config import ROOTS, entry, load, register
@@ -32,7 +33,7 @@ def run(monkeypatch, tmp_path, capsys):
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS"):
+        for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS", "FLASH_VERB"):
             monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
         begin(script)
         reached = []
@@ -197,3 +198,16 @@ def test_a_broken_file_of_the_user_is_named(run, tmp_path):
     assert code == 2
     assert err.count("\n") == 1
     assert "broken.yaml, line " in err
+
+
+def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):
+    """Lightning starts it as `flash seed=1`, with the program and what Hydra knows."""
+    started = []
+    monkeypatch.setattr("flash.cli.run", started.append)
+    monkeypatch.setenv("FLASH_VERB", "train")
+    monkeypatch.setattr(sys, "argv", ["flash", "seed=1"])
+    assert cli.main() == 2  # the first rank: no such command
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main() == 0
+    assert started == ["train"]
+    assert sys.argv == ["flash", "seed=1"]
