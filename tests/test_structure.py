@@ -13,11 +13,11 @@ ROOT = Path(flash.__file__).parent
 # count as packages.
 ORDER = [
     "errors",
+    "ranks",
     "bundled",
     "commands",
     "renamed",
     "compat",
-    "ranks",
     "log_filters",
     "progress",
     "paths",
