@@ -92,7 +92,7 @@ def _option_groups(verb: str) -> str:
 
 
 def register() -> None:
-    """Register schemas, search paths and the resolver `bundled` with Hydra and OmegaConf."""
+    """Register schemas, search paths and resolvers with Hydra and OmegaConf."""
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
