@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**26
-"""Logits per chunk: 256 MiB in float32. Distillation holds three tensors of this size."""
+"""Logits per chunk: 256 MiB in float32. Distillation holds two tensors of this size."""
+
+SLICE_LOGITS = 2**20
+"""Logits that a CPU makes probabilities of at a time, so that they stay in its cache."""
 
 
 class Operands(NamedTuple):
@@ -144,20 +147,12 @@ class _LinearLosses(torch.autograd.Function):
                 ctx.grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
             for start in range(0, len(hidden), rows):
                 chunk = slice(start, start + rows)
-                logits = (hidden[chunk] @ weight.T).float()
-                parts, gradient = _chunk(
-                    logits,
-                    targets[chunk],
-                    _teacher_chunk(teacher, chunk),
-                    kd_weight,
-                    temperature,
-                    grad,
-                )
-                sums += parts
-                if gradient is not None:
-                    gradient = gradient.to(weight.dtype)
-                    ctx.grads[0][chunk] = gradient @ weight
-                    _add_product(ctx.grads[1], gradient.T, hidden[chunk])
+                logits = hidden[chunk] @ weight.T
+                taught = _teacher_chunk(teacher, chunk)
+                sums += _chunk(logits, targets[chunk], taught, kd_weight, temperature, grad)
+                if grad:  # `logits` now holds their gradient
+                    torch.mm(logits, weight, out=ctx.grads[0][chunk])
+                    _add_product(ctx.grads[1], logits.T, hidden[chunk])
         ce, kd = sums
         ctx.mark_non_differentiable(ce, kd)
         return (1 - kd_weight) * ce + kd_weight * kd, ce, kd
@@ -188,7 +183,7 @@ def _teacher_chunk(
     """The teacher's logits of a chunk, or its stored likeliest tokens there."""
     match teacher:
         case Operands():
-            return (teacher.hidden[chunk] @ teacher.weight.T).float()
+            return teacher.hidden[chunk] @ teacher.weight.T
         case TopLogProbs():
             return TopLogProbs(teacher.ids[chunk], teacher.log_probs[chunk])
     return None
@@ -201,13 +196,45 @@ def _chunk(
     kd_weight: float,
     temperature: float,
     grad: bool,
+) -> Float[Tensor, " 2"]:
+    """Sums `(ce, kd)` of a chunk; with `grad`, `logits` become the gradient of their total."""
+    on_cpu = logits.device.type == "cpu"
+    rows = max(1, SLICE_LOGITS // logits.shape[1]) if on_cpu else len(logits)
+    sums = logits.new_zeros(2, dtype=torch.float32)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        match teacher:
+            case TopLogProbs():
+                taught = TopLogProbs(teacher.ids[part], teacher.log_probs[part])
+            case Tensor():
+                taught = teacher[part].float()
+            case _:
+                taught = None
+        losses, gradient = _slice(
+            logits[part].float(), targets[part], taught, kd_weight, temperature, grad
+        )
+        sums += losses
+        if gradient is not None:
+            logits[part] = gradient
+    return sums
+
+
+def _slice(
+    logits: Float[Tensor, "n vocab"],
+    targets: Int[Tensor, " n"],
+    teacher: Float[Tensor, "n vocab"] | TopLogProbs | None,
+    kd_weight: float,
+    temperature: float,
+    grad: bool,
 ) -> tuple[Float[Tensor, " 2"], Float[Tensor, "n vocab"] | None]:
-    """Sums `(ce, kd)` of a chunk, and the gradient of their total by the student's logits."""
+    """Sums `(ce, kd)` of some positions, and the gradient of their total by the logits."""
     log_p = torch.log_softmax(logits, dim=-1)
     ce = -log_p.gather(1, targets[:, None]).sum()
     kd = torch.zeros_like(ce)
     if teacher is None:
-        gradient = log_p.exp_().mul_(1 - kd_weight) if grad else None
+        gradient = log_p.exp_() if grad else None
+        if gradient is not None and kd_weight > 0:
+            gradient.mul_(1 - kd_weight)
     else:
         soft = log_p if temperature == 1 else torch.log_softmax(logits / temperature, dim=-1)
         if isinstance(teacher, TopLogProbs):
