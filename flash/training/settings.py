@@ -269,6 +269,10 @@ class TrainerSettings:
         if self.precision is Precision.auto:
             self.precision = native_precision(self.accelerator)
 
+    def sequences_at_once(self, batch_size: int) -> int:
+        """Sequences that one device holds at a time, for this many over all devices."""
+        return self.micro_batch or max(1, batch_size // (self.devices * self.nodes))
+
     def accumulation(self, batch_size: int) -> int:
         """Micro-batches a step, for this many sequences over all devices.
 
@@ -276,7 +280,7 @@ class TrainerSettings:
             InputError: The batch cannot be shared out evenly.
         """
         ranks = self.devices * self.nodes
-        micro_batch = self.micro_batch or max(1, batch_size // ranks)
+        micro_batch = self.sequences_at_once(batch_size)
         if batch_size % (ranks * micro_batch):
             raise InputError(
                 f"recipe.batch_size={batch_size}: expected a multiple of {ranks} devices x "
