@@ -16,7 +16,8 @@ that fails or runs out of time leaves the lines that it has printed, and the nex
   AdamW and clipping, for cross-entropy (`ce`, 4 sequences) and for distillation from the backbone
   (`kd`, 2 sequences). Ways, in turns: `ours`, `compiled`, `transformers` (Qwen3ForCausalLM with
   SDPA, its skipped attention taken out, its own loss or PyTorch's KL), `liger` (the same with
-  Liger's kernels for norms, SwiGLU, rotary embedding and losses; only `ce`).
+  Liger's kernels for norms, SwiGLU, rotary embedding and losses; only `ce`; the patch of the rotary
+  embedding is global and so serves `transformers` too).
   `mfu` is relative to the rate of a matrix product of 8,192 measured here; `tokens_per_s_ratio` of
   our two is relative to the better of the others, round by round.
 - `losses`: the loss alone, forward and backward, of 8,192 positions over 202,048 tokens at width
