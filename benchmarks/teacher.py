@@ -45,7 +45,7 @@ TOKENS, SEEDS = 32_768, range(1)
 ALONG: dict[str, float | None] = {"kd_top_k": None, "kd_top_p": None}
 TOP: dict[str, dict[str, float | None]] = {
     f"top_{k}" + (f"_p{p}" if p else ""): {"kd_top_k": k, "kd_top_p": p}
-    for k, p in ((4, None), (16, None), (16, 0.9), (64, 0.8), (64, 0.9))
+    for k, p in ((4, None), (16, None), (16, 0.9), (64, 0.8))
 }
 ROUNDS, STEPS, TIMED = 3, 12, "top_16"
 RUNS = Runs(conf.ROOT / "runs" / "teacher")

@@ -81,8 +81,8 @@ def teacher_of(
     torchrun or Slurm), they share the work.
 
     Raises:
-        InputError: The backbone has no weights, `check_top_k` fails, or the disk has too little
-            room.
+        InputError: The backbone has no weights or gives numbers that are not finite, `check_top_k`
+            fails, or the disk has too little room.
     """
     check_top_k(recipe, data.settings, backbone.spec.vocab_size)
     if recipe.kd_weight == 0:
@@ -125,8 +125,8 @@ def _check_room(taught: TeacherCache, missing: list[int]) -> None:
     if needed > free:
         raise InputError(
             f"recipe.kd_top_k={codec.top_k}: needs up to {needed / 2**30:.1f} GiB in "
-            f"{taught.folder} for {tokens:,} tokens, and {free / 2**30:.1f} GiB are free; expected room, a smaller k, "
-            "or null for a teacher that runs along"
+            f"{taught.folder} for {tokens:,} tokens, and {free / 2**30:.1f} GiB are free; "
+            "expected room, a smaller k, or null for a teacher that runs along"
         )
 
 
