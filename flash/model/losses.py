@@ -8,6 +8,7 @@ gradients are kept. This takes the same three matrix products as an ordinary los
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -32,6 +33,8 @@ class TopLogProbs(NamedTuple):
     Attributes:
         ids: Token ids.
         log_probs: Log-probability of each token, and last that of all other tokens together [nats].
+            Positions with fewer than `k` tokens have -inf in the places that are left, whose id
+            there is the first one's again.
     """
 
     ids: Int[Tensor, "n k"]
@@ -92,13 +95,16 @@ def linear_losses(
 
 
 @torch.no_grad()
-def top_log_probs(teacher: Operands, k: int, temperature: float = 1.0) -> TopLogProbs:
-    """The `k` likeliest tokens at each position and their log-probabilities, chunk by chunk.
+def top_log_probs(
+    teacher: Operands, k: int, temperature: float = 1.0, top_p: float | None = None
+) -> TopLogProbs:
+    """The likeliest tokens at each position and their log-probabilities, chunk by chunk.
 
     Args:
         teacher: Factors of the teacher's logits.
-        k: Number of tokens, from 1 to one less than the vocabulary.
+        k: Most tokens, from 1 to one less than the vocabulary.
         temperature: Divisor of the logits, the same as in the distillation loss later.
+        top_p: Probability at which a position has enough tokens. None: each has `k`.
     """
     hidden, weight = _as_product(*teacher)
     rows = max(1, CHUNK_LOGITS // len(weight))
@@ -107,6 +113,11 @@ def top_log_probs(teacher: Operands, k: int, temperature: float = 1.0) -> TopLog
         for chunk in hidden.split(rows):
             log_q = torch.log_softmax((chunk @ weight.T).float() / temperature, dim=-1)
             top, ids = log_q.topk(k, dim=-1)
+            if top_p is not None:
+                # The probability of the tokens before each; sums only grow, so none is kept later.
+                enough = F.pad(top.exp().cumsum(-1)[:, :-1], (1, 0)) >= top_p
+                top = top.masked_fill(enough, -torch.inf)
+                ids = torch.where(enough, ids[:, :1], ids)
             rest = log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
             parts.append(TopLogProbs(ids, torch.cat([top, rest], dim=-1)))
     return TopLogProbs(*map(torch.cat, zip(*parts, strict=True)))
@@ -271,9 +282,10 @@ def _top_divergence(
     top_q, rest_q = log_q[:, :-1].exp(), log_q[:, -1:].exp()
     rest = log_p.exp().scatter_(1, ids, 0.0)
     rest_p = rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
-    kd = (top_q * (log_q[:, :-1] - log_p.gather(1, ids))).sum()
+    # Places without a token have a `top_q` of 0 and the id of another: they add 0 everywhere.
+    kd = -torch.special.entr(top_q).sum() - (top_q * log_p.gather(1, ids)).sum()
     kd = kd + (rest_q * (log_q[:, -1:] - rest_p.log())).sum()
-    return kd, rest.mul_(rest_q / rest_p).scatter_(1, ids, top_q)
+    return kd, rest.mul_(rest_q / rest_p).scatter_add_(1, ids, top_q)
 
 
 def _dot(a: Float[Tensor, "n vocab"], b: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:

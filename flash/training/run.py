@@ -72,7 +72,7 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     folder = workspace.backbone.folder
     decisive = {
         "spec": spec.to_dict(),
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "precision": settings.trainer.precision.value,
         "max_steps": settings.trainer.max_steps,
         "data": [workspace.data.digest, settings.data.seq_len],

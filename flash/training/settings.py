@@ -13,6 +13,7 @@ from flash.arch import GROUP
 from flash.data.settings import DataSettings
 from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
+from flash.records import plain
 
 
 class Schedule(Enum):
@@ -112,6 +113,9 @@ class RecipeSettings:
     kd_top_k: int | None = None
     """Likeliest tokens of the teacher that are computed once, ahead, and kept for all students of
     the same text; null: the teacher runs along, and counts with all its tokens."""
+    kd_top_p: float | None = None
+    """Probability at which the teacher's likeliest tokens for a position are enough, so that fewer
+    than `kd_top_k` are kept of it; null: `kd_top_k` of each."""
     calibration_tokens: int = 65536
     """Training tokens that the importance scores are averaged over."""
     qat: bool = False
@@ -139,10 +143,21 @@ class RecipeSettings:
             require(0 <= value < 1, name, value, "a number from 0 to below 1")
         k = self.kd_top_k
         require(k is None or k > 0, "kd_top_k", k, "a positive integer or null")
+        p = self.kd_top_p
+        require(p is None or 0 < p < 1, "kd_top_p", p, "a number between 0 and 1, or null")
+        if p is not None:
+            require(k is not None, "kd_top_k", k, f"the most tokens, as kd_top_p={p}")
         size, bits = self.qat_group_size, self.qat_embedding_bits
         require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values for the key of a result. Keys of before `kd_top_p` still hold without it."""
+        values = plain(self)
+        if self.kd_top_p is None:
+            del values["kd_top_p"]
+        return values
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""
