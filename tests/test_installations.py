@@ -13,9 +13,9 @@ from flash.packages import FULL
 ROOT = Path(__file__).parents[1]
 LATE = {"torchao", "datasets", "pyarrow", "wandb"}
 """Packages of training that only some settings need."""
-UNNEEDED = (FULL | LATE) - {"scipy", "torchmetrics"}
-"""Packages that training does without; Lightning needs torchmetrics, which imports scipy if it is
-there."""
+UNNEEDED = (FULL | LATE) - {"psutil", "scipy", "torchmetrics"}
+"""Packages that training does without. Lightning and transformers import those that are left out
+if they are there."""
 
 # Refuses packages as if they were not installed, then runs `flash` with the other arguments.
 FLASH_WITHOUT = """
