@@ -18,17 +18,29 @@ from flash.data.settings import PrepareSettings
 from flash.errors import InputError, nearest
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
+from flash.packages import require_packages
 from flash.search.settings import SearchJobSettings
-from flash.training.settings import TrainSettings
+from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
+
+# The functions of commands first check the packages that are imported late in their work.
+
+
+def _logging(logger: LoggerSettings) -> list[str]:
+    """Return the packages that a logger needs."""
+    return ["wandb"] if logger.kind is LoggerKind.wandb else []
 
 
 def _train(settings: TrainSettings) -> None:
+    recipes = [settings.recipe, *(stage.recipe for stage in settings.then.values())]
+    rounding = ["torchao"] if any(recipe.qat for recipe in recipes) else []
+    require_packages([*rounding, *_logging(settings.logger)])
     from flash.training.run import train
 
     train(settings)
 
 
 def _search(settings: SearchJobSettings) -> None:
+    require_packages(["executorch", *_logging(settings.logger)])
     from flash.report.figures import study_figures
     from flash.search.run import run_search
 
@@ -36,12 +48,14 @@ def _search(settings: SearchJobSettings) -> None:
 
 
 def _export(settings: ExportSettings) -> None:
+    require_packages(["executorch", *_logging(settings.logger)])
     from flash.export.run import export
 
     export(settings)
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
+    require_packages(["lm_eval", *_logging(settings.logger)])
     from flash.evaluation.run import evaluate
 
     evaluate(settings)

@@ -23,6 +23,7 @@ from flash.progress import progress_bar
 from flash.prune.importance import fingerprint
 from flash.records import digest
 from flash.training.accelerators import local_device, rank_fraction
+from flash.training.memory import out_of_memory_named
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -152,8 +153,9 @@ def _write(
             if taught.path(part).is_file():
                 bar.update(len(taught.members(part)))
                 continue
-            for done in taught.write(part, answer, at_once):
-                bar.update(done)
+            with out_of_memory_named(recipe, trainer):
+                for done in taught.write(part, answer, at_once):
+                    bar.update(done)
 
 
 def _top_k_outputs(
