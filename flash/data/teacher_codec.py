@@ -4,7 +4,7 @@ Log-probabilities are rounded to a multiple of 1/16 nat. Those of a position fal
 differences are stored, which are small. Numbers of tokens, probabilities and ids become one array
 of unsigned integers, and LZMA codes it byte by byte with the frequencies that it has seen so far,
 apart for high and low bytes. On the tiny backbone an id takes fewer bits in this way than the 11 of
-its vocabulary (benchmarks/teacher.py). The XZ container adds a checksum.
+its vocabulary (docs/results.md). The XZ container adds a checksum.
 """
 
 import lzma
