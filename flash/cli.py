@@ -98,6 +98,19 @@ def _report(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _convert(arguments: Sequence[str]) -> int:
+    """Convert a GGUF file to a Hugging Face folder, for use as `backbone.weights`."""
+    parser = argparse.ArgumentParser(prog="flash convert", description=_convert.__doc__)
+    parser.add_argument("file", type=Path, help="GGUF file of a Llama or Qwen model")
+    parser.add_argument("folder", type=Path, help="folder to write; it must not exist")
+    options = parser.parse_args(arguments)
+    from flash.interop.gguf_folder import convert
+
+    convert(options.file, options.folder)
+    print(f"{options.folder}: use it as backbone.weights={options.folder}")
+    return 0
+
+
 def _new(arguments: Sequence[str]) -> int:
     """Create a configuration file in the working directory from one that comes with flash."""
     parser = argparse.ArgumentParser(prog="flash new", description=_new.__doc__)
@@ -168,6 +181,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
     "prepare": ("tokenize a mixture of text into shards, ahead of training", None),
     "measurements": ("export the measurement store as CSV, or merge two stores", _measurements),
     "report": ("result table and HTML page of a study", _report),
+    "convert": ("Hugging Face folder of a GGUF file, for backbone.weights", _convert),
     "new": ("start a configuration file of your own in conf/", _new),
 }
 """Help text of each command, and its function; None for commands configured by Hydra."""

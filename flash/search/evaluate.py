@@ -5,8 +5,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.model.checkpoint import build
@@ -17,6 +15,7 @@ from flash.records import digest
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
+from flash.training.memory import is_out_of_memory
 from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
@@ -91,7 +90,7 @@ class ShortTraining:
             _remove(folder)
             raise
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             _remove(folder)
             raise EvaluationError(str(error) or type(error).__name__) from error
@@ -167,11 +166,6 @@ class ShortTraining:
 def _remove(folder: Path | None) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # PyTorch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def remove_checkpoints(evaluate: ShortTraining, beaten: set[int]) -> None:
