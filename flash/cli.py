@@ -117,7 +117,14 @@ def _new(arguments: Sequence[str]) -> int:
     parser.add_argument("group", help=f"one of {', '.join(_groups())}")
     parser.add_argument("name", help="name of the new option; the file is conf/GROUP/NAME.yaml")
     parser.add_argument("--from", dest="source", metavar="OPTION", help="option to copy")
+    parser.add_argument(
+        "--backbone", type=Path, metavar="FOLDER", help="propose a space for this checkpoint"
+    )
     options = parser.parse_args(arguments)
+    if options.backbone is not None:
+        path, count = new_space(options.group, options.name, options.backbone)
+        print(f"{path}: {count:,} architectures; change it, then use it as space={options.name}")
+        return 0
     path, source = new_option(options.group, options.name, options.source)
     print(f"{path}: a copy of {options.group}={source}; change it, then use it by its name")
     return 0
@@ -153,24 +160,59 @@ def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, 
     Raises:
         InputError: An unknown group or option, or a name that is taken or not allowed.
     """
-    groups = _groups()
-    if group not in groups:
-        raise InputError(f"new {group}: expected a group; {nearest(group, groups)}")
-    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    options = _options(group)
     chosen = _STARTING_POINTS.get(group, options[0]) if source is None else source
     if chosen not in options:
         raise InputError(f"new {group} --from {chosen}: no such option; {nearest(chosen, options)}")
+    text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
+    return _write_option(group, name, re.sub(r"(?m)^name: \S+$", f"name: {name}", text)), chosen
+
+
+def new_space(group: str, name: str, backbone: Path) -> tuple[Path, int]:
+    """Write `conf/space/NAME.yaml` in the working directory: a space proposed for a backbone.
+
+    Args:
+        group: Configuration group as it was typed; only `space` can be proposed.
+        name: Name of the new option.
+        backbone: Checkpoint folder of the backbone.
+
+    Returns:
+        Path of the file, and the number of architectures in the space.
+
+    Raises:
+        InputError: Another group, an unusable backbone, or a name that is taken or not allowed.
+    """
+    if group != "space":
+        raise InputError(f"new {group} --backbone {backbone}: expected the group space")
+    from flash.arch.proposal import propose_space, space_yaml
+    from flash.arch.space import SearchSpace
+    from flash.model.weights import read_spec
+
+    spec = read_spec(backbone)
+    settings = propose_space(name, spec)
+    sizes = f"{spec.num_layers} layers, width {spec.model_dim}, FFN {spec.ffn_dim}"
+    path = _write_option(group, name, space_yaml(settings, f"{backbone.name} ({sizes})"))
+    return path, SearchSpace(settings, spec).count()
+
+
+def _options(group: str) -> list[str]:
+    groups = _groups()
+    if group not in groups:
+        raise InputError(f"new {group}: expected a group; {nearest(group, groups)}")
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _write_option(group: str, name: str, text: str) -> Path:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
         raise InputError(f"new {group} {name}: expected a name of letters, digits, '_' and '-'")
-    if name in options:
+    if name in _options(group):
         raise InputError(f"new {group} {name}: the name comes with flash; choose another")
     path = Path("conf", group, f"{name}.yaml")
     if path.exists():
         raise InputError(f"{path}: exists; choose another name, or edit it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
-    path.write_text(re.sub(r"(?m)^name: \S+$", f"name: {name}", text), "utf-8")
-    return path, chosen
+    path.write_text(text, "utf-8")
+    return path
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {

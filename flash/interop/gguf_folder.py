@@ -133,9 +133,7 @@ def _decimal(value: Any) -> Any:
     return value
 
 
-def _write_tokenizer(
-    path: Path, folder: Path, splits: pre_tokenizers.PreTokenizer | None
-) -> None:
+def _write_tokenizer(path: Path, folder: Path, splits: pre_tokenizers.PreTokenizer | None) -> None:
     from transformers import AutoTokenizer
 
     with quiet():

@@ -212,6 +212,7 @@ def _train(
         if before is None:
             return None
         after = validate(model.to(device), data, precision)
+        _warn_if_worse(name, recipe, before.loss, after.loss)
         parameters = count_parameters(spec).total
         result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
         if logger is not None:
@@ -220,6 +221,21 @@ def _train(
         close_logger(logger)
     workspace.save_model(folder / "checkpoint", model)
     return result
+
+
+def _warn_if_worse(name: str, recipe: RecipeSettings, before: float, after: float) -> None:
+    """Warn of a training that has made the weights worse than they were."""
+    if after > before:
+        log.warning(
+            "%s: held-out loss %.3f -> %.3f, worse than before training; recipe.lr=%g is too high "
+            "for these weights and %s tokens, try recipe.lr=%g",
+            name,
+            before,
+            after,
+            recipe.lr,
+            f"{recipe.tokens:,}",
+            recipe.lr / 10,
+        )
 
 
 def _metrics(result: TrainResult) -> dict[str, float]:

@@ -93,7 +93,7 @@ class RecipeSettings:
     final_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises, but at least two steps; 0 has none."""
     decay_ratio: float = 0.25
     """Share of the steps over which `wsd` decays."""
     schedule: Schedule = Schedule.cosine
@@ -172,23 +172,32 @@ class RecipeSettings:
         """Optimiser steps for `tokens` tokens."""
         return max(1, math.ceil(self.tokens / (self.batch_size * seq_len)))
 
+    def warmup_steps(self, steps: int) -> int:
+        """Steps over which the learning rate rises, of `steps` in all.
+
+        At least two, as one would already have the peak rate, if half of a short run allows it.
+        """
+        if self.warmup_ratio == 0:
+            return 0
+        return max(round(self.warmup_ratio * steps), min(2, steps // 2))
+
     def stable_steps(self, seq_len: int) -> int:
         """Steps before the learning rate falls, at which a run can go on for more tokens; or 0."""
         if self.schedule is not Schedule.wsd:
             return 0
         steps = self.steps(seq_len)
-        warmup = round(self.warmup_ratio * steps)
+        warmup = self.warmup_steps(steps)
         return steps - min(steps - warmup, round(self.decay_ratio * steps))
 
     def longer(self, tokens: int, seq_len: int) -> "RecipeSettings":
         """The same recipe for more tokens; with `wsd` its first `stable_steps` are the same."""
-        warmup = round(self.warmup_ratio * self.steps(seq_len))
+        warmup = self.warmup_steps(self.steps(seq_len))
         recipe = dataclasses.replace(self, tokens=tokens)
         return dataclasses.replace(recipe, warmup_ratio=warmup / recipe.steps(seq_len))
 
     def lr_factor(self, step: int, steps: int) -> float:
         """Learning rate at a 0-based step as a share of the peak."""
-        warmup = round(self.warmup_ratio * steps)
+        warmup = self.warmup_steps(steps)
         if step < warmup:
             return (step + 1) / warmup
         decay = steps - warmup
