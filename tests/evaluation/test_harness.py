@@ -1,5 +1,6 @@
 """Facts about the two adapters: equal to the harness's own `hf`, and to each other."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_an_end_token_ends_an_answer(folder):
     model = DecoderLM(load(folder), tokenizer)
     prompt = model.tok_encode("def add(a, b):")
     [free] = model._continue([prompt], 8, [])
-    ended = HarnessTokenizer(tokenizer.backend, 0, (0, free[3]), folder)
+    ended = HarnessTokenizer(replace(tokenizer.tokenizer, ends=(0, free[3])))
     [written] = DecoderLM(load(folder), ended)._continue([prompt], 8, [])
     assert written == free[:4]
     assert ended.answer(free, []) == tokenizer.decode(free[:3])
