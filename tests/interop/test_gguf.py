@@ -1,5 +1,6 @@
 """Contents of GGUF files, and refused models; test_llama_cpp.py runs such files."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -307,6 +308,20 @@ def test_the_tokenizer_in_llama_cpp_terms(tmp_path):
     assert value(reader, "tokenizer.ggml.add_bos_token") is True
     assert value(reader, "tokenizer.ggml.add_eos_token") is False
     assert value(reader, "tokenizer.chat_template") == "{{ messages }}"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_all_end_tokens_are_in_the_file(tmp_path, tokenizer, number, caplog):
+    ends = tuple(range(20, 20 + number))
+    opened = dataclasses.replace(ModelTokenizer.open(tokenizer), begin=9, ends=ends, pad=8)
+    path = tmp_path / "a.gguf"
+    write_gguf(path, decoder("F"), tokenizer=opened, weight_format=GgufFormat.f32)
+    reader = gguf.GGUFReader(path)
+    names = ("bos", "eos", "eot", "eom", "padding")
+    found = [value(reader, f"tokenizer.ggml.{name}_token_id") for name in names]
+    eot, eom = ends[-1] if number > 1 else None, ends[1] if number > 2 else None
+    assert found == [9, 20, eot, eom, 8]
+    assert ("names three end tokens at most" in caplog.text) == (number > 3)
 
 
 def test_a_tokenizer_that_adds_nothing(tmp_path, tokenizer):
