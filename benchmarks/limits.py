@@ -70,7 +70,7 @@ def make(path: Path) -> None:
         write(path, lower(model, SETTINGS))
         return
     form = GgufFormat.q4_0
-    write_gguf(path, model, tokenizer=None, token_ids={}, weight_format=form)
+    write_gguf(path, model, tokenizer=None, weight_format=form)
 
 
 def fastest(run: Callable[[], object], rounds: int = 5) -> float:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec
 from flash.commands import command
 from flash.data.corpus import PackedData, find_tokenizer
-from flash.data.settings import DataSettings
-from flash.data.tokenizer import end_of_text_id, load_tokenizer
+from flash.data.settings import DataKind, DataSettings
+from flash.data.tokenizer import load_tokenizer
 from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
@@ -22,6 +21,7 @@ from flash.model.backbone import Backbone
 from flash.model.checkpoint import save, state_to_save
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
+from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits
@@ -72,6 +72,8 @@ class Workspace:
         backbone: Source of weights.
         data_settings: Settings of the text; None for commands that read no text.
         device_settings: Settings of the device; None for commands that measure nothing.
+        model_folder: Folder of the weights in use, whose tokenizer comes before the backbone's;
+            None: the backbone.
         batch_size: Sequences per training step, and per forward pass on held-out text.
         seed: Seed of the order of the text.
     """
@@ -80,6 +82,7 @@ class Workspace:
     backbone: Backbone
     data_settings: DataSettings | None = None
     device_settings: DeviceSettings | None = None
+    model_folder: Path | None = None
     batch_size: int = 8
     seed: int = 0
 
@@ -94,34 +97,20 @@ class Workspace:
         return open_device(self.device_settings)
 
     @cached_property
-    def tokenizer_path(self) -> Path:
-        """Path of the tokenizer.json in use.
+    def tokenizer(self) -> ModelTokenizer:
+        """Tokenizer in use: that of the settings, else of the model, else of the backbone.
 
         Raises:
-            InputError: There is no tokenizer, or it does not fit the backbone.
+            InputError: There is none, or it has more entries than the backbone's vocabulary.
         """
-        assert self.data_settings is not None
-        return find_tokenizer(self.data_settings, self.backbone.tokenizer, self.runs.tokens)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Tokenizer in use.
-
-        Raises:
-            InputError: It has more entries than the backbone's vocabulary.
-        """
-        tokenizer, limit = load_tokenizer(self.tokenizer_path), self.backbone.spec.vocab_size
-        if tokenizer.get_vocab_size() > limit:
-            raise InputError(
-                f"data.tokenizer={self.tokenizer_path}: has {tokenizer.get_vocab_size()} entries: "
-                f"expected at most the backbone's vocabulary of {limit}"
-            )
+        data = self.data_settings
+        assert data is not None
+        own = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
+        if own is None or not own.is_file():
+            own = self.backbone.tokenizer
+        tokenizer = load_tokenizer(find_tokenizer(data, own, self.runs.tokens), data)
+        tokenizer.require_fits(self.backbone.spec.vocab_size, "data.tokenizer=")
         return tokenizer
-
-    @property
-    def end_of_text(self) -> int:
-        """Id of the token between documents."""
-        return end_of_text_id(self.tokenizer, self.tokenizer_path)
 
     @cached_property
     def data(self) -> PackedData:
@@ -145,7 +134,6 @@ class Workspace:
             batch_size=self.batch_size,
             seed=self.seed,
             cache=self.runs.tokens,
-            folder=self.tokenizer_path.parent,
         )
 
     def importance(self, calibration_tokens: int) -> Importance:
@@ -161,11 +149,13 @@ class Workspace:
         return cached_scores(path, folder, self.backbone.load, batches, len(batches))
 
     def save_model(self, folder: Path, model: Decoder) -> None:
-        """Write `model` in bfloat16 and its tokenizer as a Hugging Face folder."""
-        save(
-            folder,
-            model.spec,
-            state_to_save(model, torch.bfloat16),
-            tokenizer=self.tokenizer_path,
-            token_ids={"bos_token_id": self.end_of_text, "eos_token_id": self.end_of_text},
-        )
+        """Write `model` in bfloat16 and its tokenizer as a Hugging Face folder.
+
+        After training on conversations the tokenizer has the chat template that was taught.
+        """
+        tokenizer, data = self.tokenizer, self.data_settings
+        if data is not None and data.kind is DataKind.chat:
+            from flash.data.chat import taught  # transformers takes seconds to import
+
+            tokenizer = taught(tokenizer, data.chat_template)
+        save(folder, model.spec, state_to_save(model, torch.bfloat16), tokenizer=tokenizer)

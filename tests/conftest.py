@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from flash.arch import ArchSpec, parse_pattern
 from flash.data.settings import DataKind, DataSettings
@@ -11,6 +12,7 @@ from flash.data.tokenizer import train_tokenizer
 from flash.model.checkpoint import save, state_to_save
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
+from flash.model.tokenizer import ModelTokenizer
 
 SMALL = ArchSpec(
     model_dim=64,
@@ -23,6 +25,13 @@ SMALL = ArchSpec(
     sliding_window=16,
     max_context=128,
 )
+
+
+def opened(tokenizer: Tokenizer, folder: Path) -> ModelTokenizer:
+    """Save a tokenizer in a folder and open it, as the product does."""
+    folder.mkdir(exist_ok=True, parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return ModelTokenizer.open(folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +66,12 @@ def backbone_folder(corpus, tmp_path_factory) -> Path:
     texts = [path.read_text("utf-8") for path in sorted(corpus.iterdir())]
     train_tokenizer(texts, 320).save(str(tokenizer))
     model = Decoder(SMALL)
-    save(folder / "hf", SMALL, state_to_save(model, torch.bfloat16), tokenizer=tokenizer)
+    save(
+        folder / "hf",
+        SMALL,
+        state_to_save(model, torch.bfloat16),
+        tokenizer=ModelTokenizer.open(tokenizer),
+    )
     return folder / "hf"
 
 

@@ -3,9 +3,10 @@
 Only the tokens of the assistant count for the loss.
 """
 
-import json
 import logging
 import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from flash.data.encoders import EncodedDocument
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
-
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatEncoder:
@@ -27,8 +27,8 @@ class ChatEncoder:
 
     The assistant's text is the text that the template puts between `{% generation %}` and
     `{% endgeneration %}`. In a template without these marks it is the text that each assistant
-    message adds to the rendering of the messages before it, generation prompt included; the
-    end-of-turn token therefore belongs to the message.
+    message adds to the rendering of the messages before it, generation prompt included. The
+    end-of-turn token after it belongs to it, also if the template puts it behind the marks.
 
     Args:
         tokenizer: Encoder of the rendered text.
@@ -36,6 +36,9 @@ class ChatEncoder:
         special: Special tokens by name (`bos_token`, ...) that the template may use.
         max_tokens: Length to which longer conversations are cut [tokens].
         skip_damaged: Skip conversations that the template refuses, with a warning.
+
+    Attributes:
+        renderer: Renderer of the template.
     """
 
     needed = "assistant tokens"
@@ -45,14 +48,14 @@ class ChatEncoder:
         self,
         tokenizer: Tokenizer,
         template: str,
-        special: dict[str, str],
+        special: Mapping[str, str],
         *,
         max_tokens: int,
         skip_damaged: bool = False,
     ) -> None:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
         self.skip_damaged = skip_damaged
-        self._renderer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        self.renderer = ChatRenderer(tokenizer, template, special)
         self._marked = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
 
     def encode(self, values: list[Any]) -> list[EncodedDocument | None]:
@@ -70,19 +73,17 @@ class ChatEncoder:
                 ) from error
             log.warning("a conversation is skipped: %s", error)
             return None
+        if self.renderer.end_of_turn is not None:
+            _learn_end_of_turn(encoded, self.renderer.end_of_turn, self.tokenizer)
         # The first token cannot be predicted, as no token comes before it.
         mask = encoded.loss_mask
         return encoded if mask is not None and mask[1:].any() else None
 
     def _from_marks(self, messages: list[dict[str, Any]]) -> EncodedDocument:
-        out: Any = self._renderer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+        tokens, mask = self.renderer.encode_marked(messages)
+        return EncodedDocument(
+            np.array(tokens[: self.max_tokens], np.int64), np.array(mask[: self.max_tokens], bool)
         )
-        tokens = np.array(out["input_ids"][: self.max_tokens], np.int64)
-        return EncodedDocument(tokens, np.array(out["assistant_masks"][: self.max_tokens], bool))
 
     def _from_prefixes(self, messages: list[dict[str, Any]]) -> EncodedDocument:
         whole = self._render(messages)
@@ -103,16 +104,7 @@ class ChatEncoder:
         return EncodedDocument(np.array(encoding.ids[: self.max_tokens], np.int64), loss_mask)
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        if not messages:
-            return ""
-        text = self._renderer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-        assert isinstance(text, str)
-        return text
+        return self.renderer.render(messages, prompt=prompt) if messages else ""
 
 
 def _check(messages: Any) -> None:
@@ -125,47 +117,111 @@ def _check(messages: Any) -> None:
             raise InputError(f"expected {shape}, found {found}")
 
 
-def read_template(folder: Path | None, chosen: str | None) -> tuple[str, dict[str, str]]:
-    """Read the chat template and the special tokens that it may use.
+def _learn_end_of_turn(encoded: EncodedDocument, end: int, tokenizer: Tokenizer) -> None:
+    """Add to the mask the end of turn after each of the assistant's texts, if it is not there.
+
+    Some templates close `{% generation %}` before it; a model that never learns it never stops.
+    """
+    tokens, mask = encoded.tokens, encoded.loss_mask
+    assert mask is not None
+    for start in np.flatnonzero(mask[:-1] & ~mask[1:]) + 1:
+        stop = start
+        while stop < len(tokens) and tokenizer.decode([tokens[stop]]).isspace():
+            stop += 1
+        if stop < len(tokens) and tokens[stop] == end:
+            mask[start : stop + 1] = True
+
+
+class ChatRenderer:
+    """Renderer of conversations with a chat template.
 
     Args:
-        folder: Folder of the tokenizer, with `chat_template.jinja` or `tokenizer_config.json`.
+        tokenizer: Tokenizer of the model.
+        template: Jinja source of the chat template.
+        special: Special tokens by name (`bos_token`, ...) that the template may use.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, special: Mapping[str, str]) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._library: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+    def render(self, messages: list[Any], *, prompt: bool = False, continued: bool = False) -> str:
+        """Render a conversation.
+
+        Args:
+            messages: Messages with the keys `role` and `content`.
+            prompt: End with the header of the assistant's answer.
+            continued: Leave the last message open, so that the model continues it.
+
+        Raises:
+            TemplateError: The template refuses the conversation.
+        """
+        return self._library.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            continue_final_message=continued,
+        )
+
+    def encode_marked(self, messages: list[Any]) -> tuple[list[int], list[int]]:
+        """Return the tokens of a conversation, and 1 for those between `{% generation %}` marks."""
+        out = self._library.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return out["input_ids"], out["assistant_masks"]
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """Token that the template puts after an answer; None if it is no single special token."""
+        answer = "bcd"
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        try:
+            _, found, after = self.render(messages).rpartition(answer)
+        except TemplateError:
+            return None
+        ids = self._tokenizer.encode(after.lstrip(), add_special_tokens=False).ids
+        known = self._tokenizer.get_added_tokens_decoder()
+        return ids[0] if found and ids and ids[0] in known else None
+
+
+def read_template(tokenizer: ModelTokenizer, chosen: str | None) -> str:
+    """Read the Jinja source of a chat template.
+
+    Args:
+        tokenizer: Tokenizer of the model, with the template of its folder.
         chosen: Jinja file to read the template from instead.
 
-    Returns:
-        Jinja source of the template, and special tokens by name.
-
     Raises:
-        InputError: No template was found, or a file is damaged.
+        InputError: No template was found.
     """
-    config: dict[str, Any] = {}
-    path = folder / "tokenizer_config.json" if folder is not None else None
-    if path is not None and path.is_file():
-        try:
-            config = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: damaged ({error}); copy it again") from error
-    special = {}
-    for name in _SPECIAL:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            special[name] = token
-    return _template(folder, chosen, config.get("chat_template")), special
-
-
-def _template(folder: Path | None, chosen: str | None, configured: Any) -> str:
     if chosen is not None:
         if not Path(chosen).is_file():
             raise InputError(f"data.chat_template={chosen}: no such file; expected a Jinja file")
         return Path(chosen).read_text("utf-8")
-    if folder is not None and (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    if isinstance(configured, list):  # several templates, each with a name
-        configured = {entry["name"]: entry["template"] for entry in configured}.get("default")
-    if not isinstance(configured, str):
+    if tokenizer.chat_template is None:
         raise InputError(
             "data.chat_template=null: expected a chat template beside the tokenizer, found none; "
             "set it to a Jinja file, such as conf/data/chatml.jinja"
         )
-    return configured
+    return tokenizer.chat_template
+
+
+def taught(tokenizer: ModelTokenizer, chosen: str | None) -> ModelTokenizer:
+    """Return the tokenizer of a model that was trained on conversations.
+
+    Its chat template is the one of the training, and the end of a turn is one of its end tokens.
+
+    Args:
+        tokenizer: Tokenizer before the training.
+        chosen: Jinja file of the chat template; None is that of `tokenizer`.
+
+    Raises:
+        InputError: No template was found.
+    """
+    template = read_template(tokenizer, chosen)
+    renderer = ChatRenderer(tokenizer.backend, template, tokenizer.special)
+    return tokenizer.with_chat(template, renderer.end_of_turn)

@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -18,6 +17,7 @@ from flash.data.stream import StreamedSequences
 from flash.data.teacher_cache import TeacherCache
 from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
 from flash.records import write_text
 
 MAX_BATCH = 16
@@ -37,7 +37,7 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
     """
     path = Path(settings.tokenizer) if settings.tokenizer else default
     if path is not None:
-        load_tokenizer(path)
+        load_tokenizer(path, settings)
         return path
     if settings.kind not in {DataKind.stdlib, DataKind.folder}:
         raise InputError(
@@ -65,7 +65,6 @@ class PackedData:
         batch_size: Sequences per optimizer step, over all ranks.
         seed: Seed of the order of the training sequences.
         cache: Folder for token streams.
-        folder: Folder of the tokenizer, with its chat template; only for `data.kind=chat`.
 
     Attributes:
         train_set: Training sequences, read by index or streamed.
@@ -82,17 +81,16 @@ class PackedData:
     def __init__(
         self,
         settings: DataSettings,
-        tokenizer: Tokenizer,
+        tokenizer: ModelTokenizer,
         *,
         batch_size: int,
         seed: int,
         cache: Path,
-        folder: Path | None = None,
     ) -> None:
         self.settings, self.batch_size, self.seed = settings, batch_size, seed
-        splits = open_splits(settings, tokenizer, seed=seed, cache=cache, folder=folder)
+        splits = open_splits(settings, tokenizer, seed=seed, cache=cache)
         self.train_set: PackedSequences | StreamedSequences = splits.train
-        self.digest, self.bytes_per_token = splits.digest, token_bytes(tokenizer)
+        self.digest, self.bytes_per_token = splits.digest, token_bytes(tokenizer.backend)
         self.validation_set: Subset[Batch] = _evenly_spaced(
             splits.validation, settings.validation_sequences
         )

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)
@@ -56,25 +55,26 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Encoder of plain text; end-of-text follows each document.
+    """Encoder of plain text, as documents with begin-of-text where it belongs and end-of-text.
 
     Args:
-        tokenizer: Tokenizer with an end-of-text token.
+        tokenizer: Tokenizer of the model.
     """
 
     needed = "text"
     splits_documents = True
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.end_of_text = tokenizer, end_of_text_id(tokenizer)
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
+        self.tokenizer = tokenizer
 
     def encode(self, values: list[Any]) -> list[EncodedDocument | None]:
         for value in values:
             if not isinstance(value, str):
                 raise InputError(f"expected text, found {type(value).__name__}")
-        encodings = self.tokenizer.encode_batch_fast(values, add_special_tokens=False)
+        prefix, end = self.tokenizer.prefix, self.tokenizer.end_of_text
+        encodings = self.tokenizer.backend.encode_batch_fast(values, add_special_tokens=False)
         return [
-            EncodedDocument(np.array([*encoding.ids, self.end_of_text], np.int64))
+            EncodedDocument(np.array([*prefix, *encoding.ids, end], np.int64))
             if encoding.ids
             else None
             for encoding in encodings

@@ -1,27 +1,30 @@
 """Opening of the data of any kind: from settings to training and validation sequences."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save
-from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, collate
 from flash.data.encoders import Encoder, TextEncoder
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
-from flash.data.shards import open_shards, tokenizer_digest
+from flash.data.shards import open_shards
 from flash.data.stream import LogicalShard, Split, StreamedSequences
-from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
 from flash.records import atomic_write, digest
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
+
+
+log = logging.getLogger(__name__)
 
 
 class InMemorySequences(Dataset[Batch]):
@@ -58,7 +61,7 @@ class DataSplits:
 
 
 def open_splits(
-    settings: DataSettings, tokenizer: Tokenizer, *, seed: int, cache: Path, folder: Path | None
+    settings: DataSettings, tokenizer: ModelTokenizer, *, seed: int, cache: Path
 ) -> DataSplits:
     """Open and check the data, and return the sequences of both splits.
 
@@ -67,19 +70,18 @@ def open_splits(
         tokenizer: Encoder of the text.
         seed: Seed of the order of streamed data.
         cache: Folder for token streams and validation sequences.
-        folder: Folder of the tokenizer, for its chat template.
 
     Raises:
         InputError: The data cannot be used.
     """
     if settings.streamed:
-        return _open_streamed(settings, tokenizer, seed, cache, folder)
+        return _open_streamed(settings, tokenizer, seed, cache)
     if settings.kind is DataKind.shards:
         path = Path(str(settings.path))
         opened = open_shards(path, tokenizer, cache, skip_damaged=settings.skip_damaged)
     else:
         opened = tokenize(settings, tokenizer, cache)
-    end = end_of_text_id(tokenizer) if settings.document_masks else None
+    end = tokenizer.end_of_text if settings.document_masks else None
     return DataSplits(
         PackedSequences(opened.train, settings.seq_len, end_of_text=end),
         PackedSequences(opened.validation, settings.seq_len, end_of_text=end),
@@ -88,17 +90,17 @@ def open_splits(
 
 
 def _open_streamed(
-    settings: DataSettings, tokenizer: Tokenizer, seed: int, cache: Path, folder: Path | None
+    settings: DataSettings, tokenizer: ModelTokenizer, seed: int, cache: Path
 ) -> DataSplits:
     from flash.data.sources import TextSource, open_sources  # takes a second to import
 
-    encoder, template = _encoder(settings, tokenizer, folder)
+    encoder, template = _encoder(settings, tokenizer)
     separate = settings.validation
     train = StreamedSequences(
         sources=open_sources(settings),
         encoder=encoder,
         seq_len=settings.seq_len,
-        end_of_text=end_of_text_id(tokenizer),
+        end_of_text=tokenizer.end_of_text,
         logical_shards=settings.logical_shards,
         seed=seed,
         split=Split.train if separate is None else Split.all,
@@ -111,7 +113,7 @@ def _open_streamed(
     if separate is not None:
         source = TextSource(separate, "data.validation", skip_damaged=settings.skip_damaged)
         validation = dataclasses.replace(validation, sources=[source], split=Split.all)
-    key = _digest(train, validation, settings, [tokenizer_digest(tokenizer), template])
+    key = _digest(train, validation, settings, [tokenizer.digest, template])
     next(train.first(1))  # finds missing text or a wrong column now, not in a worker later
     count = settings.validation_sequences
     path = cache / f"validation_{key}_{settings.seq_len}_{count}.safetensors"
@@ -120,22 +122,25 @@ def _open_streamed(
     return DataSplits(train, InMemorySequences(Batch(**load_file(path))), key)
 
 
-def _encoder(
-    settings: DataSettings, tokenizer: Tokenizer, folder: Path | None
-) -> tuple[Encoder, str | None]:
+def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder, str | None]:
     """Encoder of the data, and the chat template that it uses."""
     if settings.kind is not DataKind.chat:
         return TextEncoder(tokenizer), None
     from flash.data.chat import ChatEncoder, read_template  # transformers takes seconds to import
 
-    template, special = read_template(folder, settings.chat_template)
+    template = read_template(tokenizer, settings.chat_template)
     encoder = ChatEncoder(
-        tokenizer,
+        tokenizer.backend,
         template,
-        special,
+        tokenizer.special,
         max_tokens=settings.seq_len + 1,
         skip_damaged=settings.skip_damaged,
     )
+    if encoder.renderer.end_of_turn is None:
+        log.warning(
+            "data.chat_template: puts no special token after an answer, so the model learns no end "
+            "of its turn"
+        )
     return encoder, template
 
 

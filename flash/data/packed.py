@@ -7,21 +7,20 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, document_ids_of
 from flash.data.files import Document, find_documents, read_text
 from flash.data.settings import DataSettings
-from flash.data.tokenizer import end_of_text_id
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
 from flash.records import atomic_write, write_json
 
 
 @dataclass(frozen=True)
 class TokenStreams:
-    """Tokenised text: one stream for each split, with end-of-text after each document.
+    """Tokenised text: one stream for each split, with begin- and end-of-text around documents.
 
     Attributes:
         train: Memory-mapped token ids `(n,)` for training and calibration.
@@ -42,7 +41,7 @@ class TokenArray(Protocol):
     def __getitem__(self, window: slice, /) -> np.ndarray: ...
 
 
-def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> TokenStreams:
+def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> TokenStreams:
     """Tokenise all text files of `data.kind` stdlib or folder.
 
     The streams are read from `cache` when texts, tokenizer and split are unchanged.
@@ -56,7 +55,7 @@ def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> Token
         InputError: No file is found, a file cannot be read, or a split has no file.
     """
     texts = [(document, read_text(document)) for document in find_documents(settings)]
-    hasher = hashlib.sha256(tokenizer.to_str().encode())
+    hasher = hashlib.sha256(tokenizer.identity)
     hasher.update(str(settings.validation_percent).encode())
     for document, text in texts:
         hasher.update(document.digest.encode())
@@ -89,18 +88,18 @@ def tokenize(settings: DataSettings, tokenizer: Tokenizer, cache: Path) -> Token
     )
 
 
-def token_type(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+def token_type(tokenizer: ModelTokenizer) -> type[np.unsignedinteger]:
     """Smallest unsigned integer type that holds every token id."""
-    return np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, dtype: type, split: str) -> np.ndarray:
-    end = end_of_text_id(tokenizer)
+def _encode(texts: list[str], tokenizer: ModelTokenizer, dtype: type, split: str) -> np.ndarray:
+    prefix, end = tokenizer.prefix, tokenizer.end_of_text
     chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     documents: list[np.ndarray] = []
     for chunk in progress(chunks, f"tokenizing {split}"):
-        for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
-            documents.append(np.array([*encoding.ids, end], dtype=dtype))
+        for encoding in tokenizer.backend.encode_batch(chunk, add_special_tokens=False):
+            documents.append(np.array([*prefix, *encoding.ids, end], dtype=dtype))
     return np.concatenate(documents)
 
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from flash.data.corpus import find_tokenizer
 from flash.data.encoders import TextEncoder
 from flash.data.packed import token_type
 from flash.data.settings import DataKind, DataSettings, PrepareSettings
-from flash.data.shards import Manifest, Shard, tokenizer_digest, write_shard
+from flash.data.shards import Manifest, Shard, write_shard
 from flash.data.stream import Mixture, Split, StreamedSequences
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
+from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.progress import progress_bar
 from flash.records import digest, plain
@@ -42,7 +42,7 @@ def prepare(settings: PrepareSettings) -> Path:
     require(data.kind is DataKind.datasets, "data.kind", data.kind.value, "datasets")
     runs = Runs(Path(settings.runs))
     backbone = Backbone.open(settings.backbone)
-    tokenizer = load_tokenizer(find_tokenizer(data, backbone.tokenizer, runs.tokens))
+    tokenizer = load_tokenizer(find_tokenizer(data, backbone.tokenizer, runs.tokens), data)
     from flash.data.sources import open_sources  # takes a second to import
 
     sources = open_sources(data)
@@ -68,7 +68,7 @@ def prepare(settings: PrepareSettings) -> Path:
 
 
 def _training_split(
-    settings: PrepareSettings, sources: "list[TextSource]", tokenizer: Tokenizer
+    settings: PrepareSettings, sources: "list[TextSource]", tokenizer: ModelTokenizer
 ) -> StreamedSequences:
     """Open the training split of the mixture, as one logical shard."""
     data, encoder = settings.data, TextEncoder(tokenizer)
@@ -76,7 +76,7 @@ def _training_split(
         sources=sources,
         encoder=encoder,
         seq_len=data.seq_len,
-        end_of_text=encoder.end_of_text,
+        end_of_text=tokenizer.end_of_text,
         seed=settings.seed,
         split=Split.all if data.validation is not None else Split.train,
         validation_percent=data.validation_percent,
@@ -85,7 +85,7 @@ def _training_split(
 
 
 def _manifest(
-    settings: PrepareSettings, sources: "list[TextSource]", tokenizer: Tokenizer, folder: Path
+    settings: PrepareSettings, sources: "list[TextSource]", tokenizer: ModelTokenizer, folder: Path
 ) -> Manifest:
     """Read the manifest of the shards; a new one if the folder has none.
 
@@ -102,7 +102,7 @@ def _manifest(
         "heldout_percent": data["validation_percent"],
         "skip_damaged": data["skip_damaged"],
         "files": [source.fingerprint for source in sources],
-        "tokenizer": tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer.digest,
         "tokens": settings.tokens,
         "shard_tokens": settings.shard_tokens,
         "seed": settings.seed,
@@ -110,7 +110,7 @@ def _manifest(
     key = digest(decisive)
     manifest = Manifest.read(folder)
     if manifest is None:
-        return Manifest(key, tokenizer_digest(tokenizer), data=chosen)
+        return Manifest(key, tokenizer.digest, data=chosen)
     if manifest.key != key:
         raise InputError(
             f"out={folder}: holds shards of other data, tokenizer or settings; choose another "

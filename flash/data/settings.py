@@ -106,6 +106,12 @@ class DataSettings:
     """Forbid documents in the same sequence to attend to each other."""
     tokenizer: str | None = None
     """Path of a tokenizer.json. Null is the tokenizer of the backbone."""
+    end_of_text: str | None = None
+    """Token that follows each document, such as `<|endoftext|>`. Null is the one that the tokenizer
+    adds to a text, else its `eos_token`, else the first end token of the folder's configs."""
+    begin_of_text: bool | None = None
+    """Put the begin-of-text token in front of each document. Null is as the tokenizer does, and so
+    as the model was trained. It has no effect with `kind=chat`, where the template decides."""
     bpe_vocab_size: int = 2048
     """Entries of the tokenizer that is trained on the text, at least 300. It has an effect only
     with a backbone that has no tokenizer, `tokenizer=null`, and `kind=stdlib` or `kind=folder`."""
@@ -171,6 +177,10 @@ class DataSettings:
         if self.chat_template is not None and self.kind is not DataKind.chat:
             raise InputError(
                 f"chat_template={self.chat_template}: expected null, it has no effect with {kind}"
+            )
+        if self.begin_of_text is not None and self.kind is DataKind.chat:
+            raise InputError(
+                f"begin_of_text={self.begin_of_text}: expected null, it has no effect with {kind}"
             )
         if self.streamed and self.validation is None and self.validation_sequences == 0:
             raise InputError(

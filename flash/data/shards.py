@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
 from flash.records import atomic_write, file_digest, find_json, write_json
 
@@ -92,11 +92,6 @@ class Manifest:
         return cls(**values, shards=shards, validation=Shard(**found) if found else None)
 
 
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Hash of a tokenizer's vocabulary, rules and special tokens."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
-
-
 def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Shard:
     """Write documents as one shard; the file is written as a whole or not at all."""
     tokens = np.concatenate(documents)
@@ -145,13 +140,13 @@ class ShardSplits:
 
 
 def open_shards(
-    folder: Path, tokenizer: Tokenizer, cache: Path, *, skip_damaged: bool = False
+    folder: Path, tokenizer: ModelTokenizer, cache: Path, *, skip_damaged: bool = False
 ) -> ShardSplits:
     """Check the shards in `folder` and map them into memory.
 
     Args:
         folder: Folder that `flash prepare` wrote.
-        tokenizer: Tokenizer that the shards were made with.
+        tokenizer: ModelTokenizer that the shards were made with.
         cache: Folder for notes of the files whose hash was right, so that each is hashed once.
         skip_damaged: Skip damaged training shards, with a warning.
 
@@ -185,7 +180,7 @@ def open_shards(
     )
 
 
-def _finished(folder: Path, tokenizer: Tokenizer) -> tuple[Manifest, Shard]:
+def _finished(folder: Path, tokenizer: ModelTokenizer) -> tuple[Manifest, Shard]:
     """Manifest of finished shards of this tokenizer, and their validation shard."""
     named = f"data.path={folder}"
     manifest = Manifest.read(folder)
@@ -195,10 +190,11 @@ def _finished(folder: Path, tokenizer: Tokenizer) -> tuple[Manifest, Shard]:
         )
     if not manifest.complete or manifest.validation is None:
         raise InputError(f"{named}: is not finished; run `flash prepare` again")
-    if manifest.tokenizer != tokenizer_digest(tokenizer):
+    if manifest.tokenizer != tokenizer.digest:
         raise InputError(
-            f"{named}: was made with another tokenizer than this backbone's; prepare it again "
-            "with this backbone, or set data.tokenizer"
+            f"{named}: was made with another tokenizer than this backbone's, or with another begin "
+            "or end of documents; prepare it again with this backbone, or set data.tokenizer, "
+            "data.begin_of_text and data.end_of_text as there"
         )
     return manifest, manifest.validation
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers in Hugging Face's tokenizer.json format."""
+"""Tokenizers for text: loading under the settings of the data, training, and sizes of tokens."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,10 +7,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from flash.errors import InputError
-
-END_OF_TEXT = "<|endoftext|>"
-"""Token that ends each document."""
+from flash.data.settings import DataSettings
+from flash.model.tokenizer import END_OF_TEXT, ModelTokenizer, vocabulary_bytes
 
 # A newline keeps the indentation after it, so that indentation costs one token per line. No
 # look-ahead is used, because the regex engine of on-device runtimes does not support it.
@@ -37,50 +35,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json.
-
-    Raises:
-        InputError: The file is missing, damaged or has no end-of-text token.
-    """
-    if not path.is_file():
-        raise InputError(f"data.tokenizer={path}: no such file; expected a tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for damaged files
-        raise InputError(f"data.tokenizer={path}: damaged ({error}); copy it again") from error
-    end_of_text_id(tokenizer, path)
-    return tokenizer
-
-
-def end_of_text_id(tokenizer: Tokenizer, path: Path | str = "tokenizer") -> int:
-    """Id of the token that separates documents.
+def load_tokenizer(path: Path, settings: DataSettings | None = None) -> ModelTokenizer:
+    """Read a tokenizer.json and the files beside it.
 
     Args:
-        tokenizer: Tokenizer to search for a common end-of-text token.
-        path: Its origin, for the error message.
+        path: The tokenizer.json.
+        settings: Data settings about the begin and the end of documents. None: as the files say.
 
     Raises:
-        InputError: The tokenizer has no such token.
+        InputError: The file is missing, damaged or names no end-of-text token.
     """
-    for token in (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>"):
-        found = tokenizer.token_to_id(token)
-        if found is not None:
-            return found
-    raise InputError(f"data.tokenizer={path}: expected an end-of-text token such as {END_OF_TEXT}")
+    end = settings.end_of_text if settings is not None else None
+    begin = settings.begin_of_text if settings is not None else None
+    return ModelTokenizer.open(path, end_of_text=end, begin_of_text=begin, key="data.tokenizer=")
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Number of UTF-8 bytes that each token id stands for, `(vocab,)`; 0 for special tokens.
+    """Number of UTF-8 bytes of text that each token id stands for, up to the largest id.
 
-    The vocabulary must be a byte-level one, in which each character of an entry is one byte.
+    Special tokens, and ids without a token, stand for none.
     """
-    special = {
-        token_id
-        for token_id, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special
-    }
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    for token, token_id in tokenizer.get_vocab().items():
-        lengths[token_id] = 0 if token_id in special else len(token)
+    counts = dict(vocabulary_bytes(tokenizer))
+    lengths = np.zeros(max(counts) + 1, dtype=np.int64)
+    lengths[list(counts)] = list(counts.values())
     return lengths

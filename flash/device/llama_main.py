@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from flash.errors import InputError
+from flash.model.tokenizer import read_backend
 
 STATISTICS = "PyTorchObserver "
 """Prefix of the line of statistics."""
@@ -89,12 +88,7 @@ class Prompts:
             InputError: The file is missing or cannot be read.
         """
         self._path = path
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more precise
-            raise InputError(
-                f"device.android.tokenizer={path}: not a readable tokenizer.json ({error})"
-            ) from None
+        self._tokenizer = read_backend(path, "device.android.tokenizer=")
 
     def of_length(self, tokens: int) -> str:
         """Make a text that the tokenizer, without special tokens, splits into `tokens` tokens.

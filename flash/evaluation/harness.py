@@ -62,7 +62,7 @@ class TextLM(TokenScoringLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.end_ids[0]
+        return self._tokenizer.tokenizer.end_of_text
 
     @property
     def prefix_token_id(self) -> int:
@@ -359,5 +359,5 @@ class ProgramLM(TextLM):
     def _stopped(self, answer: list[int], stop: set[int], until: list[str]) -> bool:
         if answer[-1] in stop:
             return True
-        text = self._tokenizer.decode(answer)
+        text = self._tokenizer.backend.decode(answer, skip_special_tokens=False)
         return any(string in text for string in until)

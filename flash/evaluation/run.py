@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec
 from flash.commands import command
-from flash.data.shards import tokenizer_digest
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
@@ -69,12 +68,7 @@ class EvaluatedModel:
         # Weights of random backbones come without a tokenizer.
         own = (weights / "tokenizer.json").is_file() or backbone.folder is None
         tokenizer = HarnessTokenizer.open(weights if own else backbone.folder or weights)
-        entries = tokenizer.backend.get_vocab_size()
-        if entries > spec.vocab_size:
-            raise InputError(
-                f"{tokenizer.folder}: tokenizer.json has {entries} entries: expected at most the "
-                f"model's vocabulary of {spec.vocab_size}"
-            )
+        tokenizer.tokenizer.require_fits(spec.vocab_size)
         if settings.suite.apply_chat_template:
             tokenizer = tokenizer.with_chat()
         program = None
@@ -89,7 +83,7 @@ class EvaluatedModel:
         settings = self.settings
         known: dict[str, Any] = {
             "form": settings.format.value,
-            "tokenizer": tokenizer_digest(self.tokenizer.backend),
+            "tokenizer": self.tokenizer.tokenizer.digest,
             "ends": [self.tokenizer.prefix_id, *self.tokenizer.end_ids],
         }
         if self.program is None:

@@ -7,7 +7,7 @@ it passed.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from flash.interop.gguf import (
 from flash.interop.hf_folder import check_hf, transformers_spec, write_hf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
 from flash.model.decoder import Decoder
+from flash.model.tokenizer import ModelTokenizer
 from flash.records import find_json, write_json
 from flash.renamed import present_keys
 
@@ -77,22 +78,19 @@ class ExportSource:
     Attributes:
         model: The decoder in float32.
         text: Held-out token ids on which the formats are compared with the model.
-        tokenizer: Path of the model's tokenizer.json.
-        token_ids: Special tokens for config files, such as `eos_token_id`.
+        tokenizer: Tokenizer of the model.
     """
 
     model: Decoder
     text: Int[Tensor, " n"]
-    tokenizer: Path
-    token_ids: Mapping[str, int]
+    tokenizer: ModelTokenizer
 
 
 def check_formats(
     formats: Sequence[ExportFormat],
     settings: FormatSettings,
     spec: ArchSpec,
-    tokenizer: Path,
-    token_ids: Mapping[str, int],
+    tokenizer: ModelTokenizer,
 ) -> None:
     """Check that each format can express `spec` and that its gate can run; loads no weights.
 
@@ -103,7 +101,7 @@ def check_formats(
         transformers_spec(spec)
     if ExportFormat.gguf in formats:
         try:
-            check_gguf_support(spec, tokenizer if settings.gguf_tokenizer else None, token_ids)
+            check_gguf_support(spec, tokenizer if settings.gguf_tokenizer else None)
         except InputError as error:
             raise InputError(f"format=gguf: {error}") from error
 
@@ -144,7 +142,7 @@ def publish(
 
 
 def _write_hf(path: Path, source: ExportSource, settings: FormatSettings) -> FormatCheck:
-    write_hf(path, source.model, tokenizer=source.tokenizer, token_ids=source.token_ids)
+    write_hf(path, source.model, tokenizer=source.tokenizer)
     return check_hf(path, source.model, source.text, settings.max_error_hf)
 
 
@@ -153,7 +151,6 @@ def _write_gguf(path: Path, source: ExportSource, settings: FormatSettings) -> F
         path,
         source.model,
         tokenizer=source.tokenizer if settings.gguf_tokenizer else None,
-        token_ids=source.token_ids,
         weight_format=settings.gguf,
     )
     check = check_gguf(path, source.model, source.text, _gguf_limits(settings))

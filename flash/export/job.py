@@ -4,6 +4,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -65,6 +66,7 @@ class ExportJob:
             backbone=backbone,
             data_settings=settings.data,
             device_settings=settings.device,
+            model_folder=weights,
             seed=settings.seed,
         )
         device = workspace.device
@@ -89,12 +91,6 @@ class ExportJob:
     def key(self) -> str:
         """Hash of all inputs and settings that affect the program and its measurement."""
         return self.keys[ExportFormat.executorch]
-
-    @property
-    def token_ids(self) -> dict[str, int]:
-        """Special tokens for the config files of formats."""
-        end = self.workspace.end_of_text
-        return {"bos_token_id": end, "eos_token_id": end}
 
     @property
     def texts(self) -> list[Tensor]:
@@ -124,8 +120,8 @@ class ExportJob:
         if ExportFormat.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
             self._compare_rounding()
-        path = self.workspace.tokenizer_path
-        check_formats(settings.format, settings.formats, self.spec, path, self.token_ids)
+        tokenizer = self.workspace.tokenizer
+        check_formats(settings.format, settings.formats, self.spec, tokenizer)
         for kind in settings.format:
             self._keep(kind)
         self._check_room()
@@ -220,7 +216,12 @@ def _keys(
 ) -> dict[ExportFormat, str]:
     data = settings.data
     text = [workspace.data.digest, data.validation_sequences, settings.perplexity_tokens]
-    source = {"weights": fingerprint(weights), "data": text}
+    source: dict[str, Any] = {"weights": fingerprint(weights), "data": text}
+    tokenizer = workspace.tokenizer
+    end = tokenizer.end_of_text
+    if tokenizer.token_ids != {"bos_token_id": end, "eos_token_id": end} or tokenizer.chat_template:
+        # Not for others, so that exports of former versions stay valid.
+        source["tokenizer"] = [tokenizer.token_ids, tokenizer.chat_template]
     program = {
         "device": workspace.device.identity(),
         "device_settings": settings.device.identity(),

@@ -81,8 +81,7 @@ def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
 def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
     """Write and check the formats other than the program."""
     model = load_checkpoint(job.weights)
-    path = job.workspace.tokenizer_path
-    source = ExportSource(model=model, text=job.texts[0], tokenizer=path, token_ids=job.token_ids)
+    source = ExportSource(model=model, text=job.texts[0], tokenizer=job.workspace.tokenizer)
     for kind in kinds:
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
         describe_format(job.name, kind, result, job.folder)
@@ -94,16 +93,17 @@ def _export(job: ExportJob) -> ExportResult:
     model = load_checkpoint(job.weights)
     log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
     start = time.perf_counter()
-    end = workspace.end_of_text
-    program = lower(model, settings.device.lowering, bos_id=end, eos_ids=(end,))
+    tokenizer = workspace.tokenizer
+    begin = tokenizer.begin if tokenizer.begin is not None else tokenizer.end_of_text
+    program = lower(model, settings.device.lowering, bos_id=begin, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
     report = _run_gate(job, model, program)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
     measurement, speedups = _measure(job, model, lower_s)
-    prompt = workspace.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
-    ids = job.device.generate(path, prompt, settings.new_tokens, stop=(end,))
+    prompt = tokenizer.encode(settings.prompt) or [begin]
+    ids = job.device.generate(path, prompt, settings.new_tokens, stop=tokenizer.ends)
     return ExportResult(
         name=name,
         spec=model.spec,
@@ -117,7 +117,7 @@ def _export(job: ExportJob) -> ExportResult:
         speedups=speedups,
         predicted=predicted,
         prompt=settings.prompt,
-        completion=workspace.tokenizer.decode(ids),
+        completion=tokenizer.decode(ids),
         device=job.device.identity(),
         lower_s=lower_s,
         key=job.key,

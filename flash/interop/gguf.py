@@ -12,7 +12,7 @@ Source: the loaders of llama.cpp, src/llama-model.cpp and src/models/.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ from flash.interop.settings import GgufFormat
 from flash.lowering.bisect_layers import first_failing_layer
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits, compare, require_text
 from flash.model.decoder import Decoder, rotary_frequencies
+from flash.model.tokenizer import ModelTokenizer
 from flash.records import replacing
 
 _F32 = 0
@@ -116,9 +117,7 @@ def _llama_cpp_model(spec: ArchSpec) -> _LlamaCppModel:
     return _LlamaCppModel(architecture, spec.replace(layer_types=tuple(kinds)))
 
 
-def check_gguf_support(
-    spec: ArchSpec, tokenizer: Path | None, token_ids: Mapping[str, int]
-) -> None:
+def check_gguf_support(spec: ArchSpec, tokenizer: ModelTokenizer | None) -> None:
     """Check that a file can be written and compared; this takes no noticeable time.
 
     Raises:
@@ -126,7 +125,7 @@ def check_gguf_support(
     """
     _llama_cpp_model(spec)
     if tokenizer is not None:
-        read_vocabulary(tokenizer, spec.vocab_size, token_ids)
+        read_vocabulary(tokenizer, spec.vocab_size)
     _llama_cpp()
 
 
@@ -134,8 +133,7 @@ def write_gguf(
     path: Path,
     model: Decoder,
     *,
-    tokenizer: Path | None,
-    token_ids: Mapping[str, int],
+    tokenizer: ModelTokenizer | None,
     weight_format: GgufFormat,
 ) -> None:
     """Write one file for llama.cpp, completely or not at all.
@@ -143,8 +141,7 @@ def write_gguf(
     Args:
         path: File to write; its stem becomes the model's name.
         model: The decoder.
-        tokenizer: Its tokenizer.json; None writes a file that works on token ids only.
-        token_ids: `eos_token_id`, and `bos_token_id` unless it is the same.
+        tokenizer: Its tokenizer; None writes a file that works on token ids only.
         weight_format: Storage format of matrices.
 
     Raises:
@@ -153,7 +150,7 @@ def write_gguf(
     target = _llama_cpp_model(model.spec)
     vocabulary = None
     if tokenizer is not None:
-        vocabulary = read_vocabulary(tokenizer, model.spec.vocab_size, token_ids)
+        vocabulary = read_vocabulary(tokenizer, model.spec.vocab_size)
     writer = GGUFWriter(None, gguf.MODEL_ARCH_NAMES[target.architecture])
     _add_metadata(writer, path.stem, model.spec, weight_format)
     _add_shape(writer, target)
@@ -232,6 +229,12 @@ def _add_tokenizer(writer: GGUFWriter, vocabulary: Vocabulary | None) -> None:
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(vocabulary.bos_id)
     writer.add_eos_token_id(vocabulary.eos_id)
+    if vocabulary.eot_id is not None:
+        writer.add_eot_token_id(vocabulary.eot_id)
+    if vocabulary.eom_id is not None:
+        writer.add_eom_token_id(vocabulary.eom_id)
+    if vocabulary.pad_id is not None:
+        writer.add_pad_token_id(vocabulary.pad_id)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     if vocabulary.chat_template is not None:
@@ -329,7 +332,7 @@ def locate_gguf_failure(
     path = folder / ".part.gguf"
 
     def passes(part: Decoder) -> bool:
-        write_gguf(path, part, tokenizer=None, token_ids={}, weight_format=weight_format)
+        write_gguf(path, part, tokenizer=None, weight_format=weight_format)
         return check_gguf(path, part, text, limits).passed
 
     try:

@@ -7,17 +7,17 @@ model was trained on.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from flash.data.chat import read_template
-from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
+from flash.model.tokenizer import ModelTokenizer, added_tokens
+
+log = logging.getLogger(__name__)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -67,7 +67,10 @@ class Vocabulary:
         merges: Pairs in order of priority, each joined by a blank.
         pre: llama.cpp's name of the pre-tokenizer.
         bos_id: Token that begins a text.
-        eos_id: Token that ends a text.
+        eos_id: First token that ends a generation.
+        eot_id: Last one, if there are several; the end of a turn after instruction tuning.
+        eom_id: Another one, if there are three.
+        pad_id: Token for padding.
         add_bos: Whether encoding puts `bos_id` in front.
         add_eos: Whether encoding puts `eos_id` at the end.
         chat_template: Jinja source; None if the tokenizer's folder has no template.
@@ -79,35 +82,41 @@ class Vocabulary:
     pre: str
     bos_id: int
     eos_id: int
+    eot_id: int | None
+    eom_id: int | None
+    pad_id: int | None
     add_bos: bool
     add_eos: bool
     chat_template: str | None
 
 
-def read_vocabulary(path: Path, vocab_size: int, token_ids: Mapping[str, int]) -> Vocabulary:
-    """Read a tokenizer.json for a model of `vocab_size` entries.
+def read_vocabulary(tokenizer: ModelTokenizer, vocab_size: int) -> Vocabulary:
+    """Convert a tokenizer for a model of `vocab_size` entries.
+
+    A GGUF file names up to three tokens that end a generation.
 
     Args:
-        path: The tokenizer.json; a chat template may lie beside it.
+        tokenizer: Tokenizer of the model.
         vocab_size: Rows of the model's embedding; rows without a token get a name and the kind
             `unused`.
-        token_ids: `eos_token_id`, and `bos_token_id` unless it is the same.
 
     Raises:
         InputError: It is not a byte-level BPE tokenizer, llama.cpp does not know its
-            pre-tokenizer, it does not fit the model, or `token_ids` has no end of text.
+            pre-tokenizer, or it does not fit the model.
     """
-    tokenizer = load_tokenizer(path)
+    path = tokenizer.path
     values = json.loads(path.read_text("utf-8"))
     pre = pre_tokenizer_name(path)
     tokens, types = _tokens(values, vocab_size, path)
-    eos = token_ids.get("eos_token_id")
-    if eos is None:
-        raise InputError("token_ids: expected eos_token_id; a text needs an end")
-    prefix, suffix = _added(tokenizer)
-    bos = prefix[0] if prefix else token_ids.get("bos_token_id", eos)
-    require(prefix in ([], [bos]), f"{path}: post_processor", prefix, "at most one token in front")
-    require(suffix in ([], [eos]), f"{path}: post_processor", suffix, "at most eos_token_id after")
+    prefix, suffix = added_tokens(tokenizer.backend)
+    require(len(prefix) <= 1, f"{path}: post_processor", prefix, "at most one token in front")
+    require(len(suffix) <= 1, f"{path}: post_processor", suffix, "at most one token after")
+    # llama.cpp adds eos_token_id where a tokenizer adds an end.
+    eos, *others = dict.fromkeys([*suffix, *tokenizer.ends])
+    if len(others) > 2:
+        left_out = [str(tokenizer.backend.id_to_token(i)) for i in others[1:-1]]
+        log.warning("GGUF names three end tokens at most; %s are left out", ", ".join(left_out))
+    bos = tokenizer.begin if tokenizer.begin is not None else eos
     for name, token_id in (("eos_token_id", eos), ("bos_token_id", bos)):
         require(0 <= token_id < vocab_size, name, token_id, f"an id below {vocab_size}")
     return Vocabulary(
@@ -117,9 +126,12 @@ def read_vocabulary(path: Path, vocab_size: int, token_ids: Mapping[str, int]) -
         pre=pre,
         bos_id=bos,
         eos_id=eos,
+        eot_id=others[-1] if others else None,
+        eom_id=others[0] if len(others) > 1 else None,
+        pad_id=tokenizer.pad,
         add_bos=bool(prefix),
         add_eos=bool(suffix),
-        chat_template=_chat_template(path.parent),
+        chat_template=tokenizer.chat_template,
     )
 
 
@@ -194,20 +206,3 @@ def _tokens(
     double = len(tokens) - len(set(tokens.values()))
     require(double == 0, f"{path}: tokens of the same text", double, "none; llama.cpp would stop")
     return [tokens[i] for i in range(vocab_size)], [types[i] for i in range(vocab_size)]
-
-
-def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of the special tokens that encoding puts before and after a text."""
-    plain = tokenizer.encode("x", add_special_tokens=False).ids
-    ids = tokenizer.encode("x").ids
-    start = ids.index(plain[0])
-    return ids[:start], ids[start + len(plain) :]
-
-
-def _chat_template(folder: Path) -> str | None:
-    """Read the chat template of a tokenizer's folder; None if it has none."""
-    config = folder / "tokenizer_config.json"
-    beside = (folder / "chat_template.jinja").is_file()
-    if beside or (config.is_file() and '"chat_template"' in config.read_text("utf-8")):
-        return read_template(folder, None)[0]
-    return None

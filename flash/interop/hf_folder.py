@@ -6,7 +6,7 @@ the speed is not: this attention is computed, and its keys and values are cached
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -28,6 +28,7 @@ from flash.lowering.parity_metrics import (
 )
 from flash.model.checkpoint import expected_shapes, save, state_to_save
 from flash.model.decoder import Decoder
+from flash.model.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,7 @@ def write_hf(
     folder: Path,
     model: Decoder,
     *,
-    tokenizer: Path | None = None,
-    token_ids: Mapping[str, int] | None = None,
+    tokenizer: ModelTokenizer | None = None,
 ) -> None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained`, whole or not at all.
 
@@ -92,8 +92,7 @@ def write_hf(
     Args:
         folder: Folder to write; replaced as a whole if it exists.
         model: The decoder.
-        tokenizer: A tokenizer.json to put beside the weights, with its settings and chat template.
-        token_ids: Special token ids for config.json, such as `eos_token_id`.
+        tokenizer: Tokenizer to put beside the weights, with special tokens and chat template.
 
     Raises:
         InputError: No transformers class can express this architecture.
@@ -102,8 +101,8 @@ def write_hf(
     weights = zero_filled_state(model, spec)
     if all(torch.equal(weight.bfloat16().float(), weight) for weight in weights.values()):
         weights = {name: weight.bfloat16() for name, weight in weights.items()}
-    save(folder, spec, weights, tokenizer=tokenizer, token_ids=token_ids)
-    if tokenizer is not None and spec.qkv_bias and not is_qwen2(tokenizer):
+    save(folder, spec, weights, tokenizer=tokenizer)
+    if tokenizer is not None and spec.qkv_bias and not is_qwen2(tokenizer.path):
         log.warning(
             "%s: AutoTokenizer would cut text as Qwen2 does and not as this tokenizer.json; "
             "read it with transformers.PreTrainedTokenizerFast.from_pretrained",

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.model.families import to_config
+from flash.model.tokenizer import ModelTokenizer
 from flash.model.weights import Weights
-
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""Files that belong to a tokenizer.json and are copied with it."""
 
 
 def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
@@ -92,8 +89,7 @@ def save(
     spec: ArchSpec,
     weights: Mapping[str, Tensor],
     *,
-    tokenizer: Path | None = None,
-    token_ids: Mapping[str, int] | None = None,
+    tokenizer: ModelTokenizer | None = None,
 ) -> None:
     """Write a checkpoint folder as a whole.
 
@@ -103,23 +99,20 @@ def save(
         folder: Folder to write; replaced if it exists.
         spec: Architecture of the weights.
         weights: Tensors by Hugging Face name, in the dtype to store.
-        tokenizer: A tokenizer.json to copy into the folder, with its settings and chat template.
-        token_ids: Special token ids to record in config.json, such as `eos_token_id`.
+        tokenizer: Tokenizer to write into the folder, with its special tokens in config.json and
+            generation_config.json, and its chat template.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        config = {**to_config(spec), **(token_ids or {}), "dtype": dtype}
+        token_ids = tokenizer.token_ids if tokenizer is not None else {}
+        config = {**to_config(spec), **token_ids, "dtype": dtype}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         save_file(dict(weights), temporary / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-            for name in TOKENIZER_FILES:
-                if (tokenizer.parent / name).is_file():
-                    shutil.copyfile(tokenizer.parent / name, temporary / name)
-            _name_tokenizer_class(temporary, token_ids or {})
-        for path in temporary.iterdir():
+            tokenizer.write(temporary)
+        for path in (path for path in temporary.rglob("*") if path.is_file()):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         temporary.chmod(0o755)
@@ -132,22 +125,3 @@ def save(
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _name_tokenizer_class(folder: Path, token_ids: Mapping[str, int]) -> None:
-    """Name the tokenizer class in tokenizer_config.json, so that transformers keeps our tokenizer.
-
-    Without a class there, `AutoTokenizer` takes the one of the model family, and that of Qwen
-    silently replaces the pre-tokenizer of tokenizer.json by its own. Values that the file already
-    has stay.
-    """
-    config = folder / "tokenizer_config.json"
-    existing = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    named = {
-        name.removesuffix("_id"): loaded.id_to_token(token_id)
-        for name, token_id in token_ids.items()
-        if name in ("bos_token_id", "eos_token_id")
-    }
-    values = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **existing}
-    config.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

@@ -139,15 +139,13 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         )
         settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
     backbone.fetch()
-    own = Path(settings.start, "tokenizer.json") if settings.start is not None else None
-    if own is not None and own.is_file() and settings.data.tokenizer is None:
-        settings.data = dataclasses.replace(settings.data, tokenizer=str(own))
     runs = Runs(Path(settings.runs))
     check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
     workspace = Workspace(
         runs=runs,
         backbone=backbone,
         data_settings=settings.data,
+        model_folder=Path(settings.start) if settings.start is not None else None,
         batch_size=settings.recipe.batch_size,
         seed=settings.seed,
     )

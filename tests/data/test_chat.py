@@ -13,6 +13,8 @@ from flash.data.module import PackedDataModule
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
+from tests.conftest import opened
 
 CHATML = Path("conf/data/chatml.jinja").read_text("utf-8")
 UNMARKED = CHATML.replace("{%- generation %}", "").replace("{% endgeneration %}", "")
@@ -20,10 +22,15 @@ SYSTEM_ONCE = "{% if messages|length > 2 %}Long. {% endif %}" + UNMARKED
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def model_tokenizer(tmp_path_factory) -> ModelTokenizer:
     made = train_tokenizer([f"hello world number {i} yes no" for i in range(300)], 400)
     made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return made
+    return opened(made, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_tokenizer) -> Tokenizer:
+    return model_tokenizer.backend
 
 
 def chat(number: int, turns: int = 1) -> list[dict[str, str]]:
@@ -97,8 +104,9 @@ def settings(tmp_path) -> DataSettings:
     )
 
 
-def test_whole_conversations_are_packed(settings, tokenizer, tmp_path):
-    data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+def test_whole_conversations_are_packed(settings, model_tokenizer, tmp_path):
+    data = PackedData(settings, model_tokenizer, batch_size=4, seed=0, cache=tmp_path)
+    tokenizer = model_tokenizer.backend
     end = tokenizer.token_to_id("<|endoftext|>")
     start = tokenizer.encode("<|im_start|>system", add_special_tokens=False).ids
     batch = next(iter(PackedDataModule(data).train_dataloader()))
@@ -117,8 +125,8 @@ def test_whole_conversations_are_packed(settings, tokenizer, tmp_path):
     assert int(batch.document_ids.max()) > 0  # several in one sequence
 
 
-def test_packed_conversations_resume(settings, tokenizer, tmp_path):
-    data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+def test_packed_conversations_resume(settings, model_tokenizer, tmp_path):
+    data = PackedData(settings, model_tokenizer, batch_size=4, seed=0, cache=tmp_path)
     module = PackedDataModule(data)
     batches = iter(module.train_dataloader())
     first = [next(batches) for _ in range(6)]
@@ -134,21 +142,38 @@ def test_packed_conversations_resume(settings, tokenizer, tmp_path):
         assert torch.equal(again.loss_mask, batch.loss_mask)  # pyright: ignore
 
 
-def test_no_assistant_tokens_are_an_error(settings, tokenizer, tmp_path):
+def test_no_assistant_tokens_are_an_error(settings, model_tokenizer, tmp_path):
     lines = [json.dumps({"messages": chat(i)[:2]}) for i in range(20)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     with pytest.raises(InputError, match=r"data\.sources\[0\].*0 documents with assistant tokens"):
-        PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+        PackedData(settings, model_tokenizer, batch_size=4, seed=0, cache=tmp_path)
 
 
-def test_templates_are_found_beside_the_tokenizer(tmp_path):
+def test_templates_are_found_beside_the_tokenizer(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"data\.chat_template=null: .*chatml\.jinja"):
-        read_template(tmp_path, None)
+        read_template(opened(tokenizer, tmp_path), None)
     config = {"chat_template": "configured", "eos_token": {"content": "<|im_end|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    assert read_template(tmp_path, None) == ("configured", {"eos_token": "<|im_end|>"})
+    found = opened(tokenizer, tmp_path)
+    assert read_template(found, None) == "configured"
+    assert found.special == {"eos_token": "<|im_end|>"}
     (tmp_path / "chat_template.jinja").write_text("file", "utf-8")
-    assert read_template(tmp_path, None)[0] == "file"
-    assert read_template(tmp_path, "conf/data/chatml.jinja")[0] == CHATML
+    found = opened(tokenizer, tmp_path)
+    assert read_template(found, None) == "file"
+    assert read_template(found, "conf/data/chatml.jinja") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template=none\.jinja: no such file"):
-        read_template(tmp_path, "none.jinja")
+        read_template(found, "none.jinja")
+
+
+BEHIND = CHATML.replace(
+    "content + '<|im_end|>' }}{% endgeneration %}", "content }}{% endgeneration %}<|im_end|>"
+)
+
+
+def test_an_end_of_turn_behind_the_marks_is_learnt(tokenizer):
+    assert BEHIND != CHATML
+    [encoded] = encoder(tokenizer, BEHIND).encode([chat(7, turns=2)])
+    [other] = encoder(tokenizer, CHATML).encode([chat(7, turns=2)])
+    assert encoded is not None
+    assert encoded.tokens.tolist() == other.tokens.tolist()
+    assert encoded.loss_mask.tolist() == other.loss_mask.tolist()

@@ -22,7 +22,7 @@ def test_held_out_files_are_in_no_training_stream(data_settings, tokenizer, tmp_
     documents = find_documents(data_settings)
     held = [d for d in documents if d.in_validation_split(20)]
     assert 0 < len(held) < len(documents)
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.backend.token_to_id("<|endoftext|>")
     for split, members in (
         (streams.validation, held),
         (streams.train, [d for d in documents if not d.in_validation_split(20)]),
@@ -46,7 +46,7 @@ def test_the_split_depends_on_the_relative_path_alone(data_settings, corpus, tmp
 
 def test_bytes_per_token_add_up_to_the_text(data_settings, tokenizer, tmp_path):
     streams = tokenize(data_settings, tokenizer, tmp_path)
-    lengths = token_bytes(tokenizer)
+    lengths = token_bytes(tokenizer.backend)
     texts = [d for d in find_documents(data_settings) if not d.in_validation_split(20)]
     total = sum(len(d.path.read_bytes()) for d in texts)
     assert lengths[streams.train].sum() == total

@@ -19,6 +19,7 @@ from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
+from tests.conftest import opened
 
 
 class Recorder(L.LightningModule):
@@ -63,7 +64,7 @@ def settings_of(folder: Path, kind: str, workers: int = 0) -> DataSettings:
 
 
 def data_of(folder: Path, kind: str, workers: int = 0) -> PackedDataModule:
-    tokenizer = train_tokenizer([f"a{i} b" for i in range(100)], 320)
+    tokenizer = opened(train_tokenizer([f"a{i} b" for i in range(100)], 320), folder / "tokenizer")
     settings = settings_of(folder, kind, workers)
     data = PackedData(settings, tokenizer, batch_size=4, seed=0, cache=folder)
     return PackedDataModule(data)

@@ -54,7 +54,7 @@ def tokenizer(backbone_folder):
 
 
 def documents(tokens: np.ndarray, tokenizer) -> list[str]:
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.backend.token_to_id("<|endoftext|>")
     cut = np.split(tokens, np.flatnonzero(tokens == end) + 1)
     assert len(cut[-1]) == 0  # shards hold whole documents
     return [tokenizer.decode(part[:-1].tolist()) for part in cut[:-1]]
@@ -124,7 +124,7 @@ def test_weights_decide_how_many_tokens(settings, tmp_path, tokenizer):
     assert 12_000 <= manifest.tokens < 20_000
     tokens = np.concatenate([np.load(folder / shard.file) for shard in manifest.shards])
     notes = sum(
-        len(tokenizer.encode(text).ids) + 1
+        len(tokenizer.encode(text)) + 1
         for text in documents(tokens, tokenizer)
         if text.startswith("#")
     )
@@ -192,7 +192,7 @@ def test_unusable_shards_are_named(settings, tokenizer, tmp_path):
     settings.seed = 1
     with pytest.raises(InputError, match=r"out=.*holds shards of other data"):
         prepare(settings)
-    tokenizer.add_special_tokens(["<|other|>"])
+    tokenizer.backend.add_special_tokens(["<|other|>"])
     with pytest.raises(InputError, match=r"made with another tokenizer"):
         open_shards(folder, tokenizer, tmp_path)
     (folder / "manifest.json").write_text("{", "utf-8")

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from flash.data.corpus import PackedData
 from flash.data.encoders import TextEncoder, in_validation_split
@@ -27,14 +26,16 @@ from flash.data.stream import (
 )
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
+from flash.model.tokenizer import ModelTokenizer
+from tests.conftest import opened
 
 SEQ_LEN = 16
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer(tmp_path_factory) -> ModelTokenizer:
     texts = [f"alpha{i} beta{i % 7} gamma" for i in range(200)]
-    return train_tokenizer(texts, 320)
+    return opened(train_tokenizer(texts, 320), tmp_path_factory.mktemp("tokenizer"))
 
 
 def texts(start: int, count: int) -> list[str]:
@@ -63,7 +64,7 @@ def sequences_of(files, tokenizer, sources=None, **changes) -> StreamedSequences
     ]
     encoder = TextEncoder(tokenizer)
     values = {"logical_shards": 12, "seed": 5, **changes}
-    return StreamedSequences(opened, encoder, SEQ_LEN, encoder.end_of_text, **values)
+    return StreamedSequences(opened, encoder, SEQ_LEN, tokenizer.end_of_text, **values)
 
 
 def take(sequences, world_size, workers, steps, *, batch_size=12, start=0, states=None):
@@ -205,7 +206,7 @@ def test_held_out_documents_are_never_trained_on(files, tokenizer, tmp_path):
         validation_sequences=10_000,
         logical_shards=1,
     )
-    splits = open_splits(settings, tokenizer, seed=0, cache=tmp_path, folder=None)
+    splits = open_splits(settings, tokenizer, seed=0, cache=tmp_path)
     sequences = splits.train
     assert isinstance(sequences, StreamedSequences)
     held = [text for text in texts(0, 150) if in_validation_split(text, 20)]
@@ -329,7 +330,7 @@ def test_empty_validation_splits_are_named(tmp_path, tokenizer):
         logical_shards=1,
     )
     with pytest.raises(InputError, match=r"data\.validation_percent=1: gives less than a sequence"):
-        open_splits(settings, tokenizer, seed=0, cache=tmp_path, folder=None)
+        open_splits(settings, tokenizer, seed=0, cache=tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["footer", "page"])

@@ -18,9 +18,9 @@ def write_tokenizer(path):
             "version": "1.0",
             "added_tokens": [],
             "normalizer": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
             "post_processor": None,
-            "decoder": {"type": "ByteLevel"},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
             "model": {
                 "type": "BPE",
                 "vocab": {letter: i for i, letter in enumerate(LETTERS)},

@@ -16,6 +16,7 @@ from flash.config import CONF
 from flash.evaluation.settings import TaskSettings
 from flash.model.checkpoint import save, state_to_save
 from flash.model.decoder import Decoder
+from flash.model.tokenizer import ModelTokenizer
 
 TOKENIZER = Path(__file__).parents[2] / "backbones" / "tiny" / "tokenizer.json"
 CONTEXT = 96
@@ -52,8 +53,7 @@ def tiny_decoder(pattern: str, **changes) -> Decoder:
 def save_decoder(model: Decoder, folder: Path) -> Path:
     """Save the decoder as a checkpoint folder in float32 with the tokenizer."""
     weights = state_to_save(model, torch.float32)
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    save(folder, model.spec, weights, tokenizer=TOKENIZER, token_ids=ends)
+    save(folder, model.spec, weights, tokenizer=ModelTokenizer.open(TOKENIZER))
     return folder
 
 

@@ -1,5 +1,7 @@
 """Facts about the two adapters: equal to the harness's own `hf`, and to each other."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from flash.evaluation.tokenization import HarnessTokenizer
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings
 from flash.model.checkpoint import load
+from flash.model.tokenizer import ModelTokenizer
 from tests.evaluation.conftest import CONTEXT, TOKENIZER, save_decoder, tiny_decoder
 
 LONG = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(30))
@@ -106,7 +109,7 @@ def test_an_end_token_ends_an_answer(folder):
     model = DecoderLM(load(folder), tokenizer)
     prompt = model.tok_encode("def add(a, b):")
     [free] = model._continue([prompt], 8, [])
-    ended = HarnessTokenizer(tokenizer.backend, 0, (0, free[3]), folder)
+    ended = HarnessTokenizer(replace(tokenizer.tokenizer, ends=(0, free[3])))
     [written] = DecoderLM(load(folder), ended)._continue([prompt], 8, [])
     assert written == free[:4]
     assert ended.answer(free, []) == tokenizer.decode(free[:3])
@@ -187,3 +190,27 @@ def test_batches_on_bf16_differ_by_rounding_only(folder):
     assert any(a[0] != b[0] for a, b in pairs)
     for a, b in pairs:
         assert b[0] == pytest.approx(a[0], rel=0.02)
+
+
+def test_a_special_token_is_a_stop_string_as_in_the_harness(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    model = load(folder)
+    first = DecoderLM(model, HarnessTokenizer.open(folder))
+    [free] = first._continue([first.tok_encode(PROMPTS[0])], 8, [])
+    stop = first._tokenizer.backend.id_to_token(free[4])
+    values = json.loads(TOKENIZER.read_text("utf-8"))
+    values["added_tokens"].append({**values["added_tokens"][0], "id": free[4], "content": stop})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values), "utf-8")
+    ours = DecoderLM(model, HarnessTokenizer(ModelTokenizer.open(path)))
+    names = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+    theirs = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(folder),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(path), **names),
+        batch_size=1,
+        device="cpu",
+    )
+    assert answers(ours, [stop]) == answers(theirs, [stop]) != answers(ours, [])
+    assert free[4] in ours._tokenizer.containing([stop])

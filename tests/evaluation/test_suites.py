@@ -223,7 +223,7 @@ def test_models_that_are_not_there_are_one_line(settings, tmp_path):
     values["added_tokens"].append({**values["added_tokens"][0], "id": 2048, "content": "<more>"})
     (damaged / "tokenizer.json").write_text(json.dumps(values))
     settings.model, settings.arch = str(damaged), {}
-    with pytest.raises(InputError, match=r"tokenizer\.json has 2049 entries: expected at most"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: has 2049 entries: expected at most"):
         evaluate(settings)
     settings.model = None
     with pytest.raises(InputError, match=r"suite\.apply_chat_template=true: expected chat_temp"):

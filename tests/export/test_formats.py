@@ -15,6 +15,7 @@ from flash.export.formats import FILES, ExportSource, FormatResult, check_format
 from flash.export.settings import ExportFormat, FormatSettings
 from flash.interop.hf_folder import write_hf
 from flash.model.decoder import Decoder
+from flash.model.tokenizer import ModelTokenizer
 
 TINY = Path(__file__).parents[2] / "backbones" / "tiny"
 
@@ -35,8 +36,7 @@ def source() -> ExportSource:
     return ExportSource(
         model=Decoder(spec).eval(),
         text=text,
-        tokenizer=TINY / "tokenizer.json",
-        token_ids={"eos_token_id": 0},
+        tokenizer=ModelTokenizer.open(TINY / "tokenizer.json"),
     )
 
 
@@ -97,25 +97,20 @@ def test_a_damaged_result_says_what_to_do(tmp_path):
 
 def test_an_architecture_that_a_format_cannot_express_is_refused_before_any_work(source):
     spec = dataclasses.replace(source.model.spec, qk_norm=True, qkv_bias=True)
-    ids = source.token_ids
     with pytest.raises(InputError, match="no stock class"):
-        check_formats([ExportFormat.hf], FormatSettings(), spec, source.tokenizer, ids)
+        check_formats([ExportFormat.hf], FormatSettings(), spec, source.tokenizer)
     with pytest.raises(InputError, match=r"format=gguf: arch\.qkv_bias"):
-        check_formats([ExportFormat.gguf], FormatSettings(), spec, source.tokenizer, ids)
+        check_formats([ExportFormat.gguf], FormatSettings(), spec, source.tokenizer)
     with pytest.raises(InputError, match=r"format=gguf: .*formats\.gguf_tokenizer=false"):
-        check_formats(
-            [ExportFormat.gguf], FormatSettings(), source.model.spec, source.tokenizer, ids
-        )
-    check_formats([ExportFormat.executorch], FormatSettings(), spec, source.tokenizer, ids)
+        check_formats([ExportFormat.gguf], FormatSettings(), source.model.spec, source.tokenizer)
+    check_formats([ExportFormat.executorch], FormatSettings(), spec, source.tokenizer)
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
 def test_a_gate_without_its_program_is_refused_before_any_work(source):
     settings = FormatSettings(gguf_tokenizer=False)
     with pytest.raises(InputError, match="format=gguf: llama_cpp: not installed.*pip install"):
-        check_formats(
-            [ExportFormat.gguf], settings, source.model.spec, source.tokenizer, source.token_ids
-        )
+        check_formats([ExportFormat.gguf], settings, source.model.spec, source.tokenizer)
 
 
 def test_every_format_has_a_name():

@@ -1,5 +1,6 @@
 """Contents of GGUF files, and refused models; test_llama_cpp.py runs such files."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from flash.interop.gguf_tokenizer import pre_tokenizer_name
 from flash.interop.settings import GgufFormat
 from flash.lowering.parity_metrics import ParityLimits
 from flash.model.decoder import Decoder
+from flash.model.tokenizer import ModelTokenizer
 
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -114,7 +116,8 @@ def decoder(pattern: str, qk_norm: bool = False, **changes) -> Decoder:
 
 def written(path: Path, model: Decoder, tokenizer: Path | None = None, weight_format: str = "f32"):
     matrices = GgufFormat[weight_format]
-    write_gguf(path, model, tokenizer=tokenizer, token_ids=IDS, weight_format=matrices)
+    opened = ModelTokenizer.open(tokenizer) if tokenizer is not None else None
+    write_gguf(path, model, tokenizer=opened, weight_format=matrices)
     return gguf.GGUFReader(path)
 
 
@@ -307,6 +310,20 @@ def test_the_tokenizer_in_llama_cpp_terms(tmp_path):
     assert value(reader, "tokenizer.chat_template") == "{{ messages }}"
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_all_end_tokens_are_in_the_file(tmp_path, tokenizer, number, caplog):
+    ends = tuple(range(20, 20 + number))
+    opened = dataclasses.replace(ModelTokenizer.open(tokenizer), begin=9, ends=ends, pad=8)
+    path = tmp_path / "a.gguf"
+    write_gguf(path, decoder("F"), tokenizer=opened, weight_format=GgufFormat.f32)
+    reader = gguf.GGUFReader(path)
+    names = ("bos", "eos", "eot", "eom", "padding")
+    found = [value(reader, f"tokenizer.ggml.{name}_token_id") for name in names]
+    eot, eom = ends[-1] if number > 1 else None, ends[1] if number > 2 else None
+    assert found == [9, 20, eot, eom, 8]
+    assert ("names three end tokens at most" in caplog.text) == (number > 3)
+
+
 def test_a_tokenizer_that_adds_nothing(tmp_path, tokenizer):
     reader = written(tmp_path / "a.gguf", decoder("F"), tokenizer)
     assert value(reader, "tokenizer.ggml.bos_token_id") == 0
@@ -362,22 +379,20 @@ def test_other_tokenizers_are_refused_with_the_reason(tmp_path, tokenizer, messa
 
 
 @pytest.mark.parametrize(
-    ("model", "ids", "message"),
+    ("model", "message"),
     [
-        (decoder("FS"), IDS, "sliding_window=256: expected at least arch.max_context=512"),
-        (decoder("F", True, qkv_bias=True), IDS, "qkv_bias=True: expected false with arch.qk_norm"),
-        (decoder("F", True, rope_scaling=LLAMA3), IDS, "rope_scaling.kind=llama3: expected linear"),
-        (decoder("F", vocab_size=256), IDS, "size=276: expected at most arch.vocab_size=256"),
-        (decoder("F"), {}, "token_ids: expected eos_token_id"),
-        (decoder("F"), {"eos_token_id": 999}, "eos_token_id=999: expected an id below 320"),
+        (decoder("FS"), "sliding_window=256: expected at least arch.max_context=512"),
+        (decoder("F", True, qkv_bias=True), "qkv_bias=True: expected false with arch.qk_norm"),
+        (decoder("F", True, rope_scaling=LLAMA3), "rope_scaling.kind=llama3: expected linear"),
+        (decoder("F", vocab_size=256), "size=276: expected at most arch.vocab_size=256"),
     ],
 )
 def test_what_llama_cpp_cannot_express_is_refused_with_the_reason(
-    tmp_path, tokenizer, model, ids, message
+    tmp_path, tokenizer, model, message
 ):
     path = tmp_path / "a.gguf"
     with pytest.raises(InputError, match=message):
-        write_gguf(path, model, tokenizer=tokenizer, token_ids=ids, weight_format=GgufFormat.f32)
+        written(path, model, tokenizer)
     assert not path.exists()
 
 

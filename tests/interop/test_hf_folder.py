@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flash.arch import RopeKind, RopeScaling
-from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError
 from flash.interop.hf_folder import check_hf, write_hf
 from flash.lowering.parity_metrics import ParityLimits, compare
 from flash.model.checkpoint import load, save, state_to_save
 from flash.model.decoder import Decoder
+from flash.model.tokenizer import ModelTokenizer
 from tests.model.greedy import generate
 
 LLAMA3 = RopeScaling(kind=RopeKind.llama3, factor=8.0, original_context=32)
@@ -112,7 +112,7 @@ def test_a_skipped_layer_is_an_attention_of_zeros(toy, tmp_path):
 def test_stock_transformers_writes_the_same_text(toy, text, tmp_path):
     """With a cache, where zeros and windows take other paths than for a whole text."""
     model = uneven(toy("FS-", False))
-    write_hf(tmp_path / "hf", model, token_ids={"eos_token_id": 0})
+    write_hf(tmp_path / "hf", model)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     prompt = text[None, :20]
     written = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
@@ -135,30 +135,30 @@ def test_bfloat16_where_it_loses_nothing(toy, text, tmp_path):
 
 def test_auto_tokenizer_reads_the_tokenizer_as_it_is(toy, backbone_folder, tmp_path):
     source = "def f(x):\n    return x + 123  # <|endoftext|>\n\treturn"
-    tokenizer = backbone_folder / "tokenizer.json"
-    ids = load_tokenizer(tokenizer).encode(source, add_special_tokens=False).ids
+    tokenizer = ModelTokenizer.open(backbone_folder / "tokenizer.json")
+    ids = tokenizer.encode(source)
     for qk_norm in (True, False):
         folder = tmp_path / str(qk_norm)
-        write_hf(folder, toy("F-", qk_norm), tokenizer=tokenizer, token_ids={"eos_token_id": 0})
+        write_hf(folder, toy("F-", qk_norm), tokenizer=tokenizer)
         theirs = AutoTokenizer.from_pretrained(folder)
         assert theirs(source).input_ids == ids
         assert theirs.eos_token_id == 0
     own = tmp_path / "own"
     own.mkdir()
-    shutil.copyfile(tokenizer, own / "tokenizer.json")
+    shutil.copyfile(tokenizer.path, own / "tokenizer.json")
     (own / "tokenizer_config.json").write_text('{"tokenizer_class": "Own"}')
-    write_hf(folder, toy("F-"), tokenizer=own / "tokenizer.json")
-    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"tokenizer_class": "Own"}
+    write_hf(folder, toy("F-"), tokenizer=ModelTokenizer.open(own / "tokenizer.json"))
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "Own"
 
 
 def test_a_qwen2_folder_warns_of_its_tokenizer_class(toy, backbone_folder, tmp_path, caplog):
     """Should `AutoTokenizer` come to heed the file, the warning can go."""
-    tokenizer = backbone_folder / "tokenizer.json"
+    tokenizer = ModelTokenizer.open(backbone_folder / "tokenizer.json")
     with caplog.at_level(logging.WARNING, "flash"):
         write_hf(tmp_path / "hf", toy("FS", False), tokenizer=tokenizer)
     assert "AutoTokenizer would cut text as Qwen2 does" in caplog.text
     source = "a = 12345\n    b"
-    ids = load_tokenizer(tokenizer).encode(source).ids
+    ids = tokenizer.encode(source)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")(source).input_ids != ids
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
     assert fast(source).input_ids == ids

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from flash.data.tokenizer import load_tokenizer
 from flash.errors import CheckFailed
 from flash.export.formats import ExportSource, publish
 from flash.export.settings import ExportFormat, FormatSettings
@@ -16,6 +15,7 @@ from flash.interop.gguf import LIMITS, check_gguf, locate_gguf_failure
 from flash.interop.settings import GgufFormat
 from flash.lowering.parity_metrics import ParityLimits
 from flash.model.checkpoint import load
+from flash.model.tokenizer import ModelTokenizer
 from tests.interop.test_gguf import (
     LINEAR,
     LLAMA3,
@@ -43,7 +43,7 @@ def prose() -> str:
 
 @pytest.fixture(scope="session")
 def prompt(prose) -> torch.Tensor:
-    ids = load_tokenizer(TINY / "tokenizer.json").encode(prose).ids
+    ids = ModelTokenizer.open(TINY / "tokenizer.json").encode(prose)
     return torch.tensor(ids[200:296])
 
 
@@ -116,7 +116,8 @@ def test_the_layer_that_is_written_wrongly_is_found(tmp_path, prompt, monkeypatc
             yield name, -tensor if name == "blk.2.ffn_down.weight" else tensor
 
     monkeypatch.setattr(gguf_format, "_tensors", wrong)
-    source = ExportSource(model=model, text=prompt, tokenizer=TINY / "tokenizer.json", token_ids={})
+    tokenizer = ModelTokenizer.open(TINY / "tokenizer.json")
+    source = ExportSource(model=model, text=prompt, tokenizer=tokenizer)
     settings = FormatSettings(gguf=weight_format, gguf_tokenizer=False)
     with pytest.raises(CheckFailed, match=r"gate of format gguf failed in layer 2; nothing"):
         publish(ExportFormat.gguf, tmp_path / "export", source, settings, "key")

@@ -101,7 +101,8 @@ def ask(name: str, home: Path, **environment: str) -> str:
 def test_weights_are_fetched_last_and_the_cache_serves_without_a_network(server, tmp_path):
     endpoint = f"http://127.0.0.1:{server.server_port}"
     said = ask("team/small", tmp_path, HF_ENDPOINT=endpoint)
-    assert said == "['config.json', 'tokenizer.json', 'tokenizer_config.json'] 3L d64 f128 FFF 35"
+    names = "'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json'"
+    assert said == f"[{names}] 3L d64 f128 FFF 35"
     assert server.log[-1] == "model.safetensors"
     fetched = len(server.log)
     assert "model.safetensors" in ask("team/small", tmp_path, HF_HUB_OFFLINE="1")

@@ -14,6 +14,7 @@ from flash.errors import InputError
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load, save, state_to_save
 from flash.model.quantization import fake_quantize
+from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.training.fit import fit
@@ -94,7 +95,8 @@ def test_a_changed_start_is_another_run(settings, tmp_path):
     on = dataclasses.replace(settings, arch={}, start=str(cut), name="on")
     first = train(on)
     model = load(cut)
-    save(cut, model.spec, state_to_save(model, torch.float32), tokenizer=cut / "tokenizer.json")
+    tokenizer = ModelTokenizer.open(cut / "tokenizer.json")
+    save(cut, model.spec, state_to_save(model, torch.float32), tokenizer=tokenizer)
     assert train(on).key != first.key
 
 
