@@ -2,16 +2,18 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, collate
-from flash.data.encoders import Encoder, TextEncoder
+from flash.data.encoders import EncodedDocument, Encoder, TextEncoder, validation_percent_of
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
 from flash.data.shards import open_shards, tokenizer_digest
@@ -22,6 +24,10 @@ from flash.records import atomic_write, digest
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
+
+
+_ORDER = 2
+"""Version of the rows and their order: streams of another version have another digest."""
 
 
 class InMemorySequences(Dataset[Batch]):
@@ -80,6 +86,12 @@ def open_splits(
     else:
         opened = tokenize(settings, tokenizer, cache)
     end = end_of_text_id(tokenizer) if settings.document_masks else None
+    for split, tokens in (("train", opened.train), ("validation", opened.validation)):
+        if len(tokens) <= settings.seq_len:
+            raise InputError(
+                f"data.seq_len={settings.seq_len}: expected at most {len(tokens) - 1}, as the "
+                f"{split} split has {len(tokens)} tokens; lower it, or give more text"
+            )
     return DataSplits(
         PackedSequences(opened.train, settings.seq_len, end_of_text=end),
         PackedSequences(opened.validation, settings.seq_len, end_of_text=end),
@@ -90,11 +102,12 @@ def open_splits(
 def _open_streamed(
     settings: DataSettings, tokenizer: Tokenizer, seed: int, cache: Path, folder: Path | None
 ) -> DataSplits:
-    from flash.data.sources import TextSource, open_sources  # takes a second to import
+    from flash.data.logical_shards import fit_logical_shards  # these take a second to import
+    from flash.data.sources import TextSource, open_sources
 
     encoder, template = _encoder(settings, tokenizer, folder)
     separate = settings.validation
-    train = StreamedSequences(
+    most = StreamedSequences(
         sources=open_sources(settings),
         encoder=encoder,
         seq_len=settings.seq_len,
@@ -105,6 +118,7 @@ def _open_streamed(
         validation_percent=settings.validation_percent,
         document_masks=settings.document_masks,
     )
+    train = fit_logical_shards(most)
     validation = dataclasses.replace(
         train, logical_shards=1, seed=0, split=Split.validation, single_pass=True
     )
@@ -134,7 +148,6 @@ def _encoder(
         template,
         special,
         max_tokens=settings.seq_len + 1,
-        skip_damaged=settings.skip_damaged,
     )
     return encoder, template
 
@@ -166,7 +179,8 @@ def _digest(
             [_identity(source) for source in validation.sources],
         ],
         "masks": settings.document_masks,
-        "lanes": settings.logical_shards,
+        "lanes": train.logical_shards,
+        "order": _ORDER,
     })
 
 
@@ -185,13 +199,7 @@ def _save_validation(validation: StreamedSequences, settings: DataSettings, path
         if len(sequences) == count:
             break
     if not sequences:
-        key = "data.validation"
-        if settings.validation is None:
-            key = f"data.validation_percent={settings.validation_percent}"
-        raise InputError(
-            f"{key}: gives less than a sequence of data.seq_len={settings.seq_len} tokens with "
-            f"{validation.encoder.needed}; expected more text, or a larger share"
-        )
+        raise _too_little(validation, settings)
     tensors = {
         name: field
         for name, field in collate(sequences)._asdict().items()
@@ -199,3 +207,31 @@ def _save_validation(validation: StreamedSequences, settings: DataSettings, path
     }
     with atomic_write(path) as file:
         file.write(save(tensors))
+
+
+def _too_little(validation: StreamedSequences, settings: DataSettings) -> InputError:
+    """Error of a validation split without a sequence: its size, and a share that is enough."""
+    whole = not validation.encoder.splits_documents
+    needed = 1 if whole else settings.seq_len + 1
+    sizes = np.zeros(101, np.int64)  # by the smallest share that holds a document out
+    everything = dataclasses.replace(validation, split=Split.all)
+    for source in everything.sources:
+        for row in chain.from_iterable(source.rows(i, 0, 1, 0) for i in range(source.num_files)):
+            if everything.reads(row, source):
+                [document] = everything.encoder.encode([row.value])
+                if isinstance(document, EncodedDocument):
+                    sizes[validation_percent_of(row.value)] += 1 if whole else len(document)
+    share = settings.validation_percent if settings.validation is None else 100
+    unit = "documents" if whole else "tokens of documents"
+    enough = np.flatnonzero(sizes.cumsum() >= needed)
+    if settings.validation is not None:
+        key, remedy = "data.validation", "give more text"
+    else:
+        key = f"data.validation_percent={share}"
+        remedy = "give more text, or name data.validation"
+        if len(enough) and enough[0] < 100 and sizes[enough[0] + 1 :].any():
+            remedy = f"set it to {enough[0]} or more, or {remedy}"
+    return InputError(
+        f"{key}: holds out {sizes[: share + 1].sum()} of {sizes.sum()} {unit} with "
+        f"{validation.encoder.needed}; expected {needed} or more for a sequence: {remedy}"
+    )
