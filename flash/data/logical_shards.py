@@ -62,8 +62,8 @@ def _suffices(sequences: StreamedSequences, source: "TextSource", count: int) ->
         return False
     raise InputError(
         f"{source.key}.path={source.settings.path}: has 0 documents with "
-        f"{sequences.encoder.needed} in {reader.rows} rows, {reader.aside} of which are null, damaged or "
-        "of the validation split; expected one or more"
+        f"{sequences.encoder.needed} in {reader.rows} rows, {reader.aside} of which are "
+        "null, damaged or of the validation split; expected one or more"
     )
 
 

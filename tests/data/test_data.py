@@ -103,8 +103,13 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_micro_batches():
 def test_indivisible_batches_are_named():
     with pytest.raises(InputError, match=r"recipe\.batch_size=8.*trainer\.devices.*micro_batch"):
         Share(8, world_size=3)
-    with pytest.raises(InputError, match=r"recipe\.batch_size=8: expected at most 5"):
-        ResumableBatchSampler(5, Share(8), seed=0)
+
+
+def test_a_batch_larger_than_the_data_holds_whole_epochs():
+    batches = list(islice(ResumableBatchSampler(5, Share(8), seed=3), 5))
+    seen = [i for batch in batches for i in batch]
+    assert all(sorted(seen[e * 5 : (e + 1) * 5]) == list(range(5)) for e in range(8))
+    assert list(islice(ResumableBatchSampler(5, Share(8), seed=3, start=2), 3)) == batches[2:]
 
 
 def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
