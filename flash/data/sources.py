@@ -6,6 +6,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,6 @@ class TextSource:
         fingerprint: Identity of the data: the commit on the hub, or for each file its name, its
             size and a hash of its first and last 64 KiB.
         num_files: Number of files or, on the hub, of groups of files where these are very many.
-        readers: Number of logical shards that are reading their first epoch.
 
     Raises:
         InputError: The source is missing or cannot be read, or lacks the column.
@@ -82,7 +82,7 @@ class TextSource:
         self.settings, self.key, self.skip_damaged = settings, key, skip_damaged
         self._skipped: defaultdict[str, set[int]] = defaultdict(set)
         self._reported: dict[str, int] = {}
-        self.readers = 0
+        self._readers = 0
         self.files = _find(settings, key)
         if self.files is None:
             self.dataset, self.fingerprint = _open_hub(settings, key)
@@ -151,12 +151,25 @@ class TextSource:
             log.warning("%s: %s; it is skipped, like others of its kind", named, error)
         self._skipped[row.file].add(row.number)
 
-    def report(self) -> None:
-        """Log the number of rows of each file that were skipped, if it is not logged yet."""
-        for file, rows in self._skipped.items():
+    @contextmanager
+    def first_epoch(self) -> Iterator[None]:
+        """Context of the first epoch of a logical shard that this process reads.
+
+        The rows that were skipped are counted in the log once all have read theirs to the end.
+        """
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+        if not self._readers:
+            self._report()
+
+    def _report(self) -> None:
+        for file, rows in sorted(self._skipped.items()):
             if len(rows) != self._reported.get(file):
                 self._reported[file] = len(rows)
-                log.warning("%s: %d rows of %s were skipped", self.key, len(rows), file)
+                log.warning("%s: %s: rows that were skipped: %d", self.key, file, len(rows))
 
     def _hub_rows(self, file: int, wanted: Iterator[int]) -> Iterator[Row]:
         data = self.dataset.shard(self.num_files, file).with_format("arrow")

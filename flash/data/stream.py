@@ -266,22 +266,26 @@ class Mixture:
         opened = self.sequences.sources[source]
         slices = FileSlices(opened.num_files, self.shard, self.sequences.logical_shards)
         epoch, first_slice, first_row = start
-        opened.readers += 1
+        with opened.first_epoch():
+            yield from self._epoch(source, slices, epoch, first_slice, first_row)
         while True:
-            seed = (self.sequences.seed, source, self.shard, epoch)
-            order = np.random.default_rng(seed).permutation(len(slices))
-            for number in range(first_slice, len(slices)):
-                chosen = slices[order[number]]
-                for end, row in self._shuffled(opened, chosen, (*seed, number), first_row):
-                    if self.sequences.reads(row, opened):
-                        yield (epoch, number, end), row
-                first_row = 0
-            if epoch == start[0]:
-                opened.readers -= 1
-                if not opened.readers:
-                    opened.report()
-            epoch, first_slice = epoch + 1, 0
+            epoch += 1
             yield (epoch, 0, 0), None
+            yield from self._epoch(source, slices, epoch, 0, 0)
+
+    def _epoch(
+        self, source: int, slices: FileSlices, epoch: int, first_slice: int, first_row: int
+    ) -> "Iterator[tuple[Position, Row]]":
+        """Read the documents of an epoch from a position on, each with the position after it."""
+        opened = self.sequences.sources[source]
+        seed = (self.sequences.seed, source, self.shard, epoch)
+        order = np.random.default_rng(seed).permutation(len(slices))
+        for number in range(first_slice, len(slices)):
+            chosen = slices[int(order[number])]
+            for end, row in self._shuffled(opened, chosen, (*seed, number), first_row):
+                if self.sequences.reads(row, opened):
+                    yield (epoch, number, end), row
+            first_row = 0
 
     @staticmethod
     def _shuffled(
