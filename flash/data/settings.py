@@ -120,8 +120,8 @@ class DataSettings:
     4 documents or more. Ranks and workers do not change the order of the sequences; the number of
     shares does. It has an effect only with `sources`."""
     workers: int = 0
-    """Processes per rank that read (and tokenise) ahead; fewer where the shares of small data cannot
-    be dealt to so many. 0 reads between the steps."""
+    """Processes per rank that read (and tokenise) ahead; fewer where small data have too few shares
+    for so many. 0 reads between the steps."""
     skip_damaged: bool = False
     """Skip damaged shards and files, and rows that are no text or no conversation for the chat
     template, with a warning and a count. False makes them an error that names file and row."""
