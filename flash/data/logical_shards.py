@@ -29,19 +29,18 @@ def fit_logical_shards(sequences: StreamedSequences) -> StreamedSequences:
     """
     most = sequences.logical_shards
     divisors = [count for count in range(most, 0, -1) if most % count == 0]
-    count = next(
-        count
-        for count in divisors
-        if all(_suffices(sequences, source, count) for source in sequences.sources)
-    )
-    if count < most:
-        log.info(
-            "data.logical_shards=%d: %d are used, so that each has %d or more documents",
-            most,
-            count,
-            MIN_DOCUMENTS,
-        )
-    return dataclasses.replace(sequences, logical_shards=count)
+    for source in sequences.sources:
+        count = next(count for count in divisors if _suffices(sequences, source, count))
+        if count < divisors[0]:
+            divisors = divisors[divisors.index(count) :]
+            log.info(
+                "data.logical_shards=%d: %d are used, so that each has %d or more documents of %s",
+                most,
+                count,
+                MIN_DOCUMENTS,
+                source.settings.path,
+            )
+    return dataclasses.replace(sequences, logical_shards=divisors[0])
 
 
 def _suffices(sequences: StreamedSequences, source: "TextSource", count: int) -> bool:

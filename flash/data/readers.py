@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -173,30 +174,32 @@ def _json_contents(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, A
     Blank lines are no rows. A file that begins with a bracket may be a list of rows, and one that
     is named `.json` a single row on several lines.
     """
-    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    for number, line in lines:
-        listed = line.lstrip().startswith(b"[")
-        whole = listed or (_suffix(path) == ".json" and not _is_json(line))
-        if not whole:
-            yield number, line
-            break
-        rest = file.read()
-        values = _values(line + rest)
+    if file.peek(1).lstrip().startswith(b"[") or _suffix(path) == ".json":
+        values = _shared_values(path)
         if values is not None:
             yield from enumerate(values, 1)
             return
-        kept = enumerate((line + rest).split(b"\n"), number)
-        yield from ((number, line) for number, line in kept if line.strip())
-    yield from lines
+    yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _shared_values(path: Path) -> "_Values | None":
+    """Rows of a file that is one JSON value; None for lines of JSON."""
+    stat = path.stat()
+    key = (path, stat.st_size, stat.st_mtime_ns)
+    values = _SHARED.get(key)
+    if values is None:
+        with _opened(path) as file:
+            first = next((line for line in file if line.strip()), b"")
+            if first.lstrip().startswith(b"[") or _parsed(first)[1] is not None:
+                values = _values(first + file.read())
+        if values is not None:
+            _SHARED[key] = values
+    return values
 
 
 def _suffix(path: Path) -> str:
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
-
-
-def _is_json(content: bytes) -> bool:
-    return _parsed(content)[1] is None
 
 
 def _parsed(content: bytes) -> tuple[Any, str | None]:
@@ -209,7 +212,15 @@ def _parsed(content: bytes) -> tuple[Any, str | None]:
         return None, f"is no JSON ({error})"
 
 
-def _values(content: bytes) -> list[Any] | None:
+class _Values(list[Any]):
+    """Rows of a file, which can be referred to weakly."""
+
+
+_SHARED: WeakValueDictionary[tuple[Path, int, int], _Values] = WeakValueDictionary()
+"""Rows of lists that are being read: all logical shards of a process read the same ones."""
+
+
+def _values(content: bytes) -> _Values | None:
     """Rows of a file that is one JSON value.
 
     A text in a list is a row with a `text`, as `datasets` takes it.
@@ -218,7 +229,7 @@ def _values(content: bytes) -> list[Any] | None:
     if problem is not None:
         return None
     rows = value if isinstance(value, list) else [value]
-    return [{"text": row} if isinstance(row, str) else row for row in rows]
+    return _Values({"text": row} if isinstance(row, str) else row for row in rows)
 
 
 def _column_of(content: Any, column: str) -> Any:

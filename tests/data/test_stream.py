@@ -8,12 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
 from tokenizers import Tokenizer
 
 from flash.data.corpus import PackedData
 from flash.data.encoders import TextEncoder, in_validation_split
 from flash.data.factory import open_splits
+from flash.data.logical_shards import fit_logical_shards
 from flash.data.module import PackedDataModule
+from flash.data.readers import _SHARED
 from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSourceSettings
 from flash.data.sources import TextSource, rows_of
@@ -355,6 +358,33 @@ def test_damaged_files_are_named_and_left_out_only_if_told(tmp_path, tokenizer, 
         read(skip_damaged=False)
     assert read(skip_damaged=True) == texts(0, 50)
     assert "part1.parquet is damaged and is skipped" in caplog.text
+
+
+def test_data_sets_of_the_hub_are_read_by_their_rows(files, tokenizer, monkeypatch):
+    """The hub itself cannot be reached here: the same reader on local files."""
+    names = sorted(str(path) for path in files.glob("*.parquet"))
+    opened = load_dataset("parquet", data_files=names, split="train", streaming=True)
+    monkeypatch.setattr("flash.data.sources._open_hub", lambda settings, key: (opened, ["commit"]))
+    settings = TextSourceSettings(path="owner/name")
+    source = TextSource(settings, "k", skip_damaged=False)
+    assert source.num_files == 3
+    rows = [row for file in range(3) for i in range(4) for row in source.rows(file, i, 4, 0)]
+    assert sorted(row.value for row in rows) == sorted(texts(0, 150))
+    assert {row.place for row in rows} >= {"file 0 of owner/name, row 1"}
+    sequences = fit_logical_shards(sequences_of(None, tokenizer, [settings], logical_shards=60))
+    assert sequences.logical_shards == 30
+
+
+def test_lists_of_rows_are_held_once(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": str(i)} for i in range(100)]), "utf-8")
+    source = TextSource(TextSourceSettings(path=str(tmp_path)), "k", skip_damaged=False)
+    shares = [source.rows(0, i, 4, 0) for i in range(4)]
+    firsts = [next(share).value for share in shares]
+    assert len(_SHARED) == 1
+    assert sorted([*firsts, *(row.value for share in shares for row in share)], key=int) == [
+        str(i) for i in range(100)
+    ]
+    assert len(_SHARED) == 0
 
 
 def test_rows_are_strided_across_batches_of_a_file(tmp_path):
