@@ -86,17 +86,11 @@ def open_splits(
     else:
         opened = tokenize(settings, tokenizer, cache)
     end = end_of_text_id(tokenizer) if settings.document_masks else None
-    for split, tokens in (("train", opened.train), ("validation", opened.validation)):
-        if len(tokens) <= settings.seq_len:
-            raise InputError(
-                f"data.seq_len={settings.seq_len}: expected at most {len(tokens) - 1}, as the "
-                f"{split} split has {len(tokens)} tokens; lower it, or give more text"
-            )
-    return DataSplits(
-        PackedSequences(opened.train, settings.seq_len, end_of_text=end),
-        PackedSequences(opened.validation, settings.seq_len, end_of_text=end),
-        opened.digest,
+    train, validation = (
+        PackedSequences(tokens, settings.seq_len, split, end_of_text=end)
+        for split, tokens in (("train", opened.train), ("validation", opened.validation))
     )
+    return DataSplits(train, validation, opened.digest)
 
 
 def _open_streamed(

@@ -130,6 +130,7 @@ class PackedSequences(Dataset[Batch]):
     Args:
         tokens: Stream of `n` token ids.
         seq_len: Targets per window.
+        split: Name of the split, for the error.
         end_of_text: Id of the token that ends documents, for `Batch.document_ids`. None omits
             these ids.
 
@@ -137,11 +138,14 @@ class PackedSequences(Dataset[Batch]):
         InputError: The stream has fewer tokens than a window.
     """
 
-    def __init__(self, tokens: TokenArray, seq_len: int, *, end_of_text: int | None = None) -> None:
+    def __init__(
+        self, tokens: TokenArray, seq_len: int, split: str, *, end_of_text: int | None = None
+    ) -> None:
         self.tokens, self.seq_len, self.end_of_text = tokens, seq_len, end_of_text
         if len(self) == 0:
             raise InputError(
-                f"data.seq_len={seq_len}: expected at most {len(tokens) - 1}, the split's size"
+                f"data.seq_len={seq_len}: expected at most {len(tokens) - 1}, as the {split} split "
+                f"has {len(tokens)} tokens; lower it, or give more text"
             )
 
     def __len__(self) -> int:

@@ -140,6 +140,11 @@ def json_cases() -> Iterator[OddFile]:
     yield OddFile("a list of texts", {"a.json": json.dumps(GOOD).encode()}, GOOD)
     listed = json.dumps([*G[:2], {"text": 5}, *G[2:]]).encode()
     yield OddFile("an odd row of a list", {"a.json": listed}, GOOD, r"row 3: .*an integer")
+    unlisted = lines([1], *G)
+    yield OddFile("lines that begin with a list", {"a.jsonl": unlisted}, GOOD, r"row 1: is a list")
+    cut = json.dumps(G, indent=1).encode()[:-5]
+    yield OddFile("a cut list", {"a.json": cut}, None, r"a\.json, row 1: is no JSON")
+    yield OddFile("lines named json", {"a.json": lines(*G)}, GOOD)
     yield OddFile("one object", {"a.json": json.dumps(G[0], indent=1).encode()}, GOOD[:1])
     yield OddFile(
         "ndjson and capitals", {"A.NDJSON": lines(*G[:3]), "B.JSONL": lines(*G[3:])}, GOOD

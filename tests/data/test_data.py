@@ -65,7 +65,7 @@ def test_unchanged_texts_are_not_tokenized_again(data_settings, tokenizer, tmp_p
 
 def test_every_token_but_the_first_is_a_target_exactly_once():
     tokens = np.arange(101, dtype=np.uint16)
-    packed = PackedSequences(tokens, 10)
+    packed = PackedSequences(tokens, 10, "train")
     targets = [int(t) for i in range(len(packed)) for t in packed[i].tokens[1:]]
     assert targets == list(range(1, 101))
 
