@@ -96,7 +96,7 @@ def _write_model(path: Path, folder: Path) -> None:
 
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32
             )
         except (ValueError, KeyError, OSError, RuntimeError) as error:

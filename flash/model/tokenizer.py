@@ -344,11 +344,11 @@ def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for step in _processors(processor):
         if step["type"] == "TemplateProcessing":
             pieces = [piece.get("SpecialToken") for piece in step["single"]]
-            ids = [
-                step["special_tokens"][piece["id"]]["ids"] if piece else None for piece in pieces
-            ]
-            text = ids.index(None)
-            before, after = sum(ids[:text], []), sum(ids[text + 1 :], [])
+            text = pieces.index(None)
+            before, after = (
+                [i for piece in part for i in step["special_tokens"][piece["id"]]["ids"]]
+                for part in (pieces[:text], pieces[text + 1 :])
+            )
         elif step["type"] in _TEMPLATES:  # that of BERT or RoBERTa: pairs of text and id
             before, after = [step["cls"][1]], [step["sep"][1]]
         else:
