@@ -79,6 +79,8 @@ class ChatEncoder:
             encoded = self._from_marks(messages) if self._marked else self._from_prefixes(messages)
         except Exception as error:  # a template is a program, which fails in its own ways
             problem = str(error).strip().splitlines() or [type(error).__name__]
+            if not isinstance(error, InputError):
+                problem[0] = f"the chat template fails: {problem[0]}"
             return InputError(
                 f"{problem[0]} in a conversation that begins {str(messages[0])[:80]!r}"
             )

@@ -276,7 +276,11 @@ def chat_cases() -> Iterator[OddFile]:
     yield case("extra keys", [{**ASK, "name": "you", "weight": 0}, {**ANSWER, "id": [1, None]}])
     yield case("null keys", [{**ASK, "name": None}, {**ANSWER, "tool_calls": None}], None, TOOLS)
     yield case("parts as code", asked, r"a\.jsonl, row 2: .*that is a list as code", PRINTING)
-    yield case("parts for a template of texts", asked, r"row 2: can only concatenate")
+    yield case(
+        "parts for a template of texts",
+        asked,
+        r"row 2: the chat template fails: can only concatenate",
+    )
     yield case("parts", asked, None, TOOLS)
     yield case("tool calls", called, None, TOOLS)
     yield case("tool calls without content", without, None, TOOLS)
