@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from flash.data.sources import TextSource
 from flash.data.stream import StreamedSequences
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
+from tests.conftest import opened
 
 CHATML = Path("conf/data/chatml.jinja").read_text("utf-8")
 PRINTING = CHATML.replace("content + '<|im_end|>'", "content }}{{ '<|im_end|>'")
@@ -360,7 +362,8 @@ def _read(case: OddFile, folder: Path, *, skip_damaged: bool) -> list[Any]:
     settings = TextSourceSettings(**options)
     source = TextSource(settings, "data.sources[0]", skip_damaged=skip_damaged)
     backend = _tokenizer().backend_tokenizer
-    encoder: Any = TextEncoder(backend)
+    with TemporaryDirectory() as own:
+        encoder: Any = TextEncoder(opened(backend, Path(own)))
     if case.template is not None:
         encoder = ChatEncoder(backend, case.template, {}, max_tokens=100_000)
     sequences = StreamedSequences([source], encoder, 16, 0)

@@ -13,6 +13,7 @@ from flash.data.sampler import ResumableBatchSampler, Share
 from flash.data.settings import DataKind, DataSettings
 from flash.data.tokenizer import load_tokenizer, token_bytes
 from flash.errors import InputError
+from tests.conftest import opened
 
 
 @pytest.fixture
@@ -152,12 +153,12 @@ def test_files_are_as_written_or_named(tmp_path, caplog):
     assert "b.py is not UTF-8 (byte 0xe9 at 5) and is skipped" in caplog.text
 
 
-def test_a_text_that_cannot_be_told_from_end_of_text_is_an_error():
+def test_a_text_that_cannot_be_told_from_end_of_text_is_an_error(tmp_path):
     """A SentencePiece vocabulary holds end-of-text as a piece of its own."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "abc ")]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=0))
     tokenizer.add_special_tokens(["</s>"])
-    good, bad = TextEncoder(tokenizer).encode(["a b", "a </s> b"])
+    good, bad = TextEncoder(opened(tokenizer, tmp_path)).encode(["a b", "a </s> b"])
     assert isinstance(good, EncodedDocument)
     assert isinstance(bad, InputError)
     assert "mentions </s>, which this tokenizer cannot encode as text" in str(bad)

@@ -19,6 +19,7 @@ from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSource
 from flash.data.stream import SequenceStream, StreamedSequences, StreamLoader
 from flash.data.tokenizer import END_OF_TEXT, train_tokenizer
 from flash.errors import InputError
+from tests.conftest import opened
 from tests.data.odd_files import lines
 
 
@@ -46,6 +47,7 @@ def settings_of(path, kind=DataKind.datasets, source=None, **changes) -> DataSet
 
 
 def packed(settings, tokenizer, tmp_path) -> PackedData:
+    tokenizer = opened(tokenizer, tmp_path / ".tokenizer")
     return PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path / "cache")
 
 
@@ -237,7 +239,8 @@ def test_texts_that_mention_end_of_text_are_one_document(tmp_path, tokenizer, sp
     indexed = DataSettings(
         name="t", kind=DataKind.folder, path=str(folder), pattern="*.txt", **values
     )
-    splits = open_splits(indexed, tokenizer, seed=0, cache=tmp_path, folder=None)
+    own = opened(tokenizer, tmp_path / "tokenizer")
+    splits = open_splits(indexed, own, seed=0, cache=tmp_path)
     found = np.split(splits.train.tokens, np.flatnonzero(splits.train.tokens == end) + 1)  # pyright: ignore
     decoded = {tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in found}
     assert decoded - {""} == {
@@ -247,7 +250,7 @@ def test_texts_that_mention_end_of_text_are_one_document(tmp_path, tokenizer, sp
     }
     assert len(decoded - {""}) == len(found) - 1 >= 15
     streamed = settings_of(folder, logical_shards=1, **values)
-    sequences = open_splits(streamed, tokenizer, seed=0, cache=tmp_path, folder=None).train
+    sequences = open_splits(streamed, own, seed=0, cache=tmp_path).train
     assert isinstance(sequences, StreamedSequences)
     stream = torch.cat([sequence.tokens[1:] for sequence in sequences.first(200)])
     whole = [text for text in texts if not in_validation_split(text, 20)]
