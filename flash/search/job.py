@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flash.arch import ArchSpec, SearchSpace, kv_cache_bytes
+from flash.arch import ArchSpec, SearchSpace
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError, under
 from flash.latency.fit import LatencyModel, collect
@@ -206,14 +206,12 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
     def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
         specs = [spec.as_program() for spec in specs]
         size = np.array([lowering.weight_bytes(spec) for spec in specs]) / _MIB
-        cache = np.array([
-            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in specs
-        ])
+        cache = np.array([lowering.cache_bytes(spec) for spec in specs]) / _MIB
         predicted = {}
         for key, point in points.items():
             interval = latency.predictors[point].predict(specs)
             predicted |= {key: interval.mean, high(key): interval.high}
-        return {**predicted, "size_mib": size, "memory_mib": size + cache / _MIB}
+        return {**predicted, "size_mib": size, "memory_mib": size + cache}
 
     return costs
 
