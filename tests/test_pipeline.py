@@ -141,6 +141,21 @@ def _export_settings(common, name, arch, **changes) -> ExportSettings:
     return ExportSettings(**{**values, "perplexity_tokens": 32, "new_tokens": 8, **changes})
 
 
+def test_a_study_is_not_continued_with_what_would_change_its_figures(common, searched):
+    settings = _search_settings(common)
+    changed = {
+        "data.document_masks": {"data": dataclasses.replace(settings.data, document_masks=True)},
+        "data.validation_sequences": {
+            "data": dataclasses.replace(settings.data, validation_sequences=7)
+        },
+        "trainer.max_steps": {"trainer": dataclasses.replace(TRAINER, max_steps=1)},
+        "lowering.embedding_bits": {"device": _device(embedding_bits=8)},
+    }
+    for key, other in changed.items():
+        with pytest.raises(InputError, match=rf"these differ: {key} \(was "):
+            run_search(dataclasses.replace(settings, **other))
+
+
 def test_the_search_writes_what_train_and_export_take_by_name(common, searched):
     found = Runs(Path(common["runs"])).found_arch
     assert len(searched["trials"]) == 5
@@ -264,9 +279,17 @@ def test_a_finished_export_is_replaced_only_when_told(common, winner):
     name, arch = winner
     folder = Runs(Path(common["runs"])).export(name)
     before = (folder / "export.json").read_text()
-    other = _export_settings(common, name, arch, new_tokens=4)
-    with pytest.raises(InputError, match=r"model\.pte: holds an export of other .*overwrite=true"):
-        export(other)
+    for changes in (
+        {"new_tokens": 4},
+        {"data": dataclasses.replace(common["data"], seq_len=30)},
+        {"data": dataclasses.replace(common["data"], document_masks=True)},
+        {"trainer": TrainerSettings(precision=Precision.bf16)},
+    ):
+        other = _export_settings(common, name, arch, **changes)
+        with pytest.raises(
+            InputError, match=r"model\.pte: holds an export of other .*overwrite=true"
+        ):
+            export(other)
     assert (folder / "export.json").read_text() == before
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -69,7 +70,8 @@ class PackedData:
 
     Attributes:
         train_set: Training sequences, read by index or streamed.
-        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer.
+        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer. Keys
+            of results take `identity` or `train_identity`, which hold it.
         bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
         validation_set: Validation sequences, each a `Batch` without the first axis.
         teacher_cache: Training sequences with a teacher's most likely tokens, to be set before
@@ -97,6 +99,18 @@ class PackedData:
             splits.validation, settings.validation_sequences
         )
         self.teacher_cache: TeacherCache | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain values of all that decides the sequences of both splits, but for their order."""
+        return {"texts": self.digest, **self.settings.decisive()}
+
+    @property
+    def train_identity(self) -> dict[str, Any]:
+        """Plain values of all that decides the training sequences and their order."""
+        values = {**self.identity, "seed": self.seed}
+        del values["validation_sequences"]
+        return values
 
     def calibration_batches(self, tokens: int) -> Iterator[Tensor]:
         """Yield training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""

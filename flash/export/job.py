@@ -218,13 +218,13 @@ def _keys(
     reference: ExportResult | None,
     workspace: Workspace,
 ) -> dict[ExportFormat, str]:
-    data = settings.data
-    text = [workspace.data.digest, data.validation_sequences, settings.perplexity_tokens]
+    text = [workspace.data.identity, settings.perplexity_tokens]
     source = {"weights": fingerprint(weights), "data": text}
     program = {
         "device": workspace.device.identity(),
         "device_settings": settings.device.identity(),
         "gate": plain(settings.gate),
+        "precision": settings.trainer.precision.value,
         "text": [settings.prompt, settings.new_tokens],
         "reference": reference.key if reference else None,
     }

@@ -62,8 +62,8 @@ class ShortTraining:
         """Return the folder of a candidate's checkpoints; its name hashes all that affects them."""
         if self.folder is None:
             return None
-        trained = [plain(self.recipe), self.seed, self.workspace.data.digest]
-        decisive = [spec.to_dict(), self.importance.digest, self.trainer.precision.value, trained]
+        trained = [plain(self.recipe), self.seed, self.workspace.data.train_identity]
+        decisive = [spec.to_dict(), self.importance.digest, self.trainer.decisive(), trained]
         return self.folder / f"{number:05d}_{digest(decisive)}"
 
     def stable(self, spec: ArchSpec, number: int) -> Path | None:

@@ -102,21 +102,16 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     identity = {
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
-        "data": [workspace.data.digest, settings.data.seq_len],
-        "heldout_sequences": settings.data.validation_sequences,
+        "data": workspace.data.identity,
         "recipe": plain(settings.recipe),
-        "precision": settings.trainer.precision.value,
+        "trainer": settings.trainer.decisive(),
         "device": workspace.device.identity(),
-        "workload": _workload_identity(settings.device),
+        "workload": {**plain(settings.device.workload), "threads": settings.device.threads},
+        "lowering": settings.device.lowering.identity(),
         "seed": settings.seed,
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
     return SearchJob(settings, space, workspace, identity, objectives, baseline)
-
-
-def _workload_identity(device: DeviceSettings) -> dict[str, Any]:
-    chunk, threads = device.lowering.chunk, device.threads
-    return {**plain(device.workload), "prefill_chunk": chunk, "threads": threads}
 
 
 def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:

@@ -73,9 +73,8 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     decisive = {
         "spec": spec.to_dict(),
         "recipe": plain(settings.recipe),
-        "precision": settings.trainer.precision.value,
-        "max_steps": settings.trainer.max_steps,
-        "data": [workspace.data.digest, settings.data.seq_len],
+        "trainer": settings.trainer.decisive(),
+        "data": workspace.data.identity,
         "backbone": fingerprint(folder) if folder else "random",
         "seed": settings.seed,
     }

@@ -13,6 +13,7 @@ from flash.arch import GROUP
 from flash.data.settings import DataSettings
 from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
+from flash.records import plain
 
 
 class Schedule(Enum):
@@ -196,6 +197,17 @@ class Strategy(Enum):
     """Weights, gradients and optimiser states are shared out too (FSDP2)."""
 
 
+TRAINER_UNCOUNTED = frozenset({
+    # Ways to compute the same.
+    *("accelerator", "devices", "nodes", "strategy", "micro_batch"),
+    *("activation_checkpointing", "compile"),
+    # What is written along the way, and what ends a run: it goes on with another value.
+    *("eval_every_steps", "checkpoint_every_steps", "log_every_steps"),
+    *("max_skipped", "usd_per_hour"),
+})
+"""Fields of `TrainerSettings` that do not decide the result of a training."""
+
+
 class OnSpike(Enum):
     """Reactions to a step whose loss stands out."""
 
@@ -268,6 +280,10 @@ class TrainerSettings:
             self.strategy = Strategy.ddp
         if self.precision is Precision.auto:
             self.precision = native_precision(self.accelerator)
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values of all fields that decide a result, but `TRAINER_UNCOUNTED`."""
+        return {k: v for k, v in plain(self).items() if k not in TRAINER_UNCOUNTED}
 
     def accumulation(self, batch_size: int) -> int:
         """Micro-batches a step, for this many sequences over all devices.
