@@ -10,6 +10,7 @@ from torch import Tensor
 from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
 from flash.device.base import Device
+from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
 from flash.export.result import ExportResult
@@ -110,6 +111,13 @@ class ExportJob:
         sequences = self.workspace.data.validation_set
         return [sequences[i].tokens[:length] for i in range(min(count, len(sequences)))]
 
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt that the program continues; end-of-text if it has none."""
+        tokenizer, text = self.workspace.tokenizer, self.settings.prompt
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids or [self.workspace.end_of_text]
+
     def check(self) -> None:
         """Check before any work that the export can succeed.
 
@@ -123,12 +131,24 @@ class ExportJob:
         settings.gate.check_fits(tokens, settings.device.lowering)
         if ExportFormat.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
+            self._check_prompt()
             self._compare_rounding()
         path = self.workspace.tokenizer_path
         check_formats(settings.format, settings.formats, self.spec, path, self.token_ids)
         for kind in settings.format:
             self._keep(kind)
         self._check_room()
+
+    def _check_prompt(self) -> None:
+        limit, new = self.settings.device.lowering.max_context, self.settings.new_tokens
+        room = limit - len(self.prompt)
+        require(
+            new <= room,
+            "new_tokens",
+            new,
+            f"at most {room}, which device.lowering.max_context={limit} leaves after the "
+            f"{len(self.prompt)} tokens of the prompt",
+        )
 
     def _compare_rounding(self) -> None:
         """Warn if the weights were trained for another quantization than the device's."""
@@ -207,9 +227,20 @@ def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained
 
 
 def _reference(folder: Path, device: Device) -> ExportResult | None:
-    result = ExportResult.read(folder)
-    usable = result is not None and result.device == device.identity()
-    return result if usable and (folder / "model.pte").is_file() else None
+    result, path = ExportResult.read(folder), folder / "model.pte"
+    if result is None or result.device != device.identity() or not path.is_file():
+        return None
+    limits, needed = ProgramLimits.find(path), device.settings.workload.context
+    if limits is not None and limits.context < needed:
+        log.warning(
+            "%s: no speedup over it, as its context of %d tokens is less than the workload's %d; "
+            "export the backbone again",
+            path,
+            limits.context,
+            needed,
+        )
+        return None
+    return result
 
 
 def _keys(

@@ -102,8 +102,7 @@ def _export(job: ExportJob) -> ExportResult:
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
     measurement, speedups = _measure(job, model, lower_s)
-    prompt = workspace.tokenizer.encode(settings.prompt, add_special_tokens=False).ids or [end]
-    ids = job.device.generate(path, prompt, settings.new_tokens, stop=(end,))
+    ids = job.device.generate(path, job.prompt, settings.new_tokens, stop=(end,))
     return ExportResult(
         name=name,
         spec=model.spec,
