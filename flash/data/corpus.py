@@ -1,5 +1,6 @@
 """Packed text of a command: training sequences, validation sequences and their digest."""
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,11 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
         for document in find_documents(settings)
         if not document.in_validation_split(settings.validation_percent)
     ]
-    trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}.json"
+    hasher = hashlib.sha256()
+    for document in training:
+        hasher.update(hashlib.sha256(read_text(document).encode("utf-8", "replace")).digest())
+    text = hasher.hexdigest()[:16]
+    trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}_{text}.json"
     if not trained.is_file():
         tokenizer = train_tokenizer(map(read_text, training), settings.bpe_vocab_size)
         write_text(trained, tokenizer.to_str())

@@ -1,5 +1,6 @@
 """Job of an export: its settings, and the inputs that are opened and checked before any work."""
 
+import dataclasses
 import logging
 import shutil
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class ExportJob:
         spec = arch_of(settings.arch, backbone)
         name = result_name(settings)
         weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        own = weights / "tokenizer.json"
+        if own.is_file() and settings.data.tokenizer is None:
+            data = dataclasses.replace(settings.data, tokenizer=str(own))
+            settings = dataclasses.replace(settings, data=data)
         workspace = Workspace(
             runs=runs,
             backbone=backbone,
