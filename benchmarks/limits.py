@@ -180,7 +180,7 @@ def main(threads: int) -> None:
         moved = (
             SETTINGS.weight_bytes(shape)
             - embedding
-            + kv_cache_bytes(shape, context, CacheFormat.fp32)
+            + kv_cache_bytes(shape, context, min(context, shape.sliding_window), CacheFormat.fp32)
         )
         shares = [moved / own[f"decode_{context}"] / limit["bytes_per_s"] for own, limit in pairs]
         record.add(f"flash_350m/{context}", "decode_bandwidth_share", shares, "ratio")

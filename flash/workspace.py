@@ -25,6 +25,7 @@ from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits
+from flash.records import digest
 
 
 class Named(Protocol):
@@ -137,7 +138,7 @@ class Workspace:
         )
 
     def importance(self, calibration_tokens: int) -> Importance:
-        """Return the backbone's importance scores on the text, computed once and stored.
+        """Return the backbone's importance scores on the first training text, stored for later.
 
         Raises:
             InputError: There is no text, or stored scores are damaged.
@@ -145,7 +146,8 @@ class Workspace:
         folder, data = self.backbone.folder, self.data
         assert folder is not None
         batches = list(data.calibration_batches(calibration_tokens))
-        path = self.runs.importance(f"{fingerprint(folder)}_{data.digest}")
+        text = digest([data.train_identity, calibration_tokens])
+        path = self.runs.importance(f"{fingerprint(folder)}_{text}")
         return cached_scores(path, folder, self.backbone.load, batches, len(batches))
 
     def save_model(self, folder: Path, model: Decoder) -> None:

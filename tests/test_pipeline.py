@@ -15,7 +15,8 @@ from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
 from flash.errors import CheckFailed, DeviceError, InputError
-from flash.evaluation.run import program_of
+from flash.evaluation.run import EvaluatedModel, program_of
+from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.export.job import ExportJob
 from flash.export.result import ExportResult
 from flash.export.run import export
@@ -141,6 +142,21 @@ def _export_settings(common, name, arch, **changes) -> ExportSettings:
     return ExportSettings(**{**values, "perplexity_tokens": 32, "new_tokens": 8, **changes})
 
 
+def test_a_study_is_not_continued_with_what_would_change_its_figures(common, searched):
+    settings = _search_settings(common)
+    changed = {
+        "data.document_masks": {"data": dataclasses.replace(settings.data, document_masks=True)},
+        "data.validation_sequences": {
+            "data": dataclasses.replace(settings.data, validation_sequences=7)
+        },
+        "trainer.max_steps": {"trainer": dataclasses.replace(TRAINER, max_steps=1)},
+        "lowering.embedding_bits": {"device": _device(embedding_bits=8)},
+    }
+    for key, other in changed.items():
+        with pytest.raises(InputError, match=rf"these differ: {key} \(was "):
+            run_search(dataclasses.replace(settings, **other))
+
+
 def test_the_search_writes_what_train_and_export_take_by_name(common, searched):
     found = Runs(Path(common["runs"])).found_arch
     assert len(searched["trials"]) == 5
@@ -248,6 +264,19 @@ def test_a_program_is_judged_only_as_that_of_its_own_weights(common, winner):
         program_of(folder, spec, other)
 
 
+def test_a_program_is_evaluated_with_the_context_of_its_file(common, winner):
+    name, arch = winner
+    values = {**common, "arch": arch, "name": name, "format": ModelFormat.program}
+    del values["data"]
+    suite = SuiteSettings(name="x", tasks=[TaskSettings(name="x", title="X", metric="acc,none")])
+    subjects = [
+        EvaluatedModel.open(EvaluateSettings(**values, device=device, suite=suite))
+        for device in (DEVICE, _device(max_context=48), _device(max_context=96, prefill_chunk=40))
+    ]
+    assert [subject.context for subject in subjects] == [64] * 3
+    assert [subject.key() for subject in subjects] == [subjects[0].key()] * 3
+
+
 def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tmp_path):
     name, arch = winner
     trained = Runs(Path(common["runs"])).model(name) / "checkpoint"
@@ -264,9 +293,17 @@ def test_a_finished_export_is_replaced_only_when_told(common, winner):
     name, arch = winner
     folder = Runs(Path(common["runs"])).export(name)
     before = (folder / "export.json").read_text()
-    other = _export_settings(common, name, arch, new_tokens=4)
-    with pytest.raises(InputError, match=r"model\.pte: holds an export of other .*overwrite=true"):
-        export(other)
+    for changes in (
+        {"new_tokens": 4},
+        {"data": dataclasses.replace(common["data"], seq_len=30)},
+        {"data": dataclasses.replace(common["data"], document_masks=True)},
+        {"trainer": TrainerSettings(precision=Precision.bf16)},
+    ):
+        other = _export_settings(common, name, arch, **changes)
+        with pytest.raises(
+            InputError, match=r"model\.pte: holds an export of other .*overwrite=true"
+        ):
+            export(other)
     assert (folder / "export.json").read_text() == before
 
 
@@ -286,6 +323,7 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
     device = _device(group_size=96)
     cases = [
         ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
+        ({"new_tokens": 64}, r"new_tokens=64: expected at most \d+, which device\.lowering\.max"),
         ({"perplexity_tokens": 4}, r"gate\.text=4: expected at least"),
         ({"device": device}, r"lowering\.group_size=96: expected a divisor of model_dim"),
     ]

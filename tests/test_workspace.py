@@ -1,6 +1,7 @@
 """Facts about what a command opens: each part once, when it is asked for, with its errors."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,6 +53,24 @@ def test_importance_is_computed_once_and_kept(workspace, monkeypatch):
     again = replace(workspace).importance(64)
     assert again.digest == scores.digest
     assert len(list((workspace.runs.root / "importance").iterdir())) == 1
+
+
+def test_importance_belongs_to_its_tokens_and_its_text(workspace, corpus, tmp_path):
+    first, more = workspace.importance(64), workspace.importance(512)
+    assert (first.tokens, more.tokens) == (64, 512)
+    data = workspace.data_settings
+    shorter = replace(workspace, data_settings=replace(data, seq_len=16)).importance(512)
+    assert shorter.tokens == 512
+    assert shorter.digest != more.digest
+    other = tmp_path / "text"
+    shutil.copytree(corpus, other)
+    for path in other.iterdir():
+        path.write_text(path.read_text("utf-8").upper(), "utf-8")
+    changed = replace(workspace, data_settings=replace(data, path=str(other))).importance(512)
+    assert changed.digest != more.digest
+    measured = replace(workspace, data_settings=replace(data, validation_sequences=3))
+    assert measured.importance(512).digest == more.digest
+    assert len(list((workspace.runs.root / "importance").iterdir())) == 4
 
 
 def test_sequences_longer_than_the_context_are_refused(workspace):

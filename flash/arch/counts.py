@@ -137,15 +137,21 @@ def weight_bytes(
     return packed + 4 * counts.vectors
 
 
-def kv_cache_bytes(spec: ArchSpec, context: int, cache: CacheFormat) -> int:
-    """Bytes of all keys and values that attention can still see after `context` tokens.
+def kv_cache_bytes(spec: ArchSpec, full_slots: int, sliding_slots: int, cache: CacheFormat) -> int:
+    """Bytes of the keys and values of all layers.
 
     The format int8 adds a float32 scale and an int8 zero point per token and head.
+
+    Args:
+        spec: Architecture of the layers.
+        full_slots: Tokens that the cache of a layer with full attention holds.
+        sliding_slots: Tokens that the cache of a sliding layer holds.
+        cache: Format of keys and values.
     """
     per_head = 4 * spec.head_dim if cache is CacheFormat.fp32 else spec.head_dim + 4 + 1
-    tokens = sum(
-        min(context, spec.sliding_window) if kind is Attention.sliding_attention else context
-        for kind in spec.layer_types
-        if kind is not Attention.skip_attention
+    count = spec.layer_types.count
+    slots = (
+        count(Attention.full_attention) * full_slots
+        + count(Attention.sliding_attention) * sliding_slots
     )
-    return 2 * tokens * spec.num_kv_heads * per_head
+    return 2 * slots * spec.num_kv_heads * per_head

@@ -1,8 +1,10 @@
 """Packed text of a command: training sequences, validation sequences and their digest."""
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +46,15 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
             f"data.tokenizer=null: expected a tokenizer.json for data.kind="
             f"{settings.kind.value}, as the backbone has none"
         )
-    trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}.json"
+    percent = settings.validation_percent
+    documents = read_documents(settings)
+    training = [text for doc, text in documents if not doc.in_validation_split(percent)]
+    hasher = hashlib.sha256()
+    for text in training:
+        hasher.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
+    name = f"bpe_{settings.name}_{settings.bpe_vocab_size}_{hasher.hexdigest()[:16]}.json"
+    trained = cache / name
     if not trained.is_file():
-        percent = settings.validation_percent
-        documents = read_documents(settings)
-        training = (text for doc, text in documents if not doc.in_validation_split(percent))
         tokenizer = train_tokenizer(training, settings.bpe_vocab_size)
         write_text(trained, tokenizer.to_str())
     return trained
@@ -66,7 +72,8 @@ class PackedData:
 
     Attributes:
         train_set: Training sequences, read by index or streamed.
-        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer.
+        digest: Hash of all texts, of their order if they are streamed, and of the tokenizer. Keys
+            of results take `identity` or `train_identity`, which hold it.
         bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
         validation_set: Validation sequences, each a `Batch` without the first axis.
         teacher_cache: Training sequences with a teacher's most likely tokens, to be set before
@@ -93,6 +100,18 @@ class PackedData:
             splits.validation, settings.validation_sequences
         )
         self.teacher_cache: TeacherCache | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain values of all that decides the sequences of both splits, but for their order."""
+        return {"texts": self.digest, **self.settings.decisive()}
+
+    @property
+    def train_identity(self) -> dict[str, Any]:
+        """Plain values of all that decides the training sequences and their order."""
+        values = {**self.identity, "seed": self.seed}
+        del values["validation_sequences"]
+        return values
 
     def calibration_batches(self, tokens: int) -> Iterator[Tensor]:
         """Yield training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""

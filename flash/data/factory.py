@@ -5,7 +5,6 @@ import logging
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +20,6 @@ from flash.data.stream import LogicalShard, Split, StreamedSequences
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.records import atomic_write, digest
-
-if TYPE_CHECKING:
-    from flash.data.sources import TextSource
-
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +52,8 @@ class DataSplits:
     Attributes:
         train: Training sequences, read by index or streamed.
         validation: Validation sequences.
-        digest: Hash of everything that decides both.
+        digest: Hash of the texts of both, of the tokenizer and, if they are streamed, of their
+            order.
     """
 
     train: PackedSequences | StreamedSequences
@@ -122,8 +118,7 @@ def _open_streamed(
         validation = dataclasses.replace(validation, sources=[source], split=Split.all)
     key = _digest(train, validation, settings, [tokenizer.digest, template])
     next(train.first(1))  # finds missing text or a wrong column now, not in a worker later
-    count = settings.validation_sequences
-    path = cache / f"validation_{key}_{settings.seq_len}_{count}.safetensors"
+    path = cache / f"validation_{digest([key, settings.decisive()])}.safetensors"
     if not path.is_file():
         _save_validation(validation, settings, path)
     return DataSplits(train, InMemorySequences(Batch(**load_file(path))), key)
@@ -156,10 +151,7 @@ def _digest(
     settings: DataSettings,
     encoding: list[str | None],
 ) -> str:
-    """Hash of everything that decides the sequences of both splits, except their length.
-
-    Its keys have the names that settings had when they were first written to results; other names
-    would change the digest of the same data.
+    """Hash of the documents of both splits, of their tokens and of their order.
 
     Args:
         train: The training split.
@@ -170,22 +162,12 @@ def _digest(
     return digest({
         "tokenizer": encoding[0],
         "template": encoding[1],
-        "source": settings.kind.value,
-        "parts": [_identity(source) for source in train.sources],
-        "heldout": [
-            settings.validation_percent,
-            [_identity(source) for source in validation.sources],
-        ],
-        "masks": settings.document_masks,
-        "lanes": train.logical_shards,
+        "train": [source.fingerprint for source in train.sources],
+        "validation": [source.fingerprint for source in validation.sources],
+        "settings": settings.decisive_for_tokens(),
+        "logical_shards": train.logical_shards,
         "order": _ORDER,
     })
-
-
-def _identity(source: "TextSource") -> list[Any]:
-    """Values that decide the documents of a source and their share."""
-    settings = source.settings
-    return [source.fingerprint, settings.column, settings.unit.value, settings.weight]
 
 
 def _save_validation(validation: StreamedSequences, settings: DataSettings, path: Path) -> None:

@@ -16,7 +16,7 @@ from flash.data.settings import DataSettings
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
-from flash.records import atomic_write, write_json
+from flash.records import atomic_write, digest, write_json
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TokenStreams:
     Attributes:
         train: Memory-mapped token ids `(n,)` for training and calibration.
         validation: Memory-mapped token ids `(n,)` of the validation split.
-        digest: Hash of all texts and of the tokenizer.
+        digest: Hash of all texts, of the tokenizer and of the settings that decide the tokens.
     """
 
     train: np.ndarray
@@ -57,15 +57,12 @@ def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> 
     """
     texts = list(read_documents(settings))
     hasher = hashlib.sha256(tokenizer.identity)
-    hasher.update(str(settings.validation_percent).encode())
+    hasher.update(digest(settings.decisive_for_tokens()).encode())
     for document, text in texts:
         hasher.update(document.digest.encode())
         hasher.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
-    special = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
-    if any(token in text for token in special for _, text in texts):
-        hasher.update(b"special tokens as text")  # former versions encoded them as tokens
-    digest = hasher.hexdigest()[:16]
-    folder = cache / f"streams_{digest}"
+    key = hasher.hexdigest()[:16]
+    folder = cache / f"streams_{key}"
     splits: dict[str, list[tuple[Document, str]]] = {"train": [], "validation": []}
     for document, text in texts:
         validation = document.in_validation_split(settings.validation_percent)
@@ -88,7 +85,7 @@ def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> 
     return TokenStreams(
         train=np.load(folder / "train.npy", mmap_mode="r"),
         validation=np.load(folder / "validation.npy", mmap_mode="r"),
-        digest=digest,
+        digest=key,
     )
 
 

@@ -95,13 +95,12 @@ def _manifest(
     data: dict[str, Any] = plain(settings.data)
     keys = ("sources", "validation", "validation_percent", "skip_damaged")
     chosen = {key: data[key] for key in keys}
-    decisive: dict[str, Any] = {
-        # Former names, so that the shards of former versions stay valid.
-        "parts": data["sources"],
-        "heldout": data["validation"],
-        "heldout_percent": data["validation_percent"],
+    separate = _separate(settings.data)
+    decisive = {
+        "data": settings.data.decisive_for_tokens(),
         "skip_damaged": data["skip_damaged"],
         "files": [source.fingerprint for source in sources],
+        "validation": separate.fingerprint if separate is not None else None,
         "tokenizer": tokenizer.digest,
         "tokens": settings.tokens,
         "shard_tokens": settings.shard_tokens,
@@ -121,27 +120,33 @@ def _manifest(
     return manifest
 
 
+def _separate(data: DataSettings) -> "TextSource | None":
+    """Open the text of the validation split, where it is separate from the training text."""
+    from flash.data.sources import TextSource
+
+    if data.validation is None:
+        return None
+    return TextSource(data.validation, "data.validation", skip_damaged=data.skip_damaged)
+
+
 def _write_validation(
     folder: Path, train: StreamedSequences, data: DataSettings, dtype: type
 ) -> Shard:
-    separate = data.validation
-    if separate is not None:
-        from flash.data.sources import TextSource
-
-        source = TextSource(separate, "data.validation", skip_damaged=data.skip_damaged)
+    source = _separate(data)
+    if source is not None:
         split = dataclasses.replace(train, sources=[source], split=Split.all, single_pass=True)
     else:
         split = dataclasses.replace(train, split=Split.validation, single_pass=True)
     mixture = Mixture(split, shard=0)
     documents: list[np.ndarray] = []
     count = 0
-    while taken := mixture.take(_DOCUMENTS_AT_ONCE if separate is not None else 1):
+    while taken := mixture.take(_DOCUMENTS_AT_ONCE if source is not None else 1):
         documents += [document.tokens.astype(dtype) for document in taken]
         count += sum(map(len, taken))
-        if separate is None and count >= _VALIDATION_TOKENS:
+        if source is None and count >= _VALIDATION_TOKENS:
             break
-    if not documents and separate is not None:
-        raise InputError(f"data.validation.path={separate.path}: has 0 documents with text")
+    if not documents and data.validation is not None:
+        raise InputError(f"data.validation.path={data.validation.path}: has 0 documents with text")
     if not documents:
         raise InputError(
             f"data.validation_percent={data.validation_percent}: leaves the validation split "

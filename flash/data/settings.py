@@ -6,11 +6,13 @@ Errors that are raised here name a key relative to its class; `flash.config` add
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
 from flash.errors import InputError, require
 from flash.model.settings import BackboneSettings
+from flash.records import plain
 
 
 class DataKind(Enum):
@@ -50,6 +52,22 @@ class DocumentUnit(Enum):
     """One line."""
 
 
+# Every field of the settings below is part of the identity of the data, and so of the keys of
+# results, but for those that are named here.
+SOURCE_UNCOUNTED = frozenset({"path", "name", "revision", "split"})
+"""Fields of `TextSourceSettings` that the identity of a source's content stands for."""
+UNCOUNTED = frozenset({
+    "name",  # for people
+    # The hash of the texts and of the tokenizer stands for these.
+    *("path", "pattern", "tokenizer", "bpe_vocab_size", "chat_template"),
+    "workers",  # changes no sequence
+    "skip_damaged",  # what is left out is not in the hash of the texts, or ends the run if false
+})
+"""Fields of `DataSettings` that do not decide, by themselves, what is trained on or measured."""
+OF_SEQUENCES = frozenset({"seq_len", "document_masks", "validation_sequences", "logical_shards"})
+"""Fields of `DataSettings` that do not decide the tokens of documents, but their sequences."""
+
+
 @dataclass(kw_only=True)
 class TextSourceSettings:
     """One source of a mixture: files, or a data set of the Hugging Face hub."""
@@ -76,6 +94,10 @@ class TextSourceSettings:
     def __post_init__(self) -> None:
         valid = math.isfinite(self.weight) and self.weight > 0
         require(valid, "weight", self.weight, "a positive number")
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values of all fields that decide the documents, but `SOURCE_UNCOUNTED`."""
+        return {k: v for k, v in plain(self).items() if k not in SOURCE_UNCOUNTED}
 
 
 @dataclass(kw_only=True)
@@ -161,6 +183,20 @@ class DataSettings:
     def streamed(self) -> bool:
         """True where the text is read from `sources` while training."""
         return self.kind in {DataKind.datasets, DataKind.chat}
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values of all fields that decide the data of a run, but `UNCOUNTED`.
+
+        A result of other values is another result; see `PackedData.identity`.
+        """
+        values = {k: v for k, v in plain(self).items() if k not in UNCOUNTED}
+        validation = self.validation.decisive() if self.validation is not None else None
+        sources = [source.decisive() for source in self.sources]
+        return {**values, "sources": sources, "validation": validation}
+
+    def decisive_for_tokens(self) -> dict[str, Any]:
+        """Values of `decisive` that tokenised documents depend on: all but `OF_SEQUENCES`."""
+        return {k: v for k, v in self.decisive().items() if k not in OF_SEQUENCES}
 
     def _check_path(self) -> None:
         kind = f"kind={self.kind.value}"

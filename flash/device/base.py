@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.device.measurement import Latency, Measurement, Program, accepted, standard_error
+from flash.device.program_limits import ProgramLimits
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError
@@ -89,10 +90,14 @@ class Device(ABC):
             on_progress: Called after each process.
 
         Raises:
-            InputError: A program is missing, or the device's runtime refuses it.
+            InputError: A program is missing, the device's runtime refuses it, or the workload is
+                longer than its context.
             DeviceError: A process died or took too long.
         """
         everything = [*programs] + ([reference] if reference is not None else [])
+        for program in everything:
+            asked = f"a workload of {workload.context} tokens"
+            _check_room(program.path, workload.context, asked, "lower device.workload")
         job = self._job(everything, workload)
         results: list[dict[str, Any]] = []
         total = self.settings.processes
@@ -140,7 +145,13 @@ class Device(ABC):
 
         Returns:
             The continuations, each up to and including its first token of `stop`.
+
+        Raises:
+            InputError: A prompt and its continuation are longer than the program's context.
         """
+        for prompt in prompts:
+            asked = f"a prompt of {len(prompt)} tokens and {new_tokens} new ones"
+            _check_room(path, len(prompt) + new_tokens, asked, "shorten the prompt")
         job = {"mode": "generate", "prompts": [list(prompt) for prompt in prompts], "reuse": reuse}
         return self._run_one(path, {**job, "new_tokens": new_tokens, "stop": list(stop)})["answers"]
 
@@ -174,7 +185,13 @@ class Device(ABC):
         Returns:
             For each text `log_likelihoods` of its scored tokens [nats], and in `choices` the
             likeliest token at each of their positions.
+
+        Raises:
+            InputError: A text is longer than the program's context.
         """
+        for tokens, _ in requests:
+            read = len(tokens) - (not keep_logits)  # else the last token is not fed
+            _check_room(path, read, f"a text of {len(tokens)} tokens", "shorten the text")
         texts = [{"tokens": list(tokens), "prefill": prefill} for tokens, prefill in requests]
         job = {"mode": "score", "requests": texts, "keep_logits": keep_logits, "reuse": reuse}
         return self._run_one(path, job)["answers"]
@@ -191,15 +208,21 @@ class Device(ABC):
 
     def _run_one(self, path: Path, job: dict[str, Any]) -> dict[str, Any]:
         program = Program(name=path.name, path=path, vocab_size=1)
-        common = {**self._common([program]), "prefill_chunk": self.settings.lowering.chunk}
-        return self.run({**common, **job}, [program])
+        return self.run({**self._common([program]), **job}, [program])
 
     def _common(self, programs: Sequence[Program]) -> dict[str, Any]:
         return {
             "threads": self.settings.threads,
             "cpus": self.settings.pinned,
-            "programs": [program.to_job() for program in programs],
+            "programs": [
+                {**program.to_job(), "prefill_chunk": self._chunk(program)} for program in programs
+            ],
         }
+
+    def _chunk(self, program: Program) -> int:
+        """Most tokens of a prefill call: as the file says, or else as the settings do."""
+        limits = ProgramLimits.find(program.path)
+        return limits.chunk if limits is not None else self.settings.lowering.chunk
 
     def _job(self, programs: Sequence[Program], workload: Workload) -> dict[str, Any]:
         return {
@@ -208,7 +231,6 @@ class Device(ABC):
             "warmups": self.settings.warmups,
             "runs": self.settings.runs,
             "points": [[point.phase.value, point.tokens] for point in workload.points],
-            "prefill_chunk": self.settings.lowering.chunk,
             "decode_tokens": workload.decode_tokens,
         }
 
@@ -226,6 +248,21 @@ class Device(ABC):
             verdicts = accepted(sums, self.settings.reject_ratio)
             passed = [a and b for a, b in zip(passed, verdicts, strict=True)]
         return passed
+
+
+def _check_room(path: Path, tokens: int, asked: str, remedy: str) -> None:
+    """Check that `tokens` fit the context that the program at `path` was exported with.
+
+    Raises:
+        InputError: They do not.
+    """
+    limits = ProgramLimits.find(path)
+    if limits is not None and tokens > limits.context:
+        raise InputError(
+            f"{path.name}: {asked}: expected at most {limits.context} tokens together, the context "
+            f"that it was exported with; {remedy}, or export it with a larger "
+            "device.lowering.max_context"
+        )
 
 
 def check_files(programs: Sequence[Program]) -> None:

@@ -3,19 +3,20 @@
 It needs only the standard library, torch and ExecuTorch's runtime, and nothing of `flash`, so that
 a copy of this one file measures on any board with Python. The job is one JSON object:
 
-    COMMON = "threads": 2, "cpus": [2, 3] | null, "programs": [PROGRAM...], "prefill_chunk": 512
+    COMMON = "threads": 2, "cpus": [2, 3] | null, "programs": [PROGRAM...]
     {"mode": "measure", COMMON, "points": [["prefill", 512], ["decode", 512]],
      "decode_tokens": 16, "warmups": 2, "runs": 3}
     {"mode": "generate", COMMON, "prompts": [[1, 2]], "new_tokens": 8, "stop": [2], "reuse": false}
     {"mode": "score", COMMON, "requests": [{"tokens": [1, 2, 3], "prefill": 1}],
      "keep_logits": true, "reuse": false}
     PROGRAM = {"name": "x", "path": "x.pte", "input": "tokens" | "activations",
-               "vocab_size": 2048, "model_dim": 256, "flush_mib": 0}
+               "vocab_size": 2048, "model_dim": 256, "flush_mib": 0, "prefill_chunk": 512}
 
 Prefill is the time from an empty cache to the first token's logits, with the prompt fed in chunks
-of `prefill_chunk`. Decoding is timed in single steps at cache positions from the context on. The
-contents of the cache do not change the time, so it is not filled first. Before each timed call,
-`flush_mib` of other memory are read, which evicts the program from the processor's caches.
+of the program's `prefill_chunk`. Decoding is timed in single steps at cache positions from the
+context on. The contents of the cache do not change the time, so it is not filled first. Before each
+timed call, `flush_mib` of other memory are read, which evicts the program from the processor's
+caches.
 
 With `reuse`, the tokens that a text shares with the beginning of the text before it are not fed
 again. That is correct for programs whose KV caches hold every position, not for those with sliding
@@ -81,7 +82,7 @@ class Runnable:
 
     def __init__(self, spec):
         native = bindings()
-        self.name = spec["name"]
+        self.name, self.chunk = spec["name"], spec["prefill_chunk"]
         self.spec = spec
         before = status_kib("VmRSS")
         start = time.perf_counter()
@@ -113,11 +114,11 @@ class Runnable:
 
         return self.method.call((x, torch.tensor([position])))[0]
 
-    def prefill(self, x, chunk):
+    def prefill(self, x):
         """Feed `x` in chunks from position 0 on, and return the output of the last call."""
         out = None
-        for start in range(0, x.shape[1], chunk):
-            out = self.call(x[:, start : start + chunk], start)
+        for start in range(0, x.shape[1], self.chunk):
+            out = self.call(x[:, start : start + self.chunk], start)
         return out
 
 
@@ -196,7 +197,7 @@ def time_prefill(job, program, tokens):
     x = program.inputs(tokens)
     program.flush()
     clock = Clock()
-    program.prefill(x, job["prefill_chunk"])
+    program.prefill(x)
     return clock.read()
 
 
@@ -216,8 +217,8 @@ def time_decode(job, program, context):
 class Reader:
     """A program together with the tokens that its KV cache holds."""
 
-    def __init__(self, program, chunk, reuse):
-        self.program, self.chunk, self.reuse = program, chunk, reuse
+    def __init__(self, program, reuse):
+        self.program, self.chunk, self.reuse = program, program.chunk, reuse
         self.cached_tokens = []
 
     def read(self, tokens):
@@ -306,7 +307,7 @@ def run(job):
     if job["mode"] == "measure":
         result["samples"] = measure(job, programs)
     else:
-        reader = Reader(programs[0], job["prefill_chunk"], job["reuse"])
+        reader = Reader(programs[0], job["reuse"])
         answer = generate if job["mode"] == "generate" else score
         result["answers"] = answer(job, reader)
     result["peak_rss_kib"] = status_kib("VmHWM")

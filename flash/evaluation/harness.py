@@ -292,12 +292,18 @@ class ProgramLM(TextLM):
         program: Path of the .pte.
         tokenizer: Tokenizer of the model.
         kinds: Attention kinds of its layers.
+        context: Context that the program was exported with [tokens].
     """
 
     def __init__(
-        self, device: Device, program: Path, tokenizer: HarnessTokenizer, kinds: Sequence[Attention]
+        self,
+        device: Device,
+        program: Path,
+        tokenizer: HarnessTokenizer,
+        kinds: Sequence[Attention],
+        context: int,
     ) -> None:
-        super().__init__(tokenizer, device.settings.lowering.max_context)
+        super().__init__(tokenizer, context)
         self._runtime, self._program = device, program
         # The cache of a sliding layer no longer holds the prefix shared with the previous text.
         self._reuse = Attention.sliding_attention not in kinds

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec
 from flash.commands import command
+from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
@@ -42,6 +43,7 @@ class EvaluatedModel:
         spec: Architecture.
         weights: Checkpoint folder, which may also hold the tokenizer.
         program: Path of the .pte with `format: program`, else None.
+        context: Tokens that the model can read.
         tokenizer: Tokenizer of the model.
         workspace: Runs folder, backbone and device of the command.
     """
@@ -51,6 +53,7 @@ class EvaluatedModel:
     spec: ArchSpec
     weights: Path
     program: Path | None
+    context: int
     tokenizer: HarnessTokenizer
     workspace: Workspace
 
@@ -71,12 +74,13 @@ class EvaluatedModel:
         tokenizer.tokenizer.require_fits(spec.vocab_size)
         if settings.suite.apply_chat_template:
             tokenizer = tokenizer.with_chat()
-        program = None
+        program, context = None, spec.max_context
         if settings.format is ModelFormat.program:
             program = program_of(runs.export(name), spec, weights)
+            context = context_of(program)
         else:
             check_devices(settings.trainer)
-        return cls(settings, name, spec, weights, program, tokenizer, workspace)
+        return cls(settings, name, spec, weights, program, context, tokenizer, workspace)
 
     def key(self) -> dict[str, Any]:
         """Return all that determines the answers, apart from the questions."""
@@ -96,7 +100,7 @@ class EvaluatedModel:
         return {
             **known,
             "program": file_digest(self.program),
-            "context": settings.device.lowering.max_context,
+            "context": self.context,
             "device": [identity["cpu"], identity["runtime"]],
         }
 
@@ -107,7 +111,8 @@ class EvaluatedModel:
         settings = self.settings
         if self.program is not None:
             device = self.workspace.device
-            return ProgramLM(device, self.program, self.tokenizer, self.spec.layer_types)
+            kinds = self.spec.layer_types
+            return ProgramLM(device, self.program, self.tokenizer, kinds, self.context)
         model = load(self.weights).to(main_device(settings.trainer))
         precision = settings.trainer.precision
         return DecoderLM(model, self.tokenizer, batch_size=settings.batch_size, precision=precision)
@@ -137,6 +142,20 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
             "of"
         )
     return path
+
+
+def context_of(program: Path) -> int:
+    """Return the context that a program was exported with [tokens].
+
+    Raises:
+        InputError: The file is damaged, or not one of `flash export`.
+    """
+    limits = ProgramLimits.find(program)
+    if limits is None:
+        raise InputError(
+            f"format=program: {program} states no context, or is damaged; export it again"
+        )
+    return limits.context
 
 
 def evaluate(settings: EvaluateSettings) -> SuiteResult:

@@ -1,16 +1,17 @@
 """Job of an export: its settings, and the inputs that are opened and checked before any work."""
 
+import dataclasses
 import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
 from flash.device.base import Device
+from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
 from flash.export.result import ExportResult
@@ -61,6 +62,10 @@ class ExportJob:
         spec = arch_of(settings.arch, backbone)
         name = result_name(settings)
         weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        own = weights / "tokenizer.json"
+        if own.is_file() and settings.data.tokenizer is None:
+            data = dataclasses.replace(settings.data, tokenizer=str(own))
+            settings = dataclasses.replace(settings, data=data)
         workspace = Workspace(
             runs=runs,
             backbone=backbone,
@@ -106,6 +111,17 @@ class ExportJob:
         sequences = self.workspace.data.validation_set
         return [sequences[i].tokens[:length] for i in range(min(count, len(sequences)))]
 
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt that the program continues; `begin_id` if it has none."""
+        return self.workspace.tokenizer.encode(self.settings.prompt) or [self.begin_id]
+
+    @property
+    def begin_id(self) -> int:
+        """Token that begins a text; end-of-text for models without one."""
+        tokenizer = self.workspace.tokenizer
+        return tokenizer.begin if tokenizer.begin is not None else tokenizer.end_of_text
+
     def check(self) -> None:
         """Check before any work that the export can succeed.
 
@@ -119,12 +135,24 @@ class ExportJob:
         settings.gate.check_fits(tokens, settings.device.lowering)
         if ExportFormat.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
+            self._check_prompt()
             self._compare_rounding()
         tokenizer = self.workspace.tokenizer
         check_formats(settings.format, settings.formats, self.spec, tokenizer)
         for kind in settings.format:
             self._keep(kind)
         self._check_room()
+
+    def _check_prompt(self) -> None:
+        limit, new = self.settings.device.lowering.max_context, self.settings.new_tokens
+        room = limit - len(self.prompt)
+        require(
+            new <= room,
+            "new_tokens",
+            new,
+            f"at most {room}, which device.lowering.max_context={limit} leaves after the "
+            f"{len(self.prompt)} tokens of the prompt",
+        )
 
     def _compare_rounding(self) -> None:
         """Warn if the weights were trained for another quantization than the device's."""
@@ -203,9 +231,20 @@ def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained
 
 
 def _reference(folder: Path, device: Device) -> ExportResult | None:
-    result = ExportResult.read(folder)
-    usable = result is not None and result.device == device.identity()
-    return result if usable and (folder / "model.pte").is_file() else None
+    result, path = ExportResult.read(folder), folder / "model.pte"
+    if result is None or result.device != device.identity() or not path.is_file():
+        return None
+    limits, needed = ProgramLimits.find(path), device.settings.workload.context
+    if limits is not None and limits.context < needed:
+        log.warning(
+            "%s: no speedup over it, as its context of %d tokens is less than the workload's %d; "
+            "export the backbone again",
+            path,
+            limits.context,
+            needed,
+        )
+        return None
+    return result
 
 
 def _keys(
@@ -214,18 +253,18 @@ def _keys(
     reference: ExportResult | None,
     workspace: Workspace,
 ) -> dict[ExportFormat, str]:
-    data = settings.data
-    text = [workspace.data.digest, data.validation_sequences, settings.perplexity_tokens]
-    source: dict[str, Any] = {"weights": fingerprint(weights), "data": text}
+    text = [workspace.data.identity, settings.perplexity_tokens]
     tokenizer = workspace.tokenizer
-    end = tokenizer.end_of_text
-    if tokenizer.token_ids != {"bos_token_id": end, "eos_token_id": end} or tokenizer.chat_template:
-        # Not for others, so that exports of former versions stay valid.
-        source["tokenizer"] = [tokenizer.token_ids, tokenizer.chat_template]
+    source = {
+        "weights": fingerprint(weights),
+        "data": text,
+        "tokenizer": [tokenizer.token_ids, tokenizer.chat_template],
+    }
     program = {
         "device": workspace.device.identity(),
         "device_settings": settings.device.identity(),
         "gate": plain(settings.gate),
+        "precision": settings.trainer.precision.value,
         "text": [settings.prompt, settings.new_tokens],
         "reference": reference.key if reference else None,
     }

@@ -94,16 +94,14 @@ def _export(job: ExportJob) -> ExportResult:
     log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
-    begin = tokenizer.begin if tokenizer.begin is not None else tokenizer.end_of_text
-    program = lower(model, settings.device.lowering, bos_id=begin, eos_ids=tokenizer.ends)
+    program = lower(model, settings.device.lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
     report = _run_gate(job, model, program)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
     measurement, speedups = _measure(job, model, lower_s)
-    prompt = tokenizer.encode(settings.prompt) or [begin]
-    ids = job.device.generate(path, prompt, settings.new_tokens, stop=tokenizer.ends)
+    ids = job.device.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
     return ExportResult(
         name=name,
         spec=model.spec,

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from flash.arch import GROUP, ArchSpec, CacheFormat, Quantization, weight_bytes
+from flash.arch import (
+    GROUP,
+    ArchSpec,
+    CacheFormat,
+    Quantization,
+    kv_cache_bytes,
+    weight_bytes,
+)
 from flash.errors import require
 
 
@@ -132,6 +139,11 @@ class LoweringSettings:
     def weight_bytes(self, spec: ArchSpec) -> int:
         """Bytes of all weights of a program of `spec`."""
         return weight_bytes(spec, self.quantization, self.group_size, self.embedding_bits)
+
+    def cache_bytes(self, spec: ArchSpec) -> int:
+        """Bytes of all KV caches that a program of `spec` allocates."""
+        sliding = self.slots(spec.sliding_window)
+        return kv_cache_bytes(spec, self.slots(None), sliding, self.cache)
 
     def slots(self, window: int | None) -> int:
         """Tokens that one layer's cache holds; `window` None is full attention [tokens]."""

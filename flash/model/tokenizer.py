@@ -166,11 +166,7 @@ class ModelTokenizer:
     @property
     def identity(self) -> bytes:
         """All that decides the tokens of a document: vocabulary, rules, begin and end."""
-        rules = self.backend.to_str()
-        if self.prefix or self.end_of_text != self.backend.token_to_id(END_OF_TEXT):
-            # Not for others, so that results of former versions stay valid.
-            rules += f"begin {self.prefix} end {self.end_of_text}"
-        return rules.encode()
+        return f"{self.backend.to_str()}begin {self.prefix} end {self.end_of_text}".encode()
 
     @property
     def digest(self) -> str:

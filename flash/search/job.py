@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError, under
 from flash.latency.fit import LatencyModel, collect
@@ -102,12 +102,12 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     identity = {
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
-        "data": [workspace.data.digest, settings.data.seq_len],
-        "heldout_sequences": settings.data.validation_sequences,
+        "data": workspace.data.identity,
         "recipe": plain(settings.recipe),
-        "precision": settings.trainer.precision.value,
+        "trainer": settings.trainer.decisive(),
         "device": workspace.device.identity(),
-        "workload": _workload_identity(settings.device),
+        "workload": {**plain(settings.device.workload), "threads": settings.device.threads},
+        "lowering": settings.device.lowering.identity(),
         "seed": settings.seed,
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
@@ -135,11 +135,6 @@ def open_space(settings: SpaceSettings, backbone: ArchSpec) -> SearchSpace:
                 "FOLDER` proposes a space for a backbone"
             )
     return space
-
-
-def _workload_identity(device: DeviceSettings) -> dict[str, Any]:
-    chunk, threads = device.lowering.chunk, device.threads
-    return {**plain(device.workload), "prefill_chunk": chunk, "threads": threads}
 
 
 def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec) -> ArchSpec:
@@ -229,14 +224,12 @@ def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
     def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
         specs = [spec.as_program() for spec in specs]
         size = np.array([lowering.weight_bytes(spec) for spec in specs]) / _MIB
-        cache = np.array([
-            kv_cache_bytes(spec, lowering.max_context, lowering.cache) for spec in specs
-        ])
+        cache = np.array([lowering.cache_bytes(spec) for spec in specs]) / _MIB
         predicted = {}
         for key, point in points.items():
             interval = latency.predictors[point].predict(specs)
             predicted |= {key: interval.mean, high(key): interval.high}
-        return {**predicted, "size_mib": size, "memory_mib": size + cache / _MIB}
+        return {**predicted, "size_mib": size, "memory_mib": size + cache}
 
     return costs
 

@@ -216,7 +216,7 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
     return report
 
 
-_OF_THE_DEVICE = ("device", "workload", "space", "objectives")
+_OF_THE_DEVICE = ("device", "workload", "lowering", "space", "objectives")
 """Keys of a fingerprint that do not affect losses."""
 
 

@@ -46,7 +46,7 @@ class SearchLimits:
     size_mib: float | None = None
     """Packed weights [MiB]."""
     memory_mib: float | None = None
-    """Packed weights, and keys and values of a full context [MiB]."""
+    """Packed weights, and all KV caches that the program allocates [MiB]."""
 
     def __post_init__(self) -> None:
         for name, value in self.given().items():

@@ -72,10 +72,9 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     folder = workspace.backbone.folder
     decisive = {
         "spec": spec.to_dict(),
-        "recipe": settings.recipe.decisive(),
-        "precision": settings.trainer.precision.value,
-        "max_steps": settings.trainer.max_steps,
-        "data": [workspace.data.digest, settings.data.seq_len],
+        "recipe": plain(settings.recipe),
+        "trainer": settings.trainer.decisive(),
+        "data": workspace.data.identity,
         "backbone": fingerprint(folder) if folder else "random",
         "seed": settings.seed,
     }

@@ -152,13 +152,6 @@ class RecipeSettings:
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
-    def decisive(self) -> dict[str, Any]:
-        """Plain values for the key of a result. Keys of before `kd_top_p` still hold without it."""
-        values = plain(self)
-        if self.kd_top_p is None:
-            del values["kd_top_p"]
-        return values
-
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""
         rate, found = self.lr, self.lr_reference
@@ -218,6 +211,17 @@ class Strategy(Enum):
     """Each has the whole model and a part of the batch."""
     fsdp = "fsdp"
     """Weights, gradients and optimiser states are shared out too (FSDP2)."""
+
+
+TRAINER_UNCOUNTED = frozenset({
+    # Ways to compute the same.
+    *("accelerator", "devices", "nodes", "strategy", "micro_batch"),
+    *("activation_checkpointing", "compile"),
+    # What is written along the way, and what ends a run: it goes on with another value.
+    *("eval_every_steps", "checkpoint_every_steps", "log_every_steps"),
+    *("max_skipped", "usd_per_hour"),
+})
+"""Fields of `TrainerSettings` that do not decide the result of a training."""
 
 
 class OnSpike(Enum):
@@ -296,6 +300,10 @@ class TrainerSettings:
     def sequences_at_once(self, batch_size: int) -> int:
         """Sequences that one device holds at a time, for this many over all devices."""
         return self.micro_batch or max(1, batch_size // (self.devices * self.nodes))
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values of all fields that decide a result, but `TRAINER_UNCOUNTED`."""
+        return {k: v for k, v in plain(self).items() if k not in TRAINER_UNCOUNTED}
 
     def accumulation(self, batch_size: int) -> int:
         """Micro-batches a step, for this many sequences over all devices.

@@ -110,7 +110,7 @@ def _open(
     decisive = {
         "format": FORMAT,
         "backbone": fingerprint(backbone.folder),
-        "data": [data.digest, data.settings.seq_len, data.settings.document_masks, data.seed],
+        "data": data.train_identity,
         "distillation": [*kept, precision.value],
     }
     codec = TopTokenCodec(recipe.kd_top_k, backbone.spec.vocab_size, data.settings.seq_len)

@@ -64,6 +64,17 @@ def test_unchanged_texts_are_not_tokenized_again(data_settings, tokenizer, tmp_p
     assert np.array_equal(again.train, first.train)
 
 
+def test_a_trained_tokenizer_belongs_to_its_text(data_settings, corpus, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in corpus.iterdir():
+        (other / path.name).write_text(path.read_text("utf-8").upper(), "utf-8")
+    moved = DataSettings(**{**vars(data_settings), "path": str(other)})
+    first, second = (find_tokenizer(each, None, tmp_path) for each in (data_settings, moved))
+    assert first != second
+    assert find_tokenizer(data_settings, None, tmp_path) == first
+
+
 def test_every_token_but_the_first_is_a_target_exactly_once():
     tokens = np.arange(101, dtype=np.uint16)
     packed = PackedSequences(tokens, 10, "train")

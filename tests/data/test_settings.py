@@ -12,6 +12,7 @@ from flash.data import settings as module
 from flash.data.settings import (
     DataKind,
     DataSettings,
+    FileFormat,
     PrepareSettings,
     TextSourceSettings,
 )
@@ -67,6 +68,41 @@ def test_every_number_and_list_is_checked():
 def test_values_that_do_not_go_together_are_named(values, message):
     with pytest.raises(InputError, match=message):
         DataSettings(name="x", **values)
+
+
+def other_value(value):
+    """Another value of a field's type, which need not be legal beside the other fields."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value * 2 + 4
+        case None | str():
+            return "other"
+        case list():
+            return [SOURCE]
+        case _:
+            return next(member for member in type(value) if member is not value)
+
+
+UNCOUNTED_FIELDS = {
+    DataSettings: {
+        *("name", "path", "pattern", "tokenizer", "bpe_vocab_size", "chat_template"),
+        *("workers", "skip_damaged"),
+    },
+    TextSourceSettings: {"path", "name", "revision", "split"},
+}
+
+
+@pytest.mark.parametrize("schema", UNCOUNTED_FIELDS)
+def test_every_field_but_those_named_is_part_of_the_identity(schema):
+    first = schema(**REQUIRED[schema])
+    for field in dataclasses.fields(schema):
+        changed = schema(**REQUIRED[schema])
+        value = {"validation": SOURCE, "format": FileFormat.txt}.get(field.name)
+        setattr(changed, field.name, value or other_value(getattr(first, field.name)))
+        same = changed.decisive() == first.decisive()
+        assert same == (field.name in UNCOUNTED_FIELDS[schema]), field.name
 
 
 def test_every_field_is_documented():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -109,6 +110,17 @@ def test_preparing_goes_on_after_a_kill(settings, monkeypatch, tmp_path):
     monkeypatch.setattr("flash.data.prepare.write_shard", write)
     resumed = Manifest.read(prepare(settings))
     assert resumed == whole
+
+
+def test_shards_of_another_validation_text_are_others(settings, tmp_path):
+    held_out = tmp_path / "validation.txt"
+    held_out.write_text("def g(x):\n    return x\n", "utf-8")
+    settings.data.validation = TextSourceSettings(path=str(held_out))
+    prepare(settings)
+    assert prepare(settings) == Path(str(settings.out))
+    held_out.write_text("def g(y):\n    return y\n", "utf-8")
+    with pytest.raises(InputError, match="holds shards of other data"):
+        prepare(settings)
 
 
 def test_weights_decide_how_many_tokens(settings, tmp_path, tokenizer):

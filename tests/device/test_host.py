@@ -19,6 +19,7 @@ from flash.device.host import HostDevice, run_process
 from flash.device.measurement import Measurement, Program
 from flash.device.workload import Workload
 from flash.errors import DeviceError, InputError
+from flash.lowering.settings import LoweringSettings
 from tests.model.greedy import generate
 
 ROOT = Path(__file__).parents[2]
@@ -107,9 +108,46 @@ def test_cut_off_file_is_one_clear_error(program, settings, tmp_path):
         HostDevice(settings).generate(tmp_path / "missing.pte", [1], 1)
 
 
-def test_text_longer_than_the_cache_is_an_error(program, settings):
-    with pytest.raises((DeviceError, InputError), match=r"model\.pte"):
-        HostDevice(settings).score(program, [1] * 70)
+def test_what_a_file_was_exported_with_counts_and_not_the_settings(program, settings):
+    """The program has a context of 64 tokens and calls of at most 8."""
+    other = {
+        chunk: replace(
+            settings,
+            lowering=LoweringSettings(max_context=context, prefill_chunk=chunk),
+            workload=Workload(prompts=[20], contexts=[20], decode_tokens=2),
+        )
+        for context, chunk in ((128, 32), (22, 3))
+    }
+    text = list(range(40))
+    found = [HostDevice(each).score(program, text, prefill=30) for each in other.values()]
+    assert found == [HostDevice(settings).score(program, text, prefill=30)] * 2
+    answer = HostDevice(settings).generate(program, text, 20)
+    assert HostDevice(other[3]).generate(program, text, 20) == answer
+    [measured] = HostDevice(other[32]).measure(
+        [Program(name="a", path=program, vocab_size=64)], other[32].workload
+    )
+    assert measured.prefill.ms > 0
+
+
+def test_more_than_the_context_is_refused_before_any_work(program, settings, monkeypatch):
+    device = HostDevice(settings)
+    monkeypatch.setattr(device, "run", pytest.fail)
+    limit = r"expected at most 64 tokens together, the context that it was exported with"
+    with pytest.raises(InputError, match=rf"^model\.pte: a text of 70 tokens: {limit}"):
+        device.score(program, [1] * 70)
+    with pytest.raises(InputError, match=rf"a prompt of 60 tokens and 5 new ones: {limit}"):
+        device.generate(program, [1] * 60, 5)
+    with pytest.raises(InputError, match=rf"a workload of 65 tokens: {limit}"):
+        device.measure(
+            [Program(name="a", path=program, vocab_size=64)],
+            Workload(prompts=[20], contexts=[61], decode_tokens=4),
+        )
+
+
+def test_a_text_fills_the_context(program, settings):
+    device = HostDevice(settings)
+    assert len(device.score(program, [1] * 65)["choices"]) == 64
+    assert len(device.generate(program, [1] * 60, 4)) == 4
 
 
 def test_dead_and_slow_processes_are_errors_with_a_name():

@@ -143,7 +143,7 @@ def pair(request, tmp_path_factory) -> tuple[DecoderLM, ProgramLM]:
     write(folder / "model.pte", lower(model, settings.lowering, bos_id=0, eos_ids=[0]))
     kinds = model.spec.layer_types
     return DecoderLM(model, tokenizer), ProgramLM(
-        HostDevice(settings), folder / "model.pte", tokenizer, kinds
+        HostDevice(settings), folder / "model.pte", tokenizer, kinds, CONTEXT
     )
 
 

@@ -55,6 +55,45 @@ def test_a_table_from_a_file_is_learned_with_intervals_that_hold(tmp_path, regre
     assert 0.84 <= scores.coverage_90 <= 0.97
 
 
+def sum_of_costs(X, rng):
+    return 1 + X @ np.linspace(0.5, 4, X.shape[1]) ** 2
+
+
+def product_of_factors(X, rng):
+    return np.exp(X @ np.linspace(0.05, 0.3, X.shape[1]))
+
+
+def sum_with_interactions(X, rng):
+    return 6 + X[:, :4].sum(axis=1) + X[:, 4] * X[:, 5] + 0.7 * np.maximum(X[:, 6] - 1, 0)
+
+
+def linear_fit(X, y):
+    """Least squares of relative errors, of y or of log y: a function that predicts."""
+
+    def columns(rows):
+        return np.column_stack([np.ones(len(rows)), rows])
+
+    of_y = np.linalg.lstsq(columns(X) / y[:, None], np.ones(len(y)), rcond=None)[0]
+    of_log = np.linalg.lstsq(columns(X), np.log(y), rcond=None)[0]
+    return lambda rows: (columns(rows) @ of_y, np.exp(columns(rows) @ of_log))
+
+
+@pytest.mark.parametrize("truth", [sum_of_costs, product_of_factors, sum_with_interactions])
+def test_fifty_rows_give_a_linear_trend_and_intervals_that_hold(truth):
+    coverage, mape, linear = [], [], []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        X = rng.choice([0.0, 1.0, 2.0, 3.0], (350, 8))
+        y = truth(X, rng) * np.exp(0.02 * rng.standard_normal(len(X)))
+        scores = score(GaussianRegression().fit(X[:50], y[:50]).predict(X[50:]), y[50:])
+        coverage.append(scores.coverage_90)
+        mape.append(scores.mape_pct)
+        fits = linear_fit(X[:50], y[:50])(X[50:])
+        linear.append([100 * np.mean(np.abs(each / y[50:] - 1)) for each in fits])
+    assert 0.85 <= np.mean(coverage) <= 0.95
+    assert np.mean(mape) < 1.1 * np.mean(linear, axis=0).min()
+
+
 def test_contributions_are_recovered_and_none_is_negative():
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 2, (40, 3))

@@ -7,7 +7,7 @@ import torch
 
 from flash.arch import CacheFormat, Quantization
 from flash.lowering.gate import check_parity, load_runtime_step
-from flash.lowering.lower import lower
+from flash.lowering.lower import export_module, lower
 from flash.lowering.modules import ExportableDecoder
 from flash.lowering.settings import GateSettings, LoweringSettings, SlidingForm
 
@@ -49,6 +49,21 @@ def test_slots_of_each_form():
     assert stock.slots(40) == stock.slots(None) == 64
     ring = settings("ring")
     assert [ring.slots(window) for window in (WINDOW, 100, None)] == [10, 64, 64]
+
+
+@pytest.mark.parametrize("sliding", ["stock", "ring"])
+@pytest.mark.parametrize("cache", ["fp32", "int8"])
+@pytest.mark.parametrize("pattern", ["FSF", "F-S", "--", "SS-"])
+def test_cache_bytes_are_those_of_the_buffers_of_the_program(toy, sliding, cache, pattern):
+    lowering = settings(sliding, cache=cache)
+    model = toy(pattern)
+    program = export_module(ExportableDecoder(model, lowering), lowering)
+    names = program.graph_signature.inputs_to_buffers
+    writes = [node for node in program.graph.nodes if "update_cache" in str(node.target)]
+    written = {names[node.args[1].name] for node in writes}
+    allocated = sum(program.constants[name].nbytes for name in written)
+    assert lowering.cache_bytes(model.spec) == allocated
+    assert (allocated == 0) == (pattern == "--")
 
 
 @torch.no_grad()

@@ -81,13 +81,17 @@ def all_patterns(space: SearchSpace, depth: int) -> list[tuple[Attention, ...]]:
 def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
     """Compute known objectives: prefill with an interval, and sizes by real counts."""
     size = np.array([weight_bytes(spec, Quantization.int8da4w) for spec in specs]) / 2**20
-    cache = np.array([kv_cache_bytes(spec, 2048, CacheFormat.fp32) for spec in specs]) / 2**20
+    windows = [min(2048, spec.sliding_window) for spec in specs]
+    cache = [
+        kv_cache_bytes(spec, 2048, window, CacheFormat.fp32)
+        for spec, window in zip(specs, windows, strict=True)
+    ]
     return {
         "prefill_ms": latency(specs),
         "prefill_high_ms": 1.1 * latency(specs),
         "decode_ms": 1.0 + 0.01 * latency(specs),
         "size_mib": size,
-        "memory_mib": size + cache,
+        "memory_mib": size + np.array(cache) / 2**20,
     }
 
 

@@ -216,13 +216,6 @@ def test_enough_probability_keeps_fewer_tokens_in_smaller_files(
     assert sizes[1] < 0.8 * sizes[0]
 
 
-def test_a_probability_changes_the_key_and_none_keeps_that_of_former_runs():
-    values = TOP.decisive()
-    assert "kd_top_p" not in values
-    changed = dataclasses.replace(TOP, kd_top_p=0.9)
-    assert changed.decisive() == {**values, "kd_top_p": 0.9}
-
-
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.5, float("nan")])
 def test_a_probability_outside_of_0_to_1_is_refused(p):
     with pytest.raises(InputError, match=r"^kd_top_p=.*: expected a number between 0 and 1"):

@@ -187,6 +187,43 @@ def test_a_training_that_makes_weights_worse_is_warned_of(
     assert "try recipe.lr=0.3" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("room", "changes"),
+    [
+        ("data", {"document_masks": True}),
+        ("data", {"validation_sequences": 3}),
+        ("data", {"seq_len": 16}),
+        ("trainer", {"spike_factor": 9.0}),
+    ],
+)
+def test_a_finished_run_is_not_taken_for_one_of_other_settings(
+    backbone_settings, data_settings, tmp_path, monkeypatch, room, changes
+):
+    settings = _settings(backbone_settings, data_settings, tmp_path)
+    settings.recipe = dataclasses.replace(settings.recipe, tokens=128, kd_weight=0.0)
+    train(dataclasses.replace(settings))
+    monkeypatch.setattr("flash.training.run._train", lambda *_: pytest.fail("trains again"))
+    other = dataclasses.replace(getattr(settings, room), **changes)
+    with pytest.raises(pytest.fail.Exception, match="trains again"):
+        train(dataclasses.replace(settings, **{room: other}))
+    same = dataclasses.replace(settings.data, workers=1), dataclasses.replace(TRAINER, devices=1)
+    train(dataclasses.replace(settings, data=same[0], trainer=same[1]))
+
+
+DECIDES_NO_RESULT = {
+    *("accelerator", "devices", "nodes", "strategy", "micro_batch", "activation_checkpointing"),
+    *("compile", "eval_every_steps", "checkpoint_every_steps", "log_every_steps", "max_skipped"),
+    "usd_per_hour",
+}
+
+
+def test_every_field_of_the_trainer_but_those_named_decides_the_result():
+    first = TrainerSettings(precision=Precision.fp32)
+    fields = {field.name for field in dataclasses.fields(first)}
+    assert first.decisive().keys() == fields - DECIDES_NO_RESULT
+    assert fields >= DECIDES_NO_RESULT
+
+
 def test_random_weights_need_no_teacher(data_settings, tmp_path, caplog):
     random = BackboneSettings(name="random", arch=SMALL.to_dict())
     result = train(_settings(random, data_settings, tmp_path))

@@ -1,0 +1,37 @@
+"""Lengths for which a program was exported, as the file itself states them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flash.device.runner import bindings
+
+
+@dataclass(frozen=True)
+class ProgramLimits:
+    """Lengths that a program of `flash export` states in its constant methods.
+
+    Settings say what the next export shall have; a file keeps those that it was made with.
+
+    Attributes:
+        chunk: Most tokens of one call.
+        context: Positions of its caches, for prompt and answer together [tokens].
+    """
+
+    chunk: int
+    context: int
+
+    @classmethod
+    def find(cls, path: Path) -> "ProgramLimits | None":
+        """Read the limits; None for blocks, stock baselines, and files that cannot be loaded."""
+        native = bindings()
+        checks = native.Verification.InternalConsistency
+        try:
+            program = native._load_program(str(path), program_verification=checks)
+        except RuntimeError:
+            return None  # the device that runs it says what is wrong
+        methods = {program.get_method_name(i) for i in range(program.num_methods())}
+        if "flash_arch" not in methods:
+            return None
+        names = ("get_max_seq_len", "get_max_context_len")
+        chunk, context = (program.load_method(name).call(())[0] for name in names)
+        return cls(chunk, context)
