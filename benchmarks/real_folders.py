@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from record import Recorder
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,6 +30,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Verdict]]] = {
 
 def main(kinds: list[str]) -> int:
     """Judge all folders of `kinds`, or of every kind; the exit code is 1 if one was wrong."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     recorder, wrong = Recorder("real_folders"), 0
     for kind in kinds or KINDS:
         counts: Counter[Outcome] = Counter()

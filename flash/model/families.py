@@ -111,7 +111,7 @@ def _llama_values(stock: Stock, config: Config) -> dict[str, Any]:
     for key in () if kinds else ("sliding_window", "attention_chunk_size"):
         window = getattr(stock, key, None)
         require(
-            window is None or window >= stock.max_position_embeddings,
+            window is None or _is_int(window) and window >= stock.max_position_embeddings,
             key,
             window,
             "null, as the Llama class has no windows but its cache would; model_type ministral "
@@ -129,8 +129,10 @@ def _ministral_values(stock: Stock, config: Config) -> dict[str, Any]:
 
 def _own_values(stock: Stock, config: Config) -> dict[str, Any]:
     """Values of a config of our own."""
+    kinds = config.get("layer_types")
+    require(bool(kinds), "layer_types", kinds, "the kind of each layer")
     return {
-        "layer_types": config.get("layer_types") or stock.layer_types,
+        "layer_types": kinds,
         "qk_norm": bool(config.get("use_qk_norm", False)),
         "qkv_bias": bool(config.get("use_qkv_bias", False)),
     }
@@ -242,6 +244,7 @@ _CONFIG_KEYS = {
 _UNSUPPORTED = {
     "quantization_config": "null; only weights that are not quantized are read",
     "per_layer_config": "null; layers that differ in more than their attention are not supported",
+    "text_config": "null; take the text model out of the multimodal one",
     "transformers_weights": "null; weights are read from model.safetensors or its index",
     "configuration_files": "null; copy the config of your version of transformers to config.json",
 }
@@ -256,14 +259,20 @@ def family_of(config: Config, source: str) -> Family:
     """
     families = {family.model_type: family for family in FAMILIES}
     name = config.get("model_type")
-    if name == "llama" and "use_qk_norm" in config:
-        # Former versions of ours wrote such a folder, which the Llama class refuses.
-        if config["hidden_size"] % config["num_attention_heads"]:
-            return families["ministral"]
-    if name in families:
+    if name == "llama" and _is_former_llama(config):
+        return families["ministral"]
+    if isinstance(name, str) and name in families:
         return families[name]
-    reason = f"; {_REASONS[name]}" if name in _REASONS else ""
+    reason = f"; {_REASONS[name]}" if isinstance(name, str) and name in _REASONS else ""
     raise InputError(f"{source}: model_type={name}: expected one of {', '.join(families)}{reason}")
+
+
+def _is_former_llama(config: Config) -> bool:
+    """True for a checkpoint of a former version of ours that the Llama class refuses."""
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if "use_qk_norm" not in config or not isinstance(width, int) or not isinstance(heads, int):
+        return False
+    return heads > 0 and width % heads != 0
 
 
 def to_config(spec: ArchSpec) -> dict[str, Any]:
@@ -378,7 +387,7 @@ def _as_transformers(config: Config, family: Family) -> Stock:
         from transformers import CONFIG_MAPPING  # takes a second
 
     values = copy.deepcopy(dict(config))  # the class changes what it is given
-    if family is OWN and values.get("layer_types"):
+    if family is OWN and isinstance(values.get("layer_types"), list):
         skip, full = Attention.skip_attention.value, Attention.full_attention.value
         values["layer_types"] = [full if kind == skip else kind for kind in values["layer_types"]]
     try:
@@ -417,7 +426,7 @@ def _window(stock: Stock, config: Config, kinds: Sequence[Attention | str]) -> i
         InputError: There are sliding layers, and no window.
     """
     sliding = Attention.sliding_attention
-    window = stock.sliding_window if hasattr(stock, "sliding_window") else None
+    window: Any = getattr(stock, "sliding_window", None)
     if {sliding, sliding.value} & set(kinds):
         require(
             window is not None,
@@ -427,7 +436,7 @@ def _window(stock: Stock, config: Config, kinds: Sequence[Attention | str]) -> i
         )
         return window
     unused = config.get("sliding_window")
-    return unused if type(unused) is int and unused > 0 else 256
+    return unused if isinstance(unused, int) and unused > 0 else 256
 
 
 def _rope_values(stock: Stock, config: Config) -> dict[str, Any]:
@@ -466,7 +475,17 @@ def _rope_scaling(rope: Config, key: str) -> RopeScaling | None:
         return RopeScaling(**values)
 
 
+def _is_int(value: object) -> bool:
+    """True for an integer of JSON, which true and false are not."""
+    return type(value) is int
+
+
 def _number(rope: Config, key: str) -> float:
+    """A number of a rope, which can be whole.
+
+    Raises:
+        InputError: It is none.
+    """
     value = rope.get(key)
     require(type(value) in (int, float), key, value, "a number")
     return float(value)  # pyright: ignore

@@ -32,11 +32,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); copy the file again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object; copy the file again")
+    return values
 
 
 def read_spec(folder: Path) -> ArchSpec:
@@ -57,7 +60,9 @@ def weight_files(folder: Path) -> list[Path]:
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        raise InputError(f"{adapter}: adapters are not read; merge it into the weights first")
+        raise InputError(
+            f"{adapter}: adapters are not read; merge it into the weights, or move it away"
+        )
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() or not index.is_file():
         paths = [single]

@@ -152,7 +152,10 @@ def _broken(folder: Path, change: dict) -> dict:
     ("change", "message"),
     [
         ({"model_type": "gemma3"}, "model_type=gemma3: expected one of llama"),
-        ({"layer_types": ["full_attention"]}, r"must be equal to the number of `layer_types` \(1\)"),
+        (
+            {"layer_types": ["full_attention"]},
+            r"must be equal to the number of `layer_types` \(1\)",
+        ),
     ],
 )
 def test_configs_that_cannot_be_expressed_are_refused(tmp_path, change, message):

@@ -272,7 +272,10 @@ def test_an_illegal_architecture_of_a_backbone_is_named_as_it_was_typed():
     ("change", "message"),
     [
         ({"model_type": "gemma3_text"}, "gemma3_text: expected one of .*four norms"),
-        ({"model_type": "mamba"}, "model_type=mamba: expected one of llama, ministral, qwen3, qwen2"),
+        (
+            {"model_type": "mamba"},
+            "model_type=mamba: expected one of llama, ministral, qwen3, qwen2",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: expected silu"),
         ({"attention_bias": True}, "attention_bias=True: expected False"),
         ({"mlp_bias": True}, "mlp_bias=True: expected False"),
