@@ -197,6 +197,14 @@ def test_a_head_that_only_the_weights_of_the_hub_show_is_named(tmp_path, monkeyp
         backbone.fetch()
 
 
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json: expected a JSON object"):
+        read_spec(tmp_path)
+    with pytest.raises(InputError, match=r"model_type=\[\]: expected one of llama"):
+        from_config({"model_type": []})
+
+
 def test_an_adapter_is_refused_rather_than_left_out(tmp_path):
     their_model("llama", True).save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
