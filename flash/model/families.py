@@ -111,7 +111,7 @@ def _llama_values(stock: Stock, config: Config) -> dict[str, Any]:
     for key in () if kinds else ("sliding_window", "attention_chunk_size"):
         window = getattr(stock, key, None)
         require(
-            window is None or _is_int(window) and window >= stock.max_position_embeddings,
+            window is None or (_is_int(window) and window >= stock.max_position_embeddings),
             key,
             window,
             "null, as the Llama class has no windows but its cache would; model_type ministral "
