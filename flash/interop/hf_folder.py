@@ -38,7 +38,7 @@ def zero_filled_state(model: Decoder, spec: ArchSpec) -> dict[str, Tensor]:
 
     Args:
         model: The decoder.
-        spec: Its architecture, except that more layers may attend or have biases.
+        spec: Its architecture, except that more layers may attend.
 
     Returns:
         Float32 tensors by name. Those that `model` lacks are zero, or one for the gains of norms.
@@ -54,9 +54,8 @@ def transformers_spec(spec: ArchSpec) -> ArchSpec:
     """Find the architecture of a transformers class that can express `spec` with added zeros.
 
     A skipped layer becomes a layer with zero attention. Where the model has windows it becomes a
-    sliding one, which keeps its useless cache short, else a full one. The Llama class has no
-    windows and requires a model width that is a multiple of the number of heads. The Qwen2 class
-    has neither limit, but has biases, which are then zero. The Qwen3 class has QK-norm.
+    sliding one, which keeps its useless cache short, else a full one. With attention in every
+    layer, `flash.model.families.to_config` finds the class, for this folder and for checkpoints.
 
     Raises:
         InputError: The model has both QK-norm and biases, which none of these classes has.
@@ -65,16 +64,13 @@ def transformers_spec(spec: ArchSpec) -> ArchSpec:
         not (spec.qk_norm and spec.qkv_bias),
         "arch.qkv_bias",
         spec.qkv_bias,
-        "false with arch.qk_norm=True, since no stock class (Llama, Qwen2, Qwen3) has both; "
-        "export as pte",
+        "false with arch.qk_norm=True, since no stock class (Llama, Ministral, Qwen2, Qwen3) has "
+        "both; export as pte",
     )
     sliding = Attention.sliding_attention in spec.layer_types
     replacement = Attention.sliding_attention if sliding else Attention.full_attention
-    like_llama = not sliding and spec.model_dim % spec.num_heads == 0
-    return spec.replace(
-        layer_types=tuple(kind if kind.attends else replacement for kind in spec.layer_types),
-        qkv_bias=spec.qkv_bias or not (spec.qk_norm or like_llama),
-    )
+    kinds = tuple(kind if kind.attends else replacement for kind in spec.layer_types)
+    return spec.replace(layer_types=kinds)
 
 
 def write_hf(

@@ -68,7 +68,11 @@ class Backbone:
         if self.hub_name is not None and self.folder is not None:
             patterns = [*hub.SMALL_FILES, *hub.WEIGHT_FILES]
             hub.fetch(self.hub_name, patterns, "backbone.weights")
-            _checked(self.folder)
+            if _checked(self.folder) != self.spec:  # known from the weights alone
+                raise InputError(
+                    f"backbone.weights={self.hub_name}: expected a tied head, as config.json says, "
+                    f"but the weights have their own; set backbone.weights={self.folder}"
+                )
 
     @property
     def tokenizer(self) -> Path | None:

@@ -16,7 +16,7 @@ from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.model.families import to_config
 from flash.model.tokenizer import ModelTokenizer
-from flash.model.weights import Weights
+from flash.model.weights import EMBEDDING, HEAD, Weights
 
 
 def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
@@ -25,7 +25,7 @@ def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
         model = Decoder(spec)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if spec.tie_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[HEAD]
     return shapes
 
 
@@ -38,7 +38,8 @@ def build(spec: ArchSpec, weights: Mapping[str, Tensor], source: str = "weights"
         source: Origin of the weights, for errors.
 
     Raises:
-        InputError: A tensor is missing, left over, or of another shape than `spec` has.
+        InputError: A tensor is missing, left over, or of another shape than `spec` has, or a tied
+            head is not the embedding.
     """
     expected = expected_shapes(spec)
     for name, shape in expected.items():
@@ -49,18 +50,26 @@ def build(spec: ArchSpec, weights: Mapping[str, Tensor], source: str = "weights"
                 f"{source}: tensor {name} has shape {tuple(weights[name].shape)}: "
                 f"expected {tuple(shape)} for arch {spec}"
             )
-    left_over = sorted(set(weights) - set(expected) - {"lm_head.weight"})
+    left_over = sorted(set(weights) - set(expected) - {HEAD})
     if left_over:
         raise InputError(f"{source}: tensor {left_over[0]} does not belong to arch {spec}")
+    embedding, head = weights[EMBEDDING], weights.get(HEAD)
+    if spec.tie_embeddings and head is not None and not _same(head, embedding):
+        raise InputError(f"{source}: tensor {HEAD} is not the embedding, to which {spec} ties it")
     with torch.device("meta"):
         model = Decoder(spec)
     state = {name: weights[name].float() for name in expected}
     if spec.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
     if spec.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """True for one memory, whose values can be NaN, or for equal values."""
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def load(folder: Path) -> Decoder:

@@ -17,6 +17,8 @@ CHUNK_BYTES = 32 * 2**20
 """Most bytes of a tensor that are mapped into memory at a time."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Name of a single file of weights, and of the index of several."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""Names of the output head and of the embedding that it can be tied to, in every family."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -30,15 +32,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); copy the file again") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a JSON object; copy the file again")
+    return values
 
 
 def read_spec(folder: Path) -> ArchSpec:
-    """The architecture of a checkpoint folder.
+    """The architecture that the config.json of a folder describes, without a look at its weights.
 
     Raises:
         InputError: config.json is missing or damaged, or asks for what the decoder lacks.
@@ -50,8 +55,14 @@ def weight_files(folder: Path) -> list[Path]:
     """Paths of the folder's safetensors files: model.safetensors, or the shards of its index.
 
     Raises:
-        InputError: A file is missing, or the index is damaged.
+        InputError: A file is missing, the index is damaged, or the folder holds an adapter, which
+            transformers would add to the weights.
     """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        raise InputError(
+            f"{adapter}: adapters are not read; merge it into the weights, or move it away"
+        )
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() or not index.is_file():
         paths = [single]
@@ -74,7 +85,8 @@ class Weights:
 
     Attributes:
         folder: The folder.
-        spec: Architecture that its config.json describes.
+        spec: Architecture that its config.json describes. As in transformers, a head that is not
+            the embedding is not tied to it, whatever the config says.
 
     Raises:
         InputError: A file is missing or damaged, or the architecture is not supported.
@@ -95,6 +107,17 @@ class Weights:
                         self._shapes[name] = tuple(file.get_slice(name).get_shape())
             except SafetensorError as error:
                 raise InputError(f"{path}: damaged ({error}); copy the file again") from error
+        if self.spec.tie_embeddings and not self._head_is_embedding():
+            self.spec = self.spec.replace(tie_embeddings=False)
+
+    def _head_is_embedding(self) -> bool:
+        """True unless the files have a head that differs from the embedding."""
+        if HEAD not in self._files or EMBEDDING not in self._files:
+            return True
+        if self._shapes[HEAD] != self._shapes[EMBEDDING]:
+            return False
+        chunks = zip(self._chunks(HEAD), self._chunks(EMBEDDING), strict=True)
+        return all(torch.equal(head, embedding) for (_, head), (_, embedding) in chunks)
 
     def check(self, shapes: dict[str, torch.Size]) -> None:
         """Check that the folder has exactly the tensors `shapes`.
@@ -112,16 +135,17 @@ class Weights:
                 continue
             sources.add(source)
             if source not in self._files:
-                raise InputError(
-                    f"{self.folder}: tensor {source} is missing; expected shape {tuple(shape)}"
-                )
+                remedy = f"expected shape {tuple(shape)}"
+                if source == HEAD:
+                    remedy += ", or tie_word_embeddings=true in config.json"
+                raise InputError(f"{self.folder}: tensor {source} is missing; {remedy}")
             if self._shapes[source] != tuple(shape):
                 raise InputError(
                     f"{self.folder}: tensor {source} has shape {self._shapes[source]}: expected "
                     f"{tuple(shape)} for arch {self.spec}"
                 )
         # Some files store a tied head a second time, and older ones a table of rotary frequencies.
-        known = sources | {"lm_head.weight"}
+        known = sources | {HEAD}
         left_over = [n for n in self._files if n not in known and not n.endswith("inv_freq")]
         if left_over:
             raise InputError(

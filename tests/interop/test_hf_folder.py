@@ -63,10 +63,10 @@ def test_stock_transformers_gives_the_same_logits(toy, text, tmp_path, pattern, 
         ("F-", False, {}, "llama"),
         ("F-", True, {}, "qwen3"),
         ("F-", False, {"qkv_bias": True}, "qwen2"),
-        ("S-", False, {}, "qwen2"),
+        ("S-", False, {}, "ministral"),
         ("S-", True, {}, "qwen3"),
         # Llama's class refuses a width that is no multiple of the heads.
-        ("F-", False, {"num_heads": 6}, "qwen2"),
+        ("F-", False, {"num_heads": 6}, "ministral"),
     ],
 )
 def test_the_plainest_class_that_can_express_it(
@@ -137,9 +137,9 @@ def test_auto_tokenizer_reads_the_tokenizer_as_it_is(toy, backbone_folder, tmp_p
     source = "def f(x):\n    return x + 123  # <|endoftext|>\n\treturn"
     tokenizer = ModelTokenizer.open(backbone_folder / "tokenizer.json")
     ids = tokenizer.encode(source)
-    for qk_norm in (True, False):
-        folder = tmp_path / str(qk_norm)
-        write_hf(folder, toy("F-", qk_norm), tokenizer=tokenizer)
+    for pattern, qk_norm in (("F-", True), ("F-", False), ("S-", False)):
+        folder = tmp_path / f"{pattern}{qk_norm}"
+        write_hf(folder, toy(pattern, qk_norm), tokenizer=tokenizer)
         theirs = AutoTokenizer.from_pretrained(folder)
         assert theirs(source).input_ids == ids
         assert theirs.eos_token_id == 0
@@ -155,7 +155,9 @@ def test_a_qwen2_folder_warns_of_its_tokenizer_class(toy, backbone_folder, tmp_p
     """Should `AutoTokenizer` come to heed the file, the warning can go."""
     tokenizer = ModelTokenizer.open(backbone_folder / "tokenizer.json")
     with caplog.at_level(logging.WARNING, "flash"):
-        write_hf(tmp_path / "hf", toy("FS", False), tokenizer=tokenizer)
+        write_hf(tmp_path / "ministral", toy("FS", False), tokenizer=tokenizer)
+        assert not caplog.text
+        write_hf(tmp_path / "hf", toy("FS", False, qkv_bias=True), tokenizer=tokenizer)
     assert "AutoTokenizer would cut text as Qwen2 does" in caplog.text
     source = "a = 12345\n    b"
     ids = tokenizer.encode(source)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
 from flash.errors import InputError
+from flash.interop.hf_folder import write_hf
 from flash.model.attention import MaskSpec, attend
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load, save, state_to_save
@@ -20,6 +21,7 @@ from flash.model.settings import BackboneSettings
 from flash.model.weights import read_spec
 from flash.prune.importance import Importance, score
 from flash.prune.pruning import prune
+from tests.model.config_variants import random_model
 from tests.model.test_decoder import COMMON, assert_same_logits
 
 LLAMA3 = {
@@ -51,6 +53,7 @@ CONFIGS = {
         "sliding_window": 5,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "ministral": {"model_type": "ministral", "sliding_window": 5},
     "mobilellm-pro": {
         "model_type": "llama4_text",
         "intermediate_size_mlp": 96,
@@ -83,15 +86,7 @@ PLAIN = ArchSpec(
 
 def their_model(name: str, tied: bool) -> nn.Module:
     """A model of transformers with random weights, biases and gains."""
-    torch.manual_seed(0)
-    config = {**COMMON, "tie_word_embeddings": tied, **CONFIGS[name]}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("norm.weight"):  # gains of one would hide a missing norm
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        elif parameter_name.endswith("bias"):
-            nn.init.normal_(parameter)
-    return model
+    return random_model({**COMMON, "tie_word_embeddings": tied, **CONFIGS[name]})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -128,6 +123,93 @@ def test_a_pruned_checkpoint_runs_in_their_class(name, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     tokens = torch.randint(0, 97, (2, 30))
     assert_same_logits(ours(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("pattern", ["FFF", "FSF", "SSS"])
+@torch.no_grad()
+def test_heads_that_do_not_divide_the_width_load_in_transformers_too(pattern, tmp_path):
+    """As SmolLM2-360M is after pruning; Llama's class refuses such a width."""
+    torch.manual_seed(0)
+    spec = ArchSpec(
+        model_dim=416,
+        ffn_dim=32,
+        layer_types=parse_pattern(pattern),
+        num_heads=15,
+        num_kv_heads=5,
+        head_dim=32,
+        vocab_size=97,
+        qk_norm=False,
+        sliding_window=5,
+    )
+    ours = Decoder(spec)
+    for parameter in ours.parameters():
+        parameter.mul_(3)
+    save(tmp_path / "checkpoint", spec, state_to_save(ours, torch.float32))
+    write_hf(tmp_path / "hf", ours)
+    tokens = torch.randint(0, 97, (2, 30))
+    for name in ("checkpoint", "hf"):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        assert_same_logits(theirs(tokens).logits, ours(tokens))
+        assert_same_logits(load(tmp_path / name)(tokens), ours(tokens))
+        assert read_spec(tmp_path / name) == spec
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_a_former_version_is_read_as_before(tmp_path):
+    """It called such a width Llama, and windows without QK-norm our own."""
+    for change, model_type in (({"num_heads": 6}, "llama"), ({}, "mobilellm_flash")):
+        kinds = parse_pattern("FFFF" if change else "FSF-")
+        model = Decoder(PLAIN.replace(**change, layer_types=kinds))
+        save(tmp_path / "m", model.spec, state_to_save(model, torch.float32))
+        path = tmp_path / "m" / "config.json"
+        config = {**json.loads(path.read_text()), "model_type": model_type}
+        del config["transformers_version"]
+        path.write_text(json.dumps(config))
+        again = load(tmp_path / "m")
+        assert again.spec == model.spec
+        tokens = torch.randint(0, 97, (2, 30))
+        assert_same_logits(again(tokens), model(tokens))
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_pruned_as_one(tmp_path):
+    their_model("llama", True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    head = weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, path, metadata={"format": "pt"})
+    backbone = Backbone.open(BackboneSettings(name="x", weights=str(tmp_path)))
+    assert not backbone.spec.tie_embeddings
+    spec = backbone.spec.replace(ffn_dim=64)
+    assert torch.equal(prune(tmp_path, scores(tmp_path), spec)["lm_head.weight"], head)
+    with pytest.raises(InputError, match=r"lm_head\.weight is not the embedding"):
+        build(backbone.spec.replace(tie_embeddings=True), weights)
+
+
+def test_a_head_that_only_the_weights_of_the_hub_show_is_named(tmp_path, monkeypatch):
+    their_model("llama", True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "lm_head.weight": torch.ones(97, 64)}, path, metadata={"format": "pt"})
+    monkeypatch.setattr("flash.model.hub.fetch", lambda *args: tmp_path)
+    backbone = Backbone.open(BackboneSettings(name="x", weights="owner/model"))
+    with pytest.raises(InputError, match=rf"but the weights have their own; .*{tmp_path}"):
+        backbone.fetch()
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json: expected a JSON object"):
+        read_spec(tmp_path)
+    with pytest.raises(InputError, match=r"model_type=\[\]: expected one of llama"):
+        from_config({"model_type": []})
+
+
+def test_an_adapter_is_refused_rather_than_left_out(tmp_path):
+    their_model("llama", True).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"adapter_config\.json: adapters are not read; merge it"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama-3.1", "mobilellm-pro", "qwen2"])
@@ -198,20 +280,26 @@ def test_an_illegal_architecture_of_a_backbone_is_named_as_it_was_typed():
     ("change", "message"),
     [
         ({"model_type": "gemma3_text"}, "gemma3_text: expected one of .*four norms"),
-        ({"model_type": "mamba"}, "model_type=mamba: expected one of llama, qwen3, qwen2, llama4"),
+        (
+            {"model_type": "mamba"},
+            "model_type=mamba: expected one of llama, ministral, qwen3, qwen2",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: expected silu"),
         ({"attention_bias": True}, "attention_bias=True: expected False"),
         ({"mlp_bias": True}, "mlp_bias=True: expected False"),
         (
-            {"rope_scaling": {"rope_type": "yarn"}},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "rope_type=yarn: expected one of default, linear",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "factor: missing"),
+        (
+            {"rope_scaling": {"rope_type": "llama3"}},
+            "transformers refuses it: .*llama3.*factor",
+        ),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 0.5}},
             r"^config\.json: rope_scaling\.factor=0\.5: expected a number",
         ),
-        ({"hidden_size": 80}, r"^config\.json: model_dim=80: expected a multiple of 32"),
+        ({"hidden_size": 80}, r"^config\.json: hidden_size=80: expected a multiple of 32"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0"),
         ({"model_type": "llama4_text"}, "moe_layers=.*expected"),
         ({"model_type": "llama4_text", "moe_layers": []}, "no_rope_layers=.*expected rotary"),
