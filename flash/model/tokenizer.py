@@ -342,17 +342,17 @@ def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     prefix: list[int] = []
     suffix: list[int] = []
     for step in _processors(processor):
+        before: list[int] = []
+        after: list[int] = []
         if step["type"] == "TemplateProcessing":
-            pieces = [piece.get("SpecialToken") for piece in step["single"]]
-            ids = [
-                step["special_tokens"][piece["id"]]["ids"] if piece else None for piece in pieces
-            ]
-            text = ids.index(None)
-            before, after = sum(ids[:text], []), sum(ids[text + 1 :], [])
+            side = before
+            for piece in step["single"]:
+                if "SpecialToken" in piece:
+                    side += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                else:  # the text itself
+                    side = after
         elif step["type"] in _TEMPLATES:  # that of BERT or RoBERTa: pairs of text and id
             before, after = [step["cls"][1]], [step["sep"][1]]
-        else:
-            continue
         prefix, suffix = [*before, *prefix], [*suffix, *after]
     return tuple(prefix), tuple(suffix)
 
