@@ -61,4 +61,4 @@ report: $(READY)
 	$(BIN)/python -m flash report
 
 clean:
-	rm -rf runs .venv .venv-docs site
+	rm -rf runs .venv .venv-docs .venv-train site

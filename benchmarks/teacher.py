@@ -7,22 +7,33 @@ tiny backbone (vocabulary 2,048, fp32).
   process. `kept` reads the 16 likeliest tokens from the cache, `none` trains on the text alone.
   Filling the cache takes the forward passes of the teacher once for all students and is not
   included.
-- `loss`: held-out loss after 131,072 tokens with three seeds; `more_loss`: its excess over that
-  with an online teacher, seed by seed.
-- `bytes_per_token`: size of the cache on disk.
+- `loss`: held-out loss after 32,768 tokens, by seed; `more_loss`: its excess over that
+  with an online teacher, seed by seed. Cases are `recipe.kd_top_k` and, after p, `recipe.kd_top_p`.
+- `bytes_per_token`: size of the files of the cache; `former_bytes_per_token`: that of the former
+  format, int32 ids and float16 log-probabilities; `tokens_kept`: mean number per position;
+  `decode_ms`: processor time to read and decode a batch of four sequences.
 
-`python benchmarks/teacher.py`; finished runs are kept in runs/teacher and reused.
+`python benchmarks/teacher.py`; finished runs are kept in runs/teacher and reused. With folders of
+other teachers as arguments, only the sizes for these are measured, on 8,192 tokens each, and
+printed.
 """
 
 import dataclasses
+import sys
+import time
+from pathlib import Path
 
 import torch
 from record import Recorder
 from recovery import ARCH, DATA, TRAINER, recipe_of
 
 import conf
+from flash.data import teacher_cache
+from flash.data.batch import collate
+from flash.data.teacher_cache import TeacherCache
 from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
+from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.training.fit import fit
 from flash.training.run import train
@@ -30,22 +41,30 @@ from flash.training.settings import LoggerKind, LoggerSettings, RecipeSettings, 
 from flash.training.teacher import Teacher, teacher_of
 from flash.workspace import Workspace, arch_of
 
-TOKENS, SEEDS = 131_072, range(3)
-TOP_K = (4, 16)
-ROUNDS, STEPS, TIMED_K = 5, 12, 16
+TOKENS, SEEDS = 32_768, range(1)
+ALONG: dict[str, float | None] = {"kd_top_k": None, "kd_top_p": None}
+TOP: dict[str, dict[str, float | None]] = {
+    f"top_{k}" + (f"_p{p}" if p else ""): {"kd_top_k": k, "kd_top_p": p}
+    for k, p in ((4, None), (16, None), (16, 0.9), (64, 0.8))
+}
+ROUNDS, STEPS, TIMED = 3, 12, "top_16"
 RUNS = Runs(conf.ROOT / "runs" / "teacher")
 
 
-def loss(top_k: int | None, seed: int) -> float:
+def recipe(top: dict[str, float | None], tokens: int = TOKENS) -> RecipeSettings:
+    return dataclasses.replace(recipe_of("distill", tokens), **top)
+
+
+def loss(case: str, top: dict[str, float | None], seed: int) -> float:
     """Compute the held-out loss after distillation, or read that of a finished run."""
     settings = TrainSettings(
         backbone=conf.TINY,
         data=DATA,
-        recipe=dataclasses.replace(recipe_of("distill", TOKENS), kd_top_k=top_k),
+        recipe=recipe(top),
         trainer=TRAINER,
         logger=LoggerSettings(name="none", kind=LoggerKind.none),
         arch=ARCH,
-        name=f"top_{top_k}_{seed}",
+        name=f"{case}_{seed}",
         seed=seed,
         runs=str(RUNS.root),
     )
@@ -53,14 +72,42 @@ def loss(top_k: int | None, seed: int) -> float:
 
 
 def losses(record: Recorder) -> None:
-    along = [loss(None, seed) for seed in SEEDS]
+    along = [loss("along", ALONG, seed) for seed in SEEDS]
     record.add("along", "loss", along, "nats/token")
-    for k in TOP_K:
-        kept = [loss(k, seed) for seed in SEEDS]
-        record.add(f"top_{k}", "loss", kept, "nats/token")
+    for case, top in TOP.items():
+        kept = [loss(case, top, seed) for seed in SEEDS]
+        record.add(case, "loss", kept, "nats/token")
         more = [a - b for a, b in zip(kept, along, strict=True)]
-        record.add(f"top_{k}", "more_loss", more, "nats/token")
-        record.add(f"top_{k}", "bytes_per_token", [4 * k + 2 * (k + 1)], "bytes")
+        record.add(case, "more_loss", more, "nats/token")
+
+
+def workspace_of(backbone: Backbone) -> Workspace:
+    tokenizer = DATA.tokenizer if backbone.name == conf.TINY.name else None
+    data = dataclasses.replace(DATA, tokenizer=tokenizer)
+    batch_size = recipe(ALONG).batch_size
+    return Workspace(runs=RUNS, backbone=backbone, data_settings=data, batch_size=batch_size)
+
+
+def sizes(record: Recorder, workspace: Workspace, tokens: int, prefix: str = "") -> None:
+    for case, top in TOP.items():
+        taught = teacher_of(workspace.backbone, workspace.data, recipe(top, tokens), TRAINER, RUNS)
+        assert isinstance(taught, TeacherCache)
+        parts = sorted(taught.folder.iterdir())
+        positions = DATA.seq_len * sum(len(taught.members(part)) for part in range(len(parts)))
+        size = sum(path.stat().st_size for path in parts)
+        record.add(prefix + case, "bytes_per_token", [size / positions], "bytes")
+        k = taught.codec.top_k
+        record.add(prefix + case, "former_bytes_per_token", [4 * k + 2 * (k + 1)], "bytes")
+        counts: list[float] = []
+        batch_ms: list[float] = []
+        for start in range(0, len(taught.members(0)), 4):
+            began = time.process_time()
+            batch = collate([taught[i] for i in taught.members(0)[start : start + 4]])
+            batch_ms.append(1e3 * (time.process_time() - began))
+            assert batch.top_log_probs is not None
+            counts.append(batch.top_log_probs[..., :-1].isfinite().sum(-1).float().mean().item())
+        record.add(prefix + case, "tokens_kept", [sum(counts) / len(counts)], "tokens")
+        record.add(prefix + case, "decode_ms", batch_ms, "ms")
 
 
 def step_s(workspace: Workspace, teacher: Teacher | None, recipe: RecipeSettings) -> float:
@@ -72,13 +119,8 @@ def step_s(workspace: Workspace, teacher: Teacher | None, recipe: RecipeSettings
     return recipe.batch_size * DATA.seq_len / done.tokens_per_s
 
 
-def times(record: Recorder) -> None:
-    along = recipe_of("distill", TOKENS)
-    kept = dataclasses.replace(along, kd_top_k=TIMED_K)
-    backbone = Backbone.open(conf.TINY)
-    workspace = Workspace(
-        runs=RUNS, backbone=backbone, data_settings=DATA, batch_size=along.batch_size
-    )
+def times(record: Recorder, workspace: Workspace) -> None:
+    along, kept, backbone = recipe(ALONG), recipe(TOP[TIMED]), workspace.backbone
     running = teacher_of(backbone, workspace.data, along, TRAINER, RUNS)
     taught = teacher_of(backbone, workspace.data, kept, TRAINER, RUNS)
     plain = dataclasses.replace(along, kd_weight=0.0)
@@ -95,8 +137,16 @@ def times(record: Recorder) -> None:
 
 def main() -> None:
     record = Recorder("teacher")
-    times(record)
+    teacher_cache.PART_TOKENS = 8192  # else a teacher reads twice the text of such short runs
+    for folder in map(Path, sys.argv[1:]):
+        backbone = Backbone.open(BackboneSettings(name=folder.name, weights=str(folder)))
+        sizes(record, workspace_of(backbone), tokens=4096, prefix=f"{folder.name}_")
+    if sys.argv[1:]:
+        return
+    workspace = workspace_of(Backbone.open(conf.TINY))
     losses(record)
+    sizes(record, workspace, TOKENS)
+    times(record, workspace)
     record.close()
 
 

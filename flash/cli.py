@@ -18,17 +18,29 @@ from flash.data.settings import PrepareSettings
 from flash.errors import InputError, nearest
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
+from flash.packages import require_packages
 from flash.search.settings import SearchJobSettings
-from flash.training.settings import TrainSettings
+from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
+
+# The functions of commands first check the packages that are imported late in their work.
+
+
+def _logging(logger: LoggerSettings) -> list[str]:
+    """Return the packages that a logger needs."""
+    return ["wandb"] if logger.kind is LoggerKind.wandb else []
 
 
 def _train(settings: TrainSettings) -> None:
+    recipes = [settings.recipe, *(stage.recipe for stage in settings.then.values())]
+    rounding = ["torchao"] if any(recipe.qat for recipe in recipes) else []
+    require_packages([*rounding, *_logging(settings.logger)])
     from flash.training.run import train
 
     train(settings)
 
 
 def _search(settings: SearchJobSettings) -> None:
+    require_packages(["executorch", *_logging(settings.logger)])
     from flash.report.figures import study_figures
     from flash.search.run import run_search
 
@@ -36,12 +48,14 @@ def _search(settings: SearchJobSettings) -> None:
 
 
 def _export(settings: ExportSettings) -> None:
+    require_packages(["executorch", *_logging(settings.logger)])
     from flash.export.run import export
 
     export(settings)
 
 
 def _evaluate(settings: EvaluateSettings) -> None:
+    require_packages(["lm_eval", *_logging(settings.logger)])
     from flash.evaluation.run import evaluate
 
     evaluate(settings)
@@ -84,13 +98,33 @@ def _report(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _convert(arguments: Sequence[str]) -> int:
+    """Convert a GGUF file to a Hugging Face folder, for use as `backbone.weights`."""
+    parser = argparse.ArgumentParser(prog="flash convert", description=_convert.__doc__)
+    parser.add_argument("file", type=Path, help="GGUF file of a Llama or Qwen model")
+    parser.add_argument("folder", type=Path, help="folder to write; it must not exist")
+    options = parser.parse_args(arguments)
+    from flash.interop.gguf_folder import convert
+
+    convert(options.file, options.folder)
+    print(f"{options.folder}: use it as backbone.weights={options.folder}")
+    return 0
+
+
 def _new(arguments: Sequence[str]) -> int:
     """Create a configuration file in the working directory from one that comes with flash."""
     parser = argparse.ArgumentParser(prog="flash new", description=_new.__doc__)
     parser.add_argument("group", help=f"one of {', '.join(_groups())}")
     parser.add_argument("name", help="name of the new option; the file is conf/GROUP/NAME.yaml")
     parser.add_argument("--from", dest="source", metavar="OPTION", help="option to copy")
+    parser.add_argument(
+        "--backbone", type=Path, metavar="FOLDER", help="propose a space for this checkpoint"
+    )
     options = parser.parse_args(arguments)
+    if options.backbone is not None:
+        path, count = new_space(options.group, options.name, options.backbone)
+        print(f"{path}: {count:,} architectures; change it, then use it as space={options.name}")
+        return 0
     path, source = new_option(options.group, options.name, options.source)
     print(f"{path}: a copy of {options.group}={source}; change it, then use it by its name")
     return 0
@@ -126,24 +160,59 @@ def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, 
     Raises:
         InputError: An unknown group or option, or a name that is taken or not allowed.
     """
-    groups = _groups()
-    if group not in groups:
-        raise InputError(f"new {group}: expected a group; {nearest(group, groups)}")
-    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    options = _options(group)
     chosen = _STARTING_POINTS.get(group, options[0]) if source is None else source
     if chosen not in options:
         raise InputError(f"new {group} --from {chosen}: no such option; {nearest(chosen, options)}")
+    text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
+    return _write_option(group, name, re.sub(r"(?m)^name: \S+$", f"name: {name}", text)), chosen
+
+
+def new_space(group: str, name: str, backbone: Path) -> tuple[Path, int]:
+    """Write `conf/space/NAME.yaml` in the working directory: a space proposed for a backbone.
+
+    Args:
+        group: Configuration group as it was typed; only `space` can be proposed.
+        name: Name of the new option.
+        backbone: Checkpoint folder of the backbone.
+
+    Returns:
+        Path of the file, and the number of architectures in the space.
+
+    Raises:
+        InputError: Another group, an unusable backbone, or a name that is taken or not allowed.
+    """
+    if group != "space":
+        raise InputError(f"new {group} --backbone {backbone}: expected the group space")
+    from flash.arch.proposal import propose_space, space_yaml
+    from flash.arch.space import SearchSpace
+    from flash.model.weights import read_spec
+
+    spec = read_spec(backbone)
+    settings = propose_space(name, spec)
+    sizes = f"{spec.num_layers} layers, width {spec.model_dim}, FFN {spec.ffn_dim}"
+    path = _write_option(group, name, space_yaml(settings, f"{backbone.name} ({sizes})"))
+    return path, SearchSpace(settings, spec).count()
+
+
+def _options(group: str) -> list[str]:
+    groups = _groups()
+    if group not in groups:
+        raise InputError(f"new {group}: expected a group; {nearest(group, groups)}")
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _write_option(group: str, name: str, text: str) -> Path:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
         raise InputError(f"new {group} {name}: expected a name of letters, digits, '_' and '-'")
-    if name in options:
+    if name in _options(group):
         raise InputError(f"new {group} {name}: the name comes with flash; choose another")
     path = Path("conf", group, f"{name}.yaml")
     if path.exists():
         raise InputError(f"{path}: exists; choose another name, or edit it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
-    path.write_text(re.sub(r"(?m)^name: \S+$", f"name: {name}", text), "utf-8")
-    return path, chosen
+    path.write_text(text, "utf-8")
+    return path
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
@@ -154,6 +223,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
     "prepare": ("tokenize a mixture of text into shards, ahead of training", None),
     "measurements": ("export the measurement store as CSV, or merge two stores", _measurements),
     "report": ("result table and HTML page of a study", _report),
+    "convert": ("Hugging Face folder of a GGUF file, for backbone.weights", _convert),
     "new": ("start a configuration file of your own in conf/", _new),
 }
 """Help text of each command, and its function; None for commands configured by Hydra."""

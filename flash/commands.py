@@ -35,6 +35,11 @@ def inherited_verb() -> str | None:
     return None if is_main_process() else os.environ.get(_VERB)
 
 
+def this_verb() -> str:
+    """Return the command of this process, such as `train`."""
+    return os.environ[_VERB]
+
+
 def command(verb: str) -> str:
     """Return `python VERB.py` if this process was started by a script, else `flash VERB`."""
     if os.environ.get(_FROM_SCRIPTS) and verb in SCRIPTS:

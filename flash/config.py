@@ -39,6 +39,7 @@ from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
+from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
 from flash.schemas import ROOTS, schema_at
@@ -212,6 +213,11 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"
         _fail(f"{where}: {error.problem}; correct the file")
+    except ModuleNotFoundError as error:
+        line = explain_missing(error)
+        if line is None:
+            raise
+        _fail(line)
     except OSError as error:
         if error.errno is None:
             raise

@@ -16,6 +16,7 @@ ORDER = [
     "ranks",
     "bundled",
     "commands",
+    "packages",
     "renamed",
     "compat",
     "log_filters",

@@ -3,7 +3,6 @@
 Only the tokens of the assistant count for the loss.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,11 +14,11 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from flash.data.encoders import EncodedDocument
+from flash.data.encoders import EncodedDocument, json_type
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 
-log = logging.getLogger(__name__)
+_SHAPE = "a list of messages with role and content"
 
 
 class ChatEncoder:
@@ -35,7 +34,6 @@ class ChatEncoder:
         template: Jinja source of the chat template.
         special: Special tokens by name (`bos_token`, ...) that the template may use.
         max_tokens: Length to which longer conversations are cut [tokens].
-        skip_damaged: Skip conversations that the template refuses, with a warning.
 
     Attributes:
         renderer: Renderer of the template.
@@ -51,33 +49,76 @@ class ChatEncoder:
         special: Mapping[str, str],
         *,
         max_tokens: int,
-        skip_damaged: bool = False,
     ) -> None:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
-        self.skip_damaged = skip_damaged
         self.renderer = ChatRenderer(tokenizer, template, special)
         self._marked = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
 
-    def encode(self, values: list[Any]) -> list[EncodedDocument | None]:
+    def check(self, value: Any) -> None:
+        if not isinstance(value, list):
+            raise InputError(f"expected {_SHAPE}, found {json_type(value)}")
+        for message in value:
+            if not isinstance(message, dict):
+                raise InputError(f"expected {_SHAPE}, found {json_type(message)} in the list")
+            known = {key for key, found in message.items() if found is not None}
+            if "role" not in known or not ("content" in message or "tool_calls" in known):
+                raise InputError(f"expected {_SHAPE}, found {', '.join(message)}")
+
+    def encode(self, values: list[Any]) -> list[EncodedDocument | InputError | None]:
         return [self._encode(value) for value in values]
 
-    def _encode(self, messages: Any) -> EncodedDocument | None:
-        _check(messages)
-        try:
-            encoded = self._from_marks(messages) if self._marked else self._from_prefixes(messages)
-        except (TemplateError, InputError) as error:
-            if not self.skip_damaged:
-                raise InputError(
-                    f"{error} in a conversation that begins {str(messages[0])[:80]!r}; mend it, or "
-                    "set data.skip_damaged=true to skip such conversations"
-                ) from error
-            log.warning("a conversation is skipped: %s", error)
+    def usable(self, value: Any) -> bool | InputError:
+        encoded = self._encode(value)
+        return encoded if isinstance(encoded, InputError) else encoded is not None
+
+    def _encode(self, messages: Any) -> EncodedDocument | InputError | None:
+        if not messages:
             return None
+        try:
+            self._check_rendering(messages)
+            encoded = self._from_marks(messages) if self._marked else self._from_prefixes(messages)
+        except Exception as error:  # a template is a program, which fails in its own ways
+            problem = str(error).strip().splitlines() or [type(error).__name__]
+            if not isinstance(error, InputError):
+                problem[0] = f"the chat template fails: {problem[0]}"
+            return InputError(
+                f"{problem[0]} in a conversation that begins {str(messages[0])[:80]!r}"
+            )
         if self.renderer.end_of_turn is not None:
             _learn_end_of_turn(encoded, self.renderer.end_of_turn, self.tokenizer)
         # The first token cannot be predicted, as no token comes before it.
         mask = encoded.loss_mask
         return encoded if mask is not None and mask[1:].any() else None
+
+    def _check_rendering(self, messages: list[dict[str, Any]]) -> None:
+        """Check that the template knows all kinds of messages of a conversation.
+
+        Raises:
+            InputError: It leaves tool calls out, or writes parts of a content as Python code.
+        """
+        special = [m for m in messages if m.get("tool_calls")]
+        coded = [m for m in messages if not isinstance(m.get("content"), str | None)]
+        if not special and not coded:
+            return
+        whole = self._render(messages)
+        for message in coded:
+            content = message["content"]
+            emptied = [{**m, "content": ""} if m is message else m for m in messages]
+            if whole.count(str(content)) > self._rendered(emptied).count(str(content)):
+                raise InputError(
+                    f"the chat template writes a content that is {json_type(content)} as code"
+                )
+        for message in special:
+            rest = {key: value for key, value in message.items() if key != "tool_calls"}
+            if self._rendered([rest if m is message else m for m in messages]) == whole:
+                raise InputError("the chat template leaves tool_calls out")
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        """Rendering of messages; nothing for messages that the template refuses."""
+        try:
+            return self._render(messages)
+        except Exception:  # as above
+            return ""
 
     def _from_marks(self, messages: list[dict[str, Any]]) -> EncodedDocument:
         tokens, mask = self.renderer.encode_marked(messages)
@@ -105,16 +146,6 @@ class ChatEncoder:
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         return self.renderer.render(messages, prompt=prompt) if messages else ""
-
-
-def _check(messages: Any) -> None:
-    shape = "a list of messages with role and content"
-    if not isinstance(messages, list):
-        raise InputError(f"expected {shape}, found {type(messages).__name__}")
-    for message in messages:
-        if not (isinstance(message, dict) and "role" in message and "content" in message):
-            found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
-            raise InputError(f"expected {shape}, found {found}")
 
 
 def _learn_end_of_turn(encoded: EncodedDocument, end: int, tokenizer: Tokenizer) -> None:

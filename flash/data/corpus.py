@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from flash.data.batch import Batch
 from flash.data.factory import InMemorySequences, open_splits
-from flash.data.files import find_documents, read_text
+from flash.data.files import read_documents
 from flash.data.packed import PackedSequences
 from flash.data.settings import DataKind, DataSettings
 from flash.data.stream import StreamedSequences
@@ -44,14 +44,12 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
             f"data.tokenizer=null: expected a tokenizer.json for data.kind="
             f"{settings.kind.value}, as the backbone has none"
         )
-    training = [
-        document
-        for document in find_documents(settings)
-        if not document.in_validation_split(settings.validation_percent)
-    ]
     trained = cache / f"bpe_{settings.name}_{settings.bpe_vocab_size}.json"
     if not trained.is_file():
-        tokenizer = train_tokenizer(map(read_text, training), settings.bpe_vocab_size)
+        percent = settings.validation_percent
+        documents = read_documents(settings)
+        training = (text for doc, text in documents if not doc.in_validation_split(percent))
+        tokenizer = train_tokenizer(training, settings.bpe_vocab_size)
         write_text(trained, tokenizer.to_str())
     return trained
 

@@ -3,15 +3,17 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, collate
-from flash.data.encoders import Encoder, TextEncoder
+from flash.data.encoders import EncodedDocument, Encoder, TextEncoder, validation_percent_of
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
 from flash.data.shards import open_shards
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+_ORDER = 2
+"""Version of the rows and their order: streams of another version have another digest."""
 
 
 class InMemorySequences(Dataset[Batch]):
@@ -82,21 +87,22 @@ def open_splits(
     else:
         opened = tokenize(settings, tokenizer, cache)
     end = tokenizer.end_of_text if settings.document_masks else None
-    return DataSplits(
-        PackedSequences(opened.train, settings.seq_len, end_of_text=end),
-        PackedSequences(opened.validation, settings.seq_len, end_of_text=end),
-        opened.digest,
+    train, validation = (
+        PackedSequences(tokens, settings.seq_len, split, end_of_text=end)
+        for split, tokens in (("train", opened.train), ("validation", opened.validation))
     )
+    return DataSplits(train, validation, opened.digest)
 
 
 def _open_streamed(
     settings: DataSettings, tokenizer: ModelTokenizer, seed: int, cache: Path
 ) -> DataSplits:
-    from flash.data.sources import TextSource, open_sources  # takes a second to import
+    from flash.data.logical_shards import fit_logical_shards  # these take a second to import
+    from flash.data.sources import TextSource, open_sources
 
     encoder, template = _encoder(settings, tokenizer)
     separate = settings.validation
-    train = StreamedSequences(
+    most = StreamedSequences(
         sources=open_sources(settings),
         encoder=encoder,
         seq_len=settings.seq_len,
@@ -107,6 +113,7 @@ def _open_streamed(
         validation_percent=settings.validation_percent,
         document_masks=settings.document_masks,
     )
+    train = fit_logical_shards(most)
     validation = dataclasses.replace(
         train, logical_shards=1, seed=0, split=Split.validation, single_pass=True
     )
@@ -134,7 +141,6 @@ def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder
         template,
         tokenizer.special,
         max_tokens=settings.seq_len + 1,
-        skip_damaged=settings.skip_damaged,
     )
     if encoder.renderer.end_of_turn is None:
         log.warning(
@@ -171,7 +177,8 @@ def _digest(
             [_identity(source) for source in validation.sources],
         ],
         "masks": settings.document_masks,
-        "lanes": settings.logical_shards,
+        "lanes": train.logical_shards,
+        "order": _ORDER,
     })
 
 
@@ -190,13 +197,7 @@ def _save_validation(validation: StreamedSequences, settings: DataSettings, path
         if len(sequences) == count:
             break
     if not sequences:
-        key = "data.validation"
-        if settings.validation is None:
-            key = f"data.validation_percent={settings.validation_percent}"
-        raise InputError(
-            f"{key}: gives less than a sequence of data.seq_len={settings.seq_len} tokens with "
-            f"{validation.encoder.needed}; expected more text, or a larger share"
-        )
+        raise _too_little(validation, settings)
     tensors = {
         name: field
         for name, field in collate(sequences)._asdict().items()
@@ -204,3 +205,31 @@ def _save_validation(validation: StreamedSequences, settings: DataSettings, path
     }
     with atomic_write(path) as file:
         file.write(save(tensors))
+
+
+def _too_little(validation: StreamedSequences, settings: DataSettings) -> InputError:
+    """Error of a validation split without a sequence: its size, and a share that is enough."""
+    whole = not validation.encoder.splits_documents
+    needed = 1 if whole else settings.seq_len + 1
+    sizes = np.zeros(101, np.int64)  # by the smallest share that holds a document out
+    everything = dataclasses.replace(validation, split=Split.all)
+    for source in everything.sources:
+        for row in chain.from_iterable(source.rows(i, 0, 1, 0) for i in range(source.num_files)):
+            if everything.reads(row, source):
+                [document] = everything.encoder.encode([row.value])
+                if isinstance(document, EncodedDocument):
+                    sizes[validation_percent_of(row.value)] += 1 if whole else len(document)
+    share = settings.validation_percent if settings.validation is None else 100
+    unit = "documents" if whole else "tokens of documents"
+    enough = np.flatnonzero(sizes.cumsum() >= needed)
+    if settings.validation is not None:
+        key, remedy = "data.validation", "give more text"
+    else:
+        key = f"data.validation_percent={share}"
+        remedy = "give more text, or name data.validation"
+        if len(enough) and enough[0] < 100 and sizes[enough[0] + 1 :].any():
+            remedy = f"set it to {enough[0]} or more, or {remedy}"
+    return InputError(
+        f"{key}: holds out {sizes[: share + 1].sum()} of {sizes.sum()} {unit} with "
+        f"{validation.encoder.needed}; expected {needed} or more for a sequence: {remedy}"
+    )

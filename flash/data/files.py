@@ -1,12 +1,16 @@
 """Text files to train on, and their split into training and validation."""
 
 import hashlib
+import logging
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flash.data.settings import DataKind, DataSettings
 from flash.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,21 @@ class Document:
         """Hash of the name, which is the same on every machine, wherever the folder is."""
         return hashlib.sha256(self.name.encode()).hexdigest()
 
+    @property
+    def validation_percent(self) -> int:
+        """Smallest share of the validation split that holds the file out, from 1 to 100 [%]."""
+        return int(self.digest[:8], 16) % 100 + 1
+
     def in_validation_split(self, percent: int) -> bool:
         """Assign the file to the validation split, of `percent` of the files, by its digest."""
-        return int(self.digest[:8], 16) % 100 < percent
+        return self.validation_percent <= percent
 
 
 def find_documents(settings: DataSettings) -> list[Document]:
     """Find all text files of `data.kind` stdlib or folder.
 
-    They are in the order of their hash, so that neighbors are unrelated.
+    They are in the order of their hash, so that neighbors are unrelated. Hidden files and those in
+    hidden folders, such as an editor's copies, are left out.
 
     Raises:
         InputError: The folder does not exist, or no file in it matches.
@@ -49,20 +59,33 @@ def find_documents(settings: DataSettings) -> list[Document]:
     for path in root.rglob(settings.pattern):
         name = path.relative_to(root).as_posix()
         installed = "site-packages/" in name or "dist-packages/" in name
-        if path.is_file() and not (settings.kind is DataKind.stdlib and installed):
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if path.is_file() and not hidden and not (settings.kind is DataKind.stdlib and installed):
             documents.append(Document(name, path))
     if not documents:
         raise InputError(f"{key}: expected files that match {settings.pattern}, found none")
     return sorted(documents, key=lambda document: document.digest)
 
 
-def read_text(document: Document) -> str:
-    """Read a file; bytes that are not UTF-8 become replacement characters.
+def read_documents(settings: DataSettings) -> Iterator[tuple[Document, str]]:
+    """Read all text files of `data.kind` stdlib or folder.
 
     Raises:
-        InputError: The file cannot be read.
+        InputError: A file cannot be read, or is not UTF-8 and `data.skip_damaged` is false.
     """
-    try:
-        return document.path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{document.path}: cannot be read ({error.strerror})") from error
+    # Some files of the standard library are in other encodings, to test Python's reader.
+    stdlib = settings.kind is DataKind.stdlib
+    encoding, errors = ("utf-8", "replace") if stdlib else ("utf-8-sig", "strict")
+    for document in find_documents(settings):
+        try:
+            yield document, document.path.read_text(encoding, errors)
+        except OSError as error:
+            raise InputError(f"{document.path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+            if not settings.skip_damaged:
+                raise InputError(
+                    f"{document.path}: is not UTF-8 ({byte}); convert it, or set "
+                    "data.skip_damaged=true to leave it out"
+                ) from error
+            log.warning("%s is not UTF-8 (%s) and is skipped", document.path, byte)

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, document_ids_of
-from flash.data.files import Document, find_documents, read_text
+from flash.data.encoders import TextEncoder
+from flash.data.files import Document, read_documents
 from flash.data.settings import DataSettings
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
@@ -54,12 +55,15 @@ def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> 
     Raises:
         InputError: No file is found, a file cannot be read, or a split has no file.
     """
-    texts = [(document, read_text(document)) for document in find_documents(settings)]
+    texts = list(read_documents(settings))
     hasher = hashlib.sha256(tokenizer.identity)
     hasher.update(str(settings.validation_percent).encode())
     for document, text in texts:
         hasher.update(document.digest.encode())
         hasher.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
+    special = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    if any(token in text for token in special for _, text in texts):
+        hasher.update(b"special tokens as text")  # former versions encoded them as tokens
     digest = hasher.hexdigest()[:16]
     folder = cache / f"streams_{digest}"
     splits: dict[str, list[tuple[Document, str]]] = {"train": [], "validation": []}
@@ -70,13 +74,13 @@ def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> 
         if not members:
             raise InputError(
                 f"data.validation_percent={settings.validation_percent}: leaves the {split} split "
-                f"of {len(texts)} files empty; expected a share that gives both splits a file"
+                f"of {len(texts)} files empty; {_share_for_both([d for d, _ in texts])}"
             )
     # The summary is written last: a folder that has it is complete.
     if not (folder / "summary.json").is_file():
         dtype = token_type(tokenizer)
         for split, members in splits.items():
-            tokens = _encode([text for _, text in members], tokenizer, dtype, split)
+            tokens = _encode(members, tokenizer, dtype, split)
             with atomic_write(folder / f"{split}.npy") as file:
                 np.save(file, tokens)
         summary = {split: len(members) for split, members in splits.items()}
@@ -93,13 +97,27 @@ def token_type(tokenizer: ModelTokenizer) -> type[np.unsignedinteger]:
     return np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
 
 
-def _encode(texts: list[str], tokenizer: ModelTokenizer, dtype: type, split: str) -> np.ndarray:
-    prefix, end = tokenizer.prefix, tokenizer.end_of_text
-    chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+def _share_for_both(documents: list[Document]) -> str:
+    """Remedy for a split without a file."""
+    shares = sorted({document.validation_percent for document in documents})
+    if len(shares) == 1:
+        return "expected more files, as a file is not divided"
+    return f"expected {shares[0]} to {shares[-1] - 1}, which give both splits a file"
+
+
+def _encode(
+    members: list[tuple[Document, str]], tokenizer: ModelTokenizer, dtype: type, split: str
+) -> np.ndarray:
+    encoder = TextEncoder(tokenizer)
+    chunks = [members[i : i + 64] for i in range(0, len(members), 64)]
     documents: list[np.ndarray] = []
     for chunk in progress(chunks, f"tokenizing {split}"):
-        for encoding in tokenizer.backend.encode_batch(chunk, add_special_tokens=False):
-            documents.append(np.array([*prefix, *encoding.ids, end], dtype=dtype))
+        encoded = encoder.encode([text for _, text in chunk])
+        for (document, _), tokens in zip(chunk, encoded, strict=True):
+            if isinstance(tokens, InputError):
+                raise InputError(f"{document.path}: {tokens}") from tokens
+            ids = tokens.tokens if tokens is not None else [*encoder.prefix, encoder.end_of_text]
+            documents.append(np.array(ids, dtype=dtype))
     return np.concatenate(documents)
 
 
@@ -112,6 +130,7 @@ class PackedSequences(Dataset[Batch]):
     Args:
         tokens: Stream of `n` token ids.
         seq_len: Targets per window.
+        split: Name of the split, for the error.
         end_of_text: Id of the token that ends documents, for `Batch.document_ids`. None omits
             these ids.
 
@@ -119,11 +138,14 @@ class PackedSequences(Dataset[Batch]):
         InputError: The stream has fewer tokens than a window.
     """
 
-    def __init__(self, tokens: TokenArray, seq_len: int, *, end_of_text: int | None = None) -> None:
+    def __init__(
+        self, tokens: TokenArray, seq_len: int, split: str, *, end_of_text: int | None = None
+    ) -> None:
         self.tokens, self.seq_len, self.end_of_text = tokens, seq_len, end_of_text
         if len(self) == 0:
             raise InputError(
-                f"data.seq_len={seq_len}: expected at most {len(tokens) - 1}, the split's size"
+                f"data.seq_len={seq_len}: expected at most {len(tokens) - 1}, as the {split} split "
+                f"has {len(tokens)} tokens; lower it, or give more text"
             )
 
     def __len__(self) -> int:

@@ -95,7 +95,7 @@ def _manifest(
     data: dict[str, Any] = plain(settings.data)
     keys = ("sources", "validation", "validation_percent", "skip_damaged")
     chosen = {key: data[key] for key in keys}
-    decisive = {
+    decisive: dict[str, Any] = {
         # Former names, so that the shards of former versions stay valid.
         "parts": data["sources"],
         "heldout": data["validation"],
@@ -107,6 +107,8 @@ def _manifest(
         "shard_tokens": settings.shard_tokens,
         "seed": settings.seed,
     }
+    if any(source.reads_lines for source in sources):
+        decisive["rows"] = 2  # blank lines have not always been left out
     key = digest(decisive)
     manifest = Manifest.read(folder)
     if manifest is None:
@@ -138,6 +140,8 @@ def _write_validation(
         count += sum(map(len, taken))
         if separate is None and count >= _VALIDATION_TOKENS:
             break
+    if not documents and separate is not None:
+        raise InputError(f"data.validation.path={separate.path}: has 0 documents with text")
     if not documents:
         raise InputError(
             f"data.validation_percent={data.validation_percent}: leaves the validation split "

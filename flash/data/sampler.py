@@ -59,21 +59,13 @@ class ResumableBatchSampler:
     where the previous epoch ends, even within a batch.
 
     Args:
-        num_sequences: Size of the dataset; at least the batch size.
+        num_sequences: Size of the dataset. A batch that is larger holds sequences several times.
         share: Share of this rank.
         seed: Seed of all permutations.
         start: Optimizer steps to skip.
-
-    Raises:
-        InputError: The dataset has fewer sequences than a batch.
     """
 
     def __init__(self, num_sequences: int, share: Share, seed: int, start: int = 0) -> None:
-        if num_sequences < share.batch_size:
-            raise InputError(
-                f"recipe.batch_size={share.batch_size}: expected at most {num_sequences}, "
-                "the number of training sequences"
-            )
         self.num_sequences, self.share = num_sequences, share
         self.seed, self.start = seed, start
 

@@ -34,7 +34,7 @@ class FileFormat(Enum):
     parquet = "parquet"
     """Columns and rows; a row is a document."""
     jsonl = "jsonl"
-    """One JSON object per line; an object is a document."""
+    """One JSON object per line, or a list of objects; an object is a document."""
     txt = "txt"
     """Plain text; `unit` decides the extent of a document."""
 
@@ -121,13 +121,16 @@ class DataSettings:
     """Sequences for the validation loss. 0 takes all, which streamed data allow only where
     `validation` is set."""
     logical_shards: int = 64
-    """Shares into which streamed data are divided: a multiple of ranks x `workers`. Ranks and
-    workers do not change the order of the sequences; this number does. It has an effect only with
-    `sources`."""
+    """Shares into which streamed data are divided: a multiple of ranks x `workers`. Data that are
+    too small for so many are divided into the largest divisor of this number that gives each share
+    4 documents or more. Ranks and workers do not change the order of the sequences; the number of
+    shares does. It has an effect only with `sources`."""
     workers: int = 0
-    """Processes per rank that read (and tokenise) ahead. 0 reads between the steps."""
+    """Processes per rank that read (and tokenise) ahead; fewer where small data have too few shares
+    for so many. 0 reads between the steps."""
     skip_damaged: bool = False
-    """Skip damaged shards, files and conversations with a warning. False makes them an error."""
+    """Skip damaged shards and files, and rows that are no text or no conversation for the chat
+    template, with a warning and a count. False makes them an error that names file and row."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,7 +1,7 @@
 """Endless sequences from a streamed mixture, the same for any number of ranks and workers.
 
 The data are divided into a fixed number of logical shards. Each shard has files of its own (or,
-where files are few, every n-th row of shared files). It mixes the sources, tokenises and packs
+where files are few, an equal share of the rows of each). It mixes the sources, tokenises and packs
 documents, and repeats them in a new order once all have been read. Sequence number g of the run is
 the next sequence of shard g % logical_shards. Ranks and workers therefore decide only where a
 sequence is computed.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +30,16 @@ from flash.data.sampler import Share
 from flash.errors import InputError
 
 if TYPE_CHECKING:
+    from flash.data.readers import Row
     from flash.data.sources import TextSource
 
 _SHUFFLE_BLOCK = 128
 """Documents of a logical shard that are read at a time and shuffled among themselves."""
 _MIN_SLICES = 16
 """Least number of file slices per logical shard, so that shards differ by less than 1/16."""
+MIN_DOCUMENTS = 4
+"""Least number of documents of a source in each of several logical shards, as those of a shard that
+has few are read more often than others."""
 _HEAD_START_TOKENS = 8192
 """Largest random head start of a source, so that shards begin with different sources [tokens]."""
 
@@ -97,23 +101,35 @@ class StreamedSequences:
                 raise sequence
             yield sequence
 
-    def includes(self, value: Any) -> bool:
-        """True if a document belongs to the split that is read."""
+    def reads(self, row: "Row", source: "TextSource") -> bool:
+        """True if a row has a value, which can be read and belongs to the split that is read.
+
+        Raises:
+            InputError: The row cannot be read, and such rows are not to be skipped.
+        """
+        try:
+            if isinstance(row.value, InputError):
+                raise row.value
+            if row.value is None:
+                return False  # an empty document
+            self.encoder.check(row.value)
+        except InputError as error:
+            source.refuse(row, error)
+            return False
         if self.split is Split.all:
             return True
-        return in_validation_split(value, self.validation_percent) == (
+        return in_validation_split(row.value, self.validation_percent) == (
             self.split is Split.validation
         )
 
 
-@dataclass(frozen=True)
-class FileSlice:
-    """Rows `offset`, `offset + stride`, ... of a file.
+class FileSlice(NamedTuple):
+    """One share of the rows of a file (`flash.data.sources.rows_of`).
 
     Attributes:
         file: Number of the file in its source.
-        offset: First row.
-        stride: Distance between rows.
+        offset: Number of the share.
+        stride: Number of shares of the file.
     """
 
     file: int
@@ -121,17 +137,33 @@ class FileSlice:
     stride: int
 
 
-def slices_of(num_files: int, shard: int, logical_shards: int) -> list[FileSlice]:
-    """Assign file slices to a logical shard.
+class FileSlices:
+    """File slices of a logical shard: whole files or, where these are few, shares of all files.
 
-    Each shard gets whole files or, where these are few, every n-th row of shared files.
+    Args:
+        num_files: Number of files of the source.
+        shard: Number of the logical shard.
+        logical_shards: Number of logical shards.
     """
-    stride = min(
+
+    def __init__(self, num_files: int, shard: int, logical_shards: int) -> None:
+        self._num_files, self._stride = num_files, slices_per_file(num_files, logical_shards)
+        self._numbers = range(shard, num_files * self._stride, logical_shards)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> FileSlice:
+        offset, file = divmod(self._numbers[index], self._num_files)
+        return FileSlice(file, offset, self._stride)
+
+
+def slices_per_file(num_files: int, logical_shards: int) -> int:
+    """Number of slices that each file of a source is cut into."""
+    return min(
         logical_shards // math.gcd(num_files, logical_shards),
         math.ceil(_MIN_SLICES * logical_shards / num_files),
     )
-    numbers = range(shard, num_files * stride, logical_shards)
-    return [FileSlice(number % num_files, number // num_files, stride) for number in numbers]
 
 
 Position = tuple[int, int, int]
@@ -160,7 +192,7 @@ class Mixture:
         self._weights = np.array([source.settings.weight for source in sequences.sources])
         random = np.random.default_rng((sequences.seed, shard))
         self._head_start = random.random(num_sources) * _HEAD_START_TOKENS
-        self._readers: dict[int, Iterator[tuple[Position, Any]]] = {}
+        self._readers: dict[int, Iterator[tuple[Position, Row | None]]] = {}
 
     @property
     def exhausted(self) -> bool:
@@ -182,39 +214,40 @@ class Mixture:
             if single_pass:
                 progress[self.state[:, 1] > 0] = np.inf
             source = int(np.argmin(progress))
-            values = self._read(source, count)
-            taken = self._encode(source, values)
+            rows = self._read(source, count)
+            taken = self._encode(source, rows)
             if taken:
                 self.state[source, 0] += sum(map(len, taken))
                 return taken
-            ends += len(values) < count
+            ends += len(rows) < count
             if ends == 2 and not single_pass:
                 raise self._no_documents(source)
         return []
 
-    def _read(self, source: int, count: int) -> list[Any]:
+    def _read(self, source: int, count: int) -> "list[Row]":
         """Read the next documents; fewer than `count` only at the end of an epoch."""
         if source not in self._readers:
             epoch, file_slice, row = self.state[source, 1:].tolist()
             self._readers[source] = self._documents(source, (epoch, file_slice, row))
-        values: list[Any] = []
-        for position, value in self._readers[source]:
+        rows: list[Row] = []
+        for position, row in self._readers[source]:
             self.state[source, 1:] = position
-            if value is None:
+            if row is None:
                 break
-            values.append(value)
-            if len(values) == count:
+            rows.append(row)
+            if len(rows) == count:
                 break
-        return values
+        return rows
 
-    def _encode(self, source: int, values: list[Any]) -> list[EncodedDocument]:
-        try:
-            encoded = self.sequences.encoder.encode(values)
-        except InputError as error:
-            settings = self.sequences.sources[source].settings
-            key = f"{self.sequences.sources[source].key}.column={settings.column}"
-            raise InputError(f"{key}: {error}") from error
-        return [document for document in encoded if document is not None]
+    def _encode(self, source: int, rows: "list[Row]") -> list[EncodedDocument]:
+        documents = []
+        encoded = self.sequences.encoder.encode([row.value for row in rows])
+        for row, document in zip(rows, encoded, strict=True):
+            if isinstance(document, InputError):
+                self.sequences.sources[source].refuse(row, document)
+            elif document is not None:
+                documents.append(document)
+        return documents
 
     def _no_documents(self, source: int) -> InputError:
         settings = self.sequences.sources[source].settings
@@ -225,39 +258,46 @@ class Mixture:
             "or more: lower data.logical_shards, or give more documents"
         )
 
-    def _documents(self, source: int, start: Position) -> Iterator[tuple[Position, Any]]:
+    def _documents(self, source: int, start: Position) -> "Iterator[tuple[Position, Row | None]]":
         """Read documents from a position on, each with the position after it.
 
         None in place of a document marks the end of an epoch.
         """
         opened = self.sequences.sources[source]
-        slices = slices_of(opened.num_files, self.shard, self.sequences.logical_shards)
+        slices = FileSlices(opened.num_files, self.shard, self.sequences.logical_shards)
         epoch, first_slice, first_row = start
+        with opened.first_epoch():
+            yield from self._epoch(source, slices, epoch, first_slice, first_row)
         while True:
-            seed = (self.sequences.seed, source, self.shard, epoch)
-            order = np.random.default_rng(seed).permutation(len(slices))
-            for number in range(first_slice, len(slices)):
-                chosen = slices[order[number]]
-                for row, value in self._shuffled(opened, chosen, (*seed, number), first_row):
-                    if value is not None and self.sequences.includes(value):
-                        yield (epoch, number, row), value
-                first_row = 0
-            epoch, first_slice = epoch + 1, 0
+            epoch += 1
             yield (epoch, 0, 0), None
+            yield from self._epoch(source, slices, epoch, 0, 0)
+
+    def _epoch(
+        self, source: int, slices: FileSlices, epoch: int, first_slice: int, first_row: int
+    ) -> "Iterator[tuple[Position, Row]]":
+        """Read the documents of an epoch from a position on, each with the position after it."""
+        opened = self.sequences.sources[source]
+        seed = (self.sequences.seed, source, self.shard, epoch)
+        order = np.random.default_rng(seed).permutation(len(slices))
+        for number in range(first_slice, len(slices)):
+            chosen = slices[int(order[number])]
+            for end, row in self._shuffled(opened, chosen, (*seed, number), first_row):
+                if self.sequences.reads(row, opened):
+                    yield (epoch, number, end), row
+            first_row = 0
 
     @staticmethod
     def _shuffled(
         source: "TextSource", file_slice: FileSlice, seed: tuple[int, ...], start: int
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> "Iterator[tuple[int, Row]]":
         """Read the rows of a slice from `start` on, shuffled block by block.
 
-        Each value comes with the number of rows read after it. The order of rows is a function of
+        Each comes with the number of rows read after it. The order of rows is a function of
         their block alone, so that a checkpoint need not contain any of it.
         """
         number = start // _SHUFFLE_BLOCK
-        rows = source.values(
-            file_slice.file, file_slice.offset, file_slice.stride, number * _SHUFFLE_BLOCK
-        )
+        rows = source.rows(*file_slice, number * _SHUFFLE_BLOCK)
         skip = start - number * _SHUFFLE_BLOCK
         while block := list(islice(rows, _SHUFFLE_BLOCK)):
             order = np.random.default_rng((*seed, number)).permutation(len(block))
@@ -398,27 +438,25 @@ class StreamLoader:
 
     Args:
         stream: Sequences of this rank.
-        workers: Number of processes. 0 reads between the steps.
+        workers: Most processes; each has logical shards of its own, as many as the others. 0 reads
+            between the steps.
 
     Raises:
-        InputError: The number of logical shards is not a multiple of ranks x workers.
+        InputError: The number of logical shards is not a multiple of the ranks.
     """
 
     def __init__(self, stream: SequenceStream, workers: int) -> None:
         shards, ranks = stream.sequences.logical_shards, stream.share.world_size
-        if shards % (ranks * max(workers, 1)):
-            fitting = [n for n in range(1, shards // ranks + 1) if shards % (ranks * n) == 0]
-            remedy = (
-                f"set data.workers to one of {', '.join(map(str, fitting))}"
-                if fitting
-                else "use another number of ranks (trainer.devices), or start over with another "
-                "number of logical shards"
-            )
+        if shards % ranks:
             raise InputError(
-                f"data.logical_shards={shards}: expected a multiple of {ranks} ranks x "
-                f"data.workers={workers}; {remedy}"
+                f"data.logical_shards: {shards} have {MIN_DOCUMENTS} or more documents each; "
+                f"expected a multiple of {ranks} ranks: use another number of ranks "
+                "(trainer.devices) or of logical shards, or give more documents"
             )
-        self.stream, self.workers = stream, workers
+        fitting = [
+            number for number in range(workers + 1) if shards % (ranks * max(number, 1)) == 0
+        ]
+        self.stream, self.workers = stream, fitting[-1]
 
     def __iter__(self) -> Iterator[Batch]:
         if self.workers:

@@ -1,5 +1,6 @@
 """Teacher cache: a teacher's most likely tokens for training sequences, stored on disk."""
 
+import lzma
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from flash.data.batch import Batch
 from flash.data.packed import PackedSequences
 from flash.data.sampler import epoch_order
+from flash.data.teacher_codec import TopTokenCodec
 from flash.errors import InputError
 from flash.records import atomic_write
 
@@ -36,10 +38,13 @@ class TeacherCache(Dataset[Batch]):
         sequences: The training sequences without a teacher.
         seed: Seed of the order of the first epoch.
         folder: Folder of the files; its name must depend on everything that decides their content.
+        codec: Format of a sequence in the files.
     """
 
-    def __init__(self, sequences: PackedSequences, seed: int, folder: Path) -> None:
-        self.sequences, self.folder = sequences, folder
+    def __init__(
+        self, sequences: PackedSequences, seed: int, folder: Path, codec: TopTokenCodec
+    ) -> None:
+        self.sequences, self.folder, self.codec = sequences, folder, codec
         self.order = epoch_order(len(sequences), seed, 0)
         self._row = np.argsort(self.order)
         self._rows = max(1, PART_TOKENS // sequences.seq_len)
@@ -52,8 +57,10 @@ class TeacherCache(Dataset[Batch]):
         path = self.path(part)
         try:
             file = _open(path)
-            ids, log_probs = (file.get_slice(name)[row] for name in ("ids", "log_probs"))
-        except (OSError, SafetensorError) as error:
+            start, end = file.get_slice("offsets")[row : row + 2].tolist()
+            encoded = file.get_slice("payload")[start:end].numpy().tobytes()
+            ids, log_probs = self.codec.decode(encoded)
+        except (OSError, ValueError, SafetensorError, lzma.LZMAError) as error:
             raise InputError(
                 f"{path}: missing or damaged ({error}); delete it and start again"
             ) from error
@@ -84,16 +91,16 @@ class TeacherCache(Dataset[Batch]):
             Number of sequences of each call, once it has returned.
         """
         indices = self.members(part)
-        ids: list[Tensor] = []
-        log_probs: list[Tensor] = []
+        encoded: list[bytes] = []
         for start in range(0, len(indices), at_once):
             batch = [self.sequences[i] for i in indices[start : start + at_once]]
             top_ids, top_log_probs = teacher(batch)
-            ids.append(top_ids.to("cpu", torch.int32))
-            # 11 bits: half a percent of error for probabilities near exp(-10), which is harmless.
-            log_probs.append(top_log_probs.to("cpu", torch.float16))
+            encoded += map(self.codec.encode, top_ids.cpu(), top_log_probs.cpu())
             yield len(batch)
-        tensors = {"ids": torch.cat(ids), "log_probs": torch.cat(log_probs)}
+        tensors = {
+            "offsets": torch.tensor([0, *map(len, encoded)]).cumsum(0),
+            "payload": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+        }
         with atomic_write(self.path(part)) as file:
             file.write(save(tensors))
 

@@ -42,6 +42,8 @@ _PRE_TOKENIZERS = {
 
 With `ignore_merges` a piece that is in the vocabulary as a whole becomes one token without merging.
 """
+PATTERNS_BY_NAME = {name: pattern for (pattern, _), name in _PRE_TOKENIZERS.items()}
+"""Splitting pattern of each of llama.cpp's names of pre-tokenizers."""
 KNOWN_PRE_TOKENIZERS = "that of GPT-2, SmolLM, Llama 3, Qwen2 or GPT-4o"
 """The keys of `_PRE_TOKENIZERS` in words, for messages."""
 

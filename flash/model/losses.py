@@ -8,12 +8,16 @@ gradients are kept. This takes the same three matrix products as an ordinary los
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**26
-"""Logits per chunk: 256 MiB in float32. Distillation holds three tensors of this size."""
+"""Logits per chunk: 256 MiB in float32. Distillation holds two tensors of this size."""
+
+SLICE_LOGITS = 2**20
+"""Logits that a CPU makes probabilities of at a time, so that they stay in its cache."""
 
 
 class Operands(NamedTuple):
@@ -29,6 +33,8 @@ class TopLogProbs(NamedTuple):
     Attributes:
         ids: Token ids.
         log_probs: Log-probability of each token, and last that of all other tokens together [nats].
+            Positions with fewer than `k` tokens have -inf in the places that are left, whose id
+            there is the first one's again.
     """
 
     ids: Int[Tensor, "n k"]
@@ -89,13 +95,16 @@ def linear_losses(
 
 
 @torch.no_grad()
-def top_log_probs(teacher: Operands, k: int, temperature: float = 1.0) -> TopLogProbs:
-    """The `k` likeliest tokens at each position and their log-probabilities, chunk by chunk.
+def top_log_probs(
+    teacher: Operands, k: int, temperature: float = 1.0, top_p: float | None = None
+) -> TopLogProbs:
+    """The likeliest tokens at each position and their log-probabilities, chunk by chunk.
 
     Args:
         teacher: Factors of the teacher's logits.
-        k: Number of tokens, from 1 to one less than the vocabulary.
+        k: Most tokens, from 1 to one less than the vocabulary.
         temperature: Divisor of the logits, the same as in the distillation loss later.
+        top_p: Probability at which a position has enough tokens. None: each has `k`.
     """
     hidden, weight = _as_product(*teacher)
     rows = max(1, CHUNK_LOGITS // len(weight))
@@ -104,6 +113,11 @@ def top_log_probs(teacher: Operands, k: int, temperature: float = 1.0) -> TopLog
         for chunk in hidden.split(rows):
             log_q = torch.log_softmax((chunk @ weight.T).float() / temperature, dim=-1)
             top, ids = log_q.topk(k, dim=-1)
+            if top_p is not None:
+                # The probability of the tokens before each; sums only grow, so none is kept later.
+                enough = F.pad(top.exp().cumsum(-1)[:, :-1], (1, 0)) >= top_p
+                top = top.masked_fill(enough, -torch.inf)
+                ids = torch.where(enough, ids[:, :1], ids)
             rest = log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
             parts.append(TopLogProbs(ids, torch.cat([top, rest], dim=-1)))
     return TopLogProbs(*map(torch.cat, zip(*parts, strict=True)))
@@ -144,20 +158,12 @@ class _LinearLosses(torch.autograd.Function):
                 ctx.grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
             for start in range(0, len(hidden), rows):
                 chunk = slice(start, start + rows)
-                logits = (hidden[chunk] @ weight.T).float()
-                parts, gradient = _chunk(
-                    logits,
-                    targets[chunk],
-                    _teacher_chunk(teacher, chunk),
-                    kd_weight,
-                    temperature,
-                    grad,
-                )
-                sums += parts
-                if gradient is not None:
-                    gradient = gradient.to(weight.dtype)
-                    ctx.grads[0][chunk] = gradient @ weight
-                    _add_product(ctx.grads[1], gradient.T, hidden[chunk])
+                logits = hidden[chunk] @ weight.T
+                taught = _teacher_chunk(teacher, chunk)
+                sums += _chunk(logits, targets[chunk], taught, kd_weight, temperature, grad)
+                if grad:  # `logits` now holds their gradient
+                    torch.mm(logits, weight, out=ctx.grads[0][chunk])
+                    _add_product(ctx.grads[1], logits.T, hidden[chunk])
         ce, kd = sums
         ctx.mark_non_differentiable(ce, kd)
         return (1 - kd_weight) * ce + kd_weight * kd, ce, kd
@@ -188,7 +194,7 @@ def _teacher_chunk(
     """The teacher's logits of a chunk, or its stored likeliest tokens there."""
     match teacher:
         case Operands():
-            return (teacher.hidden[chunk] @ teacher.weight.T).float()
+            return teacher.hidden[chunk] @ teacher.weight.T
         case TopLogProbs():
             return TopLogProbs(teacher.ids[chunk], teacher.log_probs[chunk])
     return None
@@ -201,13 +207,45 @@ def _chunk(
     kd_weight: float,
     temperature: float,
     grad: bool,
+) -> Float[Tensor, " 2"]:
+    """Sums `(ce, kd)` of a chunk; with `grad`, `logits` become the gradient of their total."""
+    on_cpu = logits.device.type == "cpu"
+    rows = max(1, SLICE_LOGITS // logits.shape[1]) if on_cpu else len(logits)
+    sums = logits.new_zeros(2, dtype=torch.float32)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        match teacher:
+            case TopLogProbs():
+                taught = TopLogProbs(teacher.ids[part], teacher.log_probs[part])
+            case Tensor():
+                taught = teacher[part].float()
+            case _:
+                taught = None
+        losses, gradient = _slice(
+            logits[part].float(), targets[part], taught, kd_weight, temperature, grad
+        )
+        sums += losses
+        if gradient is not None:
+            logits[part] = gradient
+    return sums
+
+
+def _slice(
+    logits: Float[Tensor, "n vocab"],
+    targets: Int[Tensor, " n"],
+    teacher: Float[Tensor, "n vocab"] | TopLogProbs | None,
+    kd_weight: float,
+    temperature: float,
+    grad: bool,
 ) -> tuple[Float[Tensor, " 2"], Float[Tensor, "n vocab"] | None]:
-    """Sums `(ce, kd)` of a chunk, and the gradient of their total by the student's logits."""
+    """Sums `(ce, kd)` of some positions, and the gradient of their total by the logits."""
     log_p = torch.log_softmax(logits, dim=-1)
     ce = -log_p.gather(1, targets[:, None]).sum()
     kd = torch.zeros_like(ce)
     if teacher is None:
-        gradient = log_p.exp_().mul_(1 - kd_weight) if grad else None
+        gradient = log_p.exp_() if grad else None
+        if gradient is not None and kd_weight > 0:
+            gradient.mul_(1 - kd_weight)
     else:
         soft = log_p if temperature == 1 else torch.log_softmax(logits / temperature, dim=-1)
         if isinstance(teacher, TopLogProbs):
@@ -244,9 +282,10 @@ def _top_divergence(
     top_q, rest_q = log_q[:, :-1].exp(), log_q[:, -1:].exp()
     rest = log_p.exp().scatter_(1, ids, 0.0)
     rest_p = rest.sum(-1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
-    kd = (top_q * (log_q[:, :-1] - log_p.gather(1, ids))).sum()
+    # Places without a token have a `top_q` of 0 and the id of another: they add 0 everywhere.
+    kd = -torch.special.entr(top_q).sum() - (top_q * log_p.gather(1, ids)).sum()
     kd = kd + (rest_q * (log_q[:, -1:] - rest_p.log())).sum()
-    return kd, rest.mul_(rest_q / rest_p).scatter_(1, ids, top_q)
+    return kd, rest.mul_(rest_q / rest_p).scatter_add_(1, ids, top_q)
 
 
 def _dot(a: Float[Tensor, "n vocab"], b: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:

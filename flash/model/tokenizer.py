@@ -342,17 +342,17 @@ def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     prefix: list[int] = []
     suffix: list[int] = []
     for step in _processors(processor):
-        before: list[int] = []
-        after: list[int] = []
         if step["type"] == "TemplateProcessing":
-            side = before
-            for piece in step["single"]:
-                if "SpecialToken" in piece:
-                    side += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-                else:  # the text itself
-                    side = after
+            pieces = [piece.get("SpecialToken") for piece in step["single"]]
+            text = pieces.index(None)
+            before, after = (
+                [i for piece in part for i in step["special_tokens"][piece["id"]]["ids"]]
+                for part in (pieces[:text], pieces[text + 1 :])
+            )
         elif step["type"] in _TEMPLATES:  # that of BERT or RoBERTa: pairs of text and id
             before, after = [step["cls"][1]], [step["sep"][1]]
+        else:
+            continue
         prefix, suffix = [*before, *prefix], [*suffix, *after]
     return tuple(prefix), tuple(suffix)
 

@@ -5,18 +5,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
-from flash.records import digest, plain
+from flash.records import digest
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
+from flash.training.memory import is_out_of_memory
 from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
@@ -62,7 +61,7 @@ class ShortTraining:
         """Return the folder of a candidate's checkpoints; its name hashes all that affects them."""
         if self.folder is None:
             return None
-        trained = [plain(self.recipe), self.seed, self.workspace.data.digest]
+        trained = [self.recipe.decisive(), self.seed, self.workspace.data.digest]
         decisive = [spec.to_dict(), self.importance.digest, self.trainer.precision.value, trained]
         return self.folder / f"{number:05d}_{digest(decisive)}"
 
@@ -91,7 +90,7 @@ class ShortTraining:
             _remove(folder)
             raise
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             _remove(folder)
             raise EvaluationError(str(error) or type(error).__name__) from error
@@ -167,11 +166,6 @@ class ShortTraining:
 def _remove(folder: Path | None) -> None:
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # PyTorch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def remove_checkpoints(evaluate: ShortTraining, beaten: set[int]) -> None:

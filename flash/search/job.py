@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flash.arch import ArchSpec, SearchSpace, kv_cache_bytes
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings, kv_cache_bytes
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError, under
 from flash.latency.fit import LatencyModel, collect
@@ -86,7 +86,7 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     """
     workspace = open_workspace(settings)
     backbone = workspace.backbone
-    space = SearchSpace(settings.space, backbone.spec)
+    space = open_space(settings.space, backbone.spec)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
     if backbone.folder is None:
         backbone.load()  # raises: weights are needed
@@ -112,6 +112,29 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     }
     objectives = settings.search.order(Objective[settings.latency.objective.value])
     return SearchJob(settings, space, workspace, identity, objectives, baseline)
+
+
+def open_space(settings: SpaceSettings, backbone: ArchSpec) -> SearchSpace:
+    """Open the space of a search.
+
+    Raises:
+        InputError: A size exceeds the backbone's, or is so far below that nearly all of the
+            backbone would be cut away.
+    """
+    space = SearchSpace(settings, backbone)
+    for key, values in (
+        ("num_layers", space.depths),
+        ("model_dim", space.model_dims),
+        ("ffn_dim", space.ffn_dims),
+    ):
+        size = getattr(backbone, key)
+        if 2 * values[-1] < size:
+            raise InputError(
+                f"space.{key}.max={values[-1]}: expected at least half of the backbone's {size}, "
+                "so that candidates inherit more than they lose; `flash new space NAME --backbone "
+                "FOLDER` proposes a space for a backbone"
+            )
+    return space
 
 
 def _workload_identity(device: DeviceSettings) -> dict[str, Any]:

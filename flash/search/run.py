@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from flash.arch import ArchSpec, SearchSpace, count_parameters
+from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
 from flash.errors import InputError, require
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
 from flash.paths import Runs
 from flash.records import plain, write_json, write_text
+from flash.search.estimate import trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
@@ -20,6 +21,7 @@ from flash.search.job import (
     evaluation_of,
     latency_of,
     open_job,
+    open_space,
     open_workspace,
     problem_of,
 )
@@ -76,6 +78,8 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
             heartbeat_s=settings.search.heartbeat_s,
             retries=settings.search.retries,
         )
+        if settings.stage is SearchStage.search:
+            _log_estimate(job, study)
         with study.lock():  # one worker measures; the others find the results in the store
             latency = latency_of(settings, job.space, job.workspace)
             problem = problem_of(job, study, latency)
@@ -86,11 +90,26 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
     return report
 
 
+def _log_estimate(job: SearchJob, study: Study) -> None:
+    """Log how long the training of the trials that are left will take on this machine."""
+    settings, backbone = job.settings, job.workspace.backbone.spec
+    left = settings.search.trials - sum(trial.finished for trial in study.trials())
+    if left > 0:
+        seq_len = settings.data.seq_len
+        hours = trial_hours(job.space, settings.recipe, settings.trainer, seq_len, backbone)
+        log.info(
+            "%d trials of %s tokens: about %.2g hours of training on this machine, after stage 1",
+            left,
+            f"{settings.recipe.tokens:,}",
+            left * hours,
+        )
+
+
 def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     """Run stage 1: measure a device, fit the predictor, print and store its accuracy."""
     workspace = open_workspace(settings)
     backbone, runs = workspace.backbone, workspace.runs
-    space = SearchSpace(settings.space, backbone.spec)
+    space = open_space(settings.space, backbone.spec)
     latency = latency_of(settings, space, workspace)
     folder = runs.latency(settings.device.name)
     report = {

@@ -26,9 +26,15 @@ def check_devices(trainer: TrainerSettings) -> None:
         )
 
 
+def uses_cuda(trainer: TrainerSettings) -> bool:
+    """True if Lightning takes CUDA devices for `trainer`, also for `accelerator=auto`."""
+    named = trainer.accelerator in {"gpu", "cuda"}
+    return named or (trainer.accelerator == "auto" and torch.cuda.is_available())
+
+
 def main_device(trainer: TrainerSettings) -> torch.device:
     """Device on which the main process evaluates a whole model."""
-    return torch.device("cuda" if trainer.accelerator in {"gpu", "cuda"} else "cpu")
+    return torch.device("cuda" if uses_cuda(trainer) else "cpu")
 
 
 def local_device(trainer: TrainerSettings) -> torch.device:

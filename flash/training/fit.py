@@ -21,6 +21,7 @@ from flash.training.callbacks import CurveRecorder, SaveAtStep, Throughput
 from flash.training.distributed import gather, lightning_precision, make_strategy
 from flash.training.lightning_module import LanguageModeling
 from flash.training.loss_curve import Watch
+from flash.training.memory import is_out_of_memory, log_memory, out_of_memory_named, step_memory
 from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
 from flash.training.stability import AtomicCheckpointIO, StopBySignal, Stopped
@@ -60,7 +61,7 @@ def fit(
 
     Raises:
         InputError: Distillation without a fitting teacher, a batch that cannot be split evenly, a
-            damaged checkpoint, or a loss that is no longer finite.
+            damaged checkpoint, a device without free memory, or a loss that is no longer finite.
         SystemExit: A signal has ended the run.
     """
     sharded = trainer.strategy is Strategy.fsdp
@@ -69,12 +70,17 @@ def fit(
     module = _module(trained, data, recipe, trainer, teacher, last)
     shown = label if show_progress and is_main_process() else None
     data.teacher_cache = teacher if isinstance(teacher, TeacherCache) else None
-    throughput = Throughput(trainer, shown, teacher.spec if isinstance(teacher, Decoder) else None)
+    running = teacher.spec if isinstance(teacher, Decoder) else None
+    throughput = Throughput(trainer, shown, running)
     recorder = CurveRecorder(module.steps, watch)
     stable = recipe.stable_steps(module.seq_len) if keep_stable else 0
     callbacks = [throughput, recorder, *_checkpoint_callbacks(folder, trainer, stable)]
     lightning = _lightning(module, trainer, callbacks, folder, loggers)
-    _run(lightning, module, data, last if last is not None and last.is_file() else start)
+    need = step_memory(model.spec, recipe, trainer, module.seq_len, running)
+    if shown is not None:
+        log_memory(label, need, recipe, trainer)
+    with out_of_memory_named(recipe, trainer, need):
+        _run(lightning, module, data, last if last is not None and last.is_file() else start)
     if sharded:
         model.load_state_dict(gather(module.model), strict=lightning.is_global_zero)
     module.guard.check_end(lightning.global_step)
@@ -195,7 +201,8 @@ def _run(
             kill_launched_processes(lightning)  # else they wait for this process and fail
             raise
         except (RuntimeError, EOFError, KeyError) as error:
-            if last is not None and lightning.global_step == 0:
+            unread = last is not None and lightning.global_step == 0
+            if unread and not is_out_of_memory(error):
                 raise InputError(
                     f"{last}: damaged or of another arch ({error}); delete it to start over"
                 ) from error

@@ -72,7 +72,7 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     folder = workspace.backbone.folder
     decisive = {
         "spec": spec.to_dict(),
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "precision": settings.trainer.precision.value,
         "max_steps": settings.trainer.max_steps,
         "data": [workspace.data.digest, settings.data.seq_len],
@@ -210,6 +210,7 @@ def _train(
         if before is None:
             return None
         after = validate(model.to(device), data, precision)
+        _warn_if_worse(name, recipe, before.loss, after.loss)
         parameters = count_parameters(spec).total
         result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
         if logger is not None:
@@ -218,6 +219,21 @@ def _train(
         close_logger(logger)
     workspace.save_model(folder / "checkpoint", model)
     return result
+
+
+def _warn_if_worse(name: str, recipe: RecipeSettings, before: float, after: float) -> None:
+    """Warn of a training that has made the weights worse than they were."""
+    if after > before:
+        log.warning(
+            "%s: held-out loss %.3f -> %.3f, worse than before training; recipe.lr=%g is too high "
+            "for these weights and %s tokens, try recipe.lr=%g",
+            name,
+            before,
+            after,
+            recipe.lr,
+            f"{recipe.tokens:,}",
+            recipe.lr / 10,
+        )
 
 
 def _metrics(result: TrainResult) -> dict[str, float]:

@@ -13,6 +13,7 @@ from flash.arch import GROUP
 from flash.data.settings import DataSettings
 from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
+from flash.records import plain
 
 
 class Schedule(Enum):
@@ -92,7 +93,7 @@ class RecipeSettings:
     final_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises, but at least two steps; 0 has none."""
     decay_ratio: float = 0.25
     """Share of the steps over which `wsd` decays."""
     schedule: Schedule = Schedule.cosine
@@ -112,6 +113,9 @@ class RecipeSettings:
     kd_top_k: int | None = None
     """Likeliest tokens of the teacher that are computed once, ahead, and kept for all students of
     the same text; null: the teacher runs along, and counts with all its tokens."""
+    kd_top_p: float | None = None
+    """Probability at which the teacher's likeliest tokens for a position are enough, so that fewer
+    than `kd_top_k` are kept of it; null: `kd_top_k` of each."""
     calibration_tokens: int = 65536
     """Training tokens that the importance scores are averaged over."""
     qat: bool = False
@@ -139,10 +143,21 @@ class RecipeSettings:
             require(0 <= value < 1, name, value, "a number from 0 to below 1")
         k = self.kd_top_k
         require(k is None or k > 0, "kd_top_k", k, "a positive integer or null")
+        p = self.kd_top_p
+        require(p is None or 0 < p < 1, "kd_top_p", p, "a number between 0 and 1, or null")
+        if p is not None:
+            require(k is not None, "kd_top_k", k, f"the most tokens, as kd_top_p={p}")
         size, bits = self.qat_group_size, self.qat_embedding_bits
         require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values for the key of a result. Keys of before `kd_top_p` still hold without it."""
+        values = plain(self)
+        if self.kd_top_p is None:
+            del values["kd_top_p"]
+        return values
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""
@@ -157,23 +172,32 @@ class RecipeSettings:
         """Optimiser steps for `tokens` tokens."""
         return max(1, math.ceil(self.tokens / (self.batch_size * seq_len)))
 
+    def warmup_steps(self, steps: int) -> int:
+        """Steps over which the learning rate rises, of `steps` in all.
+
+        At least two, as one would already have the peak rate, if half of a short run allows it.
+        """
+        if self.warmup_ratio == 0:
+            return 0
+        return max(round(self.warmup_ratio * steps), min(2, steps // 2))
+
     def stable_steps(self, seq_len: int) -> int:
         """Steps before the learning rate falls, at which a run can go on for more tokens; or 0."""
         if self.schedule is not Schedule.wsd:
             return 0
         steps = self.steps(seq_len)
-        warmup = round(self.warmup_ratio * steps)
+        warmup = self.warmup_steps(steps)
         return steps - min(steps - warmup, round(self.decay_ratio * steps))
 
     def longer(self, tokens: int, seq_len: int) -> "RecipeSettings":
         """The same recipe for more tokens; with `wsd` its first `stable_steps` are the same."""
-        warmup = round(self.warmup_ratio * self.steps(seq_len))
+        warmup = self.warmup_steps(self.steps(seq_len))
         recipe = dataclasses.replace(self, tokens=tokens)
         return dataclasses.replace(recipe, warmup_ratio=warmup / recipe.steps(seq_len))
 
     def lr_factor(self, step: int, steps: int) -> float:
         """Learning rate at a 0-based step as a share of the peak."""
-        warmup = round(self.warmup_ratio * steps)
+        warmup = self.warmup_steps(steps)
         if step < warmup:
             return (step + 1) / warmup
         decay = steps - warmup
@@ -269,6 +293,10 @@ class TrainerSettings:
         if self.precision is Precision.auto:
             self.precision = native_precision(self.accelerator)
 
+    def sequences_at_once(self, batch_size: int) -> int:
+        """Sequences that one device holds at a time, for this many over all devices."""
+        return self.micro_batch or max(1, batch_size // (self.devices * self.nodes))
+
     def accumulation(self, batch_size: int) -> int:
         """Micro-batches a step, for this many sequences over all devices.
 
@@ -276,7 +304,7 @@ class TrainerSettings:
             InputError: The batch cannot be shared out evenly.
         """
         ranks = self.devices * self.nodes
-        micro_batch = self.micro_batch or max(1, batch_size // ranks)
+        micro_batch = self.sequences_at_once(batch_size)
         if batch_size % (ranks * micro_batch):
             raise InputError(
                 f"recipe.batch_size={batch_size}: expected a multiple of {ranks} devices x "

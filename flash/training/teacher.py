@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from flash.data.corpus import PackedData
 from flash.data.packed import PackedSequences
 from flash.data.settings import DataSettings
 from flash.data.teacher_cache import TeacherCache
+from flash.data.teacher_codec import FORMAT, TopTokenCodec
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
@@ -21,6 +23,7 @@ from flash.progress import progress_bar
 from flash.prune.importance import fingerprint
 from flash.records import digest
 from flash.training.accelerators import local_device, rank_fraction
+from flash.training.memory import out_of_memory_named
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -79,8 +82,8 @@ def teacher_of(
     torchrun or Slurm), they share the work.
 
     Raises:
-        InputError: The backbone has no weights, `check_top_k` fails, or the disk has too little
-            room.
+        InputError: The backbone has no weights or gives numbers that are not finite, `check_top_k`
+            fails, or the disk has too little room.
     """
     check_top_k(recipe, data.settings, backbone.spec.vocab_size)
     if recipe.kd_weight == 0:
@@ -92,7 +95,7 @@ def teacher_of(
     steps = recipe.steps(data.settings.seq_len) + ahead
     missing = taught.missing(steps * recipe.batch_size)
     if missing:
-        _check_room(taught, missing, data.settings.seq_len, recipe.kd_top_k)
+        _check_room(taught, missing)
         _write(taught, missing, backbone, recipe, trainer)
     return taught
 
@@ -102,24 +105,29 @@ def _open(
 ) -> TeacherCache:
     assert isinstance(data.train_set, PackedSequences)
     assert backbone.folder is not None
+    assert recipe.kd_top_k is not None
+    kept = [recipe.kd_top_k, recipe.kd_top_p, recipe.temperature]
     decisive = {
+        "format": FORMAT,
         "backbone": fingerprint(backbone.folder),
         "data": [data.digest, data.settings.seq_len, data.settings.document_masks, data.seed],
-        "distillation": [recipe.kd_top_k, recipe.temperature, precision.value],
+        "distillation": [*kept, precision.value],
     }
-    return TeacherCache(data.train_set, data.seed, runs.teacher(digest(decisive)))
+    codec = TopTokenCodec(recipe.kd_top_k, backbone.spec.vocab_size, data.settings.seq_len)
+    return TeacherCache(data.train_set, data.seed, runs.teacher(digest(decisive)), codec)
 
 
-def _check_room(taught: TeacherCache, missing: list[int], seq_len: int, k: int) -> None:
-    tokens = seq_len * sum(len(taught.members(part)) for part in missing)
-    needed = tokens * (4 * k + 2 * (k + 1))
+def _check_room(taught: TeacherCache, missing: list[int]) -> None:
+    codec = taught.codec
+    tokens = codec.seq_len * sum(len(taught.members(part)) for part in missing)
+    needed = tokens * codec.bytes_per_token
     taught.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(taught.folder).free
     if needed > free:
         raise InputError(
-            f"recipe.kd_top_k={k}: needs {needed / 2**30:.1f} GiB in {taught.folder} for "
-            f"{tokens:,} tokens, and {free / 2**30:.1f} GiB are free; expected room, a smaller k, "
-            "or null for a teacher that runs along"
+            f"recipe.kd_top_k={codec.top_k}: needs up to {needed / 2**30:.1f} GiB in "
+            f"{taught.folder} for {tokens:,} tokens, and {free / 2**30:.1f} GiB are free; "
+            "expected room, a smaller k, or null for a teacher that runs along"
         )
 
 
@@ -132,7 +140,8 @@ def _write(
 ) -> None:
     """Let the backbone read the `missing` parts, and store its outputs."""
     device = local_device(trainer)
-    answer = _top_k_outputs(load_teacher(backbone, trainer.precision).to(device), recipe, trainer)
+    model = load_teacher(backbone, trainer.precision).to(device)
+    answer = _top_k_outputs(model, recipe, trainer, backbone.folder)
     at_once = trainer.micro_batch or min(recipe.batch_size, _DEFAULT_BATCH)
     # Each process begins at a part of its own and skips those that others have written meanwhile.
     first = rank_fraction() * len(missing)
@@ -144,12 +153,13 @@ def _write(
             if taught.path(part).is_file():
                 bar.update(len(taught.members(part)))
                 continue
-            for done in taught.write(part, answer, at_once):
-                bar.update(done)
+            with out_of_memory_named(recipe, trainer):
+                for done in taught.write(part, answer, at_once):
+                    bar.update(done)
 
 
 def _top_k_outputs(
-    teacher: Decoder, recipe: RecipeSettings, trainer: TrainerSettings
+    teacher: Decoder, recipe: RecipeSettings, trainer: TrainerSettings, folder: Path | None
 ) -> Callable[[list[Batch]], tuple[Tensor, Tensor]]:
     """A function from sequences to the teacher's likeliest tokens and their log-probabilities."""
     teacher.requires_grad_(False).eval()
@@ -164,7 +174,13 @@ def _top_k_outputs(
         documents = batch.document_ids.to(device) if batch.document_ids is not None else None
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             hidden = teacher.hidden(inputs, documents=documents).flatten(0, 1)
-            top = top_log_probs(Operands(hidden, teacher.lm_head.weight), k, recipe.temperature)
+            operands = Operands(hidden, teacher.lm_head.weight)
+            top = top_log_probs(operands, k, recipe.temperature, recipe.kd_top_p)
+        if bool(top.log_probs.isnan().any()):
+            raise InputError(
+                f"backbone.weights={folder}: the teacher's logits are not finite with "
+                f"trainer.precision={trainer.precision.name}; check the weights, or take fp32"
+            )
         ids, log_probs = (part.unflatten(0, inputs.shape) for part in top)
         return ids, log_probs
 

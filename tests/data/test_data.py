@@ -2,14 +2,18 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from flash.data.corpus import PackedData, find_tokenizer
-from flash.data.files import find_documents
+from flash.data.encoders import EncodedDocument, TextEncoder
+from flash.data.files import find_documents, read_documents
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.sampler import ResumableBatchSampler, Share
 from flash.data.settings import DataKind, DataSettings
 from flash.data.tokenizer import load_tokenizer, token_bytes
 from flash.errors import InputError
+from tests.conftest import opened
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def test_unchanged_texts_are_not_tokenized_again(data_settings, tokenizer, tmp_p
 
 def test_every_token_but_the_first_is_a_target_exactly_once():
     tokens = np.arange(101, dtype=np.uint16)
-    packed = PackedSequences(tokens, 10)
+    packed = PackedSequences(tokens, 10, "train")
     targets = [int(t) for i in range(len(packed)) for t in packed[i].tokens[1:]]
     assert targets == list(range(1, 101))
 
@@ -103,8 +107,13 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_micro_batches():
 def test_indivisible_batches_are_named():
     with pytest.raises(InputError, match=r"recipe\.batch_size=8.*trainer\.devices.*micro_batch"):
         Share(8, world_size=3)
-    with pytest.raises(InputError, match=r"recipe\.batch_size=8: expected at most 5"):
-        ResumableBatchSampler(5, Share(8), seed=0)
+
+
+def test_a_batch_larger_than_the_data_holds_whole_epochs():
+    batches = list(islice(ResumableBatchSampler(5, Share(8), seed=3), 5))
+    seen = [i for batch in batches for i in batch]
+    assert all(sorted(seen[e * 5 : (e + 1) * 5]) == list(range(5)) for e in range(8))
+    assert list(islice(ResumableBatchSampler(5, Share(8), seed=3, start=2), 3)) == batches[2:]
 
 
 def test_calibration_text_is_training_text(data_settings, tokenizer, tmp_path):
@@ -127,6 +136,32 @@ def test_bad_corpora_are_named(tmp_path, data_settings):
         DataSettings(name="x", kind=DataKind.folder)
     with pytest.raises(InputError, match=r"^validation_percent=100: expected a whole number"):
         DataSettings(name="x", validation_percent=100)
+
+
+def test_files_are_as_written_or_named(tmp_path, caplog):
+    folder = tmp_path / "texts"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.py").write_text("copy", "utf-8")
+    (folder / "a.py").write_bytes(b"\xef\xbb\xbfa = 1\r\n")
+    settings = DataSettings(name="x", kind=DataKind.folder, path=str(folder))
+    assert [text for _, text in read_documents(settings)] == ["a = 1\n"]
+    (folder / "b.py").write_bytes(b"# caf\xe9")
+    with pytest.raises(InputError, match=r"b\.py: is not UTF-8 \(byte 0xe9 at 5\); .*skip_damaged"):
+        list(read_documents(settings))
+    settings.skip_damaged = True
+    assert [text for _, text in read_documents(settings)] == ["a = 1\n"]
+    assert "b.py is not UTF-8 (byte 0xe9 at 5) and is skipped" in caplog.text
+
+
+def test_a_text_that_cannot_be_told_from_end_of_text_is_an_error(tmp_path):
+    """A SentencePiece vocabulary holds end-of-text as a piece of its own."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "abc ")]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens(["</s>"])
+    good, bad = TextEncoder(opened(tokenizer, tmp_path)).encode(["a b", "a </s> b"])
+    assert isinstance(good, EncodedDocument)
+    assert isinstance(bad, InputError)
+    assert "mentions </s>, which this tokenizer cannot encode as text" in str(bad)
 
 
 def test_bad_tokenizers_are_named(tmp_path, data_settings):

@@ -107,6 +107,42 @@ def test_likeliest_tokens_give_the_loss_of_these_and_the_rest_as_one(
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+def test_a_probability_keeps_the_fewest_tokens_that_reach_it_and_at_most_k():
+    probabilities = [[0.5, 0.3, 0.15, 0.05], [0.9, 0.05, 0.03, 0.02], [0.28, 0.26, 0.24, 0.22]]
+    teacher = Operands(torch.tensor(probabilities).log(), torch.eye(4))
+    ids, log_probs = top_log_probs(teacher, 3, top_p=0.79)
+    assert ids.tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 2]]
+    wanted = [[0.5, 0.3, 0, 0.2], [0.9, 0, 0, 0.1], [0.28, 0.26, 0.24, 0.22]]
+    torch.testing.assert_close(log_probs.exp(), torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("chunk", [7 * 50, 10**6])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_positions_with_fewer_tokens_count_as_if_each_stood_alone(chunk, temperature, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    torch.manual_seed(0)
+    student, targets = operands(scale=0.2), torch.randint(0, 50, (23,))
+    teacher = operands(width=32, scale=0.4)
+    kept = top_log_probs(teacher, 12, temperature, top_p=0.6)
+    counts = kept.log_probs[:, :-1].isfinite().sum(1).tolist()
+    assert len(set(counts)) > 3
+    kd = sum(
+        plain_top(
+            Operands(student.hidden[i : i + 1], student.weight),
+            Operands(teacher.hidden[i : i + 1], teacher.weight),
+            count,
+            temperature,
+        )
+        for i, count in enumerate(counts)
+    )
+    ce = plain(student, targets, None, 0.0, 1.0)[1]
+    wanted = torch.autograd.grad(0.3 * ce + 0.7 * kd, student)
+    found = linear_losses(student, targets, teacher=kept, kd_weight=0.7, temperature=temperature)
+    torch.testing.assert_close((found.ce, found.kd), (ce, kd), rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(found.total, student), wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 def test_all_tokens_but_one_give_the_whole_divergence_and_fewer_never_more():
     torch.manual_seed(0)
     student, targets = operands(scale=0.3), torch.randint(0, 50, (23,))

@@ -9,6 +9,7 @@ import torch
 from flash.data.corpus import PackedData
 from flash.data.module import PackedDataModule
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
+from flash.data.teacher_codec import STEP_NATS
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError
 from flash.model.backbone import Backbone
@@ -75,13 +76,13 @@ def test_all_tokens_but_one_train_like_a_teacher_that_runs_along(
         done = fit(models[-1], data, recipe, TRAINER, teacher=taught)
         assert done.steps == 12
     pairs = list(zip(*(model.parameters() for model in models), strict=True))
-    # Outputs are stored in half precision, so weights are close but not equal.
+    # Stored log-probabilities are rounded, so weights are close but not equal.
     apart = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
     moved = torch.cat([
         (a - b).flatten()
         for a, b in zip(models[0].parameters(), make_model().parameters(), strict=True)
     ]).norm()
-    assert apart < 0.02 * moved
+    assert apart < 0.05 * moved
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -100,7 +101,7 @@ def test_each_sequence_has_the_outputs_of_the_teacher_for_it(
             ids, log_probs = top_log_probs(Operands(hidden, model.lm_head.weight), 8)
         assert batch.top_ids.shape == (4, 32, 8)
         kept = batch.top_log_probs.flatten(0, 1).float()
-        torch.testing.assert_close(kept, log_probs, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(kept, log_probs, rtol=0, atol=STEP_NATS / 2 + 1e-4)
         # The order of equally likely tokens is undefined.
         same = (batch.top_ids.flatten(0, 1) == ids).float().mean()
         assert same > 0.99
@@ -185,19 +186,72 @@ def test_a_stopped_run_resumes_to_the_same_weights(data, backbone, runs, tmp_pat
     assert same_weights(whole, resumed)
 
 
-def test_another_text_k_or_temperature_is_another_folder(data, backbone, runs, small_parts):
-    changes = [{}, {"kd_top_k": 4}, {"temperature": 2.0}]
+def test_another_text_share_temperature_or_format_is_another_folder(
+    data, backbone, runs, small_parts, monkeypatch
+):
+    changes = [{}, {"kd_top_k": 4}, {"kd_top_p": 0.5}, {"kd_top_p": 0.6}, {"temperature": 2.0}]
     recipes = [dataclasses.replace(TOP, **change) for change in changes]
     folders = {teacher_of(backbone, data, each, TRAINER, runs).folder for each in recipes}
     data.digest = "other"
     folders.add(teacher_of(backbone, data, TOP, TRAINER, runs).folder)
-    assert len(folders) == 4
+    monkeypatch.setattr(teacher, "FORMAT", teacher.FORMAT + 1)
+    folders.add(teacher_of(backbone, data, TOP, TRAINER, runs).folder)
+    assert len(folders) == 7
 
 
-def test_a_damaged_file_is_named(data, backbone, runs, small_parts):
+def test_enough_probability_keeps_fewer_tokens_in_smaller_files(
+    settings, data, backbone, runs, small_parts
+):
+    sizes = []
+    for p in (None, 0.088):  # of random weights, a token has 1 of 320
+        recipe = dataclasses.replace(TOP, kd_top_k=64, kd_top_p=p)
+        taught = teacher_of(backbone, data, recipe, TRAINER, runs)
+        sizes.append(sum(path.stat().st_size for path in taught.folder.iterdir()))
+        batch = taught[taught.members(0)[0]]
+        assert batch.top_ids.shape == (32, 64)
+        counts = batch.top_log_probs[:, :-1].isfinite().sum(1)
+        assert (counts == 64).all() if p is None else len(counts.unique()) > 1
+        result = train(dataclasses.replace(settings, recipe=recipe, name=f"cut_{p}"))
+        assert result.after.loss < result.before.loss
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_a_probability_changes_the_key_and_none_keeps_that_of_former_runs():
+    values = TOP.decisive()
+    assert "kd_top_p" not in values
+    changed = dataclasses.replace(TOP, kd_top_p=0.9)
+    assert changed.decisive() == {**values, "kd_top_p": 0.9}
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, -0.5, float("nan")])
+def test_a_probability_outside_of_0_to_1_is_refused(p):
+    with pytest.raises(InputError, match=r"^kd_top_p=.*: expected a number between 0 and 1"):
+        dataclasses.replace(TOP, kd_top_p=p)
+
+
+def test_a_probability_needs_the_most_tokens():
+    with pytest.raises(InputError, match=r"^kd_top_k=None: expected the most tokens.*kd_top_p=0.9"):
+        dataclasses.replace(RECIPE, kd_top_p=0.9)
+
+
+def test_a_teacher_that_gives_no_numbers_is_refused(data, backbone, runs, monkeypatch):
+    model = backbone.load()
+    model.lm_head.weight.data[5] = torch.nan
+    monkeypatch.setattr(teacher, "load_teacher", lambda *_: model)
+    with pytest.raises(InputError, match=r"^backbone.weights=.*: the teacher's logits are not fin"):
+        teacher_of(backbone, data, TOP, TRAINER, runs)
+    assert not list(runs.root.rglob("part_*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: whole[:100], lambda whole: whole[:-9] + bytes([255 - whole[-9]]) + whole[-8:]],
+    ids=["cut", "flipped"],
+)
+def test_a_damaged_file_is_named(damage, data, backbone, runs, small_parts):
     taught = teacher_of(backbone, data, TOP, TRAINER, runs)
     path = taught.path(2)
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match=r"part_00002.safetensors: missing or damaged"):
         fit(make_model(), data, TOP, TRAINER, teacher=taught)
 
@@ -228,6 +282,6 @@ def test_a_full_disk_is_seen_before_the_teacher_is_loaded(
 ):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"kd_top_k=8: needs .* GiB in .*expected room"):
+    with pytest.raises(InputError, match=r"kd_top_k=8: needs up to .* GiB in .*expected room"):
         teacher_of(backbone, data, TOP, TRAINER, runs)
     assert counted == []

@@ -126,6 +126,14 @@ def test_the_learning_rate_rises_peaks_and_ends_at_its_share(schedule):
     assert flat > 60 if schedule is Schedule.wsd else flat < 15
 
 
+@pytest.mark.parametrize("steps", [4, 6, 19])
+def test_a_short_run_warms_up_too(steps):
+    recipe = RecipeSettings(name="x", tokens=1, warmup_ratio=0.05)
+    assert [recipe.lr_factor(step, steps) for step in range(2)] == [0.5, 1.0]
+    without = dataclasses.replace(recipe, warmup_ratio=0.0)
+    assert without.lr_factor(0, steps) == 1.0
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -166,6 +174,17 @@ def test_the_job_prunes_trains_saves_and_is_done_the_second_time(
     monkeypatch.setattr("flash.training.run._train", pytest.fail)
     again = train(_settings(backbone_settings, data_settings, tmp_path))
     assert again == result
+
+
+def test_a_training_that_makes_weights_worse_is_warned_of(
+    backbone_settings, data_settings, tmp_path, caplog
+):
+    settings = _settings(backbone_settings, data_settings, tmp_path)
+    hot = dataclasses.replace(settings.recipe, lr=3.0, tokens=256)
+    result = train(dataclasses.replace(settings, recipe=hot))
+    assert result.after.loss > result.before.loss
+    assert "worse than before training; recipe.lr=3 is too high" in caplog.text
+    assert "try recipe.lr=0.3" in caplog.text
 
 
 def test_random_weights_need_no_teacher(data_settings, tmp_path, caplog):

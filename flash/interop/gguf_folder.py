@@ -1,0 +1,145 @@
+"""Conversion of a GGUF file to a Hugging Face folder, by transformers' own reader.
+
+Transformers leaves three things of a file unread, which are restored here: how the pre-tokenizer
+splits text, which tokens besides the first end a generation, and decimal numbers that the file
+holds in float32.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+from flash.errors import InputError
+from flash.interop.gguf_tokenizer import PATTERNS_BY_NAME
+from flash.log_filters import quiet
+from flash.model.weights import read_spec
+
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""Tokens that end a generation in llama.cpp."""
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file into a new folder, weights in float32.
+
+    Raises:
+        InputError: The file is damaged, of an architecture or with a pre-tokenizer that is not
+            known, or the folder exists.
+    """
+    if folder.exists():
+        raise InputError(f"{folder}: exists; expected the name of a new folder")
+    fields = _fields(path)
+    splits = _pre_tokenizer(path, fields)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        whole = Path(temporary, "hf")
+        whole.mkdir()
+        _write_model(path, whole)
+        _restore_configs(whole, fields)
+        _write_tokenizer(path, whole, splits)
+        read_spec(whole)  # raises if the decoder cannot express the model
+        for file in whole.iterdir():
+            file.chmod(0o644)
+        whole.rename(folder)
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file, long arrays left out.
+
+    Raises:
+        InputError: It is missing or no GGUF file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a GGUF file, found none")
+    try:
+        reader = gguf.GGUFReader(path)
+        return {
+            name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1
+        }
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise InputError(f"{path}: damaged, or no GGUF file ({error}); fetch it again") from error
+
+
+def _pre_tokenizer(path: Path, fields: dict[str, Any]) -> pre_tokenizers.PreTokenizer | None:
+    """The pre-tokenizer that the file names; None for vocabularies that need none.
+
+    Raises:
+        InputError: The name is not known.
+    """
+    if fields.get("tokenizer.ggml.model") != "gpt2":
+        return None
+    name = fields.get("tokenizer.ggml.pre", "gpt-2")
+    if name not in PATTERNS_BY_NAME:
+        raise InputError(
+            f"{path}: tokenizer.ggml.pre={name}: expected one of {', '.join(PATTERNS_BY_NAME)}; "
+            "take the model's own Hugging Face folder"
+        )
+    pattern = PATTERNS_BY_NAME[name]
+    if pattern == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern == "digits gpt-2":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return pre_tokenizers.Sequence([digits, whole])
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, rest])
+
+
+def _write_model(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32
+            )
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise InputError(f"{path}: transformers cannot read it ({error})") from error
+        # The weights are plain by now; the marks of the former format would be saved with them.
+        model.is_quantized = False
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.save_pretrained(folder)
+
+
+def _restore_configs(folder: Path, fields: dict[str, Any]) -> None:
+    """Put the file's end tokens and decimal numbers into the configs."""
+    ends = [fields[key] for name in _END_KEYS if (key := f"tokenizer.ggml.{name}") in fields]
+    found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(map(int, ends)))}
+    if "tokenizer.ggml.bos_token_id" in fields:
+        found["bos_token_id"] = int(fields["tokenizer.ggml.bos_token_id"])
+    if len(found["eos_token_id"]) == 1:
+        found["eos_token_id"] = found["eos_token_id"][0]
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        values = _decimal(json.loads(path.read_text("utf-8")))
+        values.pop("_model_name_or_path", None)
+        values |= {key: value for key, value in found.items() if value != []}
+        path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _decimal(value: Any) -> Any:
+    """Values with every float32 number as the shortest decimal number that rounds to it."""
+    if isinstance(value, dict):
+        return {key: _decimal(inner) for key, inner in value.items()}
+    if isinstance(value, float):
+        return float(str(np.float32(value)))
+    return value
+
+
+def _write_tokenizer(path: Path, folder: Path, splits: pre_tokenizers.PreTokenizer | None) -> None:
+    from transformers import AutoTokenizer
+
+    with quiet():
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    if splits is not None:
+        file = folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.pre_tokenizer = splits
+        tokenizer.save(str(file))

