@@ -1,8 +1,8 @@
 """Conversion of a GGUF file to a Hugging Face folder, by transformers' own reader.
 
-Transformers leaves three things of a file unread, which are restored here: how the pre-tokenizer
-splits text, which tokens besides the first end a generation, and decimal numbers that the file
-holds in float32.
+Transformers leaves some things of a file unread, which are restored here: how the pre-tokenizer
+splits text, which tokens besides the first end a generation, the size of heads of some families,
+and decimal numbers that the file holds in float32.
 """
 
 import json
@@ -39,7 +39,7 @@ def convert(path: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         whole = Path(temporary, "hf")
         whole.mkdir()
-        _write_model(path, whole)
+        _write_model(path, whole, fields)
         _restore_configs(whole, fields)
         _write_tokenizer(path, whole, splits)
         read_spec(whole)  # raises if the decoder cannot express the model
@@ -91,13 +91,17 @@ def _pre_tokenizer(path: Path, fields: dict[str, Any]) -> pre_tokenizers.PreToke
     return pre_tokenizers.Sequence([split, rest])
 
 
-def _write_model(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
+def _write_model(path: Path, folder: Path, fields: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet():
         try:
+            config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            size = fields.get(f"{fields['general.architecture']}.attention.key_length")
+            if size is not None:
+                config.head_dim = int(size)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
+                path.parent, config=config, gguf_file=path.name, dtype=torch.float32
             )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise InputError(f"{path}: transformers cannot read it ({error})") from error

@@ -1,0 +1,74 @@
+"""GGUF files as Hugging Face folders: the model, the tokenizer and what it names come back."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from flash.cli import main
+from flash.errors import InputError
+from flash.interop.gguf import write_gguf
+from flash.interop.gguf_folder import convert
+from flash.interop.settings import GgufFormat
+from flash.model.checkpoint import load
+from flash.model.tokenizer import ModelTokenizer
+from tests.interop.test_gguf import PRE, byte_level, decoder, saved
+
+TEXTS = ["In 2024 there were 365 days", "don't  DO\n\n\tthat; 1234567", "Köln 東京 café <think>x"]
+
+
+def source(folder, pre: str) -> ModelTokenizer:
+    """Tokenizer whose files name a begin-of-text token and two end tokens."""
+    path = saved(byte_level(pre), folder)
+    names = {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), "utf-8")
+    think = byte_level(pre).token_to_id("<think>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, think]}))
+    return ModelTokenizer.open(path)
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_a_model_comes_back_with_tokenizer_and_end_tokens(pre, tmp_path):
+    qk_norm = pre == "qwen2"
+    model = decoder("FFF", qk_norm, norm_eps=1e-5, rope_theta=123456.0)
+    tokenizer = source(tmp_path / "source", pre)
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model, tokenizer=tokenizer, weight_format=GgufFormat.f32)
+    convert(file, tmp_path / "hf")
+    again = load(tmp_path / "hf")
+    assert (again.spec.norm_eps, again.spec.rope_theta) == (1e-5, 123456.0)
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(again(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+    found = ModelTokenizer.open(tmp_path / "hf" / "tokenizer.json")
+    assert found.ends == tokenizer.ends
+    assert found.begin == tokenizer.begin
+    for text in TEXTS:
+        assert found.encode(text) == tokenizer.encode(text)
+
+
+def test_files_that_cannot_be_taken_leave_nothing_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="expected a GGUF file, found none"):
+        convert(tmp_path / "none.gguf", tmp_path / "hf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00broken")
+    with pytest.raises(InputError, match=r"bad.gguf: damaged, or no GGUF file"):
+        convert(tmp_path / "bad.gguf", tmp_path / "hf")
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("falcon")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"tokenizer.ggml.pre=falcon: expected one of gpt-2, smol"):
+        convert(tmp_path / "odd.gguf", tmp_path / "hf")
+    (tmp_path / "taken").mkdir()
+    monkeypatch.setattr("sys.argv", ["flash", "convert", "odd.gguf", "taken"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "taken: exists; expected the name of a new folder" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.gguf", "odd.gguf", "taken"}
