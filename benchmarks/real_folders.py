@@ -19,11 +19,30 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.data import odd_files, odd_tokenizers
 from tests.model import config_variants
 from tests.verdicts import Outcome, Verdict
 
+
+def _tokenizers(folder: Path) -> Iterator[Verdict]:
+    return map(_verdict, odd_tokenizers.verdicts())
+
+
+def _data_files(folder: Path) -> Iterator[Verdict]:
+    return map(_verdict, odd_files.verdicts(folder))
+
+
+def _verdict(named: tuple[str, str]) -> Verdict:
+    """Translate a name and a verdict in words, such as `refused: ...`."""
+    name, text = named
+    outcome, _, reason = text.partition(": ")
+    return Verdict(name, Outcome(outcome), reason)
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Verdict]]] = {
     "configs": config_variants.verdicts,
+    "tokenizers and templates": _tokenizers,
+    "data files and chats": _data_files,
 }
 """For each kind, a function that makes its folders under a path and yields a verdict on each."""
 
