@@ -17,7 +17,7 @@ from flash.data.packed import PackedSequences
 from flash.data.settings import DataKind, DataSettings
 from flash.data.stream import StreamedSequences
 from flash.data.teacher_cache import TeacherCache
-from flash.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer
+from flash.data.tokenizer import ByteCounter, load_tokenizer, train_tokenizer
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.records import write_text
@@ -74,7 +74,7 @@ class PackedData:
         train_set: Training sequences, read by index or streamed.
         digest: Hash of all texts, of their order if they are streamed, and of the tokenizer. Keys
             of results take `identity` or `train_identity`, which hold it.
-        bytes_per_token: UTF-8 bytes of each token id, `(vocab,)`.
+        bytes: Counter of the UTF-8 bytes of tokens.
         validation_set: Validation sequences, each a `Batch` without the first axis.
         teacher_cache: Training sequences with a teacher's most likely tokens, to be set before
             training. None: no cache.
@@ -95,7 +95,7 @@ class PackedData:
         self.settings, self.batch_size, self.seed = settings, batch_size, seed
         splits = open_splits(settings, tokenizer, seed=seed, cache=cache)
         self.train_set: PackedSequences | StreamedSequences = splits.train
-        self.digest, self.bytes_per_token = splits.digest, token_bytes(tokenizer.backend)
+        self.digest, self.bytes = splits.digest, ByteCounter(tokenizer)
         self.validation_set: Subset[Batch] = _evenly_spaced(
             splits.validation, settings.validation_sequences
         )

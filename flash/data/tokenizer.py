@@ -50,6 +50,30 @@ def load_tokenizer(path: Path, settings: DataSettings | None = None) -> ModelTok
     return ModelTokenizer.open(path, end_of_text=end, begin_of_text=begin, key="data.tokenizer=")
 
 
+class ByteCounter:
+    """Counter of the UTF-8 bytes of text that tokens stand for.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+    """
+
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
+        self._lengths, self._end = token_bytes(tokenizer.backend), tokenizer.end_of_text
+        self._opening = tokenizer.prefix[-1] if tokenizer.prefix else self._end
+        probe = tokenizer.backend.encode("x", add_special_tokens=False).ids
+        self._adds_blank = int(self._lengths[probe].sum()) > 1
+
+    def count(self, before: np.ndarray, tokens: np.ndarray) -> int:
+        """Count the bytes of `tokens`, each of which follows the token `before`.
+
+        The blank that some tokenizers put in front of a document is none of its bytes.
+        """
+        total = int(self._lengths[tokens].sum())
+        if self._adds_blank:
+            total -= int(((before == self._opening) & (tokens != self._end)).sum())
+        return total
+
+
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """Number of UTF-8 bytes of text that each token id stands for, up to the largest id.
 

@@ -32,14 +32,15 @@ def validate(model: Decoder, data: PackedData, precision: Precision) -> Validati
     for batch in progress(batches, "held-out loss"):
         batch = batch.to(device)
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].flatten()
+        before = inputs.flatten()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
             hidden = model.hidden(inputs, documents=batch.document_ids).flatten(0, 1)
             if batch.loss_mask is not None:
                 learn = batch.loss_mask.flatten()
-                hidden, targets = hidden[learn], targets[learn]
+                hidden, targets, before = hidden[learn], targets[learn], before[learn]
             student = Operands(*head_operands(model, hidden))
             total += float(linear_losses(student, targets).ce)
         tokens += targets.numel()
-        num_bytes += int(data.bytes_per_token[targets.cpu().numpy()].sum())
+        num_bytes += data.bytes.count(before.cpu().numpy(), targets.cpu().numpy())
     bits = total / math.log(2)
     return ValidationMetrics(total / tokens, bits / num_bytes, tokens)

@@ -169,6 +169,7 @@ def test_a_text_that_cannot_be_told_from_end_of_text_is_an_error(tmp_path):
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "abc ")]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=0))
     tokenizer.add_special_tokens(["</s>"])
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', "utf-8")
     good, bad = TextEncoder(opened(tokenizer, tmp_path)).encode(["a b", "a </s> b"])
     assert isinstance(good, EncodedDocument)
     assert isinstance(bad, InputError)

@@ -11,7 +11,7 @@ from flash.data.corpus import PackedData
 from flash.data.encoders import TextEncoder
 from flash.data.packed import token_type, tokenize
 from flash.data.settings import DataKind, DataSettings, TextSourceSettings
-from flash.data.tokenizer import load_tokenizer
+from flash.data.tokenizer import ByteCounter, load_tokenizer
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from tests.data.odd_tokenizers import FOLDERS, TEXTS, verdict
@@ -139,3 +139,16 @@ def test_a_named_token_that_is_not_there_is_left_out_with_a_warning(tmp_path, ca
     folder.write(tmp_path)
     assert load_tokenizer(tmp_path / "tokenizer.json").ends == (1, 2)
     assert "has no '<none>', the eos_token of the files beside it" in caplog.text
+
+
+BYTES = ["sentencepiece bpe", "sentencepiece without begin", "unigram", "tokenizer_config only"]
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_of_documents_are_those_of_their_texts(name, tmp_path):
+    tokenizer = load_tokenizer(path_of(name, tmp_path))
+    documents = TextEncoder(tokenizer).encode(list(TEXTS))
+    stream = np.concatenate([document.tokens for document in documents])
+    stream = np.array([tokenizer.end_of_text, *stream])
+    count = ByteCounter(tokenizer).count(stream[:-1], stream[1:])
+    assert count == sum(len(text.encode()) for text in TEXTS)
