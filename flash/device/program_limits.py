@@ -6,6 +6,10 @@ from pathlib import Path
 from flash.device.runner import bindings
 
 
+_MARK = b"ET12"
+"""Identifier of a program's file, after its first four bytes."""
+
+
 @dataclass(frozen=True)
 class ProgramLimits:
     """Lengths that a program of `flash export` states in its constant methods.
@@ -23,6 +27,11 @@ class ProgramLimits:
     @classmethod
     def find(cls, path: Path) -> "ProgramLimits | None":
         """Read the limits; None for blocks, stock baselines, and files that cannot be loaded."""
+        # ExecuTorch prints the mark of a file that is no program, and ends the process if that is
+        # not UTF-8.
+        with path.open("rb") as file:
+            if file.read(8)[4:] != _MARK:
+                return None
         native = bindings()
         checks = native.Verification.InternalConsistency
         try:
