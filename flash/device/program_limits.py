@@ -27,6 +27,8 @@ class ProgramLimits:
     @classmethod
     def find(cls, path: Path) -> "ProgramLimits | None":
         """Read the limits; None for blocks, stock baselines, and files that cannot be loaded."""
+        if not path.is_file():
+            return None
         # ExecuTorch prints the mark of a file that is no program, and ends the process if that is
         # not UTF-8.
         with path.open("rb") as file:
