@@ -4,6 +4,7 @@ import argparse
 import ast
 import itertools
 import re
+import shutil
 import shlex
 import sys
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def jobs(overrides: list[str]) -> Iterator[list[str]]:
 def check_composes(verb: str, arguments: list[str], folder: Path) -> None:
     """Compose a command as it stands; architectures that a search would have found are made up."""
     overrides = [
-        word.replace("$(cat runs/studies/tiny/winners)", "tiny_2,tiny_4")
+        re.sub(r"\$\(cat runs/studies/(\w+)/winners\)", r"\1_2,\1_4", word)
         for word in arguments
         if word not in {"-m", "--help"}
     ]
@@ -131,6 +132,7 @@ def check_composes(verb: str, arguments: list[str], folder: Path) -> None:
             for name in word.removeprefix("+arch=").split(","):
                 if not (CONF / "arch" / f"{name}.yaml").is_file():
                     (found / f"{name}.yaml").write_text("ffn_dim: 192\n", "utf-8")
+    cli.new_option("space", "smol", "flash")  # as `flash new` would have proposed it
     board = folder / "conf" / "device" / "mine.yaml"
     board.parent.mkdir()
     board.write_text("defaults: [ssh, _self_]\nname: mine\nssh: {host: board}\n", "utf-8")
@@ -178,11 +180,12 @@ def check_own(words: list[str]) -> None:
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A working directory with the folder that commands call FOLDER, and nothing else."""
+    """A working directory with the checkpoint that commands call FOLDER, and nothing else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
     monkeypatch.setenv("FLASH_COMMAND", "flash")
     (tmp_path / "FOLDER").mkdir()
+    shutil.copy(ROOT / "backbones" / "tiny" / "config.json", tmp_path / "FOLDER")
     return tmp_path
 
 
