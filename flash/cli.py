@@ -122,6 +122,11 @@ def _new(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if options.backbone is not None:
+        if options.source is not None:
+            raise InputError(
+                f"--from {options.source}: has no effect with --backbone, which proposes all "
+                "values; leave one of the two out"
+            )
         path, count = new_space(options.group, options.name, options.backbone)
         print(f"{path}: {count:,} architectures; change it, then use it as space={options.name}")
         return 0

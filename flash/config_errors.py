@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from flash import renamed, slurm
@@ -20,6 +20,12 @@ def explain(error: BaseException, schema: type) -> str:
     """Explain an error of Hydra or OmegaConf in one line: key, reason, nearest valid key."""
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return (
+            f"{error.override}: expected key=value; a value with commas, spaces, brackets or '<' "
+            f"needs quotes of its own within those of the shell: '{key}=\"VALUE\"'"
+        )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException | InputError):
         cause = cause.__cause__ or cause.__context__
@@ -69,6 +75,10 @@ def _wrong_value(key: str, text: str) -> str:
         if typed in renamed.VALUES:
             return f"{typed}: renamed to {renamed.VALUES[typed]}"
         return f"{typed}: expected one of {found[2]}"
+    if found := re.match(r"Value '(.*)' is not a valid bool", text):
+        return f"{key}={found[1]}: expected {_KINDS['Boolean']}"
+    if re.match(r"Key '.*' is not in struct", text):
+        return f"{key}: is not set so far; write +{key}=VALUE to add it"
     return f"{key}: {text}" if key else f"{text}; expected a mapping of keys to values"
 
 
@@ -81,8 +91,6 @@ def _composition(text: str) -> str:
                 f"{found[1]}: not a group of this command; it is one of flash {', '.join(others)}"
             )
         return f"{found[1]}: no such group; flash COMMAND --help lists the groups"
-    if found := re.match(r"Error parsing override '(.*)'", text):
-        return f"{found[1]}: expected key=value; quote values with commas, spaces or brackets"
     return text
 
 

@@ -128,6 +128,10 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
         ),
         ("train", "space=tiny", "space: not a group of this command; it is one of flash search"),
         ("train", "foo", "foo: expected key=value"),
+        ("train", "data.end_of_text=<|x|>", """'data.end_of_text="VALUE"'"""),
+        ("train", "data.x=[1", "data.x=[1: expected key=value"),
+        ("train", "data.begin_of_text=maybe", "begin_of_text=maybe: expected true or false"),
+        ("train", "arch.ffn_dim=64", "arch.ffn_dim: is not set so far; write +arch.ffn_dim=VALUE"),
         ("train", "data=null", "a config group is null: expected the name of one of its options"),
         ("train", "+arch=tiny_2", "search first"),
         (

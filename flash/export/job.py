@@ -222,10 +222,14 @@ def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained
             )
     found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
     if found != spec:
-        typed = "" if model is None else "model="
+        if model is not None:
+            raise InputError(
+                f"model={folder}: holds arch {found}: expected {spec}; give the same +arch as in "
+                "its training"
+            )
         raise InputError(
-            f"{typed}{folder}: holds arch {found}: expected {spec}; give the name= that it was "
-            "trained under, or train it under a new one"
+            f"{folder}: holds arch {found}: expected {spec}; give the name= that it was trained "
+            "under, or train it under a new one"
         )
     return folder
 

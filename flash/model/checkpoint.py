@@ -124,6 +124,7 @@ def save(
         for path in (path for path in temporary.rglob("*") if path.is_file()):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+            path.chmod(0o644)  # safetensors writes files that others cannot read
         temporary.chmod(0o755)
         if folder.exists():
             old = temporary.with_name(temporary.name + ".old")

@@ -155,6 +155,13 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
         return result
+    if result is not None and result.key != key:
+        log.warning(
+            "%s: %s holds a finished run of other settings, text or weights, which this one will "
+            "replace; name=NEW keeps both",
+            name,
+            folder,
+        )
     result = _train(settings, name, spec, workspace, key)
     if result is not None:
         result.write(folder)

@@ -146,7 +146,8 @@ class RecipeSettings:
         p = self.kd_top_p
         require(p is None or 0 < p < 1, "kd_top_p", p, "a number between 0 and 1, or null")
         if p is not None:
-            require(k is not None, "kd_top_k", k, f"the most tokens, as kd_top_p={p}")
+            expected = f"a positive integer, the most tokens of a position, with kd_top_p={p}"
+            require(k is not None, "kd_top_k", "null", expected)
         size, bits = self.qat_group_size, self.qat_embedding_bits
         require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")

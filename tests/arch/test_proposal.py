@@ -4,7 +4,7 @@ import pytest
 
 from flash.arch import ArchSpec, Attention, SearchSpace, parse_pattern
 from flash.arch.proposal import propose_space
-from flash.cli import new_option, new_space
+from flash.cli import main, new_option, new_space
 from flash.errors import InputError
 from flash.model.backbone import Backbone
 from flash.model.settings import BackboneSettings
@@ -58,6 +58,17 @@ def test_a_file_is_proposed_for_a_checkpoint_and_searched_as_it_is(
         new_space("space", "mine", backbone_folder)
     with pytest.raises(InputError, match="expected the group space"):
         new_space("arch", "mine", backbone_folder)
+
+
+def test_an_option_to_copy_is_refused_beside_a_backbone(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    typed = ["flash", "new", "space", "mine", "--backbone", "FOLDER", "--from", "tiny"]
+    monkeypatch.setattr("sys.argv", typed)
+    for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_VERB"):
+        monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
+    with pytest.raises(SystemExit):
+        main()
+    assert "--from tiny: has no effect with --backbone" in capsys.readouterr().err
 
 
 def test_a_space_for_another_backbone_is_refused_with_the_command_that_proposes_one(

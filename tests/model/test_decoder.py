@@ -186,3 +186,9 @@ def test_an_interrupted_save_keeps_the_old_folder(tmp_path, monkeypatch):
         save(folder, spec, {name: w + 1 for name, w in weights.items()})
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_files_of_a_checkpoint_can_be_read_by_others(tmp_path):
+    save(tmp_path / "saved", SPEC, state_to_save(Decoder(SPEC), torch.bfloat16))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()}
+    assert modes == {"config.json": 0o644, "model.safetensors": 0o644}

@@ -223,7 +223,9 @@ def test_a_probability_outside_of_0_to_1_is_refused(p):
 
 
 def test_a_probability_needs_the_most_tokens():
-    with pytest.raises(InputError, match=r"^kd_top_k=None: expected the most tokens.*kd_top_p=0.9"):
+    with pytest.raises(
+        InputError, match=r"^kd_top_k=null: expected a positive integer.*kd_top_p=0.9"
+    ):
         dataclasses.replace(RECIPE, kd_top_p=0.9)
 
 
