@@ -1,7 +1,13 @@
 """Layout of the folder `runs`, which holds the results of all commands."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from flash.errors import require
+
+_NAME = re.compile(r"[\w,=+@%-][\w.,=+@% -]*")
+"""Names of results: no separators, so that each is a folder in its place, and no hidden ones."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,15 @@ class Runs:
 
     def model(self, name: str) -> Path:
         """Return the folder of a training run: checkpoints, Hugging Face folder, `result.json`."""
-        return self.root / "models" / name
+        return self.root / "models" / _checked(name)
 
     def study(self, name: str) -> Path:
         """Return the folder of a search: database, `trials/` with checkpoints, `frontier.json`."""
-        return self.root / "studies" / name
+        return self.root / "studies" / _checked(name, "search.study")
 
     def evaluation(self, name: str) -> Path:
         """Return the folder of a model's benchmark results."""
-        return self.root / "evaluations" / name
+        return self.root / "evaluations" / _checked(name)
 
     @property
     def shapes(self) -> Path:
@@ -75,4 +81,19 @@ class Runs:
 
     def export(self, name: str) -> Path:
         """Return the folder of an exported model."""
-        return self.root / "exports" / name
+        return self.root / "exports" / _checked(name)
+
+
+def _checked(name: str, key: str = "name") -> str:
+    """`name`, if it can be that of a folder.
+
+    Raises:
+        InputError: It has separators or other characters that would lead elsewhere.
+    """
+    require(
+        _NAME.fullmatch(name) is not None,
+        key,
+        name,
+        "letters, digits and any of . , = + @ % - and _, not beginning with a dot",
+    )
+    return name

@@ -133,6 +133,11 @@ class ModelTokenizer:
                 raise InputError(
                     f"data.end_of_text={end_of_text}: expected a token of {path}, found none"
                 )
+            if end not in backend.get_added_tokens_decoder():
+                raise InputError(
+                    f"data.end_of_text={end_of_text}: expected a token of its own, found one that "
+                    f"texts are made of; choose one of added_tokens in {path}"
+                )
         if end is None:
             raise InputError(
                 f"{key}{path}: neither it nor {TOKENIZER_CONFIG}, config.json or "

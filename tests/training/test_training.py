@@ -226,6 +226,14 @@ def test_every_field_of_the_trainer_but_those_named_decides_the_result():
     assert fields >= DECIDES_NO_RESULT
 
 
+@pytest.mark.parametrize("name", ["../../out", "a/b", ".hidden"])
+def test_names_stay_in_the_folder_of_results(name, backbone_settings, data_settings, tmp_path):
+    settings = _settings(backbone_settings, data_settings, tmp_path, name=name)
+    with pytest.raises(InputError, match=r"^name=.*: expected letters, digits"):
+        train(settings)
+    assert not (tmp_path.parent / "out").exists()
+
+
 def test_random_weights_need_no_teacher(data_settings, tmp_path, caplog):
     random = BackboneSettings(name="random", arch=SMALL.to_dict())
     result = train(_settings(random, data_settings, tmp_path))
