@@ -5,7 +5,6 @@ from pathlib import Path
 
 from flash.device.runner import bindings
 
-
 _MARK = b"ET12"
 """Identifier of a program's file, after its first four bytes."""
 

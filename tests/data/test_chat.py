@@ -80,6 +80,14 @@ def test_conversations_that_a_template_refuses_are_errors_of_their_own(tokenizer
     assert isinstance(kept, EncodedDocument)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{% import 'os' as o %}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_is_an_error_of_the_conversation(tokenizer, template):
+    failing = encoder(tokenizer, template)
+    assert failing.renderer.end_of_turn is None
+    [error] = failing.encode([chat(1)])
+    assert "the chat template fails: " in str(error)
+
+
 def test_other_columns_are_named(tokenizer):
     with pytest.raises(InputError, match="expected a list of messages.*found text"):
         encoder(tokenizer).check("text")
@@ -163,6 +171,9 @@ def test_templates_are_found_beside_the_tokenizer(tokenizer, tmp_path):
     assert read_template(found, "conf/data/chatml.jinja") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template=none\.jinja: no such file"):
         read_template(found, "none.jinja")
+    (tmp_path / "odd.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"data\.chat_template=.*odd\.jinja: is not UTF-8"):
+        read_template(found, str(tmp_path / "odd.jinja"))
 
 
 BEHIND = CHATML.replace(
