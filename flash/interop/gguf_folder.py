@@ -130,7 +130,7 @@ def _write_model(path: Path, folder: Path, fields: dict[str, Any]) -> None:
             size = fields.get(f"{fields['general.architecture']}.attention.key_length")
             if size is not None:
                 config.head_dim = int(size)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 config=config,
                 gguf_file=path.name,
@@ -138,6 +138,7 @@ def _write_model(path: Path, folder: Path, fields: dict[str, Any]) -> None:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+        model, report = loaded
         # The library goes on with random values for weights that are missing or of another shape.
         odd = dict.fromkeys(report["missing_keys"], "none")
         odd |= {name: f"shape {tuple(theirs)}" for name, theirs, _ in report["mismatched_keys"]}

@@ -1,5 +1,6 @@
 """Conversations become tokens, of which only the assistant's count for the loss."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -131,6 +132,22 @@ def test_whole_conversations_are_packed(settings, model_tokenizer, tmp_path):
         assert "say" not in said
         assert not mask[tokens[1:] == end].any()
     assert int(batch.document_ids.max()) > 0  # several in one sequence
+
+
+def test_special_tokens_in_a_template_are_part_of_the_data(settings, model_tokenizer, tmp_path):
+    template = tmp_path / "begin.jinja"
+    template.write_text("{{ bos_token }}" + CHATML, "utf-8")
+    begun = dataclasses.replace(settings, chat_template=str(template))
+
+    def data(settings: DataSettings, token: str) -> PackedData:
+        special = {**model_tokenizer.special, "bos_token": token}
+        tokenizer = dataclasses.replace(model_tokenizer, special=special)
+        return PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+
+    one, other = data(begun, "<|endoftext|>"), data(begun, "<|im_start|>")
+    assert one.digest != other.digest
+    assert not torch.equal(one.validation_set[0].tokens, other.validation_set[0].tokens)
+    assert data(settings, "<|endoftext|>").digest == data(settings, "<|im_start|>").digest
 
 
 def test_packed_conversations_resume(settings, model_tokenizer, tmp_path):
