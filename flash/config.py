@@ -9,6 +9,7 @@ and a message on how to continue.
 import dataclasses
 import logging
 import os
+import re
 import sys
 import textwrap
 import typing
@@ -238,6 +239,10 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
     except Exception as error:
         if str(error).startswith("Config group override must be"):  # of Hydra, without the group
             _fail("a config group is null: expected the name of one of its options")
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None:  # of a library in Rust, such as safetensors
+            problem = os.strerror(int(number[1]))
+            _fail(f"{problem}; finished work is kept, run the same command again", 1)
         line = slurm.explain(error)
         if line is None:
             raise

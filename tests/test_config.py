@@ -170,6 +170,17 @@ def test_a_full_disk_is_one_line(run):
     )
 
 
+def test_a_full_disk_is_one_line_if_a_library_in_rust_finds_it(run):
+    def full(settings):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    code, err = run("train", job=full)
+    assert code == 1
+    assert err.strip() == (
+        "error: No space left on device; finished work is kept, run the same command again"
+    )
+
+
 def test_found_architectures_are_taken_by_name(run, tmp_path):
     found = tmp_path / "runs" / "conf" / "arch"
     found.mkdir(parents=True)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from flash.data.encoders import EncodedDocument, json_type
 from flash.errors import InputError
-from flash.model.tokenizer import ModelTokenizer
+from flash.model.tokenizer import ModelTokenizer, read_template_file
 
 _SHAPE = "a list of messages with role and content"
 
@@ -212,7 +211,7 @@ class ChatRenderer:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         try:
             _, found, after = self.render(messages).rpartition(answer)
-        except TemplateError:
+        except Exception:  # a template is a program; the first conversation reports its failure
             return None
         ids = self._tokenizer.encode(after.lstrip(), add_special_tokens=False).ids
         known = self._tokenizer.get_added_tokens_decoder()
@@ -230,9 +229,7 @@ def read_template(tokenizer: ModelTokenizer, chosen: str | None) -> str:
         InputError: No template was found.
     """
     if chosen is not None:
-        if not Path(chosen).is_file():
-            raise InputError(f"data.chat_template={chosen}: no such file; expected a Jinja file")
-        return Path(chosen).read_text("utf-8")
+        return read_template_file(Path(chosen), "data.chat_template=")
     if tokenizer.chat_template is None:
         raise InputError(
             "data.chat_template=null: expected a chat template beside the tokenizer, found none; "

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,8 +125,8 @@ def _open_streamed(
     return DataSplits(train, InMemorySequences(Batch(**load_file(path))), key)
 
 
-def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder, str | None]:
-    """Encoder of the data, and the chat template that it uses."""
+def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder, Any]:
+    """Encoder of the data, and the chat template that it uses, with the special tokens in it."""
     if settings.kind is not DataKind.chat:
         return TextEncoder(tokenizer), None
     from flash.data.chat import ChatEncoder, read_template  # transformers takes seconds to import
@@ -142,14 +143,16 @@ def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder
             "data.chat_template: puts no special token after an answer, so the model learns no end "
             "of its turn"
         )
-    return encoder, template
+    # Files beside tokenizer.json name these, so that the hash of the tokenizer lacks them.
+    used = {name: token for name, token in tokenizer.special.items() if name in template}
+    return encoder, [template, used] if used else template
 
 
 def _digest(
     train: StreamedSequences,
     validation: StreamedSequences,
     settings: DataSettings,
-    encoding: list[str | None],
+    encoding: list[Any],
 ) -> str:
     """Hash of the documents of both splits, of their tokens and of their order.
 
@@ -157,7 +160,7 @@ def _digest(
         train: The training split.
         validation: The validation split.
         settings: Settings of both.
-        encoding: Hash of the tokenizer, and the chat template.
+        encoding: Hash of the tokenizer, and the chat template as `_encoder` gives it.
     """
     return digest({
         "tokenizer": encoding[0],

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from flash.data.arrays import write_array
 from flash.data.batch import Batch, document_ids_of
 from flash.data.encoders import TextEncoder
 from flash.data.files import Document, read_documents
@@ -16,7 +17,7 @@ from flash.data.settings import DataSettings
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
-from flash.records import atomic_write, digest, write_json
+from flash.records import digest, write_json
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> 
         dtype = token_type(tokenizer)
         for split, members in splits.items():
             tokens = _encode(members, tokenizer, dtype, split)
-            with atomic_write(folder / f"{split}.npy") as file:
-                np.save(file, tokens)
+            write_array(folder / f"{split}.npy", tokens)
         summary = {split: len(members) for split, members in splits.items()}
         write_json(folder / "summary.json", summary)
     return TokenStreams(

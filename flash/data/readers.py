@@ -26,7 +26,15 @@ from flash.data.encoders import json_type
 from flash.data.settings import DocumentUnit, FileFormat
 from flash.errors import InputError
 
-UNREADABLE = (pa.ArrowException, ValueError, OSError, EOFError, zlib.error, lzma.LZMAError)
+UNREADABLE = (
+    pa.ArrowException,
+    ValueError,
+    OverflowError,
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+)
 """Errors of files that are damaged or cannot be opened."""
 _DECOMPRESSED: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
@@ -113,6 +121,8 @@ def pick(
         while target < first + len(array):
             chosen.append(target - first)
             target = next(wanted)
+        if pa.types.is_string_view(array.type):  # which `take` does not know
+            array = array.cast(pa.large_string())
         taken = array.take(pa.array(chosen, pa.int64()))
         try:
             values = taken.to_pylist()

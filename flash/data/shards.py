@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from flash.data.arrays import write_array
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
-from flash.records import atomic_write, file_digest, find_json, write_json
+from flash.records import file_digest, find_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,7 @@ class Manifest:
 def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Shard:
     """Write documents as one shard; the file is written as a whole or not at all."""
     tokens = np.concatenate(documents)
-    with atomic_write(folder / name) as file:
-        np.save(file, tokens)
+    write_array(folder / name, tokens)
     return Shard(name, len(tokens), len(documents), file_digest(folder / name))
 
 

@@ -78,10 +78,17 @@ class TopTokenCodec:
 
         Raises:
             lzma.LZMAError: The bytes are damaged.
+            ValueError: They are those of a sequence of another length, number or vocabulary.
         """
         values = np.frombuffer(lzma.decompress(encoded), self._dtype).astype(np.int32)
         counts, rest = values[: self.seq_len], values[self.seq_len : 2 * self.seq_len]
         falls, kept_ids = np.split(values[2 * self.seq_len :], 2)
+        if (
+            len(rest) < self.seq_len
+            or counts.max() > self.top_k
+            or kept_ids.max(initial=0) >= self.vocab_size
+        ):
+            raise ValueError("is of other data or of another vocabulary")
         kept = np.arange(self.top_k) < counts[:, None]
         levels = np.zeros(kept.T.shape, np.int32)
         levels[kept.T] = falls

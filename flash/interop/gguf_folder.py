@@ -7,6 +7,8 @@ and decimal numbers that the file holds in float32.
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,21 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from flash.errors import InputError
+from flash.errors import InputError, require
 from flash.interop.gguf_tokenizer import PATTERNS_BY_NAME
 from flash.log_filters import quiet
-from flash.model.weights import read_spec
+from flash.model.families import from_config
+from flash.model.weights import read_config
 
+_NEEDED = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+"""Keys of an architecture that llama.cpp needs; transformers has defaults, of another model."""
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Tokens that end a generation in llama.cpp."""
 
@@ -28,13 +40,14 @@ def convert(path: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into a new folder, weights in float32.
 
     Raises:
-        InputError: The file is damaged, of an architecture or with a pre-tokenizer that is not
-            known, or the folder exists.
+        InputError: The file is damaged or lacks a key or a tensor, is of an architecture or with a
+            pre-tokenizer that is not known, or the folder exists.
     """
     if folder.exists():
         raise InputError(f"{folder}: exists; expected the name of a new folder")
     fields = _fields(path)
     splits = _pre_tokenizer(path, fields)
+    _check(path, fields)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         whole = Path(temporary, "hf")
@@ -42,7 +55,7 @@ def convert(path: Path, folder: Path) -> None:
         _write_model(path, whole, fields)
         _restore_configs(whole, fields)
         _write_tokenizer(path, whole, splits)
-        read_spec(whole)  # raises if the decoder cannot express the model
+        from_config(read_config(whole), str(path))  # raises if the decoder cannot express the model
         for file in whole.iterdir():
             file.chmod(0o644)
         whole.rename(folder)
@@ -65,6 +78,23 @@ def _fields(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged, or no GGUF file ({error}); fetch it again") from error
 
 
+def _check(path: Path, fields: dict[str, Any]) -> None:
+    """Check keys that transformers would replace, or that it does not read.
+
+    Raises:
+        InputError: One is missing or has an odd value.
+    """
+    arch = fields.get("general.architecture")
+    lacking = ["general.architecture"] if arch is None else [f"{arch}.{key}" for key in _NEEDED]
+    for key in lacking:
+        if key not in fields:
+            raise InputError(f"{path}: expected {key}, found none; fetch it again")
+    for key in (*_END_KEYS, "bos_token_id"):
+        found = fields.get(f"tokenizer.ggml.{key}", 0)
+        is_id = type(found) is int and found >= 0
+        require(is_id, f"{path}: tokenizer.ggml.{key}", found, "the id of a token")
+
+
 def _pre_tokenizer(path: Path, fields: dict[str, Any]) -> pre_tokenizers.PreTokenizer | None:
     """The pre-tokenizer that the file names; None for vocabularies that need none.
 
@@ -74,7 +104,7 @@ def _pre_tokenizer(path: Path, fields: dict[str, Any]) -> pre_tokenizers.PreToke
     if fields.get("tokenizer.ggml.model") != "gpt2":
         return None
     name = fields.get("tokenizer.ggml.pre", "gpt-2")
-    if name not in PATTERNS_BY_NAME:
+    if not isinstance(name, str) or name not in PATTERNS_BY_NAME:
         raise InputError(
             f"{path}: tokenizer.ggml.pre={name}: expected one of {', '.join(PATTERNS_BY_NAME)}; "
             "take the model's own Hugging Face folder"
@@ -95,21 +125,42 @@ def _write_model(path: Path, folder: Path, fields: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet():
-        try:
+        with _named(path):
             config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             size = fields.get(f"{fields['general.architecture']}.attention.key_length")
             if size is not None:
                 config.head_dim = int(size)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, config=config, gguf_file=path.name, dtype=torch.float32
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                config=config,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise InputError(f"{path}: transformers cannot read it ({error})") from error
+        model, report = loaded
+        # The library goes on with random values for weights that are missing or of another shape.
+        odd = dict.fromkeys(report["missing_keys"], "none")
+        odd |= {name: f"shape {tuple(theirs)}" for name, theirs, _ in report["mismatched_keys"]}
+        for name, found in sorted(odd.items()):
+            raise InputError(f"{path}: weights of {name}: found {found}; fetch the file again")
         # The weights are plain by now; the marks of the former format would be saved with them.
         model.is_quantized = False
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(folder)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise `InputError` in place of the errors that libraries raise for odd files."""
+    try:
+        yield
+    except Exception as error:  # of every kind, as the libraries check nothing
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: transformers cannot read it ({reason})") from error
 
 
 def _restore_configs(folder: Path, fields: dict[str, Any]) -> None:
@@ -141,9 +192,11 @@ def _write_tokenizer(path: Path, folder: Path, splits: pre_tokenizers.PreTokeniz
     from transformers import AutoTokenizer
 
     with quiet():
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        with _named(path):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.save_pretrained(folder)
     if splits is not None:
         file = folder / "tokenizer.json"
-        tokenizer = Tokenizer.from_file(str(file))
-        tokenizer.pre_tokenizer = splits
-        tokenizer.save(str(file))
+        backend = Tokenizer.from_file(str(file))
+        backend.pre_tokenizer = splits
+        backend.save(str(file))

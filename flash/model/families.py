@@ -460,7 +460,8 @@ def _rope_scaling(rope: Config, key: str) -> RopeScaling | None:
     if kind == "default":
         return None
     known = ", ".join(["default", *RopeKind.__members__])
-    require(kind in RopeKind.__members__, "rope_type", kind, f"one of {known}; not supported")
+    is_known = isinstance(kind, str) and kind in RopeKind.__members__
+    require(is_known, "rope_type", kind, f"one of {known}; not supported")
     with under(key):
         values: dict[str, Any] = {"kind": RopeKind(kind), "factor": _number(rope, "factor")}
         if kind == RopeKind.llama3.value:

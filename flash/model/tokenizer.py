@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from flash.errors import InputError, require
+from flash.errors import InputError, require, under
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def read_backend(path: Path, key: str = "") -> Tokenizer:
     kind = type(backend.model).__name__
     # Other kinds drop the spaces between words, so text cannot be restored from their tokens.
     require(kind in _MODELS, f"{key}{path}: model.type", kind, " or ".join(_MODELS))
+    require(backend.get_vocab_size() > 0, f"{key}{path}: model.vocab", {}, "one token or more")
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -117,7 +118,8 @@ class ModelTokenizer:
         """
         backend = read_backend(path, key)
         files = _Files(path, backend)
-        prefix, suffix = added_tokens(backend)
+        with under(f"{key}{path}", ": "):
+            prefix, suffix = added_tokens(backend)
         begin = prefix[0] if prefix else files.first_id("bos_token")
         if begin_of_text is not None and begin_of_text != bool(prefix):
             backend = _with_begin(backend, begin, suffix, f"{key}{path}", begin_of_text)
@@ -266,15 +268,18 @@ class _Files:
 
     def _read_names(self) -> dict[str, str | None]:
         """Special tokens by name. None: the files say that there is no such token."""
-        values = dict(self._tokenizer_config)
-        if "added_tokens_decoder" not in values:  # else transformers ignores the older file
-            values |= _read_json(self._folder / _SPECIAL_TOKENS_MAP)
+        files = {TOKENIZER_CONFIG: self._tokenizer_config}
+        if "added_tokens_decoder" not in self._tokenizer_config:
+            # Otherwise transformers ignores the older file.
+            files[_SPECIAL_TOKENS_MAP] = _read_json(self._folder / _SPECIAL_TOKENS_MAP)
         names: dict[str, str | None] = {}
-        for name in _NAMES:
-            if name in values:
+        for file, values in files.items():
+            for name in (name for name in _NAMES if name in values):
                 token = values[name]
                 token = token.get("content") if isinstance(token, dict) else token
-                names[name] = token if isinstance(token, str) else None
+                valid = token is None or isinstance(token, str)
+                require(valid, f"{self._folder / file}: {name}", token, "a token, or null")
+                names[name] = token
         return names
 
     def ids(self, name: str) -> list[int]:
@@ -301,7 +306,7 @@ class _Files:
         """True for the id of a token that the model has; None and -1 stand for no token."""
         if value is None or value == -1:
             return False
-        is_id = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        is_id = type(value) is int and 0 <= value < 2**32
         require(is_id, key, value, "the id of a token")
         limit = self._config.get("vocab_size")
         if isinstance(limit, int) and value >= limit:
@@ -328,23 +333,47 @@ class _Files:
         """Jinja source of the chat template; of several, the one named `default`."""
         path = self._folder / CHAT_TEMPLATE
         if path.is_file():
-            return path.read_text("utf-8")
+            return read_template_file(path)
         found = self._tokenizer_config.get("chat_template")
+        key = f"{self._folder / TOKENIZER_CONFIG}: chat_template"
         if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
+            named = all(isinstance(entry, dict) and "name" in entry for entry in found)
+            require(named, key, found, "a text, or a list of {name, template}")
+            found = next((e.get("template") for e in found if e["name"] == "default"), None)
         if isinstance(found, dict):
             found = found.get("default")
-        return found if isinstance(found, str) else None
+        require(found is None or isinstance(found, str), key, found, "a text, or texts by name")
+        return found
+
+
+def read_template_file(path: Path, key: str = "") -> str:
+    """Read a Jinja file; `key` is text before the path in errors, such as `data.chat_template=`.
+
+    Raises:
+        InputError: It is missing, or not UTF-8.
+    """
+    if not path.is_file():
+        raise InputError(f"{key}{path}: no such file; expected a Jinja file")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{key}{path}: is not UTF-8 ({error}); convert it") from error
 
 
 def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Special tokens that encoding puts before and after a text."""
+    """Special tokens that encoding puts before and after a text.
+
+    Raises:
+        InputError: The post-processor has no place for the text, or adds unknown tokens.
+    """
     processor = json.loads(backend.to_str()).get("post_processor")
     prefix: list[int] = []
     suffix: list[int] = []
     for step in _processors(processor):
         if step["type"] == "TemplateProcessing":
             pieces = [piece.get("SpecialToken") for piece in step["single"]]
+            texts = [piece["Sequence"]["id"] for piece in step["single"] if "Sequence" in piece]
+            require(texts == ["A"], "post_processor.single", step["single"], "the text A, once")
             text = pieces.index(None)
             before, after = (
                 [i for piece in part for i in step["special_tokens"][piece["id"]]["ids"]]
@@ -355,6 +384,9 @@ def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         else:
             continue
         prefix, suffix = [*before, *prefix], [*suffix, *after]
+    for i in (*prefix, *suffix):
+        known = backend.id_to_token(i) is not None
+        require(known, "post_processor", i, "ids of tokens of the vocabulary")
     return tuple(prefix), tuple(suffix)
 
 
@@ -403,7 +435,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        json.dumps(values, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); copy it again") from error
     require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
     return values

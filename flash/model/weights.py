@@ -35,7 +35,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); copy the file again") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object; copy the file again")
@@ -67,10 +67,11 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file() or not index.is_file():
         paths = [single]
     else:
-        mapped = _read_json(index).get("weight_map", {})
-        paths = [folder / name for name in sorted(set(mapped.values()))]
-        outside = [path for path in paths if path.parent != folder]
-        if outside or not paths:
+        mapped = _read_json(index).get("weight_map")
+        names = list(mapped.values()) if isinstance(mapped, dict) else []
+        beside = all(isinstance(name, str) and Path(name).name == name for name in names)
+        paths = [folder / name for name in sorted(set(names))] if beside else []
+        if not paths:
             raise InputError(f"{index}: weight_map: expected files beside it; copy it again")
     for path in paths:
         if not path.is_file():
@@ -114,7 +115,7 @@ class Weights:
         """True unless the files have a head that differs from the embedding."""
         if HEAD not in self._files or EMBEDDING not in self._files:
             return True
-        if self._shapes[HEAD] != self._shapes[EMBEDDING]:
+        if self._shapes[HEAD] != self._shapes[EMBEDDING] or not self._shapes[HEAD]:
             return False
         chunks = zip(self._chunks(HEAD), self._chunks(EMBEDDING), strict=True)
         return all(torch.equal(head, embedding) for (_, head), (_, embedding) in chunks)

@@ -224,6 +224,9 @@ def parquet_cases() -> Iterator[OddFile]:
         return pa.table({"text": rows, **columns})
 
     yield OddFile("large_string", {"a.parquet": table(pa.array(GOOD, pa.large_string()))}, GOOD)
+    yield OddFile("string_view", {"a.parquet": table(pa.array(GOOD, pa.string_view()))}, GOOD)
+    far = pa.array([2**30], pa.date32())
+    yield OddFile("dates", {"a.parquet": table(far)}, None, r"a\.parquet is damaged \(days=")
     encoded = pa.array(GOOD * 2).dictionary_encode()
     yield OddFile("dictionary", {"a.parquet": table(encoded)}, GOOD * 2)
     for kind in (pa.binary(), pa.large_binary(), pa.binary(1)):

@@ -1,5 +1,6 @@
 """Conversations become tokens, of which only the assistant's count for the loss."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_conversations_that_a_template_refuses_are_errors_of_their_own(tokenizer
     assert isinstance(kept, EncodedDocument)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{% import 'os' as o %}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_is_an_error_of_the_conversation(tokenizer, template):
+    failing = encoder(tokenizer, template)
+    assert failing.renderer.end_of_turn is None
+    [error] = failing.encode([chat(1)])
+    assert "the chat template fails: " in str(error)
+
+
 def test_other_columns_are_named(tokenizer):
     with pytest.raises(InputError, match="expected a list of messages.*found text"):
         encoder(tokenizer).check("text")
@@ -125,6 +134,22 @@ def test_whole_conversations_are_packed(settings, model_tokenizer, tmp_path):
     assert int(batch.document_ids.max()) > 0  # several in one sequence
 
 
+def test_special_tokens_in_a_template_are_part_of_the_data(settings, model_tokenizer, tmp_path):
+    template = tmp_path / "begin.jinja"
+    template.write_text("{{ bos_token }}" + CHATML, "utf-8")
+    begun = dataclasses.replace(settings, chat_template=str(template))
+
+    def data(settings: DataSettings, token: str) -> PackedData:
+        special = {**model_tokenizer.special, "bos_token": token}
+        tokenizer = dataclasses.replace(model_tokenizer, special=special)
+        return PackedData(settings, tokenizer, batch_size=4, seed=0, cache=tmp_path)
+
+    one, other = data(begun, "<|endoftext|>"), data(begun, "<|im_start|>")
+    assert one.digest != other.digest
+    assert not torch.equal(one.validation_set[0].tokens, other.validation_set[0].tokens)
+    assert data(settings, "<|endoftext|>").digest == data(settings, "<|im_start|>").digest
+
+
 def test_packed_conversations_resume(settings, model_tokenizer, tmp_path):
     data = PackedData(settings, model_tokenizer, batch_size=4, seed=0, cache=tmp_path)
     module = PackedDataModule(data)
@@ -163,6 +188,9 @@ def test_templates_are_found_beside_the_tokenizer(tokenizer, tmp_path):
     assert read_template(found, "conf/data/chatml.jinja") == CHATML
     with pytest.raises(InputError, match=r"data\.chat_template=none\.jinja: no such file"):
         read_template(found, "none.jinja")
+    (tmp_path / "odd.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"data\.chat_template=.*odd\.jinja: is not UTF-8"):
+        read_template(found, str(tmp_path / "odd.jinja"))
 
 
 BEHIND = CHATML.replace(

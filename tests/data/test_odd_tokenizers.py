@@ -152,3 +152,49 @@ def test_bytes_of_documents_are_those_of_their_texts(name, tmp_path):
     stream = np.array([tokenizer.end_of_text, *stream])
     count = ByteCounter(tokenizer).count(stream[:-1], stream[1:])
     assert count == sum(len(text.encode()) for text in TEXTS)
+
+
+ODD_FILES = {
+    "tokenizer_config.json": [
+        ('{"eos_token": 5}', "tokenizer_config.json: eos_token=5: expected a token"),
+        ('{"chat_template": ["a"]}', "tokenizer_config.json: chat_template="),
+        ('{"chat_template": 5}', "tokenizer_config.json: chat_template=5: expected a text"),
+        ('{"bos_token": "\\ud800"}', "tokenizer_config.json: damaged"),
+        ("[" * 10**5, "tokenizer_config.json: damaged"),
+    ],
+    "special_tokens_map.json": [('{"pad_token": []}', "special_tokens_map.json: pad_token=[]")],
+    "generation_config.json": [(f'{{"eos_token_id": {2**70}}}', "eos_token_id=")],
+    "chat_template.jinja": [("\udcff", "chat_template.jinja: is not UTF-8")],
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_values_that_cannot_be_meant_are_named_in_one_line(name, tmp_path):
+    path = path_of("tokenizer_config only", tmp_path)
+    end = ModelTokenizer.open(path).special["eos_token"]
+    for content, message in ODD_FILES[name]:
+        (tmp_path / name).write_text(content, "utf-8", "surrogateescape")
+        with pytest.raises(InputError) as refused:
+            ModelTokenizer.open(path, end_of_text=end)
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_post_processor_must_keep_the_text_and_know_its_tokens(tmp_path):
+    path = path_of("tokenizer_config only", tmp_path)
+    values = json.loads(path.read_text("utf-8"))
+    text, token = {"Sequence": {"id": "A", "type_id": 0}}, {"id": "x", "type_id": 0}
+    for single, message in [
+        ([{"SpecialToken": token}], "post_processor.single="),
+        ([text, text], "post_processor.single="),
+        ([{"SpecialToken": token}, text], "post_processor=99999: expected ids of tokens"),
+    ]:
+        values["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"x": {"id": "x", "ids": [99999], "tokens": ["x"]}},
+        }
+        path.write_text(json.dumps(values), "utf-8")
+        with pytest.raises(InputError, match=message):
+            ModelTokenizer.open(path)

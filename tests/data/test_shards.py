@@ -12,6 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from flash.config import entry
+from flash.data.arrays import write_array
 from flash.data.corpus import PackedData
 from flash.data.encoders import in_validation_split
 from flash.data.module import PackedDataModule
@@ -234,3 +235,11 @@ def test_wrong_keys_of_a_part_are_named(monkeypatch, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "pth: unknown key; did you mean 'path'?" in error
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_arrays_are_files_of_numpy(dtype, tmp_path):
+    array = np.arange(1000).astype(dtype)
+    write_array(tmp_path / "ours.npy", array)
+    np.save(tmp_path / "theirs.npy", array)
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()

@@ -54,3 +54,12 @@ def test_every_flipped_or_missing_byte_is_noticed():
         for damaged in (bytes(broken), whole[:i]):
             with pytest.raises((lzma.LZMAError, ValueError)):
                 codec.decode(damaged)
+
+
+@pytest.mark.parametrize(("vocab", "k", "seq_len"), [(300, 8, 32), (320, 4, 32), (320, 8, 64)])
+def test_a_sequence_of_other_settings_is_refused(vocab, k, seq_len):
+    ids, log_probs = outputs(320, 8, None)
+    ids[0, 0] = 319
+    encoded = TopTokenCodec(8, 320, 32).encode(ids, log_probs)
+    with pytest.raises(ValueError, match=r"other data|equal|mask"):
+        TopTokenCodec(k, vocab, seq_len).decode(encoded)

@@ -72,3 +72,44 @@ def test_files_that_cannot_be_taken_leave_nothing_behind(tmp_path, capsys, monke
     assert ended.value.code == 2
     assert "taken: exists; expected the name of a new folder" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"bad.gguf", "odd.gguf", "taken"}
+
+
+def rewritten(file, *, without="", **changes):
+    """Copy of a GGUF file without a key or a tensor, and with other values of some keys."""
+    reader, path = gguf.GGUFReader(file), file.with_name("changed.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", without):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            value = changes.get(name.rpartition(".")[2], field.contents())
+            writer.add_key_value(name, value, field.types[0], inner)
+    for tensor in reader.tensors:
+        if tensor.name != without:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_no_weight_or_key_of_a_file_is_made_up(tmp_path):
+    tokenizer = source(tmp_path / "source", "smollm")
+    file = tmp_path / "model.gguf"
+    model = decoder("FFF", False)
+    write_gguf(file, model, tokenizer=tokenizer, weight_format=GgufFormat.f32)
+    for without, changes, message in [
+        ("blk.1.attn_q.weight", {}, r"layers\.1\.self_attn\.q_proj\.weight: found none"),
+        ("token_embd.weight", {}, "weights of .*: found none"),
+        ("", {"block_count": 5}, r"layers\.3\..*: found none"),
+        ("", {"vocab_size": 5}, r"embed_tokens\.weight: found shape \(320, 64\)"),
+        ("llama.block_count", {}, r"expected llama\.block_count, found none"),
+        ("llama.attention.layer_norm_rms_epsilon", {}, "epsilon, found none"),
+        ("tokenizer.ggml.tokens", {}, "transformers cannot read it"),
+        ("", {"eos_token_id": 99999}, "transformers cannot read it"),
+        ("", {"head_count": 3}, r"transformers cannot read it \(.* not a multiple"),
+    ]:
+        with pytest.raises(InputError, match=rf"changed\.gguf: .*{message}") as refused:
+            convert(rewritten(file, without=without, **changes), tmp_path / "hf")
+        assert "\n" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "model.gguf", "changed.gguf"}

@@ -249,10 +249,11 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     their_model("llama", False).save_pretrained(tmp_path, max_shard_size="60KB")
     index = tmp_path / "model.safetensors.index.json"
     values = json.loads(index.read_text())
-    values["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
-    index.write_text(json.dumps(values))
-    with pytest.raises(InputError, match="expected files beside it"):
-        load(tmp_path)
+    for odd in ({"lm_head.weight": "../elsewhere.safetensors"}, {"x": 5}, {"x": [1]}, {}, [], None):
+        both = {**values["weight_map"], **odd} if odd else odd
+        index.write_text(json.dumps({**values, "weight_map": both}))
+        with pytest.raises(InputError, match="expected files beside it"):
+            load(tmp_path)
 
 
 @torch.no_grad()
