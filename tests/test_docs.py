@@ -4,8 +4,8 @@ import argparse
 import ast
 import itertools
 import re
-import shutil
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache

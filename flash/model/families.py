@@ -322,6 +322,10 @@ def _rope_config(scaling: RopeScaling) -> dict[str, Any]:
     return values
 
 
+_MOST_LAYERS = 10_000
+"""Layers or labels beyond which a config is taken for damaged."""
+
+
 def from_config(config: Config, source: str = "config.json") -> ArchSpec:
     """The architecture that transformers takes a config.json to describe.
 
@@ -336,6 +340,11 @@ def from_config(config: Config, source: str = "config.json") -> ArchSpec:
     family = family_of(config, source)
     with under(source, ": "):
         _check_unsupported(config)
+        # The library makes lists as long as these say, before it looks at them.
+        for key in ("num_hidden_layers", "num_labels"):
+            size = config.get(key)
+            if isinstance(size, int):
+                require(size <= _MOST_LAYERS, key, size, f"at most {_MOST_LAYERS}")
         stock = _as_transformers(config, family)
         _check_supported(stock, family)
         values = {
