@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash.device.runner import bindings
+from flash.device.runner import load_program
 
 _MARK = b"ET12"
 """Identifier of a program's file, after its first four bytes."""
@@ -33,10 +33,8 @@ class ProgramLimits:
         with path.open("rb") as file:
             if file.read(8)[4:] != _MARK:
                 return None
-        native = bindings()
-        checks = native.Verification.InternalConsistency
         try:
-            program = native._load_program(str(path), program_verification=checks)
+            program = load_program(str(path))
         except RuntimeError:
             return None  # the device that runs it says what is wrong
         methods = {program.get_method_name(i) for i in range(program.num_methods())}

@@ -81,13 +81,11 @@ class Runnable:
     """A loaded program that can make its own inputs."""
 
     def __init__(self, spec):
-        native = bindings()
         self.name, self.chunk = spec["name"], spec["prefill_chunk"]
         self.spec = spec
         before = status_kib("VmRSS")
         start = time.perf_counter()
-        checks = native.Verification.InternalConsistency
-        self.program = native._load_program(spec["path"], program_verification=checks)
+        self.program = load_program(spec["path"])
         self.method = self.program.load_method("forward")  # here XNNPACK packs the weights
         self.load_ms = (time.perf_counter() - start) * 1e3
         self.load_rss_kib = status_kib("VmRSS") - before
@@ -133,6 +131,13 @@ def bindings():
             _portable_lib as native,  # pyright: ignore[reportAttributeAccessIssue]
         )
     return native
+
+
+def load_program(path):
+    """Load a file after a check of its structure, without preparing a method."""
+    native = bindings()
+    checks = native.Verification.InternalConsistency
+    return native._load_program(path, program_verification=checks)
 
 
 def runtime_version():
