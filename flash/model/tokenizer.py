@@ -130,16 +130,7 @@ class ModelTokenizer:
         named = files.named.get("eos_token")
         end = next((found for found in (*suffix[-1:], named, *ends) if found is not None), None)
         if end_of_text is not None:
-            end = backend.token_to_id(end_of_text)
-            if end is None:
-                raise InputError(
-                    f"data.end_of_text={end_of_text}: expected a token of {path}, found none"
-                )
-            if end not in backend.get_added_tokens_decoder():
-                raise InputError(
-                    f"data.end_of_text={end_of_text}: expected a token of its own, found one that "
-                    f"texts are made of; choose one of added_tokens in {path}"
-                )
+            end = _chosen_end(end_of_text, backend, path)
         if end is None:
             raise InputError(
                 f"{key}{path}: neither it nor {TOKENIZER_CONFIG}, config.json or "
@@ -344,6 +335,23 @@ class _Files:
             found = found.get("default")
         require(found is None or isinstance(found, str), key, found, "a text, or texts by name")
         return found
+
+
+def _chosen_end(token: str, backend: Tokenizer, path: Path) -> int:
+    """Id of the token that `data.end_of_text` names.
+
+    Raises:
+        InputError: There is no such token, or texts are made of it.
+    """
+    end = backend.token_to_id(token)
+    if end is None:
+        raise InputError(f"data.end_of_text={token}: expected a token of {path}, found none")
+    if end not in backend.get_added_tokens_decoder():
+        raise InputError(
+            f"data.end_of_text={token}: expected a token of its own, found one that texts are made "
+            f"of; choose one of added_tokens in {path}"
+        )
+    return end
 
 
 def read_template_file(path: Path, key: str = "") -> str:

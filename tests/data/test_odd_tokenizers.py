@@ -14,7 +14,7 @@ from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import ByteCounter, load_tokenizer
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
-from tests.data.odd_tokenizers import FOLDERS, TEXTS, verdict
+from tests.data.odd_tokenizers import FOLDERS, TEXTS, byte_level, verdict
 
 REFUSED = {
     "wordpiece": "tokenizer.json: model.type=WordPiece: expected BPE or Unigram",
@@ -198,3 +198,13 @@ def test_a_post_processor_must_keep_the_text_and_know_its_tokens(tmp_path):
         path.write_text(json.dumps(values), "utf-8")
         with pytest.raises(InputError, match=message):
             ModelTokenizer.open(path)
+
+
+def test_a_token_that_texts_are_made_of_ends_no_document(tmp_path):
+    byte_level(["<end>"]).save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "tokenizer.json"
+    assert ModelTokenizer.open(path, end_of_text="<end>").end_of_text == 0
+    with pytest.raises(InputError, match=r"data.end_of_text=a: expected a token of its own"):
+        ModelTokenizer.open(path, end_of_text="a")
+    with pytest.raises(InputError, match=r"data.end_of_text=<no>: expected a token of .*none"):
+        ModelTokenizer.open(path, end_of_text="<no>")
