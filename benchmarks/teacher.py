@@ -28,7 +28,6 @@ from record import Recorder
 from recovery import ARCH, DATA, TRAINER, recipe_of
 
 import conf
-from flash.data import teacher_cache
 from flash.data.batch import collate
 from flash.data.teacher_cache import TeacherCache
 from flash.model.backbone import Backbone
@@ -137,7 +136,6 @@ def times(record: Recorder, workspace: Workspace) -> None:
 
 def main() -> None:
     record = Recorder("teacher")
-    teacher_cache.PART_TOKENS = 8192  # else a teacher reads twice the text of such short runs
     for folder in map(Path, sys.argv[1:]):
         backbone = Backbone.open(BackboneSettings(name=folder.name, weights=str(folder)))
         sizes(record, workspace_of(backbone), tokens=4096, prefix=f"{folder.name}_")

@@ -20,8 +20,9 @@ from flash.data.teacher_codec import TopTokenCodec
 from flash.errors import InputError
 from flash.records import atomic_write
 
-PART_TOKENS = 2**16
-"""Approximate number of targets per file."""
+PART_TOKENS = 2**13
+"""Approximate number of targets per file. A file is computed as a whole, also for a run that needs
+less of it, and a kill loses the one that is being written."""
 
 TeacherForward = Callable[[list[Batch]], tuple[Int[Tensor, "b s k"], Float[Tensor, "b s k+1"]]]
 """Function from sequences to their `Batch.top_ids` and `Batch.top_log_probs`."""
