@@ -136,7 +136,8 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
             name,
             " from random weights" if settings.start is None else "",
         )
-        settings.recipe = dataclasses.replace(settings.recipe, kd_weight=0.0)
+        alone = {"kd_weight": 0.0, "kd_top_k": None, "kd_top_p": None}
+        settings.recipe = dataclasses.replace(settings.recipe, **alone)
     backbone.fetch()
     runs = Runs(Path(settings.runs))
     check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)

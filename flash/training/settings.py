@@ -143,6 +143,11 @@ class RecipeSettings:
             require(0 <= value < 1, name, value, "a number from 0 to below 1")
         k = self.kd_top_k
         require(k is None or k > 0, "kd_top_k", k, "a positive integer or null")
+        if k is not None and self.kd_weight == 0:
+            raise InputError(
+                f"kd_top_k={k}: expected null with kd_weight=0, which asks for no teacher; set "
+                "kd_weight, or choose recipe=distill"
+            )
         p = self.kd_top_p
         require(p is None or 0 < p < 1, "kd_top_p", p, "a number between 0 and 1, or null")
         if p is not None:

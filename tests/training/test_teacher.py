@@ -280,3 +280,8 @@ def test_a_full_disk_is_seen_before_the_teacher_is_loaded(
     with pytest.raises(InputError, match=r"kd_top_k=8: needs up to .* GiB in .*expected room"):
         teacher_of(backbone, data, TOP, TRAINER, runs)
     assert counted == []
+
+
+def test_likeliest_tokens_without_a_teacher_are_refused():
+    with pytest.raises(InputError, match=r"^kd_top_k=8: expected null with kd_weight=0.*distill"):
+        dataclasses.replace(TOP, kd_weight=0.0)
