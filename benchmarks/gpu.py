@@ -1,7 +1,7 @@
 r"""Everything that only a GPU can prove or show, prepared for a few minutes on one H100 or H200.
 
 The machine has PyTorch, Lightning and transformers, and no network. What else is needed is fetched
-beforehand (5 MB) and carried along with a clone; `flash` itself is not installed:
+beforehand (1.5 MB) and carried along with a clone; `flash` itself is not installed:
 
     pip wheel --no-deps -w wheels hydra-core==1.3.8 omegaconf==2.3.0 \\
       antlr4-python3-runtime==4.9.3 liger-kernel==0.8.5

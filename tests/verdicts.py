@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Outcome(Enum):
-    """What became of a folder."""
+    """Result of reading a folder."""
 
     right = "right"
     """We read it, and it means the same to the stock library."""

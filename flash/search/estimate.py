@@ -9,6 +9,7 @@ from flash.arch import ArchSpec, SearchSpace, training_flops_per_token
 from flash.model.decoder import Decoder
 from flash.model.losses import Operands, linear_losses
 from flash.training.accelerators import main_device
+from flash.training.memory import out_of_memory_named
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 
 _SAMPLE = 64
@@ -33,7 +34,8 @@ def trial_hours(
     mean = float(np.mean(list(flops.values())))
     if recipe.kd_weight > 0 and recipe.kd_top_k is None:
         mean += training_flops_per_token(backbone, seq_len) / 3  # forward only
-    seconds = step_seconds(median, recipe, trainer, seq_len) * mean / flops[median]
+    with out_of_memory_named(recipe, trainer):
+        seconds = step_seconds(median, recipe, trainer, seq_len) * mean / flops[median]
     return recipe.steps(seq_len) * seconds / 3600
 
 

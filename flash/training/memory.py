@@ -112,7 +112,9 @@ def remedy(recipe: RecipeSettings, trainer: TrainerSettings) -> str:
     if at_once > 1:
         # The largest divisor of half the batch keeps the batch, and so the result, as it is.
         smaller = next(n for n in range(at_once // 2, 0, -1) if at_once % n == 0)
-        return f"trainer.micro_batch={smaller} halves the activations, with the same result"
+        return (
+            f"trainer.micro_batch={smaller} at least halves the activations, with the same result"
+        )
     if not trainer.activation_checkpointing:
         return (
             "trainer.activation_checkpointing=true keeps only the inputs of layers, with the same "

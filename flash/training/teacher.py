@@ -1,5 +1,6 @@
 """The teacher of a run: the backbone itself, or its stored outputs for the run's sequences."""
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
@@ -153,7 +154,7 @@ def _write(
             if taught.path(part).is_file():
                 bar.update(len(taught.members(part)))
                 continue
-            with out_of_memory_named(recipe, trainer):
+            with out_of_memory_named(recipe, dataclasses.replace(trainer, micro_batch=at_once)):
                 for done in taught.write(part, answer, at_once):
                     bar.update(done)
 

@@ -123,7 +123,7 @@ def test_a_full_gpu_names_the_setting_that_halves_the_memory(data, trainer):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(need / room / 4)
     try:
-        with pytest.raises(InputError, match=r"micro_batch=8: the GPU of .*micro_batch=4 halves"):
+        with pytest.raises(InputError, match=r"=8: the GPU of .*micro_batch=4 at least halves"):
             fit(decoder(), data, RECIPE, trainer, teacher=decoder(2), show_progress=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

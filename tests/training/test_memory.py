@@ -106,7 +106,7 @@ def test_a_step_without_memory_names_the_setting_that_halves_it(data, monkeypatc
         fit(model, data, RECIPE, TRAINER, show_progress=False)
     assert re.match(
         r"trainer.micro_batch=8: the CPU has run out of memory \(needed: about .*\); "
-        r"trainer.micro_batch=4 halves",
+        r"trainer.micro_batch=4 at least halves",
         str(error.value),
     )
 
@@ -136,4 +136,4 @@ def test_the_estimate_is_logged_beside_what_the_gpu_has(monkeypatch, caplog):
     assert "expected to run out" not in caplog.text
     monkeypatch.setattr(memory, "device_memory", lambda trainer: 1024)
     memory.log_memory("small", need, RECIPE, TRAINER)
-    assert "expected to run out of memory; trainer.micro_batch=4 halves" in caplog.text
+    assert "expected to run out of memory; trainer.micro_batch=4 at least halves" in caplog.text
