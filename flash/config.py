@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -30,7 +29,7 @@ from yaml import MarkedYAMLError
 
 from flash import commands, slurm
 from flash.bundled import CONF, bundled
-from flash.compat.hydra import add_search_paths, job_configs, plugin_option
+from flash.compat.hydra import Job, add_search_paths, jobs_of, plugin_option, this_job
 from flash.compat.omegaconf import (
     child_containers,
     child_mapping,
@@ -38,13 +37,11 @@ from flash.compat.omegaconf import (
 )
 from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
-from flash.evaluation.settings import EvaluateSettings
-from flash.export.settings import ExportSettings
+from flash.naming import complete_names, require_own_names
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
 from flash.schemas import ROOTS, schema_at
-from flash.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +160,18 @@ def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
     return settings
 
 
+def load_job(verb: str, job: Job) -> Any:
+    """Convert a job's configuration to the settings of its command, with the names of its results.
+
+    Raises:
+        InputError: As `load`.
+    """
+    schema = ROOTS[verb]
+    load(job.config, schema)  # names are made of values that are known to be legal
+    complete_names(verb, job)
+    return load(job.config, schema)
+
+
 def _prepare_folders() -> None:
     """Create the folder of found architectures, which Hydra reads, and check the user's options.
 
@@ -254,11 +263,12 @@ class CheckJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         hydra = config.hydra
-        schema = ROOTS[hydra.job.config_name]
-        with one_line_errors(schema):  # Hydra converts any other exception to a warning
+        with one_line_errors(
+            ROOTS[hydra.job.config_name]
+        ):  # Hydra converts any other exception to a warning
             slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
-            for job in job_configs(config):
-                load(job, schema)
+            verb = hydra.job.config_name
+            require_own_names(verb, [load_job(verb, job) for job in jobs_of(config)])
 
 
 def entry(verb: str, job: Callable[[Any], object]) -> None:
@@ -281,12 +291,7 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
             _quiet_libraries()  # a job is a new process that starts here
             errors = slurm.job(errors)
         with errors:
-            settings = load(cfg, schema)
-            choices = HydraConfig.get().runtime.choices
-            named = isinstance(settings, TrainSettings | ExportSettings | EvaluateSettings)
-            if named and settings.name is None:
-                settings.name = choices.get("arch") or settings.backbone.name
-            job(settings)
+            job(load_job(verb, this_job(cfg)))
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     with one_line_errors(schema):

@@ -40,6 +40,7 @@ ORDER = [
     "report",
     "schemas",
     "config_errors",
+    "naming",
     "config",
     "config_reference",
     "cli",

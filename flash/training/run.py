@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from flash.arch import ArchSpec, count_parameters
@@ -10,15 +11,15 @@ from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
-from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
 from flash.training.accelerators import check_devices, main_device, wait_for_others
+from flash.training.checkpoints import checkpoint_folder, checkpoint_spec
 from flash.training.loggers import close_logger, make_logger
-from flash.training.result import TrainResult
+from flash.training.result import LAST, TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
 from flash.training.validation import validate
@@ -35,10 +36,7 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
     """
     if settings.start is None:
         return arch_of(settings.arch, backbone)
-    folder = Path(settings.start)
-    if not folder.is_dir():
-        raise InputError(f"start={folder}: expected the folder of a trained checkpoint, found none")
-    found = Backbone.open(BackboneSettings(name="start", weights=str(folder))).spec
+    found = checkpoint_spec("start", Path(settings.start))
     if settings.arch:
         wanted = arch_of(settings.arch, backbone)
         if found != wanted:
@@ -92,7 +90,8 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: Settings, backbone or data cannot be used.
     """
-    return [_train_stage(stage) for stage in _stages(settings)][-1]
+    stages = _stages(settings)
+    return [_train_stage(stage, stages[i + 1 :]) for i, stage in enumerate(stages)][-1]
 
 
 def _stages(settings: TrainSettings) -> list[TrainSettings]:
@@ -122,8 +121,17 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
     return stages
 
 
-def _train_stage(settings: TrainSettings) -> TrainResult:
+def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> TrainResult:
+    """Train one stage, unless it is finished.
+
+    Args:
+        settings: Settings of the stage.
+        later: Those of the stages that will start from its result.
+    """
     backbone = Backbone.open(settings.backbone)
+    if settings.start is not None:
+        start = checkpoint_folder("start", settings.start, Runs(Path(settings.runs)))
+        settings = dataclasses.replace(settings, start=str(start))
     spec = spec_of(settings, backbone)
     check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
@@ -156,21 +164,37 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
         return result
-    if result is not None and result.key != key:
-        log.warning(
-            "%s: %s holds a finished run of other settings, text or weights, which this one will "
-            "replace; name=NEW keeps both",
-            name,
-            folder,
-        )
+    if not settings.overwrite:
+        found = [result, *(TrainResult.read(runs.model(result_name(each))) for each in later)]
+        _require_free(runs, key, [each for each in found if each is not None])
     result = _train(settings, name, spec, workspace, key)
     if result is not None:
         result.write(folder)
+        (folder / "checkpoints" / key / LAST).unlink(missing_ok=True)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
     wait_for_others()  # a further stage may start from this result
     result = TrainResult.read(folder)
     assert result is not None
     return result
+
+
+def _require_free(runs: Runs, key: str, found: Sequence[TrainResult]) -> None:
+    """Check that no finished training would be replaced.
+
+    Args:
+        runs: Layout of the folder of results.
+        key: Key of the training that begins.
+        found: Results of that name, and of the stages after it, which have other weights then.
+
+    Raises:
+        InputError: One of them would be.
+    """
+    for result in found:
+        if result.key != key:
+            raise InputError(
+                f"{runs.model(result.name)}: holds a finished training of other settings, text or "
+                "weights; overwrite=true replaces it, name=NEW keeps both"
+            )
 
 
 def _train(

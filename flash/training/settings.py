@@ -386,10 +386,13 @@ class TrainSettings:
     scale: float = 1.0
     """Multiplies the tokens of all stages, calibration included."""
     start: str | None = None
-    """A trained checkpoint to go on from, with its architecture; null cuts one out of the backbone
-    or takes the backbone itself."""
+    """Trained checkpoint to go on from, with its architecture: the name of a training, or a folder.
+    Null cuts one out of the backbone or takes the backbone itself."""
     name: str | None = None
-    """Name of the result; null takes the arch's."""
+    """Name of the result; null makes one of the arch, or the backbone, and of what is not the
+    default, such as `tiny-distill-seed_1`."""
+    overwrite: bool = False
+    """Replace a finished training of the same name that has other settings, text or weights."""
     seed: int = 0
     """Seed of data order, and of random weights."""
     runs: str = "runs"
