@@ -55,8 +55,8 @@ def make_dashboards(settings: WorkspaceSettings) -> None:
             raise InputError(f"{where}: the account has no default entity; give a team or a user")
         _publish(api, entity, project, points)
     except API_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where}: W&B says: {reason}; correct the two, or {_LOGIN}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{where}: W&B says: {reason}; correct them, or {_LOGIN}") from error
 
 
 def _write(path: Path, points: Sequence[Point]) -> None:
@@ -94,7 +94,7 @@ def _find_report(api: wandb.Api, entity: str, project: str) -> str | None:
         if "does not exist" not in str(error):
             raise
         raise InputError(
-            f"entity={entity} project={project}: no such project of W&B; correct the two, or log "
+            f"entity={entity} project={project}: no such project of W&B; correct them, or log "
             f"a run to it first, as with logger.entity={entity} logger.project={project}"
         ) from error
     ours = [report for report in reports if report.display_name == TITLE]

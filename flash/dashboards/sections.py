@@ -1,6 +1,6 @@
 """Sections of the dashboards: the panels of a project, with the metrics that flash logs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,14 @@ def sections(points: Sequence[Point]) -> list[Section]:
     Args:
         points: Latencies to show; the first is the latency axis of the winners.
     """
-    parts: list[Callable[[Sequence[Point]], Section]] = [
-        _frontier,
-        _predictions,
-        _devices,
-        _training,
-        _winners,
-        _failures,
+    return [
+        _frontier(),
+        _predictions(points),
+        _devices(points),
+        _training(),
+        _winners(points[0]),
+        _failures(),
     ]
-    return [part(points) for part in parts]
 
 
 def _figure(name: str, title: str) -> wr.PanelTypes:
@@ -61,7 +60,7 @@ def _scatter(title: str, query: dict[str, Any], x: str, y: str) -> wr.PanelTypes
     )
 
 
-def _frontier(points: Sequence[Point]) -> Section:
+def _frontier() -> Section:
     latency, loss = "search/latency_ms", "search/loss"
     trials = {"history": {"keys": [latency, loss]}}  # each step of a search is a trial
     frontier = {"summaryTable": {"tableKey": "search/frontier"}}
@@ -128,32 +127,30 @@ def _devices(points: Sequence[Point]) -> Section:
     )
 
 
-def _training(points: Sequence[Point]) -> Section:
+def _training() -> Section:
     return Section(
         name="Training",
-        text="Held-out loss and training loss over the tokens that were seen.",
+        text="Losses over the tokens that were seen, and over the time that steps took.",
         runs="JobType = 'train'",
         panels=[
             wr.LinePlot(title="Held-out loss over tokens", x=_TOKENS, y=["val/loss"]),
             wr.LinePlot(title="Training loss over tokens", x=_TOKENS, y=["train/loss"]),
-            wr.LinePlot(title="Held-out loss over seconds", x="train/seconds", y=["val/loss"]),
+            wr.LinePlot(title="Training loss over seconds", x="train/seconds", y=["train/loss"]),
             wr.LinePlot(title="Learning rate", x=_TOKENS, y=["train/lr"]),
             wr.LinePlot(title="Gradient norm", x=_TOKENS, y=["train/grad_norm"], log_y=True),
         ],
     )
 
 
-def _winners(points: Sequence[Point]) -> Section:
-    latency = wr.SummaryMetric(f"export/{points[0]}_ms")
+def _winners(point: Point) -> Section:
     return Section(
         name="Winners",
-        text="Trained and exported models, their benchmarks, and the tables of `flash report "
-        "--wandb`.",
+        text="Trained and exported models, their benchmarks, and the result table of a study.",
         runs="JobType in ['train', 'export', 'evaluate', 'report']",
         panels=[
             wr.ScatterPlot(
-                title=f"Held-out loss against measured {points[0]} [ms]",
-                x=latency,
+                title=f"Held-out loss against measured {point} [ms]",
+                x=wr.SummaryMetric(f"export/{point}_ms"),
                 y=wr.SummaryMetric("export/val_loss"),
             ),
             wr.BarPlot(
@@ -171,7 +168,7 @@ def _winners(points: Sequence[Point]) -> Section:
     )
 
 
-def _failures(points: Sequence[Point]) -> Section:
+def _failures() -> Section:
     return Section(
         name="Failures",
         text="State of every trial, with the reason of those that failed or were stopped early, "
