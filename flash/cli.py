@@ -14,6 +14,7 @@ from typing import Any
 from flash import commands
 from flash.bundled import CONF
 from flash.config import entry, one_line_errors
+from flash.dashboards.settings import WorkspaceSettings
 from flash.data.settings import PrepareSettings
 from flash.errors import InputError, nearest
 from flash.evaluation.settings import EvaluateSettings
@@ -67,12 +68,20 @@ def _prepare(settings: PrepareSettings) -> None:
     prepare(settings)
 
 
+def _workspace(settings: WorkspaceSettings) -> None:
+    require_packages(["wandb_workspaces", "wandb"])
+    from flash.dashboards.command import make_dashboards
+
+    make_dashboards(settings)
+
+
 _JOBS: dict[str, Callable[[Any], None]] = {
     "train": _train,
     "search": _search,
     "export": _export,
     "evaluate": _evaluate,
     "prepare": _prepare,
+    "workspace": _workspace,
 }
 
 
@@ -80,7 +89,7 @@ def run(verb: str) -> None:
     """Run one configured command with the arguments of this process, then exit.
 
     Args:
-        verb: `train`, `search`, `export`, `evaluate` or `prepare`.
+        verb: `train`, `search`, `export`, `evaluate`, `prepare` or `workspace`.
     """
     commands.begin(verb)
     entry(verb, _JOBS[verb])
@@ -227,6 +236,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
     "evaluate": ("benchmarks of lm-evaluation-harness on a model or its program", None),
     "prepare": ("tokenize a mixture of text into shards, ahead of training", None),
     "measurements": ("export the measurement store as CSV, or merge two stores", _measurements),
+    "workspace": ("workspace and report of a W&B project, made or brought up to date", None),
     "report": ("result table and HTML page of a study", _report),
     "convert": ("Hugging Face folder of a GGUF file, for backbone.weights", _convert),
     "new": ("start a configuration file of your own in conf/", _new),

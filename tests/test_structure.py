@@ -38,6 +38,7 @@ ORDER = [
     "export",
     "evaluation",
     "report",
+    "dashboards",
     "schemas",
     "config_errors",
     "naming",
