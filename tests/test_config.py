@@ -151,6 +151,12 @@ def test_a_setting_that_is_null_gets_a_value(run, overrides, value):
     assert (validation.path if validation is not None else None) == value
 
 
+def test_new_keys_are_added_to_a_mapping(run):
+    settings = []
+    assert run("train", "+arch.ffn_dim=64", "+arch.x.y=1", job=settings.append)[0] == -1
+    assert settings[0].arch == {"ffn_dim": 64, "x": {"y": 1}}
+
+
 @pytest.mark.parametrize("override", ["backbone.arch={ffn_dim: 64}", "+backbone.arch.ffn_dim=64"])
 def test_a_mapping_that_is_null_gets_keys(run, override):
     settings = []

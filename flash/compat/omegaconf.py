@@ -64,7 +64,7 @@ def _update_null(
 ) -> None:
     parts, node = split_key(key), cfg
     for depth, part in enumerate(parts, 1):
-        node = node._get_node(part)
+        node = node._get_node(part, validate_access=False)
         if not isinstance(node, DictConfig) or node._is_missing():
             break
         if node._is_none() and (depth < len(parts) or isinstance(value, Mapping)):
