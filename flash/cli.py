@@ -157,7 +157,9 @@ _STARTING_POINTS = {
 
 
 def _groups() -> list[str]:
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    """Folders of options; those of one command alone are named as `train/experiment`."""
+    found = {path.parent.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml")}
+    return sorted(group for group in found if not group.startswith("hydra/"))
 
 
 def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, str]:

@@ -31,9 +31,9 @@ from flash import commands, slurm
 from flash.bundled import CONF, bundled
 from flash.compat.hydra import Job, add_search_paths, jobs_of, plugin_option, this_job
 from flash.compat.omegaconf import (
+    accept_overrides_of_null,
     child_containers,
     child_mapping,
-    sets_key_within_null,
 )
 from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
@@ -49,11 +49,20 @@ log = logging.getLogger(__name__)
 Settings = TypeVar("Settings")
 
 
-def _config_folders() -> list[Path]:
-    """Return further folders of configuration groups: of found architectures, and the user's."""
-    folders, own = [Path(os.environ["FLASH_RUNS"], "conf")], Path.cwd() / "conf"
+def _config_folders(verb: str | None = None) -> list[Path]:
+    """Return further folders of configuration groups: of found architectures, and the user's.
+
+    A folder that is named after a command holds groups of this command alone, as conf/train holds
+    the group `experiment` of `flash train`.
+
+    Args:
+        verb: Name of the command; None takes that of this process.
+    """
+    verb = verb or commands.this_verb()
+    folders = [CONF / verb, Path(os.environ["FLASH_RUNS"], "conf")]
+    own = Path.cwd() / "conf"
     if own.is_dir() and own.resolve() != CONF.resolve():
-        folders.append(own)
+        folders += [own, own / verb]
     return folders
 
 
@@ -65,8 +74,9 @@ def check_own_options(folder: Path) -> None:
     """
     if folder.resolve() == CONF.resolve():
         return
-    for path in sorted(folder.glob("*/*.yaml")):
-        if (CONF / path.parent.name / path.name).is_file():
+    for path in sorted(folder.glob("*/**/*.yaml")):
+        option = path.relative_to(folder)
+        if (CONF / option).is_file() or any(CONF.glob(f"*/{option}")):
             raise InputError(
                 f"{path}: {path.parent.name}={path.stem} comes with flash and would be used "
                 "instead; give the file another name"
@@ -76,10 +86,10 @@ def check_own_options(folder: Path) -> None:
 def _option_groups(verb: str) -> str:
     """Groups of a command with their options, for its help, in lines of at most 80 columns."""
     fields = {field.name for field in dataclasses.fields(ROOTS[verb])}
-    if "optional experiment" in (CONF / f"{verb}.yaml").read_text("utf-8"):
+    if "- experiment: null" in (CONF / f"{verb}.yaml").read_text("utf-8"):
         fields.add("experiment")
     found: dict[str, set[str]] = {}
-    for folder in (CONF, *_config_folders()):
+    for folder in (CONF, *_config_folders(verb)):
         for path in folder.glob("*/*.yaml"):
             found.setdefault(path.parent.name, set()).add(path.stem)
     lines = [
@@ -92,6 +102,7 @@ def _option_groups(verb: str) -> str:
 
 def register() -> None:
     """Register schemas, search paths and resolvers with Hydra and OmegaConf."""
+    accept_overrides_of_null()
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
@@ -235,13 +246,6 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
     except slurm.JobFailed as error:
         _fail(error.line, error.code)
-    except AssertionError as error:
-        if not sets_key_within_null(error):
-            raise
-        _fail(  # the error of OmegaConf does not name the key
-            "an override sets a key within a value that is null; give the value as a whole, as in "
-            "'data.validation={path: FILE}'"
-        )
     except KeyboardInterrupt:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
         sys.exit(130)

@@ -255,11 +255,13 @@ def _entry(key: Key) -> str:
 def _options(group: str) -> str:
     """The files of a config group, each with the comment that it begins with."""
     lines = []
-    for path in sorted((CONF / group).glob("*.yaml")):
+    of_commands = sorted(CONF.glob(f"*/{group}/*.yaml"))  # in the folder of a command
+    for path in [*sorted((CONF / group).glob("*.yaml")), *of_commands]:
         text = path.read_text("utf-8").removeprefix("# @package _global_\n")
         comment = re.match(r"(?:#.*\n)*", text)
         about = _one_line(re.sub(r"^# ?", "", comment[0] if comment else "", flags=re.MULTILINE))
-        lines.append(_item(f"`{group}={path.stem}`" + (f": {about}" if about else ""), 0))
+        command = f"flash {path.parents[1].name} " if path in of_commands else ""
+        lines.append(_item(f"`{command}{group}={path.stem}`" + (f": {about}" if about else ""), 0))
     return "\n".join(lines)
 
 

@@ -132,6 +132,7 @@ def measure_shape(name: str, shape: Shape, device: Device, runs: Runs) -> ShapeR
         if found.key == key:
             log.info("%s is finished: %s", name, path)
             return found
+        device.check_unit(found.device, path)
     profiler = Profiler(
         device=device,
         workload=settings.workload,

@@ -48,29 +48,29 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
 
 
 def initial_model(
-    spec: ArchSpec, workspace: Workspace, calibration_tokens: int, start: str | None = None
+    spec: ArchSpec, workspace: Workspace, recipe: RecipeSettings, start: str | None = None
 ) -> Decoder:
     """Build a decoder of `spec` with the weights before training.
 
     They come from the folder `start` or, if it is None, from the backbone by pruning. They are
-    random if the backbone has no weights.
+    random if the backbone has no weights, or `recipe.inherit` is false.
     """
     backbone = workspace.backbone
     if start is not None:
         return load(Path(start))
-    if backbone.folder is None:
+    if backbone.folder is None or not recipe.inherit:
         return Decoder(spec)
     if spec == backbone.spec:
         return backbone.load()
-    importance = workspace.importance(calibration_tokens)
+    importance = workspace.importance(recipe.calibration_tokens)
     return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
 
 
 def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
-    folder = workspace.backbone.folder
+    folder = workspace.backbone.folder if settings.recipe.inherit else None
     decisive = {
         "spec": spec.to_dict(),
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "trainer": settings.trainer.decisive(),
         "data": workspace.data.identity,
         "backbone": fingerprint(folder) if folder else "random",
@@ -136,7 +136,9 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
     check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
     name = result_name(settings)
-    if backbone.folder is None:
+    if not settings.recipe.inherit:
+        log.info("training %s from random weights, as recipe.inherit=false says", name)
+    elif backbone.folder is None:
         log.warning(
             "backbone %s has no weights: training %s%s, without a teacher (give "
             "backbone.weights=FOLDER to inherit)",
@@ -146,7 +148,8 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
         )
         alone = {"kd_weight": 0.0, "kd_top_k": None, "kd_top_p": None}
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
-    backbone.fetch()
+    if settings.recipe.inherit:
+        backbone.fetch()
     runs = Runs(Path(settings.runs))
     check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
     workspace = Workspace(
@@ -208,7 +211,7 @@ def _train(
     seed_everything(settings.seed, verbose=False)
     recipe, precision = settings.recipe, settings.trainer.precision
     data, runs = workspace.data, workspace.runs
-    model = initial_model(spec, workspace, recipe.calibration_tokens, settings.start)
+    model = initial_model(spec, workspace, recipe, settings.start)
     if recipe.qat:
         # Both held-out losses are those of the fake-quantized model.
         fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)

@@ -21,6 +21,13 @@ class Settings:
     size: int = 1
 
 
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    """Variables that the search path of flash reads, if an earlier test has registered it."""
+    monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
+    monkeypatch.setenv("FLASH_VERB", "train")
+
+
 SEEN: list[dict] = []
 
 
