@@ -26,11 +26,15 @@ def settings_of(monkeypatch, tmp_path):
     found.mkdir(parents=True)
     (found / "tiny_12_a3f9.yaml").write_text("ffn_dim: 192\n", "utf-8")
     GlobalHydra.instance().clear()
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda line: (lambda verb, *rest: load_job(verb, compose(verb, rest)))(
-            *shlex.split(line)
-        )
+
+    def load(line: str):
+        verb, *overrides = shlex.split(line)
+        monkeypatch.setenv("FLASH_VERB", verb)
+        register()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return load_job(verb, compose(verb, overrides))
+
+    return load
 
 
 @pytest.mark.parametrize(
