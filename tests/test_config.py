@@ -103,6 +103,7 @@ def test_a_command_lists_the_experiments_that_it_composes(run, monkeypatch, tmp_
         "export": ["table6"],
         "evaluate": [],
         "prepare": [],
+        "workspace": [],
     }
     files = {f"{path.parents[1].name} {path.stem}" for path in CONF.glob("*/experiment/*.yaml")}
     both = {f"{script} {name}" for script, names in found.items() for name in names}
