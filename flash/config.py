@@ -10,11 +10,12 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,14 +24,20 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from flash import commands, slurm
+from flash import commands, slurm, sweep
 from flash.bundled import CONF, bundled
-from flash.compat.hydra import add_search_paths, job_configs, plugin_option
+from flash.compat.hydra import (
+    Launch,
+    Multirun,
+    add_launcher,
+    add_search_paths,
+    launcher_option,
+    plugin_option,
+)
 from flash.compat.omegaconf import (
     child_containers,
     child_mapping,
@@ -40,6 +47,7 @@ from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
+from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
@@ -94,20 +102,23 @@ def _option_groups(verb: str) -> str:
 
 
 def register() -> None:
-    """Register schemas, search paths and resolvers with Hydra and OmegaConf."""
+    """Register schemas, search paths, launchers and resolvers with Hydra and OmegaConf."""
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
     add_search_paths(_config_folders)
-    plugin = plugin_option("hydra/launcher", "submitit_slurm")
-    if plugin is not None:
-        # Plain values, since a job would get a copy of the plugin's class, which is not equal to
-        # the original. Not a file in conf, since Hydra would validate a file of this name against
-        # the plugin's schema, with a warning.
-        values = {**plugin, **slurm.DEFAULTS}
-        store.store(group="hydra/launcher", name="submitit_slurm", node=values, provider="flash")
+    # Plain values, since a job would get a copy of the plugin's class, which is not equal to the
+    # original. Not files in conf, since Hydra would validate a file of such a name against the
+    # plugin's schema, with a warning.
+    launchers = {"basic": launcher_option(None, {})}
+    for executor, changes in (("slurm", slurm.DEFAULTS), ("local", {})):
+        plugin = plugin_option("hydra/launcher", f"submitit_{executor}")
+        if plugin is not None:
+            launchers[f"submitit_{executor}"] = launcher_option(executor, {**plugin, **changes})
+    for name, values in launchers.items():
+        store.store(group="hydra/launcher", name=name, node=values, provider="flash")
 
 
 def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = None) -> None:
@@ -233,9 +244,9 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
             "an override sets a key within a value that is null; give the value as a whole, as in "
             "'data.validation={path: FILE}'"
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except Exception as error:
         if str(error).startswith("Config group override must be"):  # of Hydra, without the group
             _fail("a config group is null: expected the name of one of its options")
@@ -249,24 +260,34 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(line, 1)
 
 
-class CheckJobs(Callback):
-    """Callback that checks the settings of all jobs before `-m` starts the first one."""
+def _settings_of(cfg: DictConfig, choices: Mapping[str, Any], schema: type[Settings]) -> Settings:
+    """Convert the configuration of a job to settings that name its result.
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        hydra = config.hydra
-        schema = ROOTS[hydra.job.config_name]
-        with one_line_errors(schema):  # Hydra converts any other exception to a warning
-            slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
-            for job in job_configs(config):
-                load(job, schema)
+    Args:
+        cfg: The composed configuration.
+        choices: Chosen option of each group.
+        schema: Root settings of the command.
+
+    Raises:
+        InputError: Illegal settings.
+    """
+    settings = load(cfg, schema)
+    named = isinstance(settings, TrainSettings | ExportSettings | EvaluateSettings)
+    if named and settings.name is None:
+        settings.name = choices.get("arch") or settings.backbone.name
+    return settings
 
 
-def entry(verb: str, job: Callable[[Any], object]) -> None:
+def entry(
+    verb: str, job: Callable[[Any], object], check: Callable[[Any], object] = lambda settings: None
+) -> None:
     """Run a command: compose its configuration, check it, convert it, call `job`, then exit.
 
     Args:
         verb: Name of the command, a key of `ROOTS`.
         job: Function of the settings that does the work.
+        check: Function of the settings that raises the errors that `job` would raise before any
+            work. With `-m` it is called for all jobs before the first one starts.
     """
     schema = ROOTS[verb]
     with one_line_errors(schema):
@@ -275,19 +296,23 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> Outcome:
         errors = one_line_errors(schema)  # inside Hydra, which would otherwise add lines
         if slurm.in_job():
             _quiet_libraries()  # a job is a new process that starts here
             errors = slurm.job(errors)
-        with errors:
-            settings = load(cfg, schema)
-            choices = HydraConfig.get().runtime.choices
-            named = isinstance(settings, TrainSettings | ExportSettings | EvaluateSettings)
-            if named and settings.name is None:
-                settings.name = choices.get("arch") or settings.backbone.name
-            job(settings)
+        with sweep.job(errors):
+            job(_settings_of(cfg, HydraConfig.get().runtime.choices, schema))
+        return noted()
 
+    def begin(multirun: Multirun) -> Launch:
+        if multirun.executor == "slurm":
+            slurm.check_installed(os.environ["FLASH_RUNS"])
+        for settings in [_settings_of(*each, schema) for each in multirun.configs()]:
+            check(settings)
+        return sweep.Sweep(multirun).run
+
+    add_launcher(begin)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     with one_line_errors(schema):
         main(run)()

@@ -10,18 +10,24 @@ on it:
   stopped in an orderly way.
 - Errors have classes of the package `submitit`, and a text with lines of dashes: needed to shorten
   them to one line.
-- `_target_` of the launcher's configuration is the class of the launcher: distinguishes Slurm from
-  local jobs.
+- `SlurmLauncher` and `LocalLauncher` of the plugin, called with the arguments that its `launch`
+  gives, run one job in a process of submitit; `BaseQueueConf` has the parameters of all executors.
+  `launch` itself ends with the first job that fails.
 
-This module does not import submitit, which is an optional dependency.
+This module imports submitit, which is an optional dependency, only to submit jobs.
 """
 
+import dataclasses
 import os
 import signal
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
+
+from hydra.core.singleton import Singleton
+
+from flash.compat.hydra import Multirun, returned
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -31,9 +37,53 @@ def in_job() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
-def is_slurm_launcher(launcher: Mapping[str, Any]) -> bool:
-    """Return True if a configuration of `hydra/launcher` submits jobs to Slurm."""
-    return "Slurm" in launcher["_target_"]
+def submit(multirun: Multirun, batch: Sequence[Sequence[str]], first: int) -> list[Any]:
+    """Submit a batch of jobs, as the plugin's launcher does.
+
+    Args:
+        multirun: The sweep, with the values of its launcher.
+        batch: Overrides of each job.
+        first: Number of the first job of the batch in the sweep, from 0.
+
+    Returns:
+        Jobs of submitit, for `result`.
+    """
+    import submitit
+    from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+    kind, values = multirun.executor, dict(multirun.values)
+    classes = {
+        "slurm": submitit_launcher.SlurmLauncher,
+        "local": submitit_launcher.LocalLauncher,
+    }
+    launcher = classes[str(kind)](**values)
+    launcher.setup(
+        hydra_context=multirun.context, task_function=multirun.task, config=multirun.config
+    )
+    common = {field.name for field in dataclasses.fields(BaseQueueConf)} - {"submitit_folder"}
+    own = {f"{kind}_{key}": values.pop(key) for key in ("max_num_timeout",) if key in values}
+    executor = submitit.AutoExecutor(values.pop("submitit_folder"), cluster=kind, **own)
+    named = {key if key in common else f"{kind}_{key}": value for key, value in values.items()}
+    executor.update_parameters(**named)
+    numbers = range(first, first + len(batch))
+    return executor.map_array(
+        launcher,
+        [list(overrides) for overrides in batch],
+        ["hydra.sweep.dir"] * len(batch),
+        list(numbers),
+        [f"job_id_for_{number}" for number in numbers],
+        [Singleton.get_state()] * len(batch),
+    )
+
+
+def result(job: Any) -> Any:
+    """Return the value that the task function of a job has returned, or the error it has raised.
+
+    Raises:
+        Exception: The job has ended without a result; see `error_lines`.
+    """
+    return returned(job.results()[0])
 
 
 def requeue_handler() -> Handler:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 from flash.arch import ArchSpec, count_parameters
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
 from flash.model.settings import BackboneSettings
+from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
@@ -83,6 +85,37 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     return digest(decisive)
 
 
+def check(settings: TrainSettings) -> None:
+    """Check all stages as far as possible before any work: no text or weights are read.
+
+    Raises:
+        InputError: Settings, backbone or data cannot be used, or a stored result is damaged.
+    """
+    backbone = Backbone.open(settings.backbone)
+    spec_of(settings, backbone)
+    check_devices(settings.trainer)
+    runs, stages = Runs(Path(settings.runs)), _stages(settings)
+    for key, stage in zip(["", *settings.then], stages, strict=True):
+        with under(f"then.{key}") if key else nullcontext():
+            settings.trainer.accumulation(stage.recipe.batch_size)  # checks that it is divisible
+            if backbone.folder is not None:
+                check_top_k(stage.recipe, stage.data, backbone.spec.vocab_size)
+            _workspace(stage, backbone).check_data()
+    for stage in stages:
+        TrainResult.read(runs.model(result_name(stage)))
+
+
+def _workspace(settings: TrainSettings, backbone: Backbone) -> Workspace:
+    return Workspace(
+        runs=Runs(Path(settings.runs)),
+        backbone=backbone,
+        data_settings=settings.data,
+        model_folder=Path(settings.start) if settings.start is not None else None,
+        batch_size=settings.recipe.batch_size,
+        seed=settings.seed,
+    )
+
+
 def train(settings: TrainSettings) -> TrainResult:
     """Train a model, stage by stage; stages that are finished are not repeated.
 
@@ -92,6 +125,7 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: Settings, backbone or data cannot be used.
     """
+    check(settings)
     return [_train_stage(stage) for stage in _stages(settings)][-1]
 
 
@@ -125,8 +159,6 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
 def _train_stage(settings: TrainSettings) -> TrainResult:
     backbone = Backbone.open(settings.backbone)
     spec = spec_of(settings, backbone)
-    check_devices(settings.trainer)
-    settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
     name = result_name(settings)
     if backbone.folder is None:
         log.warning(
@@ -139,22 +171,14 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         alone = {"kd_weight": 0.0, "kd_top_k": None, "kd_top_p": None}
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
     backbone.fetch()
-    runs = Runs(Path(settings.runs))
-    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
-    workspace = Workspace(
-        runs=runs,
-        backbone=backbone,
-        data_settings=settings.data,
-        model_folder=Path(settings.start) if settings.start is not None else None,
-        batch_size=settings.recipe.batch_size,
-        seed=settings.seed,
-    )
+    workspace = _workspace(settings, backbone)
     key = _key(settings, spec, workspace)
-    folder = runs.model(name)
+    folder = workspace.runs.model(name)
     result = TrainResult.read(folder)
     saved = (folder / "checkpoint" / "model.safetensors").is_file()
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
+        note(result.change, again=True)
         return result
     if result is not None and result.key != key:
         log.warning(
@@ -167,6 +191,7 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     if result is not None:
         result.write(folder)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
+        note(result.change)
     wait_for_others()  # a further stage may start from this result
     result = TrainResult.read(folder)
     assert result is not None
