@@ -30,14 +30,7 @@ from yaml import MarkedYAMLError
 
 from flash import commands, slurm, sweep
 from flash.bundled import CONF, bundled
-from flash.compat.hydra import (
-    Launch,
-    Multirun,
-    add_launcher,
-    add_search_paths,
-    launcher_option,
-    plugin_option,
-)
+from flash.compat.hydra import Multirun, add_search_paths, plugin_option, run_jobs_by
 from flash.compat.omegaconf import (
     child_containers,
     child_mapping,
@@ -102,23 +95,20 @@ def _option_groups(verb: str) -> str:
 
 
 def register() -> None:
-    """Register schemas, search paths, launchers and resolvers with Hydra and OmegaConf."""
+    """Register schemas, search paths and resolvers with Hydra and OmegaConf."""
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
     add_search_paths(_config_folders)
-    # Plain values, since a job would get a copy of the plugin's class, which is not equal to the
-    # original. Not files in conf, since Hydra would validate a file of such a name against the
-    # plugin's schema, with a warning.
-    launchers = {"basic": launcher_option(None, {})}
-    for executor, changes in (("slurm", slurm.DEFAULTS), ("local", {})):
-        plugin = plugin_option("hydra/launcher", f"submitit_{executor}")
-        if plugin is not None:
-            launchers[f"submitit_{executor}"] = launcher_option(executor, {**plugin, **changes})
-    for name, values in launchers.items():
-        store.store(group="hydra/launcher", name=name, node=values, provider="flash")
+    plugin = plugin_option("hydra/launcher", "submitit_slurm")
+    if plugin is not None:
+        # Plain values, since a job would get a copy of the plugin's class, which is not equal to
+        # the original. Not a file in conf, since Hydra would validate a file of this name against
+        # the plugin's schema, with a warning.
+        values = {**plugin, **slurm.DEFAULTS}
+        store.store(group="hydra/launcher", name="submitit_slurm", node=values, provider="flash")
 
 
 def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = None) -> None:
@@ -305,14 +295,14 @@ def entry(
             job(_settings_of(cfg, HydraConfig.get().runtime.choices, schema))
         return noted()
 
-    def begin(multirun: Multirun) -> Launch:
-        if multirun.executor == "slurm":
-            slurm.check_installed(os.environ["FLASH_RUNS"])
-        for settings in [_settings_of(*each, schema) for each in multirun.configs()]:
-            check(settings)
-        return sweep.Sweep(multirun).run
+    def run_all(multirun: Multirun) -> None:
+        with one_line_errors(schema):
+            slurm.check_launcher(multirun.launcher, os.environ["FLASH_RUNS"])
+            for settings in [_settings_of(*each, schema) for each in multirun.configs()]:
+                check(settings)
+            sweep.Sweep(multirun).run(run)
 
-    add_launcher(begin)
+    run_jobs_by(run_all)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     with one_line_errors(schema):
         main(run)()

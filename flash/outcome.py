@@ -20,7 +20,7 @@ class State(Enum):
     failed = "failed"
     stopped = "stopped"
     not_started = "not started"
-    in_slurm = "in Slurm"
+    submitted = "submitted"
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from omegaconf import DictConfig
 
 from flash import commands, slurm
 from flash.compat import submitit
@@ -52,42 +54,40 @@ class Sweep:
         self.labels = labels(multirun.jobs)
         self.outcomes = [Outcome(State.not_started) for _ in self.labels]
 
-    def run(self, batch: Sequence[Sequence[str]], first: int) -> None:
-        """Run a batch of jobs; after the last one, print the table.
+    def run(self, task: Callable[[DictConfig], Outcome]) -> None:
+        """Run all jobs, then print the table.
 
         Args:
-            batch: Overrides of each job.
-            first: Number of the first job of the batch, from 0.
+            task: Function of a job's configuration, for jobs of submitit.
 
         Raises:
-            JobFailed: The last job has ended, and some have failed.
+            JobFailed: Some jobs have failed.
             KeyboardInterrupt: Ctrl-C or a signal; its number is the argument.
         """
-        run = self._run_here if self._multirun.executor is None else self._run_by_submitit
         try:
             with _signals_as_ctrl_c():
-                run(batch, first)
+                if self._multirun.launcher == "basic":
+                    self._run_here()
+                else:
+                    self._run_by_submitit(task)
         except KeyboardInterrupt:
             self._print()
             raise
-        if first + len(batch) == len(self.labels):
-            self._print()
-            self._check()
+        self._print()
+        self._check()
 
-    def _run_here(self, batch: Sequence[Sequence[str]], first: int) -> None:
-        for number, overrides in enumerate(batch, first):
+    def _run_here(self) -> None:
+        for number, overrides in enumerate(self._multirun.jobs):
             log.info("job %d of %d: %s", number + 1, len(self.labels), self.labels[number])
             self.outcomes[number] = Outcome(State.stopped)  # unless it ends
             self.outcomes[number] = _run([*overrides, *self._multirun.hydra_arguments])
 
-    def _run_by_submitit(self, batch: Sequence[Sequence[str]], first: int) -> None:
-        waiting = dict(enumerate(submitit.submit(self._multirun, batch, first), first))
+    def _run_by_submitit(self, task: Callable[[DictConfig], Outcome]) -> None:
+        waiting = dict(enumerate(submitit.submit(self._multirun, task)))
         for number, job in waiting.items():
-            log.info(
-                *("job %d of %d is Slurm's %s: %s", number + 1, len(self.labels)),
-                *(job.job_id, self.labels[number]),
-            )
-            self.outcomes[number] = Outcome(State.in_slurm)
+            what = f"{self.labels[number]} ({job.job_id})"
+            log.info("job %d of %d: %s", number + 1, len(self.labels), what)
+            self.outcomes[number] = Outcome(State.submitted)
         while waiting:
             for number in [number for number, job in waiting.items() if job.done()]:
                 self.outcomes[number] = _outcome_of(waiting.pop(number))

@@ -7,30 +7,35 @@ Names that Hydra 1.3 does not document, and the reasons to use them:
   configuration of a job as the sweeper does, so that a mistake in the last job is found before the
   first one starts.
 - `Plugins.instance` and `ConfigStore.repo`: show if a launcher is installed, and its defaults.
-- `Plugins.register`: adds folders to the search path, and the launcher of flash.
-- The package of a launcher must be `hydra_plugins`, and is that of the class's `__module__`.
+- `Plugins.register`: adds folders to the search path.
+- A callback that ends the process takes the place of Hydra's launcher (`GlobalHydra.config_loader`
+  and `hydra._internal.callbacks.Callbacks` make what a launcher gets, `configure_log` sets up the
+  logging of a job).
 - `JobReturn._return_value`: the error of a job; `return_value` would raise it.
-- `configure_log`: sets up the logging of jobs, in place of Hydra's own.
 - `MissingConfigException.missing_cfg_file` and `.options`: hold the missing option and the options
   that exist.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, configure_log
 from hydra.errors import MissingConfigException
-from hydra.plugins.launcher import Launcher
+from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 
@@ -40,37 +45,37 @@ class Multirun:
 
     Attributes:
         config: The command's configuration, with the node `hydra`.
-        context: Hydra's loader of configurations and its callbacks.
-        task: Function of a job's configuration that does its work.
-        executor: Executor of submitit that runs the jobs, `slurm` or `local`; None without one.
-        values: Values of the launcher, for that executor.
+        context: Hydra's loader of configurations.
     """
 
     config: DictConfig
     context: HydraContext
-    task: TaskFunction
-    executor: str | None
-    values: dict[str, Any]
+
+    @property
+    def launcher(self) -> str:
+        """Option of `hydra/launcher`, such as `basic`."""
+        return self.config.hydra.runtime.choices["hydra/launcher"]
 
     @cached_property
     def jobs(self) -> list[list[str]]:
         """Overrides of each job, in order."""
+        hydra = self.config.hydra
         parser = OverridesParser.create(self.context.config_loader)
-        overrides = parser.parse_overrides(list(self.config.hydra.overrides.task))
+        fixed = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+        overrides = parser.parse_overrides([*fixed, *hydra.overrides.task])
         return BasicSweeper.split_arguments(overrides, None)[0]
 
     @property
     def hydra_arguments(self) -> list[str]:
         """Arguments for Hydra itself that hold for a job alone as well, such as `hydra.verbose`."""
         hydra = self.config.hydra
-        of_sweeps = ("hydra.mode", "hydra.sweep", "hydra/sweep", "hydra.launch", "hydra/launch")
-        kept = [
-            each for each in hydra.overrides.hydra if not each.lstrip("+~").startswith(of_sweeps)
+        only_here = ("hydra.mode", "hydra.sweep", "hydra/sweep", "hydra.launch", "hydra/launch")
+        changes = [
+            text for text in hydra.overrides.hydra if not text.lstrip("+~").startswith(only_here)
         ]
-        given = [
-            source for source in hydra.runtime.config_sources if source.provider == "command-line"
-        ]
-        return [*kept, *(text for source in given for text in ("--config-dir", source.path))]
+        sources = hydra.runtime.config_sources
+        folders = [source.path for source in sources if source.provider == "command-line"]
+        return [*changes, *(text for folder in folders for text in ("--config-dir", folder))]
 
     def configs(self) -> Iterator[tuple[DictConfig, dict[str, Any]]]:
         """Compose each job as the sweeper does: its configuration and its choices, by group.
@@ -85,60 +90,34 @@ class Multirun:
             yield config, choices
 
 
-Launch = Callable[[Sequence[Sequence[str]], int], None]
-"""Function that runs a batch of jobs; its arguments are those of `Launcher.launch`."""
-_begin: list[Callable[[Multirun], Launch]] = []
-"""Argument of the last call of `add_launcher`; Hydra makes the launcher from its configuration."""
+_run: list[Callable[[Multirun], object]] = []
+"""Argument of the last call of `run_jobs_by`; Hydra calls the callback without arguments."""
 
 
-class FlashLauncher(Launcher):
-    """Launcher that leaves the jobs to the function of `add_launcher`."""
+class RunJobs(Callback):
+    """Callback that runs all jobs of `-m` by the function of `run_jobs_by`, then ends the process.
 
-    __module__ = "hydra_plugins.flash"
+    Hydra's own launchers end with the first job that fails.
+    """
 
-    def __init__(self, executor: str | None = None, **values: Any) -> None:
-        self._executor, self._values = executor, values
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         configure_log(config.hydra.job_logging, config.hydra.verbose)
-        values = {
-            key: OmegaConf.to_container(value, resolve=True)
-            if OmegaConf.is_config(value)
-            else value
-            for key, value in self._values.items()
-        }
-        self._launch = _begin[0](
-            Multirun(config, hydra_context, task_function, self._executor, values)
-        )
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        self._launch(job_overrides, initial_job_idx)
-        return []
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        try:
+            _run[0](Multirun(config, context))
+        except Exception:  # Hydra would convert it to a warning, and run the jobs itself
+            traceback.print_exc()
+            sys.exit(1)
+        sys.exit(0)
 
 
-def add_launcher(begin: Callable[[Multirun], Launch]) -> None:
-    """Run the jobs of multiruns by a function, with any `hydra/launcher` of `launcher_option`.
+def run_jobs_by(run: Callable[[Multirun], object]) -> None:
+    """Run the jobs of multiruns by a function.
 
     Args:
-        begin: Function that is called before the first job, and returns the function of a batch.
+        run: The function.
     """
-    _begin[:] = [begin]
-    Plugins.instance().register(FlashLauncher)  # has no effect if called again
-
-
-def launcher_option(executor: str | None, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of an option of `hydra/launcher`.
-
-    Args:
-        executor: Executor of submitit: `slurm` or `local`; None without submitit.
-        values: Values for that executor.
-    """
-    name = f"{FlashLauncher.__module__}.{FlashLauncher.__name__}"
-    return {**values, "_target_": name, "executor": executor}
+    _run[:] = [run]
 
 
 def returned(job: JobReturn) -> Any:

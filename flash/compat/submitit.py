@@ -21,11 +21,12 @@ import dataclasses
 import os
 import signal
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from hydra.core.singleton import Singleton
+from omegaconf import DictConfig, OmegaConf
 
 from flash.compat.hydra import Multirun, returned
 
@@ -37,13 +38,12 @@ def in_job() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
-def submit(multirun: Multirun, batch: Sequence[Sequence[str]], first: int) -> list[Any]:
-    """Submit a batch of jobs, as the plugin's launcher does.
+def submit(multirun: Multirun, task: Callable[[DictConfig], Any]) -> list[Any]:
+    """Submit all jobs, as the plugin's launcher does.
 
     Args:
-        multirun: The sweep, with the values of its launcher.
-        batch: Overrides of each job.
-        first: Number of the first job of the batch in the sweep, from 0.
+        multirun: The sweep.
+        task: Function of a job's configuration.
 
     Returns:
         Jobs of submitit, for `result`.
@@ -52,28 +52,25 @@ def submit(multirun: Multirun, batch: Sequence[Sequence[str]], first: int) -> li
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-    kind, values = multirun.executor, dict(multirun.values)
-    classes = {
-        "slurm": submitit_launcher.SlurmLauncher,
-        "local": submitit_launcher.LocalLauncher,
-    }
-    launcher = classes[str(kind)](**values)
-    launcher.setup(
-        hydra_context=multirun.context, task_function=multirun.task, config=multirun.config
-    )
-    common = {field.name for field in dataclasses.fields(BaseQueueConf)} - {"submitit_folder"}
+    kind = multirun.launcher.removeprefix("submitit_")
+    values: Any = OmegaConf.to_container(multirun.config.hydra.launcher, resolve=True)
+    del values["_target_"]
+    plugin = {"slurm": submitit_launcher.SlurmLauncher, "local": submitit_launcher.LocalLauncher}
+    launcher = plugin[kind](**values)
+    launcher.setup(hydra_context=multirun.context, task_function=task, config=multirun.config)
+    common = {field.name for field in dataclasses.fields(BaseQueueConf)}
     own = {f"{kind}_{key}": values.pop(key) for key in ("max_num_timeout",) if key in values}
     executor = submitit.AutoExecutor(values.pop("submitit_folder"), cluster=kind, **own)
     named = {key if key in common else f"{kind}_{key}": value for key, value in values.items()}
     executor.update_parameters(**named)
-    numbers = range(first, first + len(batch))
+    count = len(multirun.jobs)
     return executor.map_array(
         launcher,
-        [list(overrides) for overrides in batch],
-        ["hydra.sweep.dir"] * len(batch),
-        list(numbers),
-        [f"job_id_for_{number}" for number in numbers],
-        [Singleton.get_state()] * len(batch),
+        multirun.jobs,
+        ["hydra.sweep.dir"] * count,
+        list(range(count)),
+        [f"job_id_for_{number}" for number in range(count)],
+        [Singleton.get_state()] * count,
     )
 
 
