@@ -297,10 +297,11 @@ def entry(
 
     def run_all(multirun: Multirun) -> None:
         with one_line_errors(schema):
-            slurm.check_launcher(multirun.launcher, os.environ["FLASH_RUNS"])
+            jobs = sweep.Sweep(multirun)
+            jobs.check_hydra(os.environ["FLASH_RUNS"])
             for settings in [_settings_of(*each, schema) for each in multirun.configs()]:
                 check(settings)
-            sweep.Sweep(multirun).run(run)
+            jobs.run(run)
 
     run_jobs_by(run_all)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from flash.compat import submitit
-from flash.errors import InputError, require
+from flash.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +73,15 @@ def in_job() -> bool:
     return submitit.in_job()
 
 
-def check_launcher(launcher: str, runs: str) -> None:
-    """Check the launcher of a sweep before jobs are queued, and log where their output goes.
+def check_installed(runs: str) -> None:
+    """Check that Slurm is installed before jobs are queued, and log where their output goes.
 
     Args:
-        launcher: Option of `hydra/launcher`.
         runs: Folder of everything that runs produce.
 
     Raises:
-        InputError: An unknown launcher, or Slurm is not installed.
+        InputError: Slurm is not installed.
     """
-    known = ("basic", "submitit_local", "submitit_slurm")
-    require(launcher in known, "hydra/launcher", launcher, f"one of {', '.join(known)}")
-    if launcher != "submitit_slurm":
-        return
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise InputError(f"{LAUNCHER}: expected Slurm's sbatch and srun; start it on a login node")
     log.info("jobs go on when this command is stopped (scancel ends them); logs: %s/slurm", runs)

@@ -25,11 +25,14 @@ from omegaconf import DictConfig
 from flash import commands, slurm
 from flash.compat import submitit
 from flash.compat.hydra import Multirun
+from flash.errors import require
 from flash.outcome import Outcome, State, noted
 from flash.ranks import is_main_process
 
 log = logging.getLogger(__name__)
 
+_LAUNCHERS = ("basic", "submitit_local", "submitit_slurm")
+"""Options of `hydra/launcher` that run sweeps."""
 _OUTCOME = "FLASH_OUTCOME"
 """Environment variable of a job: the file for its outcome."""
 _WIDTH = 80
@@ -54,6 +57,22 @@ class Sweep:
         self.labels = labels(multirun.jobs)
         self.outcomes = [Outcome(State.not_started) for _ in self.labels]
 
+    def check_hydra(self, runs: str) -> None:
+        """Check that Hydra's launcher and sweeper can be used.
+
+        Args:
+            runs: Folder of everything that runs produce.
+
+        Raises:
+            InputError: Another launcher or sweeper, or Slurm is not installed.
+        """
+        launcher, sweeper = (self._multirun.choice(name) for name in ("launcher", "sweeper"))
+        known = f"one of {', '.join(_LAUNCHERS)}"
+        require(launcher in _LAUNCHERS, "hydra/launcher", launcher, known)
+        require(sweeper == "basic", "hydra/sweeper", sweeper, "basic")
+        if launcher == "submitit_slurm":
+            slurm.check_installed(runs)
+
     def run(self, task: Callable[[DictConfig], Outcome]) -> None:
         """Run all jobs, then print the table.
 
@@ -66,7 +85,7 @@ class Sweep:
         """
         try:
             with _signals_as_ctrl_c():
-                if self._multirun.launcher == "basic":
+                if self._multirun.choice("launcher") == "basic":
                     self._run_here()
                 else:
                     self._run_by_submitit(task)
@@ -125,7 +144,8 @@ def as_text(labels: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     """Format the table of all jobs, at most 80 columns wide; long cells take several lines."""
     rows = [("job", "state", "result")]
     rows += [
-        (name, each.state.value, each.line) for name, each in zip(labels, outcomes, strict=True)
+        (name, each.state.value, each.line.partition("\n")[0])
+        for name, each in zip(labels, outcomes, strict=True)
     ]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     widths = (min(first, _LABEL_WIDTH), second)

@@ -51,17 +51,16 @@ class Multirun:
     config: DictConfig
     context: HydraContext
 
-    @property
-    def launcher(self) -> str:
-        """Option of `hydra/launcher`, such as `basic`."""
-        return self.config.hydra.runtime.choices["hydra/launcher"]
+    def choice(self, group: str) -> str:
+        """Return the chosen option of a group of Hydra's own, such as `launcher`."""
+        return self.config.hydra.runtime.choices[f"hydra/{group}"]
 
     @cached_property
     def jobs(self) -> list[list[str]]:
         """Overrides of each job, in order."""
         hydra = self.config.hydra
         parser = OverridesParser.create(self.context.config_loader)
-        fixed = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+        fixed = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
         overrides = parser.parse_overrides([*fixed, *hydra.overrides.task])
         return BasicSweeper.split_arguments(overrides, None)[0]
 

@@ -52,7 +52,7 @@ def submit(multirun: Multirun, task: Callable[[DictConfig], Any]) -> list[Any]:
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-    kind = multirun.launcher.removeprefix("submitit_")
+    kind = multirun.choice("launcher").removeprefix("submitit_")
     values: Any = OmegaConf.to_container(multirun.config.hydra.launcher, resolve=True)
     del values["_target_"]
     plugin = {"slurm": submitit_launcher.SlurmLauncher, "local": submitit_launcher.LocalLauncher}
