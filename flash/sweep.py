@@ -102,7 +102,7 @@ class Sweep:
             self.outcomes[number] = _run([*overrides, *self._multirun.hydra_arguments])
 
     def _run_by_submitit(self, task: Callable[[DictConfig], Outcome]) -> None:
-        waiting = dict(enumerate(submitit.submit(self._multirun, task)))
+        waiting = dict(enumerate(self._submit(task)))
         for number, job in waiting.items():
             what = f"{self.labels[number]} ({job.job_id})"
             log.info("job %d of %d: %s", number + 1, len(self.labels), what)
@@ -113,6 +113,11 @@ class Sweep:
                 state = self.outcomes[number].state.value
                 log.info("job %d of %d: %s", number + 1, len(self.labels), state)
             time.sleep(1.0 if waiting else 0.0)
+
+    def _submit(self, task: Callable[[DictConfig], Outcome]) -> list[Any]:
+        multirun = self._multirun
+        kind = multirun.choice("launcher").removeprefix("submitit_")
+        return submitit.submit(kind, multirun.jobs, multirun.config, multirun.context, task)
 
     def _print(self) -> None:
         if is_main_process():

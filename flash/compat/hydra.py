@@ -11,7 +11,6 @@ Names that Hydra 1.3 does not document, and the reasons to use them:
 - A callback that ends the process takes the place of Hydra's launcher (`GlobalHydra.config_loader`
   and `hydra._internal.callbacks.Callbacks` make what a launcher gets, `configure_log` sets up the
   logging of a job).
-- `JobReturn._return_value`: the error of a job; `return_value` would raise it.
 - `MissingConfigException.missing_cfg_file` and `.options`: hold the missing option and the options
   that exist.
 """
@@ -31,7 +30,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, configure_log
+from hydra.core.utils import configure_log
 from hydra.errors import MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -117,11 +116,6 @@ def run_jobs_by(run: Callable[[Multirun], object]) -> None:
         run: The function.
     """
     _run[:] = [run]
-
-
-def returned(job: JobReturn) -> Any:
-    """Return the value of a job's task function, or the error that it has raised."""
-    return job._return_value
 
 
 def plugin_option(group: str, name: str) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ on it:
 - `SlurmLauncher` and `LocalLauncher` of the plugin, called with the arguments that its `launch`
   gives, run one job in a process of submitit; `BaseQueueConf` has the parameters of all executors.
   `launch` itself ends with the first job that fails.
+- `JobReturn._return_value` of Hydra, the result of a job: its value or its error, which
+  `return_value` would raise.
 
 This module imports submitit, which is an optional dependency, only to submit jobs.
 """
@@ -21,14 +23,13 @@ import dataclasses
 import os
 import signal
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from hydra.core.singleton import Singleton
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
-
-from flash.compat.hydra import Multirun, returned
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -38,11 +39,20 @@ def in_job() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
-def submit(multirun: Multirun, task: Callable[[DictConfig], Any]) -> list[Any]:
+def submit(
+    kind: str,
+    jobs: Sequence[Sequence[str]],
+    config: DictConfig,
+    context: HydraContext,
+    task: Callable[[DictConfig], Any],
+) -> list[Any]:
     """Submit all jobs, as the plugin's launcher does.
 
     Args:
-        multirun: The sweep.
+        kind: Executor of submitit: `slurm` or `local`.
+        jobs: Overrides of each job.
+        config: Configuration of the sweep, with the node `hydra`.
+        context: Hydra's loader of configurations.
         task: Function of a job's configuration.
 
     Returns:
@@ -52,21 +62,20 @@ def submit(multirun: Multirun, task: Callable[[DictConfig], Any]) -> list[Any]:
     from hydra_plugins.hydra_submitit_launcher import submitit_launcher
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-    kind = multirun.choice("launcher").removeprefix("submitit_")
-    values: Any = OmegaConf.to_container(multirun.config.hydra.launcher, resolve=True)
+    values: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     del values["_target_"]
     plugin = {"slurm": submitit_launcher.SlurmLauncher, "local": submitit_launcher.LocalLauncher}
     launcher = plugin[kind](**values)
-    launcher.setup(hydra_context=multirun.context, task_function=task, config=multirun.config)
+    launcher.setup(hydra_context=context, task_function=task, config=config)
     common = {field.name for field in dataclasses.fields(BaseQueueConf)}
     own = {f"{kind}_{key}": values.pop(key) for key in ("max_num_timeout",) if key in values}
     executor = submitit.AutoExecutor(values.pop("submitit_folder"), cluster=kind, **own)
     named = {key if key in common else f"{kind}_{key}": value for key, value in values.items()}
     executor.update_parameters(**named)
-    count = len(multirun.jobs)
+    count = len(jobs)
     return executor.map_array(
         launcher,
-        multirun.jobs,
+        [list(job) for job in jobs],
         ["hydra.sweep.dir"] * count,
         list(range(count)),
         [f"job_id_for_{number}" for number in range(count)],
@@ -80,7 +89,7 @@ def result(job: Any) -> Any:
     Raises:
         Exception: The job has ended without a result; see `error_lines`.
     """
-    return returned(job.results()[0])
+    return job.results()[0]._return_value
 
 
 def requeue_handler() -> Handler:

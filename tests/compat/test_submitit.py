@@ -3,9 +3,11 @@
 import dataclasses
 import inspect
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 
 from tests.compat.contract import contract
 
@@ -90,3 +92,15 @@ def test_the_plugin_runs_jobs_that_we_submit():
             values = plugin_option("hydra/launcher", f"submitit_{kind.lower()}")
             assert values is not None
             assert "submitit_folder" in values
+
+
+def test_the_error_of_a_job_is_its_result():
+    with contract(
+        "Hydra's JobReturn._return_value", "flash.compat.submitit.result", "read a job's error"
+    ):
+        from flash.compat.submitit import result
+
+        error = ValueError("x")
+        for status, value in ((JobStatus.FAILED, error), (JobStatus.COMPLETED, 1)):
+            returned = JobReturn(status=status, _return_value=value)
+            assert result(SimpleNamespace(results=lambda value=returned: [value])) is value
