@@ -23,43 +23,81 @@ from flash.packages import require_packages
 from flash.search.settings import SearchJobSettings
 from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
 
-# The functions of commands first check the packages that are imported late in their work.
+# Packages that are imported late in the work of a command are checked first.
 
 
-def _logging(logger: LoggerSettings) -> list[str]:
-    """Return the packages that a logger needs."""
-    return ["wandb"] if logger.kind is LoggerKind.wandb else []
+def _require(settings: Any, *packages: str) -> None:
+    """Check that packages are installed, and the one of the logger."""
+    logger: LoggerSettings = settings.logger
+    require_packages([*packages, *(["wandb"] if logger.kind is LoggerKind.wandb else [])])
+
+
+def _require_for_training(settings: TrainSettings) -> None:
+    recipes = [settings.recipe, *(stage.recipe for stage in settings.then.values())]
+    _require(settings, *(["torchao"] if any(recipe.qat for recipe in recipes) else []))
+
+
+def _check_train(settings: TrainSettings) -> None:
+    _require_for_training(settings)
+    from flash.training.run import check
+
+    check(settings)
 
 
 def _train(settings: TrainSettings) -> None:
-    recipes = [settings.recipe, *(stage.recipe for stage in settings.then.values())]
-    rounding = ["torchao"] if any(recipe.qat for recipe in recipes) else []
-    require_packages([*rounding, *_logging(settings.logger)])
+    _require_for_training(settings)
     from flash.training.run import train
 
     train(settings)
 
 
+def _check_search(settings: SearchJobSettings) -> None:
+    _require(settings, "executorch")
+    from flash.search.job import check
+
+    check(settings)
+
+
 def _search(settings: SearchJobSettings) -> None:
-    require_packages(["executorch", *_logging(settings.logger)])
+    _require(settings, "executorch")
     from flash.report.figures import study_figures
     from flash.search.run import run_search
 
     run_search(settings, figures=study_figures)
 
 
+def _check_export(settings: ExportSettings) -> None:
+    _require(settings, "executorch")
+    from flash.export.run import check
+
+    check(settings)
+
+
 def _export(settings: ExportSettings) -> None:
-    require_packages(["executorch", *_logging(settings.logger)])
+    _require(settings, "executorch")
     from flash.export.run import export
 
     export(settings)
 
 
+def _check_evaluate(settings: EvaluateSettings) -> None:
+    _require(settings, "lm_eval")
+    from flash.evaluation.run import check
+
+    check(settings)
+
+
 def _evaluate(settings: EvaluateSettings) -> None:
-    require_packages(["lm_eval", *_logging(settings.logger)])
+    _require(settings, "lm_eval")
     from flash.evaluation.run import evaluate
 
     evaluate(settings)
+
+
+def _check_prepare(settings: PrepareSettings) -> None:
+    from flash.data.prepare import check
+
+    check(settings)
 
 
 def _prepare(settings: PrepareSettings) -> None:
@@ -75,14 +113,16 @@ def _workspace(settings: WorkspaceSettings) -> None:
     make_dashboards(settings)
 
 
-_JOBS: dict[str, Callable[[Any], None]] = {
-    "train": _train,
-    "search": _search,
-    "export": _export,
-    "evaluate": _evaluate,
-    "prepare": _prepare,
-    "workspace": _workspace,
+_Function = Callable[[Any], None]
+_JOBS: dict[str, tuple[_Function, _Function]] = {
+    "train": (_train, _check_train),
+    "search": (_search, _check_search),
+    "export": (_export, _check_export),
+    "evaluate": (_evaluate, _check_evaluate),
+    "prepare": (_prepare, _check_prepare),
+    "workspace": (_workspace, _workspace),
 }
+"""Functions of each command configured by Hydra: of its work, and of what it checks first."""
 
 
 def run(verb: str) -> None:
@@ -92,7 +132,7 @@ def run(verb: str) -> None:
         verb: `train`, `search`, `export`, `evaluate`, `prepare` or `workspace`.
     """
     commands.begin(verb)
-    entry(verb, _JOBS[verb])
+    entry(verb, *_JOBS[verb])
 
 
 def _measurements(arguments: Sequence[str]) -> int:

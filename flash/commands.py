@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from flash.ranks import is_main_process
@@ -51,3 +52,16 @@ def this_command() -> str:
     """Return the command line of this process, to be typed again."""
     start = os.environ.get("FLASH_COMMAND") or "flash"
     return " ".join([start, *map(shlex.quote, sys.argv[1:])])
+
+
+def process_of(arguments: Sequence[str]) -> list[str]:
+    """Return the program and the arguments of a process that runs this command with others.
+
+    Args:
+        arguments: Overrides, in place of those of this process.
+    """
+    spec = sys.modules["__main__"].__spec__
+    by_module = spec is not None  # python -m flash
+    program = ["-m", spec.name.removesuffix(".__main__")] if by_module else [sys.argv[0]]
+    verb = [] if os.environ.get(_FROM_SCRIPTS) else [this_verb()]
+    return [sys.executable, *program, *verb, *arguments]

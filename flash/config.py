@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
 import typing
@@ -22,14 +23,13 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from flash import commands, slurm
+from flash import commands, slurm, sweep
 from flash.bundled import CONF, bundled
-from flash.compat.hydra import Job, add_search_paths, jobs_of, plugin_option, this_job
+from flash.compat.hydra import Job, Multirun, add_search_paths, plugin_option, run_jobs_by, this_job
 from flash.compat.omegaconf import (
     accept_overrides_of_null,
     child_containers,
@@ -38,6 +38,7 @@ from flash.compat.omegaconf import (
 from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
 from flash.naming import complete_names, require_own_names
+from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
@@ -246,9 +247,9 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
     except slurm.JobFailed as error:
         _fail(error.line, error.code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except Exception as error:
         if str(error).startswith("Config group override must be"):  # of Hydra, without the group
             _fail("a config group is null: expected the name of one of its options")
@@ -262,25 +263,16 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(line, 1)
 
 
-class CheckJobs(Callback):
-    """Callback that checks the settings of all jobs before `-m` starts the first one."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        hydra = config.hydra
-        with one_line_errors(
-            ROOTS[hydra.job.config_name]
-        ):  # Hydra converts any other exception to a warning
-            slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
-            verb = hydra.job.config_name
-            require_own_names(verb, [load_job(verb, job) for job in jobs_of(config)])
-
-
-def entry(verb: str, job: Callable[[Any], object]) -> None:
+def entry(
+    verb: str, job: Callable[[Any], object], check: Callable[[Any], object] = lambda settings: None
+) -> None:
     """Run a command: compose its configuration, check it, convert it, call `job`, then exit.
 
     Args:
         verb: Name of the command, a key of `ROOTS`.
         job: Function of the settings that does the work.
+        check: Function of the settings that raises the errors that `job` would raise before any
+            work. With `-m` it is called for all jobs before the first one starts.
     """
     schema = ROOTS[verb]
     with one_line_errors(schema):
@@ -289,14 +281,26 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> Outcome:
         errors = one_line_errors(schema)  # inside Hydra, which would otherwise add lines
         if slurm.in_job():
             _quiet_libraries()  # a job is a new process that starts here
             errors = slurm.job(errors)
-        with errors:
+        with sweep.job(errors):
             job(load_job(verb, this_job(cfg)))
+        return noted()
 
+    def run_all(multirun: Multirun) -> None:
+        with one_line_errors(schema):
+            jobs = sweep.Sweep(multirun)
+            jobs.check_hydra(os.environ["FLASH_RUNS"])
+            settings = [load_job(verb, job) for job in multirun.composed()]
+            require_own_names(verb, settings)
+            for each in settings:
+                check(each)
+            jobs.run(run)
+
+    run_jobs_by(run_all)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     with one_line_errors(schema):
         main(run)()

@@ -23,7 +23,9 @@ ORDER = [
     "progress",
     "paths",
     "records",
+    "outcome",
     "slurm",
+    "sweep",
     "arch",
     "model",
     "data",  # streams text of a backbone's tokenizer

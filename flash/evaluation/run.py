@@ -13,12 +13,13 @@ from flash.commands import command
 from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
-from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
+from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text, one_line
 from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.export.result import ExportResult, exports
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
+from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, file_digest, plain
@@ -176,6 +177,24 @@ def context_of(program: Path) -> int:
     return limits.context
 
 
+def check(settings: EvaluateSettings) -> None:
+    """Check what an evaluation needs, without loading weights or tasks.
+
+    Raises:
+        InputError: Settings, weights or data files cannot be used, or a stored result is damaged.
+    """
+    subject = EvaluatedModel.open(settings)
+    for task in settings.suite.chosen:
+        data_files(task)
+        TaskResult.read(_folder(settings, subject.name), task.name)
+
+
+def _folder(settings: EvaluateSettings, name: str) -> Path:
+    """Return the folder of the task results."""
+    runs = Runs(Path(settings.runs))
+    return runs.evaluation(name) / f"{settings.suite.name}.{settings.format.value}"
+
+
 def evaluate(settings: EvaluateSettings) -> SuiteResult:
     """Run a suite on a model; stored results of finished tasks are reused.
 
@@ -185,9 +204,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     """
     subject = EvaluatedModel.open(settings)
     folder = Runs(Path(settings.runs)).evaluation(subject.name)
-    results, new = _results(
-        settings, subject, folder / f"{settings.suite.name}.{settings.format.value}"
-    )
+    results, new = _results(settings, subject, _folder(settings, subject.name))
     figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]
     shares = all(task.percent for task in settings.suite.chosen) and len(figures) > 1
     result = SuiteResult(
@@ -202,6 +219,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     result.write(folder)
     if new:
         _log(settings, result)
+    note(one_line(result), again=not new)
     print(f"\n{result.name}: {result.suite}, {result.form}")
     print(as_text(result))
     return result

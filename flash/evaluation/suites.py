@@ -167,6 +167,13 @@ def table(result: SuiteResult) -> list[list[str]]:
     return lines
 
 
+def one_line(result: SuiteResult) -> str:
+    """Average of the scores, or all scores where there is none."""
+    if result.average is not None:
+        return f"average {_number(result.average)} of {len(result.figures)} tasks"
+    return ", ".join(f"{row.title} {_number(row.value)}" for row in result.figures)
+
+
 def as_text(result: SuiteResult) -> str:
     """Format the table for terminals."""
     lines = table(result)

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -36,26 +37,21 @@ class ExportJob:
         name: Name of the result.
         spec: Architecture of the weights.
         weights: The checkpoint folder.
-        reference: Result of the backbone, whose program alternates with the new one while both are
-            timed; None if this is the backbone or there is no such program for the device.
         workspace: Backbone, tokenizer, text, and the device of the measurement.
-        keys: For each format a hash of all inputs and settings that affect its result.
     """
 
     settings: ExportSettings
     name: str
     spec: ArchSpec
     weights: Path
-    reference: ExportResult | None
     workspace: Workspace
-    keys: dict[ExportFormat, str]
 
     @classmethod
     def open(cls, settings: ExportSettings, runs: Runs) -> "ExportJob":
-        """Open the job: find its weights, its device and its text.
+        """Open the job and find its weights; text and device are opened at their first use.
 
         Raises:
-            InputError: Weights, device or text cannot be used.
+            InputError: Weights or device settings cannot be used.
         """
         backbone = Backbone.open(settings.backbone)
         name = result_name(settings)
@@ -72,13 +68,23 @@ class ExportJob:
             model_folder=weights,
             seed=settings.seed,
         )
-        device = workspace.device
-        # While a winner is timed, the program of its backbone alternates with it, if there is one
-        # for this device.
-        whole = spec == backbone.spec
-        reference = None if whole else _reference(runs, backbone, device)
-        keys = _keys(settings, weights, reference, workspace)
-        return cls(settings, name, spec, weights, reference, workspace, keys)
+        return cls(settings, name, spec, weights, workspace)
+
+    @cached_property
+    def reference(self) -> ExportResult | None:
+        """Result of the backbone, whose program alternates with the new one while both are timed.
+
+        None if this is the backbone, or if there is no such program for the device.
+        """
+        backbone = self.workspace.backbone
+        if self.spec == backbone.spec:
+            return None
+        return _reference(self.workspace.runs, backbone, self.device)
+
+    @cached_property
+    def keys(self) -> dict[ExportFormat, str]:
+        """For each format a hash of all inputs and settings that affect its result."""
+        return _keys(self.settings, self.weights, self.reference, self.workspace)
 
     @property
     def device(self) -> Device:
@@ -120,19 +126,33 @@ class ExportJob:
         tokenizer = self.workspace.tokenizer
         return tokenizer.begin if tokenizer.begin is not None else tokenizer.end_of_text
 
+    def check_settings(self) -> None:
+        """Check what can be checked without the device and without reading the text.
+
+        Raises:
+            InputError: No format is given, the device's settings do not fit the architecture, the
+                text is missing, or a stored result is damaged.
+        """
+        settings = self.settings
+        require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
+        if ExportFormat.executorch in settings.format:
+            settings.device.lowering.check_fits(self.spec)
+        self.workspace.check_data()
+        for kind in settings.format:
+            self._stored(kind)
+
     def check(self) -> None:
         """Check before any work that the export can succeed.
 
         Raises:
-            InputError: No format is given, a format cannot express the architecture, a gate cannot
-                run, a finished export would be overwritten, or the disk is too full.
+            InputError: As `check_settings`; or a format cannot express the architecture, a gate
+                cannot run, a finished export would be overwritten, or the disk is too full.
         """
+        self.check_settings()
         settings = self.settings
-        require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
         tokens = len(self.texts[0]) if self.texts else 0
         settings.gate.check_fits(tokens, settings.device.lowering)
         if ExportFormat.executorch in settings.format:
-            settings.device.lowering.check_fits(self.spec)
             self._check_prompt()
             self._compare_rounding()
         tokenizer = self.workspace.tokenizer
@@ -169,9 +189,12 @@ class ExportJob:
                     *(self.name, key, theirs, key, ours),
                 )
 
-    def _keep(self, kind: ExportFormat) -> None:
+    def _stored(self, kind: ExportFormat) -> ExportResult | FormatResult | None:
         program = kind is ExportFormat.executorch
-        found = ExportResult.read(self.folder) if program else FormatResult.read(self.folder, kind)
+        return ExportResult.read(self.folder) if program else FormatResult.read(self.folder, kind)
+
+    def _keep(self, kind: ExportFormat) -> None:
+        found = self._stored(kind)
         if found is None or found.key == self.keys[kind] or self.settings.overwrite:
             return
         raise InputError(

@@ -12,13 +12,13 @@ from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed, InputError
-from flash.export.formats import ExportSource, publish
+from flash.export.formats import FILES, ExportSource, publish
 from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult, device_conditions
 from flash.export.settings import ExportFormat, ExportSettings
-from flash.export.summary import describe, describe_format
+from flash.export.summary import describe, describe_format, one_line
 from flash.export.table6 import table6
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject
@@ -28,6 +28,7 @@ from flash.lowering.gate import GateReport, check_parity
 from flash.lowering.lower import lower, write
 from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
+from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import plain, read_json, write_json
@@ -36,6 +37,18 @@ from flash.training.validation import validate
 from flash.workspace import result_name
 
 log = logging.getLogger(__name__)
+
+
+def check(settings: ExportSettings) -> None:
+    """Check what an export needs, as far as possible before any work.
+
+    Raises:
+        InputError: Settings or weights cannot be used, or a stored result is damaged.
+    """
+    if settings.model == RANDOM:
+        shape_of(settings.arch, settings.backbone, settings.model)
+    else:
+        ExportJob.open(settings, Runs(Path(settings.runs))).check_settings()
 
 
 def export(settings: ExportSettings) -> ExportResult | None:
@@ -64,10 +77,12 @@ def export(settings: ExportSettings) -> ExportResult | None:
     result, path = ExportResult.read(job.folder), job.folder / "model.pte"
     if result is not None and result.key == job.key and path.is_file():
         log.info("%s is finished: %s", job.name, path)
+        note(one_line(result), again=True)
     else:
         result = _export(job)
         result.write(job.folder)
         _log(settings, result, runs)
+        note(one_line(result))
     describe(result, job.folder)
     return result
 
@@ -86,6 +101,7 @@ def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
     for kind in kinds:
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
         describe_format(job.name, kind, result, job.folder)
+        note(f"{job.folder / FILES[kind]}, {result.size_bytes / 2**20:.2f} MiB")
 
 
 def _export(job: ExportJob) -> ExportResult:

@@ -18,6 +18,17 @@ def describe_format(name: str, kind: ExportFormat, result: FormatResult, folder:
     )
 
 
+def one_line(result: ExportResult) -> str:
+    """Time to first token and decode speed at the first point of each, and the program's size."""
+    parts: dict[Phase, str] = {}
+    for name, latency in result.measurement.latencies.items():
+        point = Point.parse(name)
+        speed = f"{1e3 / latency.ms:.0f} tokens/s"
+        ttft = f"TTFT {latency.ms:.1f} ms for {point.tokens} tokens"
+        parts.setdefault(point.phase, ttft if point.phase is Phase.prefill else speed)
+    return ", ".join([*parts.values(), f"{result.pte_bytes / 2**20:.2f} MiB"])
+
+
 def describe(result: ExportResult, folder: Path) -> None:
     """Print a measured program in a few lines."""
     measured = result.measurement

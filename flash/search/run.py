@@ -10,6 +10,7 @@ from flash.commands import command
 from flash.errors import InputError, require
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
+from flash.outcome import note
 from flash.paths import Runs
 from flash.records import find_json, plain, write_json, write_text
 from flash.search.estimate import trial_hours
@@ -325,6 +326,10 @@ def _describe(job: SearchJob, report: dict[str, Any]) -> None:
             f"{report['names'][str(number)]:11s}{mark} {by_number[number]['loss']:6.3f} "
             f"{interval:>24s} {parameters:8.2f}M  {spec}"
         )
+    note(
+        f"{len(by_number)} trials ({failed} failed), {len(report['frontier'])} on the frontier, "
+        f"{len(report['winners'])} winners"
+    )
     winners = ",".join(report["names"][str(number)] for number in sorted(report["winners"]))
     write_text(job.folder / "winners", winners + "\n")
     if winners:

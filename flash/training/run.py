@@ -3,14 +3,16 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from flash.arch import ArchSpec, count_parameters
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
+from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
@@ -81,6 +83,37 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     return digest(decisive)
 
 
+def check(settings: TrainSettings) -> None:
+    """Check all stages as far as possible before any work: no text or weights are read.
+
+    Raises:
+        InputError: Settings, backbone or data cannot be used, or a stored result is damaged.
+    """
+    backbone = Backbone.open(settings.backbone)
+    runs, stages = Runs(Path(settings.runs)), _stages(settings)
+    spec_of(stages[0], backbone)
+    check_devices(settings.trainer)
+    for key, stage in zip(["", *settings.then], stages, strict=True):
+        with under(f"then.{key}") if key else nullcontext():
+            settings.trainer.accumulation(stage.recipe.batch_size)  # checks that it is divisible
+            if backbone.folder is not None and stage.recipe.inherit:
+                check_top_k(stage.recipe, stage.data, backbone.spec.vocab_size)
+            _workspace(stage, backbone).check_data()
+    for stage in stages:
+        TrainResult.read(runs.model(result_name(stage)))
+
+
+def _workspace(settings: TrainSettings, backbone: Backbone) -> Workspace:
+    return Workspace(
+        runs=Runs(Path(settings.runs)),
+        backbone=backbone,
+        data_settings=settings.data,
+        model_folder=Path(settings.start) if settings.start is not None else None,
+        batch_size=settings.recipe.batch_size,
+        seed=settings.seed,
+    )
+
+
 def train(settings: TrainSettings) -> TrainResult:
     """Train a model, stage by stage; stages that are finished are not repeated.
 
@@ -90,6 +123,7 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: Settings, backbone or data cannot be used.
     """
+    check(settings)
     stages = _stages(settings)
     return [_train_stage(stage, stages[i + 1 :]) for i, stage in enumerate(stages)][-1]
 
@@ -104,7 +138,11 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
         }
         return dataclasses.replace(recipe, **counts)
 
-    first = dataclasses.replace(settings, recipe=scaled(settings.recipe), then={}, scale=1.0)
+    runs, start = Runs(Path(settings.runs)), settings.start
+    if start is not None:
+        start = str(checkpoint_folder("start", start, runs))
+    recipe = scaled(settings.recipe)
+    first = dataclasses.replace(settings, recipe=recipe, start=start, then={}, scale=1.0)
     stages = [first]
     for key, stage in settings.then.items():
         before = result_name(stages[-1])
@@ -114,7 +152,7 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
                 recipe=scaled(stage.recipe),
                 data=stage.data,
                 arch={},
-                start=str(Runs(Path(settings.runs)).model(before) / "checkpoint"),
+                start=str(runs.model(before) / "checkpoint"),
                 name=f"{before}_{key}",
             )
         )
@@ -129,12 +167,7 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
         later: Those of the stages that will start from its result.
     """
     backbone = Backbone.open(settings.backbone)
-    if settings.start is not None:
-        start = checkpoint_folder("start", settings.start, Runs(Path(settings.runs)))
-        settings = dataclasses.replace(settings, start=str(start))
     spec = spec_of(settings, backbone)
-    check_devices(settings.trainer)
-    settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
     name = result_name(settings)
     if not settings.recipe.inherit:
         log.info("training %s from random weights, as recipe.inherit=false says", name)
@@ -150,22 +183,15 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
     if settings.recipe.inherit:
         backbone.fetch()
-    runs = Runs(Path(settings.runs))
-    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
-    workspace = Workspace(
-        runs=runs,
-        backbone=backbone,
-        data_settings=settings.data,
-        model_folder=Path(settings.start) if settings.start is not None else None,
-        batch_size=settings.recipe.batch_size,
-        seed=settings.seed,
-    )
+    workspace = _workspace(settings, backbone)
+    runs = workspace.runs
     key = _key(settings, spec, workspace)
-    folder = runs.model(name)
+    folder = workspace.runs.model(name)
     result = TrainResult.read(folder)
     saved = (folder / "checkpoint" / "model.safetensors").is_file()
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
+        note(result.change, again=True)
         return result
     if not settings.overwrite:
         found = [result, *(TrainResult.read(runs.model(result_name(each))) for each in later)]
@@ -175,6 +201,7 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
         result.write(folder)
         (folder / "checkpoints" / key / LAST).unlink(missing_ok=True)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
+        note(result.change)
     wait_for_others()  # a further stage may start from this result
     result = TrainResult.read(folder)
     assert result is not None

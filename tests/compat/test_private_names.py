@@ -15,7 +15,7 @@ DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 COMPAT = {
     "hydra": {"hydra", "omegaconf"},
     "executorch_llm": {"executorch", "torch"},
-    "submitit": set(),
+    "submitit": {"hydra", "hydra_plugins", "omegaconf", "submitit"},
     "torchao": {"torch"},
     "wandb_workspaces": {"wandb", "wandb_workspaces"},
 }
