@@ -18,13 +18,13 @@ needs Chrome or Chromium); without names it draws all:
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flash_space
 import numpy as np
 import plotly.graph_objects as go
-import principles
 import stopping
-import tabular
+import torch
 from optuna.trial import TrialState
 from readme_figure import note
 from record import RESULTS
@@ -33,6 +33,7 @@ from scipy import stats
 
 import conf
 from flash.arch import GROUP, ArchSpec
+from flash.compat.torchao import tensor_parts
 from flash.device.workload import Point
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import FFN, BlockTable
@@ -40,6 +41,8 @@ from flash.latency.drift import comparable
 from flash.latency.fit import grid_subjects, make_grid
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
+from flash.lowering.quantize import quantize
+from flash.lowering.settings import LoweringSettings
 from flash.model.checkpoint import load
 from flash.report.style import BLUE, GRAY, GREEN, INK, ORANGE, layout
 from flash.search.loop import frontier
@@ -97,9 +100,9 @@ def hypervolume() -> go.Figure:
     front = frontier(trials, table.problem)
     points = np.array([[t.costs["prefill_ms"], t.loss] for t in front])
     reference = table.problem.reference
-    chosen = choose_winners(points[:, ::-1], reference, 3)
+    chosen = choose_winners(points[:, [1, 0]], reference, 3)
     figure = go.Figure()
-    draw_area(figure, points, (reference[0], reference[1]))
+    draw_area(figure, points[points[:, 1] < reference[0]], (reference[0], reference[1]))
     figure.add_scatter(
         x=[t.costs["prefill_ms"] for t in trials], y=[t.loss for t in trials], mode="markers",
         marker={"color": GRAY, "size": 6}, name="trials",
@@ -121,15 +124,10 @@ def improvement() -> go.Figure:
     figure = go.Figure()
     draw_area(figure, known, reference)
     cost, loss = 32.0, 2.12
-    steps_x = [cost, cost, 38, 38, 52, 52, reference[1], reference[1]]
-    steps_y = [loss, 2.45, 2.45, 2.2, 2.2, loss, loss, loss]
-    figure.add_scatter(x=steps_x, y=steps_y, mode="none", fill="toself",
-                       fillcolor="rgba(232, 116, 59, 0.45)", name="improvement")  # fmt: skip
-    figure.data = (figure.data[0], figure.data[2], figure.data[1])
-    figure.data[1].x, figure.data[1].y = (
-        [cost, cost, 38, 38, 52, 52],
-        [loss, 2.45, 2.45, 2.2, 2.2, loss],
-    )
+    figure.add_scatter(
+        x=[cost, cost, 38, 38, 52, 52], y=[loss, 2.45, 2.45, 2.2, 2.2, loss], mode="none",
+        fill="toself", fillcolor="rgba(232, 116, 59, 0.45)", name="improvement",
+    )  # fmt: skip
     figure.add_scatter(x=known[:, 0], y=known[:, 1], mode="markers", name="trials",
                        marker={"color": BLUE, "size": 9})  # fmt: skip
     figure.add_scatter(x=[cost], y=[loss], mode="markers", name="candidate",
@@ -190,7 +188,8 @@ def samplers() -> go.Figure:
 def stopped() -> go.Figure:
     trials = stopping.trials()
     order = np.random.default_rng(3).permutation(len(trials))
-    known, now = [trials[i] for i in order[:24]], trials[order[30]]
+    known = [trials[i] for i in order[:24]]
+    now = sorted((trials[i] for i in order[24:40]), key=lambda trial: trial.loss or 0)[11]
     part = len(now.curve) // 2
     partial = [trial.curve[part - 1] for trial in known]
     final = [trial.loss for trial in known if trial.loss is not None]
@@ -223,7 +222,7 @@ def stopped() -> go.Figure:
                        line={"color": INK, "dash": "dot"}, showlegend=False)  # fmt: skip
     figure.add_annotation(x=ends[-1], y=best, xref="x2", yref="y2", text="to beat", yshift=10,
                           showarrow=False, xanchor="right")  # fmt: skip
-    return figure.update_layout(yaxis_range=[1.8, 4.6])
+    return figure.update_layout(yaxis={"type": "log", "tickvals": [1, 2, 3, 4, 5, 6]})
 
 
 def blocks() -> go.Figure:
@@ -266,21 +265,22 @@ def blocks() -> go.Figure:
 
 def rounding() -> go.Figure:
     decoder = load(conf.ROOT / "backbones" / "tiny")
-    weights = decoder.model.layers[2].mlp.gate_proj.weight.detach().numpy()[7, : 2 * GROUP]
+    row = decoder.model.layers[2].mlp.gate_proj.weight.detach()[7:8, : 2 * GROUP]
+    linear = torch.nn.Linear(2 * GROUP, 1, bias=False)
+    linear.weight = torch.nn.Parameter(row.clone())
+    quantized: Any = quantize(torch.nn.Sequential(linear), LoweringSettings())[0].weight
+    scales = tensor_parts(quantized)["scale"].flatten().tolist()
+    weights, rounded = row[0].numpy(), quantized.dequantize()[0].detach().numpy()
     figure = go.Figure()
-    for group in range(2):
+    for group, scale in enumerate(scales):
         x = np.arange(group * GROUP, (group + 1) * GROUP)
-        values = weights[x]
-        scale = float(np.abs(values).max()) / 7.5  # torchao: symmetric, 16 levels from -8 to 7
-        levels = np.arange(-8, 8) * scale
-        rounded = levels[np.abs(values[:, None] - levels).argmin(axis=1)]
-        for level in levels:
+        for level in np.arange(-8, 8) * scale:
             figure.add_scatter(x=[x[0] - 0.4, x[-1] + 0.4], y=[level, level], mode="lines",
                                line={"color": GRAY, "width": 0.5}, showlegend=False)  # fmt: skip
         first = group == 0
-        figure.add_scatter(x=x, y=values, mode="markers", showlegend=first, name="weight",
+        figure.add_scatter(x=x, y=weights[x], mode="markers", showlegend=first, name="weight",
                            marker={"color": BLUE, "size": 7})  # fmt: skip
-        figure.add_scatter(x=x, y=rounded, mode="markers", showlegend=first, name="in 4 bits",
+        figure.add_scatter(x=x, y=rounded[x], mode="markers", showlegend=first, name="in 4 bits",
                            marker={"color": ORANGE, "size": 7, "symbol": "line-ew-open",
                                    "line_width": 2})  # fmt: skip
     layout(figure, "weight of one row, in two groups of 32", "value")
