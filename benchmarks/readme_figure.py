@@ -9,10 +9,10 @@ kaleido, which needs Chrome or Chromium):
   each predicted with its 90 % interval by a fit to the other 24.
 """
 
+import flash_space
 import numpy as np
 import plotly.graph_objects as go
 import tabular
-from flash_space import PROGRAMS, STORE
 
 import conf
 from flash.arch import ArchSpec
@@ -49,14 +49,14 @@ def predicted() -> tuple[np.ndarray, Prediction]:
     """Measured prefill latencies at 2048 tokens [ms], and what a fit to the others says."""
     point = Point.parse("prefill_2048")
     attempts: dict[str, list[StoredLatency]] = {}
-    for row in MeasurementStore(STORE):
+    for row in MeasurementStore(flash_space.STORE):
         if row.kind is SubjectKind.model and row.conditions.point["tokens"] == point.tokens:
             attempts.setdefault(row.key, []).append(row)
     models = [ArchSpec.from_dict(rows[0].subject) for rows in attempts.values()]
     values, errors = comparable(list(attempts.values()), point.phase)
 
     def make() -> AnalyticalPredictor:
-        return AnalyticalPredictor(point, PROGRAMS)
+        return AnalyticalPredictor(point, flash_space.PROGRAMS)
 
     return values, cross_predict(make, models, values, errors, folds=len(models))
 
