@@ -47,6 +47,7 @@ class AndroidDevice(RemoteDevice):
     """One phone, found by its serial number."""
 
     times_blocks = False
+    runs_texts = False
 
     def __init__(self, settings: DeviceSettings) -> None:
         super().__init__(settings, settings.android)

@@ -33,6 +33,8 @@ class Device(ABC):
 
     times_blocks = True
     """True if the device runs single blocks, whose input is activations; else only whole models."""
+    runs_texts = True
+    """True if the device continues and scores texts; else it only times programs."""
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings

@@ -9,7 +9,7 @@ from typing import Any
 from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
 from flash.device.base import Device
-from flash.device.factory import open_device
+from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed, InputError
 from flash.export.formats import FILES, ExportSource, publish
@@ -118,13 +118,14 @@ def _export(job: ExportJob) -> ExportResult:
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
     measurement, speedups = _measure(job, model, lower_s)
-    ids = job.device.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
+    texts = text_device(job.device)
+    ids = texts.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
     return ExportResult(
         name=name,
         spec=model.spec,
         parameters=count_parameters(model.spec).total,
         quality=validate(model, workspace.data, settings.trainer.precision),
-        program_quality=program_quality(model, path, job.device, job.texts),
+        program_quality=program_quality(model, path, texts, job.texts),
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,

@@ -16,7 +16,7 @@ import pytest
 from flash.device import llama_main, thermal
 from flash.device.android import AndroidDevice
 from flash.device.connections import AndroidSettings
-from flash.device.factory import open_device
+from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
 from flash.device.remote import content_name
 from flash.device.settings import DeviceKind
@@ -246,6 +246,13 @@ def test_what_llama_main_cannot_do_is_said(phone, connect, pte):
     zero = Workload(prompts=[], contexts=[0], decode_tokens=1)
     with pytest.raises(InputError, match=r"contexts=\[0\]"):
         device.measure([Program(name="a", path=pte, vocab_size=64)], zero)
+
+
+def test_texts_for_a_phone_go_through_the_host(phone, connect, program):
+    device = connect()
+    assert text_device(device).generate(program, [5, 6], 3, stop=[0])
+    host = text_device(device)
+    assert text_device(host) is host
 
 
 def test_no_phone_several_phones_and_wrong_serial(make_phone, connect, pte):
