@@ -7,7 +7,7 @@ from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
-from flash.errors import InputError, require
+from flash.errors import InputError, require, shown
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
 from flash.paths import Runs
@@ -239,7 +239,7 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     if not frontier(trials, problem):
         check_limits(job.space, problem, settings.seed)
         raise InputError(
-            f"search.limits={problem.limits}: expected limits that a trial of {source} obeys; "
+            f"search.limits={shown(dict(problem.limits))}: expected limits that a trial of {source} obeys; "
             "start a new search with them, since the space has members that do"
         )
     return _write(job, study, latency, problem, trials)

@@ -237,7 +237,7 @@ def test_arch_selects_a_shape():
     ("arch", "model", "message"),
     [
         ({"stock": "lfm2_35m"}, "random", "arch.stock=lfm2_35m: .*did you mean 'lfm2_350m'?"),
-        ({"stock": "lfm2_350m"}, None, "model=None: expected random: arch.stock=lfm2_350m has no"),
+        ({"stock": "lfm2_350m"}, None, "model=null: expected random: arch.stock=lfm2_350m has no"),
         ({"stock": "lfm2_350m"}, "folder", "model=folder: expected random"),
         ({"stock": "lfm2_350m", "ffn_dim": 64}, "random", "arch.ffn_dim=64: expected no key"),
         ({"stok": "lfm2_350m"}, "random", "arch.stok: unknown key"),
