@@ -33,7 +33,7 @@ def run(monkeypatch, tmp_path, capsys):
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS", "FLASH_VERB"):
+        for name in ("FLASH_PROGRAM", "FLASH_RUNS", "FLASH_VERB"):
             monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
         begin(script)
         reached = []
@@ -61,7 +61,6 @@ def test_defaults_compose_and_convert(script, run):
 )
 def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
-    monkeypatch.setenv("FLASH_COMMAND", "flash")
     (tmp_path / "conf").mkdir()
     register()
     group = path.parent.name

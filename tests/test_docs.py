@@ -183,7 +183,6 @@ def folder(monkeypatch, tmp_path):
     """A working directory with the checkpoint that commands call FOLDER, and nothing else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
-    monkeypatch.setenv("FLASH_COMMAND", "flash")
     (tmp_path / "FOLDER").mkdir()
     shutil.copy(ROOT / "backbones" / "tiny" / "config.json", tmp_path / "FOLDER")
     return tmp_path

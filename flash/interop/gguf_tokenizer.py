@@ -146,7 +146,12 @@ def pre_tokenizer_name(path: Path) -> str:
     model = values["model"]
     for key, wanted in {"type": "BPE", "byte_fallback": False, "dropout": None}.items():
         found = model.get(key, wanted)
-        require(found == wanted, f"{path}: model.{key}", found, f"{shown(wanted)}; not supported in GGUF")
+        require(
+            found == wanted,
+            f"{path}: model.{key}",
+            found,
+            f"{shown(wanted)}; not supported in GGUF",
+        )
     normalizer = (values.get("normalizer") or {}).get("type")
     # llama.cpp leaves Qwen's composition of accents out; text is nearly always composed already.
     require(normalizer in (None, "NFC"), f"{path}: normalizer", normalizer, "none or NFC")

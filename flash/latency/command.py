@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from flash.commands import command
 from flash.errors import InputError
 from flash.latency.store import MeasurementStore
 from flash.paths import Runs
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: A store cannot be read.
     """
-    parser = argparse.ArgumentParser(prog="flash measurements", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("measurements"), description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the store as CSV, one row per latency")

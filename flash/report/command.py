@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flash.commands import command
 from flash.paths import Runs
 from flash.report.data import ReportData, read
 from flash.report.figures import all_figures
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: There is no finished search, or a file is damaged.
     """
-    parser = argparse.ArgumentParser(prog="flash report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("report"), description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--study", help="name of a study (default: the latest)")
     parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")

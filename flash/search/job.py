@@ -150,8 +150,8 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     reason = space.violated_rule(spec)
     if reason is not None:
         raise InputError(
-            f"search.baseline={shown(dict(changes))}: expected a member of space {space.settings.name}: "
-            f"{reason}"
+            f"search.baseline={shown(dict(changes))}: expected a member of space "
+            f"{space.settings.name}: {reason}"
         )
     return spec
 

@@ -239,8 +239,8 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     if not frontier(trials, problem):
         check_limits(job.space, problem, settings.seed)
         raise InputError(
-            f"search.limits={shown(dict(problem.limits))}: expected limits that a trial of {source} obeys; "
-            "start a new search with them, since the space has members that do"
+            f"search.limits={shown(dict(problem.limits))}: expected limits that a trial of "
+            f"{source} obeys; start a new search with them, since the space has members that do"
         )
     return _write(job, study, latency, problem, trials)
 
