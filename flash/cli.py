@@ -5,7 +5,9 @@ about settings do not wait for torch, and Ctrl-C is handled before anything slow
 """
 
 import argparse
+import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from flash import commands, terminal
 from flash.bundled import CONF
 from flash.errors import InputError, nearest, under
 from flash.packages import require_packages
+from flash.paths import Runs
+from flash.ranks import is_main_process
 
 if TYPE_CHECKING:
     from flash.data.settings import PrepareSettings
@@ -37,35 +41,105 @@ def _train(settings: "TrainSettings") -> None:
     require_packages([*rounding, *_logging(settings.logger)])
     from flash.training.run import train
 
-    train(settings)
+    result = train(settings)
+    if is_main_process():
+        folder = Runs(Path(settings.runs)).model(result.name) / "checkpoint"
+        terminal.finish([folder], _following("export", f"model={result.name}"))
 
 
 def _search(settings: "SearchJobSettings") -> None:
     require_packages(["executorch", *_logging(settings.logger)])
     from flash.report.figures import study_figures
-    from flash.search.run import run_search
+    from flash.search.run import run_search, winner_names
+    from flash.search.settings import SearchStage
 
-    run_search(settings, figures=study_figures)
+    report, runs = run_search(settings, figures=study_figures), Runs(Path(settings.runs))
+    if settings.stage is SearchStage.latency:
+        folder = runs.latency(settings.device.name)
+        made = [folder / "latency.json", folder / "measurements.csv"]
+        terminal.finish(made, _following("search"))
+        return
+    study = runs.study(settings.search.study)
+    if settings.stage is SearchStage.promote:
+        terminal.finish([study / "promoted.json"], _following("train", "-m", _winners(study)))
+        return
+    winners = winner_names(report)
+    made = [study / "frontier.json", *([study / "winners"] if winners else [])]
+    if winners:
+        terminal.finish(made, _following("train", "-m", _winners(study)))
+    else:
+        more = f"search.trials={2 * settings.search.trials}"
+        terminal.finish(made, _following("search", f"search.study={study.name}", more))
 
 
 def _export(settings: "ExportSettings") -> None:
     require_packages(["executorch", *_logging(settings.logger)])
+    from flash.export.formats import FILES
+    from flash.export.random_weights import RANDOM
     from flash.export.run import export
 
-    export(settings)
+    result, runs = export(settings), Runs(Path(settings.runs))
+    if settings.model == RANDOM:
+        terminal.finish([runs.shapes], _following("train"))
+        return
+    name = result.name if result is not None else settings.name or settings.backbone.name
+    made = [runs.export(name) / FILES[kind] for kind in settings.format]
+    if result is None:
+        following = _following("export", "format=[executorch]", also=_CHOOSES_MODEL)
+    else:
+        following = _following("evaluate", "format=program", also=_CHOOSES_MODEL)
+    terminal.finish(made, following)
 
 
 def _evaluate(settings: "EvaluateSettings") -> None:
     require_packages(["lm_eval", *_logging(settings.logger)])
     from flash.evaluation.run import evaluate
 
-    evaluate(settings)
+    result, runs = evaluate(settings), Runs(Path(settings.runs))
+    made = [runs.evaluation(result.name) / f"{result.stem}.json"]
+    searched = any(runs.root.glob("studies/*/frontier.json"))
+    terminal.finish(made, _following("report" if searched else "search"))
 
 
 def _prepare(settings: "PrepareSettings") -> None:
     from flash.data.prepare import prepare
 
-    prepare(settings)
+    folder = prepare(settings)
+    terminal.finish([folder], _following("train", "data=shards", f"data.path={folder}"))
+
+
+_CARRIED = ("backbone", "device", "logger", "runs", "trainer")
+"""Groups and settings that the next command takes from this one."""
+_CHOOSES_MODEL = ("arch", "model", "name", "data")
+"""Further ones for a command on the same model."""
+
+
+def _following(verb: str, *words: str, also: Sequence[str] = ()) -> str:
+    """Return the next command, with what this command line has set for that one too.
+
+    Args:
+        verb: The next command.
+        words: Arguments of it.
+        also: Groups and settings to take from this command besides `_CARRIED`.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from flash.schemas import ROOTS
+
+    known = {field.name for field in dataclasses.fields(ROOTS[verb])} if verb in ROOTS else set()
+    roots = known.intersection([*_CARRIED, *also])
+    given = {word.partition("=")[0] for word in words}
+    carried = [
+        word
+        for word in HydraConfig.get().overrides.task
+        if re.split(r"[.=]", word.lstrip("+"))[0] in roots and word.partition("=")[0] not in given
+    ]
+    return " ".join([commands.command(verb), *map(shlex.quote, [*carried, *words])])
+
+
+def _winners(study: Path) -> str:
+    """The option that chooses the winners of a study."""
+    return f"+arch={(study / 'winners').read_text('utf-8').strip()}"
 
 
 _JOBS: dict[str, Callable[[Any], None]] = {
@@ -138,7 +212,10 @@ def _convert(arguments: Sequence[str]) -> int:
     from flash.interop.gguf_folder import convert
 
     convert(options.file, options.folder)
-    print(f"{options.folder}: use it as backbone.weights={options.folder}")
+    following = (
+        f"{commands.command('new')} space NAME --backbone {shlex.quote(str(options.folder))}"
+    )
+    terminal.finish([options.folder], following)
     return 0
 
 
@@ -159,10 +236,18 @@ def _new(arguments: Sequence[str]) -> int:
                 "values; leave one of the two out"
             )
         path, count = new_space(options.group, options.name, options.backbone)
-        print(f"{path}: {count:,} architectures; change it, then use it as space={options.name}")
+        print(f"{count:,} architectures; change the file where you know better")
+        weights = shlex.quote(f"backbone.weights={options.backbone}")
+        following = f"{commands.command('search')} {weights} space={options.name}"
+        terminal.finish([path], following)
         return 0
     path, source = new_option(options.group, options.name, options.source)
-    print(f"{path}: a copy of {options.group}={source}; change it, then use it by its name")
+    print(f"a copy of {options.group}={source}; change it before you use it")
+    from flash.schemas import commands_with
+
+    sign, verb = "+" if options.group == "arch" else "", commands_with(options.group)
+    following = commands.command(verb[0] if verb else "train")
+    terminal.finish([path], f"{following} {sign}{options.group}={options.name}")
     return 0
 
 

@@ -122,7 +122,15 @@ def _filtered_descriptor() -> Iterator[None]:
 
 
 def _forward(readable: int, real: int) -> None:
-    with os.fdopen(readable, "rb") as lines:
+    rest = b""
+    while read := os.read(readable, 1 << 16):
+        *lines, rest = (rest + read).split(b"\n")
         for line in lines:
             if not is_noise(line.decode(errors="replace")):
-                os.write(real, line)
+                os.write(real, line + b"\n")
+        if rest.startswith(b"\r"):  # a progress bar, which ends in no newline
+            os.write(real, rest)
+            rest = b""
+    if rest and not is_noise(rest.decode(errors="replace")):
+        os.write(real, rest)
+    os.close(readable)

@@ -7,6 +7,7 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 COLUMNS = 80
 """Width that tables, summaries and help texts fit into."""
@@ -63,3 +64,39 @@ def wrap(text: str, indent: str = "", width: int = COLUMNS) -> str:
         width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(wrapper.fill(line) for line in text.splitlines())
+
+
+def finish(made: Sequence[object], following: str) -> None:
+    """Print the end of a command: the files and folders that it made, and what to type next."""
+    print("".join(f"\nmade: {path}" for path in made))
+    print(f"next: {following}")
+
+
+def table(rows: Sequence[Sequence[str]], width: int = COLUMNS) -> str:
+    """Align a table; columns for which the width is too small follow in a table of their own.
+
+    Args:
+        rows: Cells, header first. The first column, which begins each of the tables, names the row.
+        width: Number of columns of the terminal.
+    """
+    columns = list(zip(*rows, strict=True))
+    aligned = [_aligned(column) for column in columns]
+    parts: list[list[list[str]]] = []
+    room = -1
+    for column in aligned[1:]:
+        room -= 2 + len(column[0])
+        if room < 0:
+            parts.append([aligned[0]])
+            room = width - len(aligned[0][0]) - 2 - len(column[0])
+        parts[-1].append(column)
+    texts = [
+        "\n".join("  ".join(row).rstrip() for row in zip(*part, strict=True)) for part in parts
+    ]
+    return "\n\n".join(texts)
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    """Cells of one width: numbers end, and words begin, below each other."""
+    size = max(map(len, column))
+    numeric = all(cell[:1] in "0123456789+-." for cell in column[1:])
+    return [cell.rjust(size) if numeric else cell.ljust(size) for cell in column]

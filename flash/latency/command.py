@@ -8,6 +8,7 @@ from flash.commands import command
 from flash.errors import InputError
 from flash.latency.store import MeasurementStore
 from flash.paths import Runs
+from flash.terminal import finish
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,10 +30,12 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     store = MeasurementStore(Runs(arguments.runs).measurements)
     if arguments.command == "export":
-        print(f"{arguments.csv}: {store.write_csv(arguments.csv)} measurements")
+        print(f"{store.write_csv(arguments.csv)} measurements")
+        finish([arguments.csv], f"{command('search')} stage=latency")
         return 0
     if not arguments.store.is_file():
         raise InputError(f"{arguments.store}: no such file; give another measurements.jsonl")
     added = store.merge(MeasurementStore(arguments.store))
-    print(f"{store.path}: {added} measurements added, {len(store)} in all")
+    print(f"{added} measurements added, {len(store)} in all")
+    finish([store.path], command("search"))
     return 0
