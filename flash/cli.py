@@ -108,7 +108,7 @@ def _prepare(settings: "PrepareSettings") -> None:
     terminal.finish([folder], _following("train", "data=shards", f"data.path={folder}"))
 
 
-_CARRIED = ("backbone", "device", "logger", "runs", "trainer")
+_CARRIED = ("backbone", "device", "logger", "runs")
 """Groups and settings that the next command takes from this one."""
 _CHOOSES_MODEL = ("arch", "model", "name", "data")
 """Further ones for a command on the same model."""
