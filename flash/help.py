@@ -159,6 +159,8 @@ def _screen(verb: str, arguments: Sequence[str]) -> str:
     lines += ["Groups, each with its options (* is taken if none is chosen):"]
     for group, default in groups(verb).items():
         names = list(options(verb, group, runs))
+        if not names:
+            continue
         listed = [f"*{each}" if each == default else each for each in names[:_MOST_OPTIONS]]
         if default in names[_MOST_OPTIONS:]:
             listed.append(f"*{default}")
