@@ -57,7 +57,7 @@ def _search(settings: "SearchJobSettings") -> None:
     if settings.stage is SearchStage.latency:
         folder = runs.latency(settings.device.name)
         made = [folder / "latency.json", folder / "measurements.csv"]
-        terminal.finish(made, _following("search"))
+        terminal.finish(made, _following("search", "stage=search"))
         return
     study = runs.study(settings.search.study)
     if settings.stage is SearchStage.promote:
@@ -127,7 +127,8 @@ def _following(verb: str, *words: str, also: Sequence[str] = ()) -> str:
     from flash.schemas import ROOTS
 
     known = {field.name for field in dataclasses.fields(ROOTS[verb])} if verb in ROOTS else set()
-    roots = known.intersection([*_CARRIED, *also])
+    same = verb == commands.this_verb()  # with other settings it would be another result
+    roots = known if same else known.intersection([*_CARRIED, *also])
     given = {word.partition("=")[0] for word in words}
     carried = [
         word
