@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from flash import commands, slurm, sweep
+from flash import commands, slurm, sweep, terminal
 from flash.bundled import CONF, bundled
 from flash.compat.hydra import Job, Multirun, add_search_paths, plugin_option, run_jobs_by, this_job
 from flash.compat.omegaconf import (
@@ -84,28 +83,10 @@ def check_own_options(folder: Path) -> None:
             )
 
 
-def _option_groups(verb: str) -> str:
-    """Groups of a command with their options, for its help, in lines of at most 80 columns."""
-    fields = {field.name for field in dataclasses.fields(ROOTS[verb])}
-    if "- experiment: null" in (CONF / f"{verb}.yaml").read_text("utf-8"):
-        fields.add("experiment")
-    found: dict[str, set[str]] = {}
-    for folder in (CONF, *_config_folders(verb)):
-        for path in folder.glob("*/*.yaml"):
-            found.setdefault(path.parent.name, set()).add(path.stem)
-    lines = [
-        f"{'+' if group == 'arch' else ''}{group}: {', '.join(sorted(options))}"
-        for group, options in sorted(found.items())
-        if group in fields
-    ]
-    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
-
-
 def register() -> None:
     """Register schemas, search paths and resolvers with Hydra and OmegaConf."""
     accept_overrides_of_null()
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
-    OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
@@ -218,12 +199,14 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         schema: Root settings of the command, for errors of Hydra and OmegaConf.
     """
     command = commands.this_command()
+    terminal.begin_work()  # Ctrl-C is caught below
     try:
         yield
+        sys.stdout.flush()  # a reader that has ended is noticed here, not at the exit
     except InputError as error:
         _fail(str(error))
     except BrokenPipeError:  # the reader of the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.drop_output()
         sys.exit(1)
     except DeviceError as error:
         _fail(f"{error}; finished measurements are kept", 1)

@@ -39,7 +39,7 @@ def run(monkeypatch, tmp_path, capsys):
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS", "FLASH_VERB"):
+        for name in ("FLASH_PROGRAM", "FLASH_RUNS", "FLASH_VERB"):
             monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
         begin(script)
         reached = []
@@ -63,7 +63,6 @@ def test_defaults_compose_and_convert(script, run):
 )
 def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
-    monkeypatch.setenv("FLASH_COMMAND", "flash")
     monkeypatch.setenv("FLASH_VERB", "train")
     (tmp_path / "conf").mkdir()
     register()
@@ -208,6 +207,12 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
             "not a setting of this command; it is one of flash",
         ),
         ("train", "space=tiny", "space: not a group of this command; it is one of flash search"),
+        ("train", "arch=flash_650m", "arch: has no option by default; write +arch=flash_650m"),
+        ("search", "+arch=tiny_2", "arch: not a group of this command; it is one of flash train"),
+        ("train", "+recipe=distill", "write recipe=OPTION, without '+'"),
+        ("train", "+experiment=paper", "write experiment=OPTION, without '+'"),
+        ("train", "++recipe=distill", "write recipe=distill"),
+        ("train", "+recipe.lr=1", "+recipe.lr: is set already; write recipe.lr=VALUE"),
         ("train", "foo", "foo: expected key=value"),
         ("train", "data.end_of_text=<|x|>", """'data.end_of_text="VALUE"'"""),
         ("train", "data.x=[1", "data.x=[1: expected key=value"),

@@ -35,7 +35,7 @@ sys.exit(main())
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The finished interpreter, started in `folder`."""
-    hidden = ("FLASH_RUNS", "FLASH_FROM_SCRIPTS", "FLASH_VERB", "FLASH_COMMAND")
+    hidden = ("FLASH_RUNS", "FLASH_PROGRAM", "FLASH_VERB")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.run(
         [sys.executable, *arguments],

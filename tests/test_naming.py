@@ -21,7 +21,6 @@ def settings_of(monkeypatch, tmp_path):
     """Function that returns the settings of a command line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("FLASH_COMMAND", "flash")
     found = Runs(tmp_path / "runs").found_arch
     found.mkdir(parents=True)
     (found / "tiny_12_a3f9.yaml").write_text("ffn_dim: 192\n", "utf-8")

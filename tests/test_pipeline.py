@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,9 +382,11 @@ def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
     monkeypatch.setattr("flash.report.command.has_wandb_key", lambda: False)
     runs = Runs(Path(common["runs"]))
     data = read(runs)
-    text = as_text(data.models)
-    assert [line.split()[1] for line in text.splitlines()[2:]] == ["small", winner[0]]
-    assert " - " not in text.splitlines()[3]  # the winner's row is complete
+    tables = as_text(data.models).split("\n\n")
+    for lines in map(str.splitlines, tables):
+        assert max(map(len, lines)) <= 80
+        assert [line.split()[0] for line in lines[1:]] == ["small", winner[0]]
+        assert " - " not in f"{lines[2]} "  # the winner's row is complete
     page = render(data)
     assert "https://" not in page.split("</head>")[1]  # nothing is fetched
     for title in ("Frontier", "Predicted against measured", "Recovery", "Layers"):
@@ -420,7 +423,8 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
     report = run_search(settings)
     assert report["metrics"]["latency/prefill_32/blocks/n"] == 3
     printed = capsys.readouterr().out
-    assert "prefill_32 blocks" in printed
+    assert re.search("^prefill_32 +blocks ", printed, re.MULTILINE)
+    assert max(map(len, printed.splitlines())) <= 80
     folder = Path(common["runs"]) / "latency" / "host"
     assert json.loads((folder / "latency.json").read_text())["device"] == report["device"]
     with (folder / "measurements.csv").open() as file:

@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "ranks",
     "bundled",
+    "terminal",
     "commands",
     "packages",
     "renamed",
@@ -46,10 +47,12 @@ ORDER = [
     "naming",
     "config",
     "config_reference",
+    "help",
+    "completion",
     "cli",
     "__main__",
 ]
-LIGHT = ["errors", "paths", "ranks", "records", "arch", "config", "cli", "config_reference"]
+LIGHT = ["errors", "paths", "ranks", "records", "arch", "config", "cli", "completion"]
 HEAVY = ["torch", "lightning", "executorch", "botorch", "transformers", "lm_eval", "wandb"]
 
 
@@ -109,3 +112,9 @@ def test_settings_errors_and_records_load_nothing_heavy():
     check = f"import sys, {', '.join(names)}; print(sorted(sys.modules.keys() & {set(HEAVY)}))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_completion_needs_no_hydra():
+    check = "import sys, flash.cli, flash.completion; print('hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

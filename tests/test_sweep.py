@@ -267,7 +267,7 @@ def test_what_a_command_checks_first_is_checked_for_all_jobs(
     if verb == "evaluate":
         given = [text for text in given if not text.startswith("data")]
     monkeypatch.setattr(sys, "argv", [f"{verb}.py", "-m", *given, *changes])
-    for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS", "FLASH_VERB"):
+    for name in ("FLASH_PROGRAM", "FLASH_RUNS", "FLASH_VERB"):
         monkeypatch.setenv(name, "")
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as stop:

@@ -35,7 +35,7 @@ def installed(tmp_path_factory) -> Path:
 
 def run(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The finished command, without the clone on Python's path."""
-    hidden = ("PYTHONPATH", "FLASH_RUNS", "FLASH_FROM_SCRIPTS", "FLASH_VERB", "FLASH_COMMAND")
+    hidden = ("PYTHONPATH", "FLASH_RUNS", "FLASH_PROGRAM", "FLASH_VERB")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.run(
         [command, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False

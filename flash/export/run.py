@@ -30,6 +30,7 @@ from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
 from flash.outcome import note
 from flash.paths import Runs
+from flash.progress import stages
 from flash.prune.importance import fingerprint
 from flash.records import plain, read_json, write_json
 from flash.training.loggers import close_logger, make_logger
@@ -111,9 +112,13 @@ def _export(job: ExportJob) -> ExportResult:
     log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
-    program = lower(model, settings.device.lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
+    lowering = settings.device.lowering
+    with stages(f"{name}: lowering"):
+        program = lower(model, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
-    report = _run_gate(job, model, program)
+    with stages(f"{name}: parity gate"):
+        report = _run_gate(job, model, program)
+    log.info("%s: parity gate\n%s", name, report)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)

@@ -20,7 +20,7 @@ from flash.latency.rows import conditions_of, joined, of_point
 from flash.latency.settings import LatencySettings
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
 from flash.lowering.settings import LoweringSettings
-from flash.progress import progress_bar
+from flash.progress import listening, progress_bar, stages
 from flash.records import digest
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,8 @@ class Profiler:
         def announce(subject: Subject) -> None:
             logger.info("%s: lowering, minutes for a large model", subject)
 
-        return cached_program(subject, self.lowering, self.cache_dir, announce)
+        with stages(f"{subject}: lowering"):
+            return cached_program(subject, self.lowering, self.cache_dir, announce)
 
     def _alone(self, subject: Subject, point: Point) -> list[StoredLatency]:
         """Return the measurements of a subject in whose processes no other program ran."""
@@ -281,7 +282,8 @@ class Profiler:
             bar.set_postfix_str(f"lowering {subject}")
 
         def lowered(subject: Subject) -> Path:
-            return cached_program(subject, self.lowering, self.cache_dir, announce)
+            with listening(lambda name: bar.set_postfix_str(f"{subject}: {name}")):
+                return cached_program(subject, self.lowering, self.cache_dir, announce)
 
         paths = []
         for subject in group:

@@ -2,15 +2,18 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flash.commands import command
 from flash.paths import Runs
 from flash.report.data import ReportData, read
 from flash.report.figures import all_figures
 from flash.report.page import write_page
 from flash.report.table import COLUMNS, as_text, rows
+from flash.terminal import finish
 from flash.training.loggers import has_wandb_key
 
 
@@ -29,13 +32,24 @@ def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
         run.log({name: wandb.Plotly(figure) for name, figure in all_figures(data).items()})
 
 
+def _following(data: ReportData, folder: Path) -> str:
+    """The command for the winners that lack a training or, after that, an export."""
+    own = f" runs={shlex.quote(str(folder))}" if folder != Path("runs") else ""
+    for verb, made in (("train", "trained"), ("export", "exported")):
+        lacking = [each.name for each in data.models[1:] if getattr(each, made) is None]
+        if lacking:
+            return f"{command(verb)} -m +arch={','.join(lacking)}{own}"
+    names = [each.name for each in data.models[1:]]
+    return f"{command('evaluate')} +arch={names[0]}{own}" if names else f"{command('search')}{own}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run `flash report` and return its exit code.
 
     Raises:
         InputError: There is no finished search, or a file is damaged.
     """
-    parser = argparse.ArgumentParser(prog="flash report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("report"), description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--study", help="name of a study (default: the latest)")
     parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
@@ -46,5 +60,5 @@ def main(arguments: Sequence[str]) -> int:
     if options.wandb:
         log_to_wandb(data, runs, options.wandb)
     print(as_text(data.models))
-    print(f"\nreport: {runs.report.resolve()}")
+    finish([runs.report], _following(data, options.runs))
     return 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, under
+from flash.errors import InputError, shown, under
 from flash.latency.fit import LatencyModel, collect
 from flash.latency.store import MeasurementStore
 from flash.model.backbone import Backbone
@@ -174,8 +174,8 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     reason = space.violated_rule(spec)
     if reason is not None:
         raise InputError(
-            f"search.baseline={dict(changes)}: expected a member of space {space.settings.name}: "
-            f"{reason}"
+            f"search.baseline={shown(dict(changes))}: expected a member of space "
+            f"{space.settings.name}: {reason}"
         )
     return spec
 

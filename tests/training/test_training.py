@@ -51,13 +51,15 @@ def test_training_lowers_the_held_out_loss(data):
     assert after.bits_per_byte < before.bits_per_byte
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path, caplog):
+    caplog.set_level("INFO", "flash")
     whole, parts = make_model(), make_model()
     fit(whole, data, RECIPE, TRAINER)
     fit(parts, data, RECIPE, dataclasses.replace(TRAINER, max_steps=5), folder=tmp_path / "c")
     resumed = Decoder(SMALL)  # other random weights, as all state comes from the checkpoint
     done = fit(resumed, data, RECIPE, TRAINER, folder=tmp_path / "c")
     assert done.steps == 12
+    assert "goes on after step 5 of 12" in caplog.text
     assert same_weights(whole, resumed)
 
 
