@@ -153,10 +153,11 @@ def _screen(verb: str, arguments: Sequence[str]) -> str:
     """The first screen: groups with their options, settings, examples."""
     name, runs = command(verb), runs_folder(arguments)
     lines = [wrap(f"{name}: {ABOUT[verb]}"), "", "Usage:"]
-    lines += [f"  {name} [GROUP=OPTION] [KEY=VALUE] ...", ""]
-    if groups(verb):
-        lines += ["Groups, each with its options (* is taken if none is chosen):"]
-    for group, default in groups(verb).items():
+    known = groups(verb)
+    lines += [f"  {name} {'[GROUP=OPTION] ' if known else ''}[KEY=VALUE] ..."]
+    if known:
+        lines += ["", "Groups, each with its options (* is taken if none is chosen):"]
+    for group, default in known.items():
         names = list(options(verb, group, runs))
         if not names:
             continue
@@ -171,7 +172,6 @@ def _screen(verb: str, arguments: Sequence[str]) -> str:
         value = "" if key.default is None else key.default
         text = f"  {f'{key.path}={value}':21s} {_first_sentence(key.doc)}"
         lines.append(wrap(text, " " * 24))
-    known = groups(verb)
     lines += ["", "More:"]
     if known:
         example = next(each for each in ("recipe", "device", "data") if each in known)
