@@ -20,7 +20,8 @@ from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
 from flash.packages import require_packages
 from flash.search.settings import SearchJobSettings
-from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
+from flash.tracking.settings import LoggerKind, LoggerSettings
+from flash.training.settings import TrainSettings
 
 # The functions of commands first check the packages that are imported late in their work.
 

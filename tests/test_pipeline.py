@@ -33,10 +33,9 @@ from flash.report.table import as_text, quantization_rows
 from flash.search.objectives import Objective
 from flash.search.run import run_search
 from flash.search.settings import SearchJobSettings, SearchLimits, SearchSettings, SearchStage
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.run import train
 from flash.training.settings import (
-    LoggerKind,
-    LoggerSettings,
     Precision,
     RecipeSettings,
     Schedule,

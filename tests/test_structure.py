@@ -32,6 +32,7 @@ ORDER = [
     "interop",
     "device",
     "workspace",
+    "tracking",
     "training",
     "latency",
     "search",

@@ -11,8 +11,8 @@ from flash.report.data import read
 from flash.report.figures import all_figures, study_figures
 from flash.search.logs import log_study, trial_table
 from flash.search.settings import Sampler
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.loggers import close_logger, make_logger
-from flash.training.settings import LoggerKind, LoggerSettings
 from tests.report.toy_study import with_curves, write_promotion, write_study
 from tests.search import toy_search as toy
 

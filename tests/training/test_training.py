@@ -18,11 +18,10 @@ from flash.errors import InputError
 from flash.model.checkpoint import load
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.fit import fit
 from flash.training.run import train
 from flash.training.settings import (
-    LoggerKind,
-    LoggerSettings,
     Precision,
     RecipeSettings,
     Schedule,

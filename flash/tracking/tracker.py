@@ -1,0 +1,175 @@
+"""Tracker of one run of a command: metrics, tables, figures and artifacts, sent to a backend.
+
+A tracker never ends a command: what a backend cannot do is one warning, and the command goes on.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from flash.ranks import is_main_process
+from flash.records import digest
+from flash.tracking.artifacts import Artifact
+from flash.tracking.origin import Origin
+from flash.tracking.settings import LoggerKind, LoggerSettings
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, Any]
+"""Values by name: numbers, and text for states."""
+
+
+class JobType(Enum):
+    """Types of runs; the job type in W&B."""
+
+    search = "search"
+    train = "train"
+    export = "export"
+    evaluate = "evaluate"
+    report = "report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """Description of a run.
+
+    Attributes:
+        job: Type of the run.
+        name: Name of the run.
+        key: Hash of all that decides the result; a run of the same type, name and key is resumed.
+        group: Group without an origin: the study of a search, the backbone of another result.
+        tags: Values to filter runs by, such as the device, by their kind.
+        config: Settings and further facts to record.
+        origin: Trial that the architecture comes from; its study is the group. None for
+            architectures that no search found.
+        folder: Folder of the result, which gets the link to the run; None writes no link.
+    """
+
+    job: JobType
+    name: str
+    key: str
+    group: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+    folder: Path | None = None
+
+    @property
+    def id(self) -> str:
+        """Stable id, which a resumed run has too."""
+        return digest([self.job.value, self.name, self.key])
+
+
+class Backend(Protocol):
+    """Receiver of the records of one run; any call may raise any exception."""
+
+    def log(self, metrics: Metrics, step: int | None) -> None: ...
+
+    def summarize(self, values: Metrics) -> None: ...
+
+    def log_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None: ...
+
+    def log_figures(self, draw: Callable[[], Mapping[str, Any]]) -> None: ...
+
+    def use(self, artifact: Artifact) -> None: ...
+
+    def publish(self, artifact: Artifact) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class Tracker:
+    """Tracker of one run; a context manager that ends the run.
+
+    Args:
+        backend: Receiver of the records; None records nothing.
+        name: Name of the run, for messages.
+    """
+
+    def __init__(self, backend: Backend | None, name: str) -> None:
+        self._backend, self._name = backend, name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._do(lambda backend: backend.close(failed=kind is not None))
+        self._backend = None
+
+    def log(self, metrics: Metrics, step: int | None = None) -> None:
+        """Log metrics, at a step of the run if there is one."""
+        self._do(lambda backend: backend.log(metrics, step))
+
+    def summarize(self, values: Metrics) -> None:
+        """Set values that describe the run as a whole, in place of those before."""
+        self._do(lambda backend: backend.summarize(values))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table of numbers and texts, in place of the one before."""
+        self._do(lambda backend: backend.log_table(name, columns, rows))
+
+    def log_figures(self, draw: Callable[[], Mapping[str, Any]]) -> None:
+        """Log plotly figures by name; `draw` is called only by a backend that shows figures."""
+        self._do(lambda backend: backend.log_figures(draw))
+
+    def use(self, artifact: Artifact) -> None:
+        """Record an artifact that the run reads."""
+        self._do(lambda backend: backend.use(artifact))
+
+    def publish(self, artifact: Artifact) -> None:
+        """Record an artifact that the run has written."""
+        self._do(lambda backend: backend.publish(artifact))
+
+    def _do(self, action: Callable[[Backend], None]) -> None:
+        """Call the backend; if it fails, warn and end the tracking of the run."""
+        if self._backend is None:
+            return
+        try:
+            action(self._backend)
+        except Exception as error:  # of any library, disk or network
+            self._backend = None
+            log.warning(
+                "%s: the logger failed (%s: %s); the run goes on and logs no more",
+                self._name,
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
+
+
+def open_tracker(settings: LoggerSettings, folder: Path, info: RunInfo) -> Tracker:
+    """Open the tracker of a run; in other processes than the main one it records nothing.
+
+    Args:
+        settings: Backend and its options.
+        folder: Folder of local files; created if it is missing.
+        info: Description of the run.
+    """
+    if not is_main_process() or settings.kind is LoggerKind.none:
+        return Tracker(None, info.name)
+    backend = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.kind is LoggerKind.csv:
+            from flash.tracking.csv import CsvBackend
+
+            backend = CsvBackend(folder)
+        else:
+            os.environ.setdefault("WANDB_SILENT", "true")  # W&B reads it once, when it starts
+            from flash.tracking.wandb import start
+
+            backend = start(settings, folder, info)
+    except Exception as error:  # of any library or disk
+        log.warning("%s: nothing is logged (%s: %s)", info.name, type(error).__name__, error)
+    return Tracker(backend, info.name)
