@@ -12,4 +12,4 @@ import wandb
 
 def record_use(run: wandb.Run, artifact: wandb.Artifact) -> None:
     """Record that a run, online or offline, has read an artifact that was built from its files."""
-    run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+    run._log_artifact(artifact, is_user_created=True, use_after_commit=True)

@@ -95,6 +95,7 @@ class Tracker:
 
     def __init__(self, backend: Backend | None, name: str) -> None:
         self._backend, self._name = backend, name
+        self._failed = False
 
     def __enter__(self) -> Self:
         return self
@@ -105,8 +106,13 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._do(lambda backend: backend.close(failed=kind is not None))
-        self._backend = None
+        backend, self._backend = self._backend, None
+        if backend is None:
+            return
+        try:
+            backend.close(failed=kind is not None)
+        except Exception as exception:  # of any library, disk or network
+            self._warn(exception)
 
     def log(self, metrics: Metrics, step: int | None = None) -> None:
         """Log metrics, at a step of the run if there is one."""
@@ -134,18 +140,22 @@ class Tracker:
 
     def _do(self, action: Callable[[Backend], None]) -> None:
         """Call the backend; if it fails, warn and end the tracking of the run."""
-        if self._backend is None:
+        if self._backend is None or self._failed:
             return
         try:
             action(self._backend)
         except Exception as error:  # of any library, disk or network
-            self._backend = None
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._failed:
             log.warning(
                 "%s: the logger failed (%s: %s); the run goes on and logs no more",
                 self._name,
                 type(error).__name__,
                 str(error).partition("\n")[0],
             )
+        self._failed = True
 
 
 def open_tracker(settings: LoggerSettings, folder: Path, info: RunInfo) -> Tracker:
@@ -166,7 +176,10 @@ def open_tracker(settings: LoggerSettings, folder: Path, info: RunInfo) -> Track
 
             backend = CsvBackend(folder)
         else:
-            os.environ.setdefault("WANDB_SILENT", "true")  # W&B reads it once, when it starts
+            # W&B reads them once, when it starts. Its reports on itself write lines of their own
+            # where there is no network.
+            os.environ.setdefault("WANDB_SILENT", "true")
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             from flash.tracking.wandb import start
 
             backend = start(settings, folder, info)

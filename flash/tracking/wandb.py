@@ -16,12 +16,14 @@ from flash.tracking.tracker import JobType, Metrics, RunInfo
 
 log = logging.getLogger(__name__)
 
-_INIT_TIMEOUT_S = 7.0
+_INIT_TIMEOUT_S = 6.0
 """Longest wait for an answer when a run begins [s]; with the start of W&B it takes up to 10 s."""
 _FINISH_TIMEOUT_S = 60.0
 """Longest wait for the rest of the records when a run ends [s]; they stay on disk."""
 _UPLOAD_TIMEOUT_S = 3600.0
 """The same with files to upload [s]."""
+_LONGEST_REASON = 200
+"""Most characters of an error of W&B that are shown."""
 _LONGEST_TAG = 64
 """Most characters of a tag."""
 
@@ -140,12 +142,14 @@ def _try_online(settings: LoggerSettings, folder: Path, info: RunInfo) -> wandb.
     global _gave_up
     if _gave_up:
         return None
+    url = wandb.setup().settings.base_url
     try:
         if wandb.login(prompt=False, verify=False):
             return _init(settings, folder, info, "online")
-        reason = "no key found, see `wandb login`"
+        reason = f"no key found for {url}, see `wandb login`"
     except Exception as error:  # an invalid or refused key, no connection, no answer
-        reason = str(error).partition("\n")[0]
+        reason = f"{url}: {str(error).splitlines()[0][:_LONGEST_REASON]}"
+        wandb.teardown()  # its process would keep the id of the run in use
     _gave_up = True
     log.warning(
         "W&B: %s; runs are kept in %s for `wandb sync` (logger.offline=true keeps them there "

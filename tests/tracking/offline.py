@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,16 @@ def read_run(path: Path) -> OfflineRun:
     return found
 
 
+def _read_finished(path: Path) -> OfflineRun:
+    """Read a .wandb file once its run has ended; W&B writes the end after `finish` returns."""
+    deadline = time.monotonic() + 20
+    while (found := read_run(path)).exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
 def read_runs(folder: Path) -> list[OfflineRun]:
     """Read all runs below a folder, in the order in which they began."""
-    paths = sorted(folder.rglob("*.wandb"), key=lambda path: path.parent.name)
-    return [read_run(path) for path in paths]
+    # Beside them are remains of runs that could not be started online.
+    found = [_read_finished(path) for path in folder.rglob("offline-run-*/*.wandb")]
+    return sorted(found, key=lambda each: each.run.start_time.ToNanoseconds())
