@@ -42,9 +42,6 @@ _DEFINITIONS: dict[JobType, list[dict[str, Any]]] = {
         {"name": "search/trial", "summary": "none"},
         # The summary of a search is its best, which `summarize` sets, not its last trial.
         {"name": "search/*", "step_metric": "search/trial", "summary": "none"},
-        # Tables are shown by way of the summary.
-        {"name": "search/frontier", "step_metric": "search/trial", "summary": "last"},
-        {"name": "search/trials", "step_metric": "search/trial", "summary": "last"},
     ],
 }
 """Axes and summaries of metrics, by type of run."""
@@ -78,6 +75,7 @@ class WandbBackend:
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
         self._run.log({name: table})
+        self._run.summary.update({name: table})  # a table is shown from there
 
     def log_figures(self, draw: Callable[[], Mapping[str, Any]]) -> None:
         figures = {f"figures/{name}": wandb.Plotly(figure) for name, figure in draw().items()}

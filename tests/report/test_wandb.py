@@ -112,9 +112,8 @@ def test_a_search_logs_every_trial_its_frontier_and_its_best(written, trials):
     assert run.summary["search/failed_trials"] == 1
     fast = [t.loss for t in trials if t.complete and t.costs["prefill_ms"] <= 0.75 * backbone_ms]
     assert run.summary["search/best_loss_at_75pct_latency"] == min(fast)
-    table = json.loads(
-        (run.path.parent / "files" / run.summary["search/frontier"]["path"]).read_text()
-    )
+    path = run.path.parent / "files" / run.summary["search/frontier"]["path"]
+    table = json.loads(path.read_text())
     front = frontier(trials, toy.PROBLEM)
     assert [row[0] for row in table["data"]] == [trial.number for trial in front]
 
@@ -152,6 +151,6 @@ def test_other_loggers_get_the_metrics_and_no_figure_is_drawn(written, trials, k
     path = runs.logs / "csv" / "metrics.csv"
     assert path.is_file() == (kind is LoggerKind.csv)
     if kind is LoggerKind.csv:
-        [row] = csv.DictReader(path.open())
+        [row] = csv.DictReader(path.read_text().splitlines())
         assert row["search/state"] == "complete"
         assert float(row["search/hypervolume"]) == pytest.approx(report["hypervolume"][-1])
