@@ -24,8 +24,9 @@ from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, file_digest, plain
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import find_origin
-from flash.tracking.tracker import JobType, RunInfo, open_tracker
+from flash.tracking.tracker import open_tracker
 from flash.training.accelerators import check_devices, main_device
 from flash.workspace import Workspace, arch_of, result_name
 

@@ -31,8 +31,9 @@ from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain, read_json, write_json
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import find_origin
-from flash.tracking.tracker import JobType, RunInfo, Tracker, open_tracker
+from flash.tracking.tracker import Tracker, open_tracker
 from flash.training.validation import validate
 from flash.workspace import result_name
 

@@ -6,9 +6,10 @@ from typing import Any
 from flash.paths import Runs
 from flash.report.data import Model, ReportData
 from flash.report.figures import all_figures
+from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.links import find_url
 from flash.tracking.settings import LoggerSettings
-from flash.tracking.tracker import JobType, RunInfo, open_tracker
+from flash.tracking.tracker import open_tracker
 
 _QUALITIES = ("loss", "bits_per_byte")
 """Qualities before and after training, attributes of `ValidationMetrics`."""

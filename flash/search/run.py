@@ -33,7 +33,8 @@ from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.study import Study, Trial, open_study, reopen_study
 from flash.tracking.artifacts import Artifact, ArtifactKind
-from flash.tracking.tracker import JobType, RunInfo, Tracker, open_tracker
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.tracker import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger
 
 from flash.tracking.artifacts import Artifact
-from flash.tracking.tracker import Metrics
+from flash.tracking.backend import Metrics
 
 
 class CsvBackend:

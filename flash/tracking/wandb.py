@@ -10,9 +10,9 @@ import wandb
 
 from flash.compat.wandb import record_use
 from flash.tracking.artifacts import Artifact
+from flash.tracking.backend import JobType, Metrics, RunInfo
 from flash.tracking.links import write_link
 from flash.tracking.settings import LoggerSettings
-from flash.tracking.tracker import JobType, Metrics, RunInfo
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import Origin, find_origin
 from flash.tracking.settings import LoggerKind
-from flash.tracking.tracker import JobType, RunInfo, open_tracker
+from flash.tracking.tracker import open_tracker
 from flash.training.accelerators import check_devices, main_device, wait_for_others
 from flash.training.logger import TrackerLogger
 from flash.training.result import TrainResult

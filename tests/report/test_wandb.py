@@ -15,9 +15,10 @@ from flash.report.wandb_run import log_report, result_table
 from flash.search.logs import SearchLog, log_study, trial_table
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.settings import Sampler
+from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.links import write_link
 from flash.tracking.settings import LoggerKind, LoggerSettings
-from flash.tracking.tracker import JobType, RunInfo, open_tracker
+from flash.tracking.tracker import open_tracker
 from tests.report.toy_study import with_curves, write_promotion, write_study
 from tests.search import toy_search as toy
 from tests.tracking.offline import read_runs

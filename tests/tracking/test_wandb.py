@@ -14,9 +14,10 @@ import pytest
 
 from flash.records import file_digest
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.links import find_url
 from flash.tracking.settings import LoggerKind, LoggerSettings
-from flash.tracking.tracker import JobType, RunInfo, open_tracker
+from flash.tracking.tracker import open_tracker
 from flash.tracking.wandb import WandbBackend
 from tests.tracking.offline import read_runs
 
@@ -27,7 +28,8 @@ from pathlib import Path
 logging.basicConfig(format="%(levelname)s %(message)s")
 from flash.tracking import wandb
 from flash.tracking.settings import LoggerSettings
-from flash.tracking.tracker import JobType, RunInfo, open_tracker
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.tracker import open_tracker
 wandb._INIT_TIMEOUT_S = 2.0
 start = time.perf_counter()
 for name in ("first", "second"):
