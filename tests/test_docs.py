@@ -36,6 +36,7 @@ OTHER_PROGRAMS = {
     "ssh-copy-id",
     "ssh-keygen",
     "ssh-keyscan",
+    "wandb",
 }
 """Programs that are not ours; their commands are not checked."""
 SCRIPTS = {"train.py", "search.py", "export.py"}
