@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,12 @@ class WandbBackend:
         return built
 
     def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+        try:
+            self._run.finish(exit_code=int(failed))
+        except ConnectionError:  # the process of W&B has ended
+            with suppress(ConnectionError):
+                wandb.teardown()  # else it fails at the end of this process; the next run needs it
+            raise
 
 
 def _facts(info: RunInfo) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto import wandb_internal_pb2
 
+Record: Any = wandb_internal_pb2.Record  # pyright: ignore[reportAttributeAccessIssue]
 _BLOCK, _HEADER = 32768, 7
 """Bytes of a block of LevelDB's log format, and of the header of a block or of the file."""
 
 
-def _records(path: Path) -> Iterator[Record]:
+def _records(path: Path) -> Iterator[Any]:
     """Iterate over the records of a .wandb file."""
     data, position, parts = path.read_bytes(), _HEADER, b""
     assert data.startswith(b":W&B")

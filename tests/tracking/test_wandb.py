@@ -19,7 +19,7 @@ from flash.tracking.links import find_url
 from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.tracking.tracker import open_tracker
 from flash.tracking.wandb import WandbBackend
-from tests.tracking.offline import read_runs
+from tests.tracking.offline import read_run, read_runs
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
@@ -177,9 +177,10 @@ def test_an_end_of_the_process_of_wandb_ends_no_run(tmp_path):
     script = SCRIPT.replace(
         "        tracker.log({",
         "        import psutil\n"
-        "        for child in psutil.Process().children(recursive=True): child.kill()\n"
+        "        if name == 'first':\n"
+        "            for child in psutil.Process().children(recursive=True): child.kill()\n"
         "        time.sleep(1)\n"
-        "        for _ in range(9): tracker.log({'train/loss': 2.0}, 0)\n"
+        "        for _ in range(30): tracker.log({'train/loss': 2.0}, 0); time.sleep(0.02)\n"
         "        tracker.log({",
     )
     environment = {**os.environ, "WANDB_MODE": "offline"}
@@ -192,6 +193,13 @@ def test_an_end_of_the_process_of_wandb_ends_no_run(tmp_path):
         check=True,
     )
     assert float(done.stdout) < 30
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, lines
+    line = lines[0]
+    assert line.startswith("WARNING first: the logger failed (ConnectionResetError: ")
+    lost, whole = sorted(tmp_path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert lost != whole
+    assert len(read_run(whole).values("train/loss")) == 31
 
 
 def test_what_one_run_writes_and_another_reads_is_the_same_artifact(tmp_path):
