@@ -103,9 +103,14 @@ class WandbBackend:
         try:
             self._run.finish(exit_code=int(failed))
         except ConnectionError:  # the process of W&B has ended
-            with suppress(ConnectionError):
-                wandb.teardown()  # else it fails at the end of this process; the next run needs it
+            _end_service()
             raise
+
+
+def _end_service() -> None:
+    """End the process of W&B, or what is left of it; the next run starts a new one."""
+    with suppress(ConnectionError):
+        wandb.teardown()
 
 
 def _facts(info: RunInfo) -> dict[str, Any]:
@@ -152,8 +157,9 @@ def _try_online(settings: LoggerSettings, folder: Path, info: RunInfo) -> wandb.
             return _init(settings, folder, info, "online")
         reason = f"no key found for {url}, see `wandb login`"
     except Exception as error:  # an invalid or refused key, no connection, no answer
-        reason = f"{url}: {str(error).splitlines()[0][:_LONGEST_REASON]}"
-        wandb.teardown()  # its process would keep the id of the run in use
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"{url}: {text[:_LONGEST_REASON]}"
+        _end_service()  # else the id of the run stays in use
     _gave_up = True
     log.warning(
         "W&B: %s; runs are kept in %s for `wandb sync` (logger.offline=true keeps them there "
