@@ -14,6 +14,7 @@ from typing import Any
 from flash import commands
 from flash.bundled import CONF
 from flash.config import entry, one_line_errors
+from flash.dashboards.settings import WorkspaceSettings
 from flash.data.settings import PrepareSettings
 from flash.errors import InputError, nearest
 from flash.evaluation.settings import EvaluateSettings
@@ -68,12 +69,20 @@ def _prepare(settings: PrepareSettings) -> None:
     prepare(settings)
 
 
+def _workspace(settings: WorkspaceSettings) -> None:
+    require_packages(["wandb_workspaces", "wandb"])
+    from flash.dashboards.command import make_dashboards
+
+    make_dashboards(settings)
+
+
 _JOBS: dict[str, Callable[[Any], None]] = {
     "train": _train,
     "search": _search,
     "export": _export,
     "evaluate": _evaluate,
     "prepare": _prepare,
+    "workspace": _workspace,
 }
 
 
@@ -81,7 +90,7 @@ def run(verb: str) -> None:
     """Run one configured command with the arguments of this process, then exit.
 
     Args:
-        verb: `train`, `search`, `export`, `evaluate` or `prepare`.
+        verb: `train`, `search`, `export`, `evaluate`, `prepare` or `workspace`.
     """
     commands.begin(verb)
     entry(verb, _JOBS[verb])
@@ -149,7 +158,9 @@ _STARTING_POINTS = {
 
 
 def _groups() -> list[str]:
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    """Folders of options; those of one command alone are named as `train/experiment`."""
+    found = {path.parent.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml")}
+    return sorted(group for group in found if not group.startswith("hydra/"))
 
 
 def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, str]:
@@ -228,6 +239,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int] | None]] = {
     "evaluate": ("benchmarks of lm-evaluation-harness on a model or its program", None),
     "prepare": ("tokenize a mixture of text into shards, ahead of training", None),
     "measurements": ("export the measurement store as CSV, or merge two stores", _measurements),
+    "workspace": ("workspace and report of a W&B project, made or brought up to date", None),
     "report": ("result table and HTML page of a study", _report),
     "convert": ("Hugging Face folder of a GGUF file, for backbone.weights", _convert),
     "new": ("start a configuration file of your own in conf/", _new),

@@ -22,6 +22,7 @@ from omegaconf import MISSING
 
 from flash.arch import ArchSpec, SpaceSettings
 from flash.config import CONF
+from flash.dashboards.settings import WorkspaceSettings
 from flash.data.settings import DataSettings, PrepareSettings
 from flash.device.settings import DeviceSettings
 from flash.evaluation.settings import EvaluateSettings, SuiteSettings
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type] = {
     "export": ExportSettings,
     "evaluate": EvaluateSettings,
     "prepare": PrepareSettings,
+    "workspace": WorkspaceSettings,
 }
 GROUPS: dict[str, type | None] = {
     "arch": ArchSpec,
@@ -59,7 +61,7 @@ _HEAD = """# Configuration reference
 
 This page is generated from the settings in the code: `make reference` writes it.
 
-Every setting is a `key=value` on the command line of one of five commands. A config group such as
+Every setting is a `key=value` on the command line of one of six commands. A config group such as
 `device` is a folder below `conf/`, and each file in it is an option: `device=host` takes
 `conf/device/host.yaml`, and `device.threads=2` changes one value of it. Options of your own are
 files in a folder `conf/` of the working directory. A value that holds a comma, a space or a bracket
@@ -249,11 +251,13 @@ def _entry(key: Key) -> str:
 def _options(group: str) -> str:
     """The files of a config group, each with the comment that it begins with."""
     lines = []
-    for path in sorted((CONF / group).glob("*.yaml")):
+    of_commands = sorted(CONF.glob(f"*/{group}/*.yaml"))  # in the folder of a command
+    for path in [*sorted((CONF / group).glob("*.yaml")), *of_commands]:
         text = path.read_text("utf-8").removeprefix("# @package _global_\n")
         comment = re.match(r"(?:#.*\n)*", text)
         about = _one_line(re.sub(r"^# ?", "", comment[0] if comment else "", flags=re.MULTILINE))
-        lines.append(_item(f"`{group}={path.stem}`" + (f": {about}" if about else ""), 0))
+        command = f"flash {path.parents[1].name} " if path in of_commands else ""
+        lines.append(_item(f"`{command}{group}={path.stem}`" + (f": {about}" if about else ""), 0))
     return "\n".join(lines)
 
 
@@ -269,7 +273,8 @@ def _command_section(name: str, schema: type) -> str:
     text = f"Config groups: {groups}."
     head = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
     entries = "\n".join(_entry(key) for key in keys(schema, ""))
-    return f"## `flash {name}`\n\n{_paragraph(schema)}\n\n{head}\n\n{entries}\n"
+    parts = [f"## `flash {name}`", _paragraph(schema), *([head] if known else []), entries]
+    return "\n\n".join(parts) + "\n"
 
 
 def _group_section(name: str, schema: type | None) -> str:

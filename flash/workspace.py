@@ -38,7 +38,7 @@ class Named(Protocol):
 def result_name(settings: Named) -> str:
     """Return the name of a command's result: the setting `name`, or else the backbone's name.
 
-    If an option of the group `arch` is chosen, flash.config sets `name` to it.
+    Commands set `name`; see flash.naming.
     """
     return settings.name or settings.backbone.name
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -137,6 +138,7 @@ def check_composes(verb: str, arguments: list[str], folder: Path) -> None:
     board = folder / "conf" / "device" / "mine.yaml"
     board.parent.mkdir()
     board.write_text("defaults: [ssh, _self_]\nname: mine\nssh: {host: board}\n", "utf-8")
+    os.environ["FLASH_VERB"] = verb  # which the fixture `folder` restores
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for job in jobs(overrides) if "-m" in arguments else [overrides]:
@@ -185,6 +187,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
     monkeypatch.setenv("FLASH_COMMAND", "flash")
+    monkeypatch.setenv("FLASH_VERB", "search")
     (tmp_path / "FOLDER").mkdir()
     shutil.copy(ROOT / "backbones" / "tiny" / "config.json", tmp_path / "FOLDER")
     return tmp_path

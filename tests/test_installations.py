@@ -91,6 +91,7 @@ def test_a_winner_is_distilled_with_the_installation_for_training(corpus, tmp_pa
         ("lm_eval", ["evaluate"]),
         ("plotly", ["report"]),
         ("wandb", ["export"]),
+        ("wandb_workspaces", ["workspace"]),
     ],
 )
 def test_a_missing_package_of_the_full_installation_is_named_in_one_line(

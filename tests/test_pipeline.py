@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from flash.evaluation.run import EvaluatedModel, program_of
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.export.job import ExportJob
 from flash.export.result import ExportResult
-from flash.export.run import export
+from flash.export.run import export, predicted_latencies
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
@@ -361,6 +362,20 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     assert line[0] == name
     assert line[-2] == f"{aware.program_quality.pte_loss:.3f}"
     assert "Loss of quantization" in render(read(runs))
+
+
+def test_a_damaged_frontier_costs_only_its_own_predictions(common, searched, tmp_path, caplog):
+    runs = Runs(Path(shutil.copytree(Path(common["runs"], "studies"), tmp_path / "studies").parent))
+    device, spec = HostDevice(DEVICE), SMALL.as_program()
+    found = predicted_latencies(runs, device, spec)
+    assert found == searched["backbone"]["predicted"]
+    broken = runs.study("a") / "frontier.json"
+    broken.parent.mkdir()
+    broken.write_text('{"device": null', "utf-8")
+    assert predicted_latencies(runs, device, spec) == found
+    assert "a/frontier.json: damaged" in caplog.text
+    shutil.rmtree(runs.study("t"))
+    assert predicted_latencies(runs, device, spec) is None
 
 
 def test_the_report_shows_backbone_and_winner(common, winner):

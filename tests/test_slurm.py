@@ -20,6 +20,7 @@ from flash.search.settings import SearchJobSettings
 def launch(monkeypatch, tmp_path, capsys):
     """A function that runs `search.py -m`; it returns exit code, stderr lines and started jobs."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASH_VERB", "search")
 
     def call(*arguments):
         GlobalHydra.instance().clear()

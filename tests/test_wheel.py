@@ -68,7 +68,8 @@ def test_every_root_composes_in_an_empty_folder(installed, tmp_path, verb):
 def test_commands_are_listed_and_a_wrong_one_is_answered(installed, tmp_path):
     listed = run(installed, tmp_path)
     assert listed.returncode == 2
-    assert all(verb in listed.stdout for verb in (*VERBS, "measurements", "report", "new"))
+    others = ("measurements", "report", "workspace", "new")
+    assert all(verb in listed.stdout for verb in (*VERBS, *others))
     wrong = run(installed, tmp_path, "searc")
     assert (wrong.returncode, wrong.stderr) == (
         2,

@@ -3,16 +3,18 @@
 Names that Hydra 1.3 does not document, and the reasons to use them:
 
 - `hydra._internal.core_plugins.basic_sweeper.BasicSweeper.split_arguments`,
-  `OverridesParser.create(...).parse_overrides`, `GlobalHydra.config_loader` and
-  `ConfigLoader.load_sweep_config`: compose the configuration of a job as the sweeper does, so that
-  a mistake in the last job is found before the first one starts.
+  `OverridesParser.create(...).parse_overrides`, `GlobalHydra.config_loader`,
+  `ConfigLoader.load_sweep_config` and `.load_configuration`: compose the configuration of a job as
+  the sweeper does, so that a mistake in the last job is found before the first one starts; and
+  again with fewer overrides, for the name of its result.
 - `Plugins.instance` and `ConfigStore.repo`: show if a launcher is installed, and its defaults.
 - `Plugins.register`: adds folders to the search path.
 - `MissingConfigException.missing_cfg_file` and `.options`: hold the missing option and the options
   that exist.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +22,41 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 
-def job_configs(multirun: DictConfig) -> Iterator[DictConfig]:
-    """Compose the configuration of each job of a multirun, in order, without the node `hydra`.
+@dataclass(frozen=True)
+class Job:
+    """One run of a command.
+
+    Attributes:
+        config: Configuration without the node `hydra`.
+        overrides: Overrides as they were typed, each for this job alone.
+        choices: Chosen option of each group, by group; `group@package` for one in another place.
+    """
+
+    config: DictConfig
+    overrides: list[str]
+    choices: dict[str, str | None]
+
+    @classmethod
+    def of(cls, composed: DictConfig) -> "Job":
+        """Split a configuration with the node `hydra`, which Hydra has composed."""
+        node = composed.hydra
+        job = cls(composed, list(node.overrides.task), dict(node.runtime.choices))
+        with open_dict(composed):
+            del composed["hydra"]
+        return job
+
+
+def jobs_of(multirun: DictConfig) -> Iterator[Job]:
+    """Compose the jobs of a multirun, in order.
 
     An error in an override is raised by Hydra when the iterator reaches that job.
 
@@ -38,10 +66,31 @@ def job_configs(multirun: DictConfig) -> Iterator[DictConfig]:
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(loader).parse_overrides(list(multirun.hydra.overrides.task))
     for job in BasicSweeper.split_arguments(overrides, None)[0]:
-        config = loader.load_sweep_config(multirun, job)
-        with open_dict(config):
-            del config["hydra"]
-        yield config
+        yield Job.of(loader.load_sweep_config(multirun, job))
+
+
+def this_job(config: DictConfig) -> Job:
+    """Return the running job, of the configuration that its function receives."""
+    node = HydraConfig.get()
+    return Job(config, list(node.overrides.task), dict(node.runtime.choices))
+
+
+def compose(verb: str, overrides: Sequence[str]) -> Job:
+    """Compose a command's configuration with these overrides, beside the running one."""
+    loader = GlobalHydra.instance().config_loader()
+    return Job.of(loader.load_configuration(verb, list(overrides), RunMode.RUN))
+
+
+def overrides_of_groups(job: Job, groups: Collection[str]) -> list[str]:
+    """Return the overrides of a job that choose an option of one of these groups."""
+    loader = GlobalHydra.instance().config_loader()
+    parsed = OverridesParser.create(loader).parse_overrides(job.overrides)
+    names = {group.partition("@")[0] for group in groups} & {
+        group.partition("@")[0] for group in job.choices
+    }
+    return [
+        text for text, each in zip(job.overrides, parsed, strict=True) if each.key_or_group in names
+    ]
 
 
 def plugin_option(group: str, name: str) -> dict[str, Any] | None:

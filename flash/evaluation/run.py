@@ -16,8 +16,7 @@ from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSetting
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
 from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
 from flash.evaluation.tokenization import HarnessTokenizer
-from flash.export.job import checkpoint_of
-from flash.export.result import ExportResult
+from flash.export.result import ExportResult, exports
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.paths import Runs
@@ -28,7 +27,8 @@ from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import find_origin
 from flash.tracking.tracker import open_tracker
 from flash.training.accelerators import check_devices, main_device
-from flash.workspace import Workspace, arch_of, result_name
+from flash.training.checkpoints import find_checkpoint
+from flash.workspace import Workspace, result_name
 
 if TYPE_CHECKING:
     from flash.evaluation.harness import TextLM
@@ -69,8 +69,8 @@ class EvaluatedModel:
         """
         runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
         workspace = Workspace(runs=runs, backbone=backbone, device_settings=settings.device)
-        spec, name = arch_of(settings.arch, backbone), result_name(settings)
-        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        name = result_name(settings)
+        spec, weights = find_checkpoint(settings, name, backbone, runs)
         # Weights of random backbones come without a tokenizer.
         own = (weights / "tokenizer.json").is_file() or backbone.folder is None
         tokenizer = HarnessTokenizer.open(weights if own else backbone.folder or weights)
@@ -79,7 +79,7 @@ class EvaluatedModel:
             tokenizer = tokenizer.with_chat()
         program, context = None, spec.max_context
         if settings.format is ModelFormat.program:
-            program = program_of(runs.export(name), spec, weights)
+            program = program_of(_exported(runs, name, weights), spec, weights)
             context = context_of(program)
         else:
             check_devices(settings.trainer)
@@ -145,6 +145,24 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
             "of"
         )
     return path
+
+
+def _exported(runs: Runs, name: str, weights: Path) -> Path:
+    """Return the folder of the export of that name, else of the only one of these weights.
+
+    Raises:
+        InputError: There are several of these weights and none of that name.
+    """
+    folder = runs.export(name)
+    if (folder / "export.json").is_file():
+        return folder
+    found = [result.name for result in exports(runs) if result.weights == fingerprint(weights)]
+    if len(found) > 1:
+        raise InputError(
+            f"format=program: expected one export of {weights}, found {', '.join(found)}; give "
+            "name=NAME"
+        )
+    return runs.export(found[0]) if found else folder
 
 
 def context_of(program: Path) -> int:

@@ -9,21 +9,20 @@ from pathlib import Path
 from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
-from flash.commands import command
 from flash.device.base import Device
 from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
-from flash.export.result import ExportResult
+from flash.export.result import ExportResult, device_conditions, exports
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.model.backbone import Backbone
-from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
+from flash.training.checkpoints import find_checkpoint
 from flash.training.result import TrainResult
 from flash.training.settings import RecipeSettings
-from flash.workspace import Workspace, arch_of, result_name
+from flash.workspace import Workspace, result_name
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +58,8 @@ class ExportJob:
             InputError: Weights, device or text cannot be used.
         """
         backbone = Backbone.open(settings.backbone)
-        spec = arch_of(settings.arch, backbone)
         name = result_name(settings)
-        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        spec, weights = find_checkpoint(settings, name, backbone, runs)
         own = weights / "tokenizer.json"
         if own.is_file() and settings.data.tokenizer is None:
             data = dataclasses.replace(settings.data, tokenizer=str(own))
@@ -78,7 +76,7 @@ class ExportJob:
         # While a winner is timed, the program of its backbone alternates with it, if there is one
         # for this device.
         whole = spec == backbone.spec
-        reference = None if whole else _reference(runs.export(backbone.name), device)
+        reference = None if whole else _reference(runs, backbone, device)
         keys = _keys(settings, weights, reference, workspace)
         return cls(settings, name, spec, weights, reference, workspace, keys)
 
@@ -196,50 +194,24 @@ class ExportJob:
         )
 
 
-def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
-    """Find the checkpoint folder to export or to evaluate.
+def _reference(runs: Runs, backbone: Backbone, device: Device) -> ExportResult | None:
+    """Find the backbone's program for this device.
 
-    Args:
-        model: Folder given by the user; None finds it.
-        spec: Architecture that the checkpoint must have.
-        backbone: Backbone, whose own weights are used if `spec` is its architecture.
-        trained: Folder that `train.py` wrote under the model's name.
-
-    Raises:
-        InputError: There is no checkpoint yet, or it has another architecture.
+    One with the same settings comes first, then the one with the backbone's name.
     """
-    if model is not None:
-        folder = Path(model)
-    elif spec == backbone.spec and backbone.folder is not None:
-        backbone.fetch()
-        folder = backbone.folder
-    else:
-        folder = trained / "checkpoint"
-        if not folder.is_dir():
-            raise InputError(
-                f"model=null: expected trained weights in {folder}; run {command('train')} with "
-                "the same +arch first, or give model=FOLDER"
-            )
-    found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
-    if found != spec:
-        if model is not None:
-            raise InputError(
-                f"model={folder}: holds arch {found}: expected {spec}; give the same +arch as in "
-                "its training"
-            )
-        raise InputError(
-            f"{folder}: holds arch {found}: expected {spec}; give the name= that it was trained "
-            "under, or train it under a new one"
-        )
-    return folder
-
-
-def _reference(folder: Path, device: Device) -> ExportResult | None:
-    result, path = ExportResult.read(folder), folder / "model.pte"
-    if result is None or result.device != device.identity() or not path.is_file():
-        return None
-    limits, needed = ProgramLimits.find(path), device.settings.workload.context
-    if limits is not None and limits.context < needed:
+    conditions, needed = device_conditions(device), device.settings.workload.context
+    found = [
+        result
+        for result in exports(runs)
+        if result.spec == backbone.spec and result.device == device.identity()
+    ]
+    same = [result for result in found if result.conditions == conditions]
+    named = [result for result in found if result.name == backbone.name]
+    for result in [*same, *named]:
+        path = runs.export(result.name) / "model.pte"
+        limits = ProgramLimits.find(path)
+        if limits is None or limits.context >= needed:
+            return result
         log.warning(
             "%s: no speedup over it, as its context of %d tokens is less than the workload's %d; "
             "export the backbone again",
@@ -247,8 +219,7 @@ def _reference(folder: Path, device: Device) -> ExportResult | None:
             limits.context,
             needed,
         )
-        return None
-    return result
+    return None
 
 
 def _keys(

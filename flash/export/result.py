@@ -1,16 +1,23 @@
 """Result of an export: the file `export.json`, which the report reads."""
 
 import dataclasses
+import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
+from flash.device.base import Device
 from flash.device.measurement import Measurement
-from flash.records import find_json, write_json
+from flash.errors import InputError
+from flash.paths import Runs
+from flash.records import digest, find_json, write_json
 from flash.renamed import present_keys
 from flash.training.result import ValidationMetrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class ExportResult:
         lower_s: Time of the lowering [s].
         key: Hash of all inputs and settings that affect the result.
         weights: Hash of the exported checkpoint; empty in results of older versions.
+        conditions: `device_conditions` of the measurement; empty in results of older versions.
     """
 
     name: str
@@ -79,6 +87,7 @@ class ExportResult:
     lower_s: float
     key: str
     weights: str = ""
+    conditions: str = ""
 
     def write(self, folder: Path) -> None:
         """Write `export.json` into `folder`, atomically."""
@@ -104,3 +113,20 @@ class ExportResult:
             "measurement": Measurement.from_dict(values["measurement"]),
         }
         return cls(**{**values, **nested})
+
+
+def device_conditions(device: Device) -> str:
+    """Hash device, runtime and settings; latencies with the same hash are comparable."""
+    return digest({"device": device.identity(), "settings": device.settings.identity()})
+
+
+def exports(runs: Runs) -> Iterator[ExportResult]:
+    """Iterate over all exported programs, by name; damaged results are skipped with a warning."""
+    for path in sorted((runs.root / "exports").glob("*/export.json")):
+        try:
+            result = ExportResult.read(path.parent)
+        except InputError as error:
+            log.warning("%s", error)
+            continue
+        if result is not None and path.with_name("model.pte").is_file():
+            yield result

@@ -8,14 +8,15 @@ from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
+from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.measurement import Measurement, Program
-from flash.errors import CheckFailed
+from flash.errors import CheckFailed, InputError
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
-from flash.export.result import ExportResult
+from flash.export.result import ExportResult, device_conditions
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.export.summary import describe, describe_format
 from flash.export.table6 import table6
@@ -108,7 +109,7 @@ def _publish(job: ExportJob, kinds: list[ExportFormat], tracker: Tracker) -> Non
 
 def _export(job: ExportJob) -> ExportResult:
     settings, name, workspace = job.settings, job.name, job.workspace
-    predicted = _predicted(workspace.runs, name, job.spec)
+    predicted = predicted_latencies(workspace.runs, job.device, job.spec)
     model = load_checkpoint(job.weights)
     log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
     start = time.perf_counter()
@@ -139,6 +140,7 @@ def _export(job: ExportJob) -> ExportResult:
         lower_s=lower_s,
         key=job.key,
         weights=fingerprint(job.weights),
+        conditions=device_conditions(job.device),
     )
 
 
@@ -194,22 +196,29 @@ def _measure(
     return measured, speedups
 
 
-def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
-    """Find the latencies that a search predicted for this architecture or for its backbone."""
+def predicted_latencies(runs: Runs, device: Device, spec: ArchSpec) -> dict[str, Any] | None:
+    """Find the latencies that a search on this device predicted for an architecture."""
+    identity, wanted = plain(device.identity()), plain(spec.to_dict())
 
     def prediction(found: dict[str, Any]) -> dict[str, Any] | None:
-        by_number = {trial["number"]: trial for trial in found["trials"]}
-        for number, stem in found["names"].items():
-            if stem == name and by_number[int(number)]["spec"] == spec.to_dict():
-                return found["predicted"][number]
+        if found["device"] != identity:
+            return None
+        by_number = {trial["number"]: trial["spec"] for trial in found["trials"]}
+        for number, values in found["predicted"].items():
+            if by_number[int(number)] == wanted:
+                return values
         backbone = found["backbone"]
-        same = backbone["name"] == name and backbone["spec"] == spec.to_dict()
-        return backbone["predicted"] if same else None
+        return backbone["predicted"] if backbone["spec"] == wanted else None
 
-    again = f"run {command('search')} again"
-    paths = sorted((runs.root / "studies").glob("*/frontier.json"))
-    predictions = (read_json(path, prediction, again) for path in paths)
-    return next((found for found in predictions if found is not None), None)
+    for path in sorted((runs.root / "studies").glob("*/frontier.json")):
+        try:
+            found = read_json(path, prediction, f"run {command('search')} again")
+        except InputError as error:  # an export only looks at it
+            log.warning("%s; no prediction is taken from it", error)
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def _open_tracker(job: ExportJob) -> Tracker:

@@ -92,16 +92,20 @@ class Profiler:
     def attempts_of(self, device: str, point: Point) -> list[list[StoredLatency]]:
         """Return the measurements of each whole model at this point on another device of the store.
 
+        If several have this name, or one had other threads, that with the most models is taken.
+
         Raises:
             InputError: The store holds too few measurements of the same programs on that device.
         """
         wanted = self._base(point)
-        found: dict[str, list[StoredLatency]] = {}
+        by_device: dict[str, dict[str, list[StoredLatency]]] = {}
         for row in self._comparable_models():
             theirs = row.conditions
             same = (theirs.point, theirs.lowering) == (wanted.point, wanted.lowering)
             if same and theirs.device["device"] == device:
+                found = by_device.setdefault(digest(theirs.device), {})
                 found.setdefault(row.key, []).append(row)
+        found = max(by_device.values(), key=len, default={})
         if len(found) < _MIN_MODELS_TO_TRANSFER:
             devices = sorted({str(row.conditions.device["device"]) for row in self.store})
             raise InputError(

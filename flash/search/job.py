@@ -103,7 +103,7 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
         "data": workspace.data.identity,
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "trainer": settings.trainer.decisive(),
         "device": workspace.device.identity(),
         "workload": {**plain(settings.device.workload), "threads": settings.device.threads},

@@ -11,7 +11,7 @@ from flash.errors import InputError, require
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
 from flash.paths import Runs
-from flash.records import digest, plain, write_json, write_text
+from flash.records import digest, find_json, plain, write_json, write_text
 from flash.search.estimate import trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
@@ -112,8 +112,11 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     workspace = open_workspace(settings)
     backbone, runs = workspace.backbone, workspace.runs
     space = open_space(settings.space, backbone.spec)
+    path = runs.latency(settings.device.name) / "latency.json"
+    former = find_json(path, lambda report: report["device"], "measure again")
+    if former is not None:
+        workspace.device.check_unit(former, path)
     latency = latency_of(settings, space, workspace)
-    folder = runs.latency(settings.device.name)
     report = {
         "device": workspace.device.identity(),
         "space": settings.space.name,
@@ -133,11 +136,12 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
         ],
         "settings": plain(settings),
     }
-    write_json(folder / "latency.json", report)
-    MeasurementStore(runs.measurements).write_csv(folder / "measurements.csv")
+    write_json(path, report)
+    table = path.with_name("measurements.csv")
+    MeasurementStore(runs.measurements).write_csv(table)
     print(f"\n{settings.device.name}: leave-one-out over {len(latency.models)} whole models")
     print(latency.describe())
-    print(f"\nkept: {folder / 'latency.json'}, {folder / 'measurements.csv'}")
+    print(f"\nkept: {path}, {table}")
     return report
 
 

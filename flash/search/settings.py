@@ -241,3 +241,8 @@ class SearchJobSettings:
     def __post_init__(self) -> None:
         require(self.worker >= 0, "worker", self.worker, "0 or more")
         check_seed(self.seed)
+        if isinstance(self.recipe, RecipeSettings) and not self.recipe.inherit:
+            raise InputError(
+                f"recipe={self.recipe.name}: recipe.inherit=false: expected true for the trials of "
+                "a search, which inherit the backbone's weights; choose recipe=trial"
+            )

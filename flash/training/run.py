@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flash.arch import ArchSpec, count_parameters
@@ -11,7 +11,6 @@ from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
-from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
@@ -23,8 +22,9 @@ from flash.tracking.origin import Origin, find_origin
 from flash.tracking.settings import LoggerKind
 from flash.tracking.tracker import open_tracker
 from flash.training.accelerators import check_devices, main_device, wait_for_others
+from flash.training.checkpoints import checkpoint_folder, checkpoint_spec
 from flash.training.logger import TrackerLogger
-from flash.training.result import TrainResult
+from flash.training.result import LAST, TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
 from flash.training.validation import validate
@@ -41,10 +41,7 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
     """
     if settings.start is None:
         return arch_of(settings.arch, backbone)
-    folder = Path(settings.start)
-    if not folder.is_dir():
-        raise InputError(f"start={folder}: expected the folder of a trained checkpoint, found none")
-    found = Backbone.open(BackboneSettings(name="start", weights=str(folder))).spec
+    found = checkpoint_spec("start", Path(settings.start))
     if settings.arch:
         wanted = arch_of(settings.arch, backbone)
         if found != wanted:
@@ -56,29 +53,29 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
 
 
 def initial_model(
-    spec: ArchSpec, workspace: Workspace, calibration_tokens: int, start: str | None = None
+    spec: ArchSpec, workspace: Workspace, recipe: RecipeSettings, start: str | None = None
 ) -> Decoder:
     """Build a decoder of `spec` with the weights before training.
 
     They come from the folder `start` or, if it is None, from the backbone by pruning. They are
-    random if the backbone has no weights.
+    random if the backbone has no weights, or `recipe.inherit` is false.
     """
     backbone = workspace.backbone
     if start is not None:
         return load(Path(start))
-    if backbone.folder is None:
+    if backbone.folder is None or not recipe.inherit:
         return Decoder(spec)
     if spec == backbone.spec:
         return backbone.load()
-    importance = workspace.importance(calibration_tokens)
+    importance = workspace.importance(recipe.calibration_tokens)
     return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
 
 
 def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
-    folder = workspace.backbone.folder
+    folder = workspace.backbone.folder if settings.recipe.inherit else None
     decisive = {
         "spec": spec.to_dict(),
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "trainer": settings.trainer.decisive(),
         "data": workspace.data.identity,
         "backbone": fingerprint(folder) if folder else "random",
@@ -98,7 +95,8 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: Settings, backbone or data cannot be used.
     """
-    return [_train_stage(stage) for stage in _stages(settings)][-1]
+    stages = _stages(settings)
+    return [_train_stage(stage, stages[i + 1 :]) for i, stage in enumerate(stages)][-1]
 
 
 def _stages(settings: TrainSettings) -> list[TrainSettings]:
@@ -128,13 +126,24 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
     return stages
 
 
-def _train_stage(settings: TrainSettings) -> TrainResult:
+def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> TrainResult:
+    """Train one stage, unless it is finished.
+
+    Args:
+        settings: Settings of the stage.
+        later: Those of the stages that will start from its result.
+    """
     backbone = Backbone.open(settings.backbone)
+    if settings.start is not None:
+        start = checkpoint_folder("start", settings.start, Runs(Path(settings.runs)))
+        settings = dataclasses.replace(settings, start=str(start))
     spec = spec_of(settings, backbone)
     check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
     name = result_name(settings)
-    if backbone.folder is None:
+    if not settings.recipe.inherit:
+        log.info("training %s from random weights, as recipe.inherit=false says", name)
+    elif backbone.folder is None:
         log.warning(
             "backbone %s has no weights: training %s%s, without a teacher (give "
             "backbone.weights=FOLDER to inherit)",
@@ -144,7 +153,8 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         )
         alone = {"kd_weight": 0.0, "kd_top_k": None, "kd_top_p": None}
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
-    backbone.fetch()
+    if settings.recipe.inherit:
+        backbone.fetch()
     runs = Runs(Path(settings.runs))
     check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
     workspace = Workspace(
@@ -162,21 +172,37 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
         return result
-    if result is not None and result.key != key:
-        log.warning(
-            "%s: %s holds a finished run of other settings, text or weights, which this one will "
-            "replace; name=NEW keeps both",
-            name,
-            folder,
-        )
+    if not settings.overwrite:
+        found = [result, *(TrainResult.read(runs.model(result_name(each))) for each in later)]
+        _require_free(runs, key, [each for each in found if each is not None])
     result = _train(settings, name, spec, workspace, key)
     if result is not None:
         result.write(folder)
+        (folder / "checkpoints" / key / LAST).unlink(missing_ok=True)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
     wait_for_others()  # a further stage may start from this result
     result = TrainResult.read(folder)
     assert result is not None
     return result
+
+
+def _require_free(runs: Runs, key: str, found: Sequence[TrainResult]) -> None:
+    """Check that no finished training would be replaced.
+
+    Args:
+        runs: Layout of the folder of results.
+        key: Key of the training that begins.
+        found: Results of that name, and of the stages after it, which have other weights then.
+
+    Raises:
+        InputError: One of them would be.
+    """
+    for result in found:
+        if result.key != key:
+            raise InputError(
+                f"{runs.model(result.name)}: holds a finished training of other settings, text or "
+                "weights; overwrite=true replaces it, name=NEW keeps both"
+            )
 
 
 def _train(
@@ -190,7 +216,7 @@ def _train(
     seed_everything(settings.seed, verbose=False)
     recipe, precision = settings.recipe, settings.trainer.precision
     data, runs = workspace.data, workspace.runs
-    model = initial_model(spec, workspace, recipe.calibration_tokens, settings.start)
+    model = initial_model(spec, workspace, recipe, settings.start)
     if recipe.qat:
         # Both held-out losses are those of the fake-quantized model.
         fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
@@ -245,15 +271,16 @@ def _run_info(settings: TrainSettings, name: str, spec: ArchSpec, key: str) -> R
 def _inputs(
     settings: TrainSettings, spec: ArchSpec, workspace: Workspace, origin: Origin | None
 ) -> Iterator[Artifact]:
-    """Iterate over the artifacts that the initial weights come from."""
-    backbone, start = workspace.backbone, settings.start
+    """Iterate over the artifacts that initial weights, teacher and architecture come from."""
+    backbone, start, recipe = workspace.backbone, settings.start, settings.recipe
+    inherits = start is None and recipe.inherit
     if start is not None:
         yield weights_artifact(Path(start), backbone.name, backbone.folder)
-    elif backbone.folder is not None:
+    if backbone.folder is not None and (inherits or recipe.kd_weight > 0):
         yield weights_artifact(backbone.folder, backbone.name, backbone.folder)
-        if spec != backbone.spec:
-            path = workspace.importance_path(settings.recipe.calibration_tokens)
-            yield Artifact(ArtifactKind.importance, backbone.name, path)
+    if backbone.folder is not None and inherits and spec != backbone.spec:
+        path = workspace.importance_path(recipe.calibration_tokens)
+        yield Artifact(ArtifactKind.importance, backbone.name, path)
     if origin is not None:
         yield origin.artifact
 

@@ -37,6 +37,7 @@ KNOWN_FROM_INSIDE = {
     "torch",
     "torchao",
     "wandb",
+    "wandb-workspaces",
 }
 """Dependencies whose minor versions may break flash.compat."""
 
@@ -78,7 +79,12 @@ def test_training_admits_the_versions_of_torch_that_it_was_tried_with():
 
 def modules(requirements: Iterable[Requirement]) -> set[str]:
     """Return the modules of these requirements, by the names of their imports."""
-    others = {"hydra-core": "hydra", "lm-eval": "lm_eval", "pyyaml": "yaml"}
+    others = {
+        "hydra-core": "hydra",
+        "lm-eval": "lm_eval",
+        "pyyaml": "yaml",
+        "wandb-workspaces": "wandb_workspaces",
+    }
     return {others.get(each.name, each.name) for each in requirements} - {PROJECT["name"]}
 
 

@@ -21,21 +21,28 @@ class Settings:
     size: int = 1
 
 
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    """Variables that the search path of flash reads, if an earlier test has registered it."""
+    monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
+    monkeypatch.setenv("FLASH_VERB", "train")
+
+
 SEEN: list[dict] = []
 
 
 class ReadJobs(Callback):
-    """Callback that records the results of `job_configs` before the first job."""
+    """Callback that records the results of `jobs_of` before the first job."""
 
     def on_multirun_start(self, config, **kwargs):
-        from flash.compat.hydra import job_configs
+        from flash.compat.hydra import jobs_of
 
-        SEEN.extend(dict(job) for job in job_configs(config))
+        SEEN.extend(dict(job.config) for job in jobs_of(config))
 
 
 def test_jobs_of_a_multirun_are_composed_before_the_first(tmp_path, monkeypatch):
     names = "Hydra's BasicSweeper.split_arguments, OverridesParser or load_sweep_config"
-    with contract(names, "flash.compat.hydra.job_configs", "check all jobs before the first"):
+    with contract(names, "flash.compat.hydra.jobs_of", "check all jobs before the first"):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         (tmp_path / "conf").mkdir()

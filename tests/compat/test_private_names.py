@@ -17,6 +17,7 @@ COMPAT = {
     "executorch_llm": {"executorch", "torch"},
     "submitit": set(),
     "torchao": {"torch"},
+    "wandb_workspaces": {"wandb", "wandb_workspaces"},
 }
 """Packages that a module of flash.compat may import; by default the one it is named after."""
 
