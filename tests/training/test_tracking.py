@@ -67,7 +67,7 @@ def test_a_run_that_failed_is_resumed_under_its_id(tracked, monkeypatch):
         with pytest.raises(RuntimeError, match="power cut"):
             train(tracked)
     train(tracked)
-    train(dataclasses.replace(tracked, seed=1))
+    train(dataclasses.replace(tracked, seed=1, overwrite=True))
     first, second, other = read_runs(Runs(Path(tracked.runs)).logs)
     assert first.exit_code == 1
     assert first.run.run_id == second.run.run_id != other.run.run_id
