@@ -28,16 +28,10 @@ from flash.model.checkpoint import load
 from flash.model.quantization import fake_quantize
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.result import TrainResult
 from flash.training.run import train
-from flash.training.settings import (
-    LoggerKind,
-    LoggerSettings,
-    Precision,
-    RecipeSettings,
-    TrainerSettings,
-    TrainSettings,
-)
+from flash.training.settings import Precision, RecipeSettings, TrainerSettings, TrainSettings
 from flash.training.validation import validate
 from flash.workspace import Workspace
 

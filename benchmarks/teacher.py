@@ -34,9 +34,10 @@ from flash.model.backbone import Backbone
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.fit import fit
 from flash.training.run import train
-from flash.training.settings import LoggerKind, LoggerSettings, RecipeSettings, TrainSettings
+from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import Teacher, teacher_of
 from flash.workspace import Workspace, arch_of
 

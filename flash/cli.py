@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from flash.evaluation.settings import EvaluateSettings
     from flash.export.settings import ExportSettings
     from flash.search.settings import SearchJobSettings
-    from flash.training.settings import LoggerSettings, TrainSettings
+    from flash.tracking.settings import LoggerSettings
+    from flash.training.settings import TrainSettings
 
 # Packages that are imported late in the work of a command are checked first.
 

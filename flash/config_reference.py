@@ -31,12 +31,8 @@ from flash.export.settings import ExportSettings
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.settings import SearchJobSettings, SearchSettings
-from flash.training.settings import (
-    LoggerSettings,
-    RecipeSettings,
-    TrainerSettings,
-    TrainSettings,
-)
+from flash.tracking.settings import LoggerSettings
+from flash.training.settings import RecipeSettings, TrainerSettings, TrainSettings
 
 COMMANDS: dict[str, type] = {
     "train": TrainSettings,

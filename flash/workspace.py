@@ -165,9 +165,15 @@ class Workspace:
         folder, data = self.backbone.folder, self.data
         assert folder is not None
         batches = list(data.calibration_batches(calibration_tokens))
-        text = digest([data.train_identity, calibration_tokens])
-        path = self.runs.importance(f"{fingerprint(folder)}_{text}")
+        path = self.importance_path(calibration_tokens)
         return cached_scores(path, folder, self.backbone.load, batches, len(batches))
+
+    def importance_path(self, calibration_tokens: int) -> Path:
+        """Return the file in which `importance` stores the scores."""
+        folder = self.backbone.folder
+        assert folder is not None
+        text = digest([self.data.train_identity, calibration_tokens])
+        return self.runs.importance(f"{fingerprint(folder)}_{text}")
 
     def save_model(self, folder: Path, model: Decoder) -> None:
         """Write `model` in bfloat16 and its tokenizer as a Hugging Face folder.

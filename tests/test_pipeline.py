@@ -28,17 +28,17 @@ from flash.latency.store import MeasurementStore
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
-from flash.report.command import log_to_wandb
+from flash.records import file_digest
 from flash.report.data import read
 from flash.report.page import render
 from flash.report.table import as_text, quantization_rows
+from flash.report.wandb_run import log_report
 from flash.search.objectives import Objective
 from flash.search.run import run_search
 from flash.search.settings import SearchJobSettings, SearchLimits, SearchSettings, SearchStage
+from flash.tracking.settings import LoggerSettings
 from flash.training.run import train
 from flash.training.settings import (
-    LoggerKind,
-    LoggerSettings,
     Precision,
     RecipeSettings,
     Schedule,
@@ -46,6 +46,7 @@ from flash.training.settings import (
     TrainSettings,
 )
 from tests.conftest import SMALL
+from tests.tracking.offline import read_runs
 
 SPACE = SpaceSettings(
     name="test",
@@ -68,7 +69,7 @@ RECIPE = RecipeSettings(
     name="t", tokens=512, batch_size=4, lr=3e-3, calibration_tokens=256, schedule=Schedule.wsd
 )
 TRAINER = TrainerSettings(precision=Precision.fp32)
-NO_LOGGER = LoggerSettings(name="none", kind=LoggerKind.none)
+LOGGER = LoggerSettings(name="wandb", offline=True)
 # With random weights, quantization to 4 bits changes most likeliest tokens; only the limits of the
 # other stages stay tight.
 GATE = GateSettings(prefill_tokens=8, decode_tokens=4, min_agreement_quantized=0.0)
@@ -95,7 +96,7 @@ def common(corpus, backbone_folder, tmp_path_factory):
         "backbone": BackboneSettings(name="small", weights=str(backbone_folder)),
         "data": data,
         "trainer": TRAINER,
-        "logger": NO_LOGGER,
+        "logger": LOGGER,
         "runs": str(tmp_path_factory.mktemp("work") / "runs"),
     }
 
@@ -378,8 +379,7 @@ def test_a_damaged_frontier_costs_only_its_own_predictions(common, searched, tmp
     assert predicted_latencies(runs, device, spec) is None
 
 
-def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
-    monkeypatch.setattr("flash.report.command.has_wandb_key", lambda: False)
+def test_the_report_shows_backbone_and_winner(common, winner):
     runs = Runs(Path(common["runs"]))
     data = read(runs)
     tables = as_text(data.models).split("\n\n")
@@ -391,8 +391,51 @@ def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
     assert "https://" not in page.split("</head>")[1]  # nothing is fetched
     for title in ("Frontier", "Predicted against measured", "Recovery", "Layers"):
         assert title in page
-    log_to_wandb(data, runs, "flash")
-    assert list(runs.logs.rglob("*.wandb"))
+
+
+def test_wandb_traces_the_program_on_the_phone_back_to_its_trial(common, searched, winner):
+    name, _ = winner
+    runs = Runs(Path(common["runs"]))
+    for kinds in ([ExportFormat.hf], [ExportFormat.hf]):  # the second time it is finished
+        export(_export_settings(common, name, winner[1], format=kinds))
+    found = [run for run in read_runs(runs.logs) if name == run.run.display_name]
+    [train_run, export_run, hf_run] = found
+    [search_run] = [run for run in read_runs(runs.logs) if run.run.job_type == "search"]
+    log_report(read(runs), runs, LOGGER)
+    [report_run] = [run for run in read_runs(runs.logs) if run.run.job_type == "report"]
+    group = [search_run, train_run, export_run, hf_run, report_run]
+    assert [run.run.run_group for run in group] == ["t"] * 5
+    assert hf_run.run.run_id == export_run.run.run_id
+
+    def digests(artifacts):
+        return {each.name: each.digest for each in artifacts if each.type != "run_table"}
+
+    made = [digests(run.made) for run in (search_run, train_run, export_run)]
+    used = [digests(run.used) for run in (search_run, train_run, export_run)]
+    assert used[0].keys() == {"backbone-small"}
+    assert used[0].items() <= used[1].items()
+    assert {name for name in used[1] if name in made[0]} == {"importance-small", f"arch-{name}"}
+    assert all(used[1][title] == made[0][title] for title in made[0].keys() & used[1].keys())
+    assert used[2] == made[1] == {f"checkpoint-{name}": made[1][f"checkpoint-{name}"]}
+    [pte] = export_run.made
+    metadata = json.loads(pte.metadata)
+    assert metadata["sha256"] == {"model.pte": file_digest(runs.export(name) / "model.pte")}
+    names = {number: arch for number, arch in searched["names"].items() if arch == name}
+    assert (metadata["study"], [str(metadata["trial"])]) == ("t", list(names))
+    assert digests(hf_run.made).keys() == {f"hf-{name}"}
+
+
+def test_wandb_has_the_predicted_latencies_beside_the_measured_ones(common, winner):
+    runs = Runs(Path(common["runs"]))
+    named = [run for run in read_runs(runs.logs) if run.run.display_name == winner[0]]
+    [run] = [run for run in named if "export/pte_mib" in run.summary]
+    result = ExportResult.read(runs.export(winner[0]))
+    assert result is not None
+    assert result.predicted is not None
+    assert run.summary["export/prefill_32_ms"] == result.measurement.latencies["prefill_32"].ms
+    predicted = result.predicted["prefill_32"]
+    for name, key in (("predicted", "mean"), ("predicted_low", "low"), ("predicted_high", "high")):
+        assert run.summary[f"export/prefill_32_{name}_ms"] == predicted[f"{key}_ms"]
 
 
 def test_a_report_without_a_search_says_so(tmp_path):

@@ -35,6 +35,7 @@ ORDER = [
     "interop",
     "device",
     "workspace",
+    "tracking",
     "training",
     "latency",
     "search",

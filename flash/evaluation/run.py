@@ -23,9 +23,12 @@ from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, file_digest, plain
+from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.origin import find_origin
+from flash.tracking.tracker import open_tracker
 from flash.training.accelerators import check_devices, main_device
 from flash.training.checkpoints import find_checkpoint
-from flash.training.loggers import close_logger, make_logger
 from flash.workspace import Workspace, result_name
 
 if TYPE_CHECKING:
@@ -218,7 +221,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     )
     result.write(folder)
     if new:
-        _log(settings, result)
+        _log(settings, subject, result)
     note(one_line(result), again=not new)
     print(f"\n{result.name}: {result.suite}, {result.form}")
     print(as_text(result))
@@ -284,18 +287,25 @@ def _digest_of(paths: list[Path]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _log(settings: EvaluateSettings, result: SuiteResult) -> None:
-    logger = make_logger(
-        settings.logger,
-        folder=Runs(Path(settings.runs)).logs,
-        run=f"{result.name} {result.suite}",
-        job="evaluate",
-        config=plain(settings),
+def _log(settings: EvaluateSettings, subject: EvaluatedModel, result: SuiteResult) -> None:
+    runs, backbone = subject.workspace.runs, subject.workspace.backbone
+    info = RunInfo(
+        job=JobType.evaluate,
+        name=f"{result.name} {result.stem}",
+        key=digest([subject.key(), settings.limit]),
+        group=backbone.name,
+        tags={"backbone": backbone.name, "suite": result.suite, "arch": result.name},
+        config={**plain(settings), "spec": result.spec.to_dict()},
+        origin=find_origin(runs, result.name, result.spec),
+        folder=runs.evaluation(result.name) / result.stem,
     )
-    if logger is None:
-        return
     metrics = {f"eval/{row.task}": row.value for row in result.figures}
     if result.average is not None:
         metrics["eval/average"] = result.average
-    logger.log_metrics(metrics)
-    close_logger(logger)
+    if subject.program is not None:
+        source = Artifact(ArtifactKind.executorch, result.name, subject.program)
+    else:
+        source = weights_artifact(subject.weights, backbone.name, backbone.folder)
+    with open_tracker(settings.logger, runs.logs, info) as tracker:
+        tracker.use(source)
+        tracker.log(metrics)

@@ -10,7 +10,8 @@ from omegaconf import MISSING
 from flash.device.settings import DeviceKind, DeviceSettings
 from flash.errors import require
 from flash.model.settings import BackboneSettings
-from flash.training.settings import LoggerSettings, TrainerSettings
+from flash.tracking.settings import LoggerSettings
+from flash.training.settings import TrainerSettings
 
 
 class ModelFormat(Enum):

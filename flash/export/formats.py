@@ -106,6 +106,17 @@ def check_formats(
             raise InputError(f"format=gguf: {error}") from error
 
 
+def find_published(kind: ExportFormat, folder: Path, key: str) -> FormatResult | None:
+    """Return the result of a format that was published with this key, or None.
+
+    Raises:
+        InputError: The file of the result is damaged.
+    """
+    found = FormatResult.read(folder, kind)
+    done = found is not None and found.key == key and (folder / FILES[kind]).exists()
+    return found if done else None
+
+
 def publish(
     kind: ExportFormat, folder: Path, source: ExportSource, settings: FormatSettings, key: str
 ) -> FormatResult:
@@ -115,9 +126,8 @@ def publish(
         CheckFailed: The outputs of the file differ from the model's. No file is published, and an
             earlier one is kept.
     """
-    path = folder / FILES[kind]
-    found = FormatResult.read(folder, kind)
-    if found is not None and found.key == key and path.exists():
+    path, found = folder / FILES[kind], find_published(kind, folder, key)
+    if found is not None:
         log.info("%s is finished: %s", kind.value, path)
         return found
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from flash.device.base import Device
 from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed, InputError
-from flash.export.formats import FILES, ExportSource, publish
+from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
@@ -32,8 +32,11 @@ from flash.outcome import note
 from flash.paths import Runs
 from flash.progress import stages
 from flash.prune.importance import fingerprint
-from flash.records import plain, read_json, write_json
-from flash.training.loggers import close_logger, make_logger
+from flash.records import digest, plain, read_json, write_json
+from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.origin import find_origin
+from flash.tracking.tracker import Tracker, open_tracker
 from flash.training.validation import validate
 from flash.workspace import result_name
 
@@ -70,22 +73,35 @@ def export(settings: ExportSettings) -> ExportResult | None:
         return None
     job = ExportJob.open(settings, runs)
     job.check()
-    others = [kind for kind in settings.format if kind is not ExportFormat.executorch]
-    if others:
-        _publish(job, others)
-    if ExportFormat.executorch not in settings.format:
-        return None
-    result, path = ExportResult.read(job.folder), job.folder / "model.pte"
-    if result is not None and result.key == job.key and path.is_file():
-        log.info("%s is finished: %s", job.name, path)
-        note(one_line(result), again=True)
-    else:
-        result = _export(job)
-        result.write(job.folder)
-        _log(settings, result, runs)
-        note(one_line(result))
-    describe(result, job.folder)
+    missing = [kind for kind in settings.format if not _is_finished(job, kind)]
+    with _open_tracker(job) if missing else Tracker(None, job.name) as tracker:
+        others = [kind for kind in settings.format if kind is not ExportFormat.executorch]
+        if others:
+            _publish(job, others, tracker)
+        if ExportFormat.executorch not in settings.format:
+            return None
+        new = ExportFormat.executorch in missing
+        if new:
+            result = _export(job)
+            result.write(job.folder)
+            tracker.log(_metrics(result))
+            tracker.publish(_artifact(job, ExportFormat.executorch))
+        else:
+            result = ExportResult.read(job.folder)
+            log.info("%s is finished: %s", job.name, job.folder / "model.pte")
+        assert result is not None
+        note(one_line(result), again=not new)
+        describe(result, job.folder)
     return result
+
+
+def _is_finished(job: ExportJob, kind: ExportFormat) -> bool:
+    """Return True if a format was made earlier of the same weights with the same settings."""
+    if kind is not ExportFormat.executorch:
+        return find_published(kind, job.folder, job.keys[kind]) is not None
+    result = ExportResult.read(job.folder)
+    same = result is not None and result.key == job.key
+    return same and (job.folder / FILES[kind]).is_file()
 
 
 def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
@@ -95,12 +111,15 @@ def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
     print(f"\n{table6(shape_results(runs, device))}")
 
 
-def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
+def _publish(job: ExportJob, kinds: list[ExportFormat], tracker: Tracker) -> None:
     """Write and check the formats other than the program."""
     model = load_checkpoint(job.weights)
     source = ExportSource(model=model, text=job.texts[0], tokenizer=job.workspace.tokenizer)
     for kind in kinds:
+        new = not _is_finished(job, kind)
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
+        if new:
+            tracker.publish(_artifact(job, kind))
         describe_format(job.name, kind, result, job.folder)
         note(f"{job.folder / FILES[kind]}, {result.size_bytes / 2**20:.2f} MiB")
 
@@ -224,25 +243,45 @@ def predicted_latencies(runs: Runs, device: Device, spec: ArchSpec) -> dict[str,
     return None
 
 
-def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:
-    logger = make_logger(
-        settings.logger,
-        folder=runs.logs,
-        run=result.name,
-        job="export",
-        config={**plain(settings), "spec": result.spec.to_dict()},
+def _open_tracker(job: ExportJob) -> Tracker:
+    """Open the tracker of an export, and record the weights that it reads."""
+    settings, backbone, runs = job.settings, job.workspace.backbone, job.workspace.runs
+    info = RunInfo(
+        job=JobType.export,
+        name=job.name,
+        key=digest({kind.value: key for kind, key in job.keys.items()}),
+        group=backbone.name,
+        tags={"backbone": backbone.name, "device": settings.device.name, "arch": job.name},
+        config={**plain(settings), "spec": job.spec.to_dict()},
+        origin=find_origin(runs, job.name, job.spec),
+        folder=job.folder,
     )
-    if logger is None:
-        return
+    tracker = open_tracker(settings.logger, runs.logs, info)
+    tracker.use(weights_artifact(job.weights, backbone.name, backbone.folder))
+    return tracker
+
+
+def _artifact(job: ExportJob, kind: ExportFormat) -> Artifact:
+    """Describe the published file or folder of a format."""
+    about = {"device": job.settings.device.name} if kind is ExportFormat.executorch else {}
+    return Artifact(ArtifactKind[kind.name], job.name, job.folder / FILES[kind], about)
+
+
+def _metrics(result: ExportResult) -> dict[str, float]:
+    """Figures of an export: latencies as measured and as predicted, speedups, size and quality."""
     measured = result.measurement
-    metrics = {
+    predicted = {
+        f"export/{point}_predicted{bound}_ms": values[f"{key}_ms"]
+        for point, values in (result.predicted or {}).items()
+        for bound, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
+    }
+    return {
         **{f"export/{name}_ms": latency.ms for name, latency in measured.latencies.items()},
         **{f"export/{name}_se_ms": latency.se_ms for name, latency in measured.latencies.items()},
         **{f"export/{name}_speedup": value for name, value in result.speedups.items()},
+        **predicted,
         "export/pte_mib": result.pte_bytes / 2**20,
         "export/val_loss": result.quality.loss,
         "export/perplexity_change_pct": result.program_quality.change_pct,
         "export/top1_agreement": result.program_quality.agreement,
     }
-    logger.log_metrics(metrics)
-    close_logger(logger)

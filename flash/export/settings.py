@@ -12,7 +12,8 @@ from flash.errors import check_seed, require
 from flash.interop.settings import GgufFormat
 from flash.lowering.settings import GateSettings
 from flash.model.settings import BackboneSettings
-from flash.training.settings import LoggerSettings, TrainerSettings
+from flash.tracking.settings import LoggerSettings
+from flash.training.settings import TrainerSettings
 
 
 class ExportFormat(Enum):

@@ -1,35 +1,18 @@
 """`flash report`: print the result table of a study and write its HTML page."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flash.commands import command
 from flash.paths import Runs
 from flash.report.data import ReportData, read
-from flash.report.figures import all_figures
 from flash.report.page import write_page
-from flash.report.table import COLUMNS, as_text, rows
+from flash.report.table import as_text
+from flash.report.wandb_run import log_report
 from flash.terminal import finish
-from flash.training.loggers import has_wandb_key
-
-
-def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
-    """Log the result table and every figure as one W&B run, offline without an API key."""
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    runs.logs.mkdir(parents=True, exist_ok=True)
-    mode = "online" if has_wandb_key() else "offline"
-    with wandb.init(
-        project=project, name=f"report {data.study}", job_type="report", dir=runs.logs, mode=mode
-    ) as run:
-        table: list[Any] = rows(data.models)
-        run.log({"result": wandb.Table(columns=list(COLUMNS), data=table)})
-        run.log({name: wandb.Plotly(figure) for name, figure in all_figures(data).items()})
+from flash.tracking.settings import LoggerSettings
 
 
 def _following(data: ReportData, folder: Path) -> str:
@@ -58,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     data = read(runs, options.study)
     write_page(data, runs.report)
     if options.wandb:
-        log_to_wandb(data, runs, options.wandb)
+        log_report(data, runs, LoggerSettings(name="wandb", project=options.wandb))
     print(as_text(data.models))
     finish([runs.report], _following(data, options.runs))
     return 0

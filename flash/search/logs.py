@@ -1,57 +1,141 @@
-"""Logging of a search: metrics of each trial as it ends, tables and figures at the end."""
+"""Logging of a search: each trial as it ends, the best so far, tables and figures at the end."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flash.arch import ArchSpec, Attention, count_parameters
+from flash.search.loop import frontier, hypervolume_history
 from flash.search.objectives import Problem
 from flash.search.study import Trial
-
-if TYPE_CHECKING:  # Lightning takes seconds to import
-    from lightning.pytorch.loggers import Logger
+from flash.tracking.tracker import Tracker
 
 Draw = Callable[[], Mapping[str, Any]]
 """Function that draws the plotly figures of a written study, by name."""
 
-
-def log_trial(logger: "Logger | None", trial: Trial, problem: Problem) -> None:
-    """Log the metrics of a complete trial, with its number as the step."""
-    if logger is None or trial.loss is None:
-        return
-    metrics = {
-        "search/loss": trial.loss,
-        "search/latency_ms": trial.costs[problem.headline],
-        **{f"search/{key}": value for key, value in trial.costs.items()},
-        "search/parameters": count_parameters(trial.spec).total,
-        "search/model_dim": trial.spec.model_dim,
-        "search/ffn_dim": trial.spec.ffn_dim,
-        "search/num_layers": trial.spec.num_layers,
-    }
-    logger.log_metrics(metrics, step=trial.number)
+SHARES_PCT = (25, 50, 75, 100)
+"""Shares of the backbone's latency at which the summary of a search states the best loss [%]."""
 
 
-def log_study(logger: "Logger | None", report: Mapping[str, Any], draw: Draw) -> None:
-    """Log the final hypervolume; a W&B logger also gets the table of trials and the figures.
+class SearchLog:
+    """Log of one worker: its own trials, and the state of the whole study after each.
 
     Args:
-        logger: Logger of the search, or None.
-        report: Content of `frontier.json`.
-        draw: Draws the figures; called only if the logger is a `WandbLogger`.
+        tracker: Tracker of the worker.
+        problem: Objectives, limits and reference point.
+        backbone_ms: Headline latency of the backbone [ms].
     """
-    if logger is None:
-        return
-    step = len(report["trials"])
-    logger.log_metrics({"search/hypervolume": report["hypervolume"][-1]}, step=step)
-    from lightning.pytorch.loggers import WandbLogger
 
-    if not isinstance(logger, WandbLogger):
-        return
-    import wandb
+    def __init__(self, tracker: Tracker, problem: Problem, backbone_ms: float) -> None:
+        self._tracker, self._problem, self._backbone_ms = tracker, problem, backbone_ms
+        self._front: list[int] = []
 
+    def log_trial(self, trial: Trial, trials: Sequence[Trial]) -> None:
+        """Log a finished trial of this worker, with its number as the step.
+
+        Args:
+            trial: Trial that is complete, stopped early or failed.
+            trials: All trials of the study.
+        """
+        front = frontier(trials, self._problem)
+        hypervolume = hypervolume_history(trials, self._problem)[-1]
+        numbers = [each.number for each in front]
+        state = {
+            "search/hypervolume": hypervolume,
+            "search/frontier_size": len(front),
+            "search/on_frontier": int(trial.number in numbers),
+        }
+        self._tracker.log({**_metrics(trial, self._problem), **state}, trial.number)
+        if numbers != self._front:
+            self._front = numbers
+            columns, rows = frontier_table(front, self._problem)
+            self._tracker.log_table("search/frontier", columns, rows)
+        self._tracker.summarize(summary(trials, self._problem, self._backbone_ms, hypervolume))
+
+
+def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
+    losses = {"search/loss": trial.loss}
+    if trial.stopped:
+        losses = {"search/estimated_loss": trial.expected_loss}
+    spec, seconds = trial.spec, trial.extra.get("seconds")
+    values = {
+        **losses,
+        "search/state": trial.state.name.lower(),
+        "search/seconds": seconds,
+        "search/latency_ms": trial.costs[problem.headline],
+        **{f"search/{key}": value for key, value in trial.costs.items()},
+        "search/parameters": count_parameters(spec).total,
+        "search/model_dim": spec.model_dim,
+        "search/ffn_dim": spec.ffn_dim,
+        "search/num_layers": spec.num_layers,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def summary(
+    trials: Sequence[Trial], problem: Problem, backbone_ms: float, hypervolume: float
+) -> dict[str, float]:
+    """Return the summary of a search: its best, and the number of trials by state.
+
+    Args:
+        trials: All trials of the study.
+        problem: Objectives, limits and reference point.
+        backbone_ms: Headline latency of the backbone [ms].
+        hypervolume: Hypervolume after all finished trials.
+    """
+    counts = {
+        name: sum(trial.state.name.lower() == state for trial in trials)
+        for name, state in (("complete", "complete"), ("pruned", "pruned"), ("failed", "fail"))
+    }
+    values: dict[str, float] = {f"search/{name}_trials": n for name, n in counts.items()}
+    known = [
+        (trial.loss, trial)
+        for trial in trials
+        if trial.loss is not None and problem.is_feasible(trial.costs)
+    ]
+    for share in SHARES_PCT:
+        limit = share / 100 * backbone_ms
+        losses = [loss for loss, trial in known if trial.costs[problem.headline] <= limit]
+        if losses:
+            values[f"search/best_loss_at_{share}pct_latency"] = min(losses)
+    if known:
+        loss, best = min(known, key=lambda pair: pair[0])
+        values |= {
+            "search/loss": loss,
+            "search/latency_ms": best.costs[problem.headline],
+            "search/trial": best.number,
+        }
+    return {**values, "search/hypervolume": hypervolume}
+
+
+def frontier_table(front: Sequence[Trial], problem: Problem) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the trials on the frontier, fastest first."""
+    costs = list(front[0].costs) if front else []
+    columns = ["number", "loss", "latency_ms", *costs, "parameters", "pattern"]
+    rows = [
+        [
+            trial.number,
+            trial.loss,
+            trial.costs[problem.headline],
+            *(trial.costs[key] for key in costs),
+            count_parameters(trial.spec).total,
+            trial.spec.pattern,
+        ]
+        for trial in front
+    ]
+    return columns, rows
+
+
+def log_study(tracker: Tracker, report: Mapping[str, Any], draw: Draw) -> None:
+    """Log the table of all trials and the figures of a finished search.
+
+    Args:
+        tracker: Tracker of the search.
+        report: Content of `frontier.json`.
+        draw: Draws the figures; called only by a backend that shows them.
+    """
     columns, rows = trial_table(report)
-    logger.log_table("search/trials", columns, rows, step=step)
-    figures = {f"figures/{name}": wandb.Plotly(figure) for name, figure in draw().items()}
-    logger.experiment.log(figures)
+    tracker.log_table("search/trials", columns, rows)
+    tracker.log_figures(draw)
 
 
 def trial_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -11,7 +11,7 @@ from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
 from flash.outcome import note
 from flash.paths import Runs
-from flash.records import find_json, plain, write_json, write_text
+from flash.records import digest, find_json, plain, write_json, write_text
 from flash.search.estimate import trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
@@ -25,7 +25,7 @@ from flash.search.job import (
     open_workspace,
     problem_of,
 )
-from flash.search.logs import log_study, log_trial
+from flash.search.logs import SearchLog, log_study
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem
 from flash.search.promote import promote
@@ -33,7 +33,9 @@ from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.study import Study, Trial, open_study, reopen_study
 from flash.terminal import table, wrap
-from flash.training.loggers import close_logger, make_logger
+from flash.tracking.artifacts import Artifact, ArtifactKind
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.tracker import Tracker, open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -154,23 +156,19 @@ def _stage_two(
         evaluate = evaluation_of(job, job.checkpoints)
     pairs = zip(problem.objectives, problem.reference, strict=True)
     log.info("reference point: %s", ", ".join(f"{o.value} {worst:.4g}" for o, worst in pairs))
-    logger = make_logger(
-        settings.logger,
-        folder=runs.logs,
-        run=name if settings.worker == 0 else f"{name}_worker{settings.worker}",
-        job="search",
-        config=plain(settings),
-    )
+    backbone = job.workspace.backbone.spec
+    backbone_ms = float(problem.costs([backbone])[problem.headline][0])
+    with open_tracker(settings.logger, runs.logs, _run_info(job)) as tracker:
+        trial_log = SearchLog(tracker, problem, backbone_ms)
 
-    def on_trial(trial: Trial) -> None:
-        log_trial(logger, trial, problem)
-        trials = study.trials()
-        best = {each.number for each in frontier(trials, problem)}
-        remove_checkpoints(evaluate, {each.number for each in trials if each.finished} - best)
+        def on_trial(trial: Trial) -> None:
+            trials = study.trials()
+            trial_log.log_trial(trial, trials)
+            best = {each.number for each in frontier(trials, problem)}
+            remove_checkpoints(evaluate, {each.number for each in trials if each.finished} - best)
 
-    try:
-        if logger is not None:
-            logger.log_metrics(latency.metrics(), step=0)
+        _log_sources(job, tracker)
+        tracker.log(latency.metrics(), 0)
         trials = search(
             study,
             job.space,
@@ -181,10 +179,45 @@ def _stage_two(
             on_trial=on_trial,
         )
         report = _write(job, study, latency, problem, trials)
-        log_study(logger, report, partial(figures, runs, name))
-    finally:
-        close_logger(logger)
+        if settings.worker == 0:  # the others would log the same
+            log_study(tracker, report, partial(figures, runs, name))
+            _publish(job, report, tracker)
     return report
+
+
+def _run_info(job: SearchJob) -> RunInfo:
+    settings, worker = job.settings, job.settings.worker
+    study = settings.search.study
+    return RunInfo(
+        job=JobType.search,
+        name=study if worker == 0 else f"{study}_worker{worker}",
+        key=digest(job.identity),
+        group=study,
+        tags={
+            "backbone": settings.backbone.name,
+            "device": settings.device.name,
+            "recipe": settings.recipe.name,
+        },
+        config=plain(settings),
+        folder=job.folder if worker == 0 else None,
+    )
+
+
+def _log_sources(job: SearchJob, tracker: Tracker) -> None:
+    """Log the backbone as read, and its importance scores as written."""
+    backbone = job.workspace.backbone
+    assert backbone.folder is not None
+    tracker.use(Artifact(ArtifactKind.backbone, backbone.name, backbone.folder))
+    scores = job.workspace.importance_path(job.settings.recipe.calibration_tokens)
+    tracker.publish(Artifact(ArtifactKind.importance, backbone.name, scores))
+
+
+def _publish(job: SearchJob, report: Mapping[str, Any], tracker: Tracker) -> None:
+    """Publish the files of the architectures on the frontier."""
+    for number, arch in report["names"].items():
+        facts = {"study": report["study"], "trial": int(number), "arch": arch}
+        path = job.workspace.runs.found_arch / f"{arch}.yaml"
+        tracker.publish(Artifact(ArtifactKind.arch, arch, path, facts))
 
 
 def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:

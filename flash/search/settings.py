@@ -16,7 +16,8 @@ from flash.errors import InputError, check_seed, nearest, require, shown
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
-from flash.training.settings import LoggerSettings, RecipeSettings, TrainerSettings
+from flash.tracking.settings import LoggerSettings
+from flash.training.settings import RecipeSettings, TrainerSettings
 
 
 class Sampler(Enum):

@@ -53,6 +53,7 @@ class Throughput(L.Callback):
         teacher: Architecture of a teacher that runs along; None without one.
 
     Attributes:
+        seconds: Time in steps so far, including those before the run was resumed [s].
         tokens_per_s: Rate of the last steps, by the median of their times.
         mfu: Share of the measured matrix-product rate at that speed.
     """
@@ -61,6 +62,7 @@ class Throughput(L.Callback):
         self, trainer: TrainerSettings, label: str | None, teacher: ArchSpec | None
     ) -> None:
         self.trainer_settings, self.label, self.teacher = trainer, label, teacher
+        self.seconds = 0.0
         self.tokens_per_s = 0.0
         self.mfu = 0.0
 
@@ -121,6 +123,7 @@ class Throughput(L.Callback):
             return  # more micro-batches of this step follow
         now = time.perf_counter()
         self._times = [*self._times[-19:], now - self._start]
+        self.seconds += now - self._start
         self._start = now
         step_s = sorted(self._times)[len(self._times) // 2]
         self.tokens_per_s = self._step_tokens / step_s
@@ -132,6 +135,7 @@ class Throughput(L.Callback):
         )
         if self.label is not None and trainer.global_step == self._first + _TIMED_STEPS:
             self._log_estimate(trainer, step_s, "by the first steps")
+        pl_module.log("train/seconds", self.seconds)
         pl_module.log("speed/tokens_per_s", self.tokens_per_s)
         pl_module.log("speed/mfu", self.mfu)
 
@@ -146,6 +150,12 @@ class Throughput(L.Callback):
     ) -> None:
         if hasattr(self, "_bar"):
             self._bar.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = float(state_dict["seconds"])
 
 
 class CurveRecorder(L.Callback):

@@ -153,7 +153,15 @@ class LanguageModeling(L.LightningModule):
         for name, value in zip(names, means, strict=False):
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         self.log("train/grad_norm", norm)
+        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+        self._log_tokens(self.trainer.global_step + 1)
         self.log("train/skipped_steps", float(self.guard.skipped))
+
+    def _log_tokens(self, steps: int) -> None:
+        """Log the tokens seen in this number of steps, the x axis of losses."""
+        tokens = steps * self.recipe.batch_size * self.seq_len
+        # Lightning would round a number to float32, which has no odd ones above 2^24.
+        self.log("train/tokens", torch.tensor(tokens, dtype=torch.float64))
 
     def _rewind(self) -> None:
         """Load weights and optimizer state of the last checkpoint; schedule and data go on."""
@@ -174,6 +182,9 @@ class LanguageModeling(L.LightningModule):
         loss = sums.ce / max(len(targets), 1)
         ranks = self.trainer.world_size > 1
         self.log("val/loss", loss, batch_size=max(len(targets), 1), sync_dist=ranks)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_tokens(self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["guard"] = self.guard.state_dict()

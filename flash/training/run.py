@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,9 +18,14 @@ from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
+from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.origin import Origin, find_origin
+from flash.tracking.settings import LoggerKind
+from flash.tracking.tracker import open_tracker
 from flash.training.accelerators import check_devices, main_device, wait_for_others
 from flash.training.checkpoints import checkpoint_folder, checkpoint_spec
-from flash.training.loggers import close_logger, make_logger
+from flash.training.logger import TrackerLogger
 from flash.training.result import LAST, TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
@@ -248,15 +253,11 @@ def _train(
     if is_main_process():
         before = validate(model.to(device), data, precision)
         log.info("%s: %s, held-out loss %.3f before training", name, spec, before.loss)
-    logger = make_logger(
-        settings.logger,
-        folder=runs.logs,
-        run=name,
-        job="train",
-        config={**plain(settings), "spec": spec.to_dict()},
-    )
     folder = runs.model(name)
-    try:
+    info = _run_info(settings, name, spec, key)
+    with open_tracker(settings.logger, runs.logs, info) as tracker:
+        for artifact in _inputs(settings, spec, workspace, info.origin):
+            tracker.use(artifact)
         done = fit(
             model,
             data,
@@ -265,7 +266,7 @@ def _train(
             teacher=teacher,
             # The path contains the key, so that other settings do not resume from these.
             folder=folder / "checkpoints" / key,
-            loggers=logger if logger is not None else False,
+            loggers=False if settings.logger.kind is LoggerKind.none else TrackerLogger(tracker),
             label=name,
         )
         if before is None:
@@ -274,12 +275,41 @@ def _train(
         _warn_if_worse(name, recipe.lr, done.tokens, before.loss, after.loss)
         parameters = count_parameters(spec).total
         result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
-        if logger is not None:
-            logger.log_metrics(_metrics(result), step=done.steps)
-    finally:
-        close_logger(logger)
-    workspace.save_model(folder / "checkpoint", model)
+        tracker.log(_metrics(result), done.steps)
+        workspace.save_model(folder / "checkpoint", model)
+        tracker.publish(Artifact(ArtifactKind.checkpoint, name, folder / "checkpoint"))
     return result
+
+
+def _run_info(settings: TrainSettings, name: str, spec: ArchSpec, key: str) -> RunInfo:
+    runs, backbone = Runs(Path(settings.runs)), settings.backbone.name
+    return RunInfo(
+        job=JobType.train,
+        name=name,
+        key=key,
+        group=backbone,
+        tags={"backbone": backbone, "recipe": settings.recipe.name, "arch": name},
+        config={**plain(settings), "spec": spec.to_dict()},
+        origin=find_origin(runs, name, spec),
+        folder=runs.model(name),
+    )
+
+
+def _inputs(
+    settings: TrainSettings, spec: ArchSpec, workspace: Workspace, origin: Origin | None
+) -> Iterator[Artifact]:
+    """Iterate over the artifacts that initial weights, teacher and architecture come from."""
+    backbone, start, recipe = workspace.backbone, settings.start, settings.recipe
+    inherits = start is None and recipe.inherit
+    if start is not None:
+        yield weights_artifact(Path(start), backbone.name, backbone.folder)
+    if backbone.folder is not None and (inherits or recipe.kd_weight > 0):
+        yield weights_artifact(backbone.folder, backbone.name, backbone.folder)
+    if backbone.folder is not None and inherits and spec != backbone.spec:
+        path = workspace.importance_path(recipe.calibration_tokens)
+        yield Artifact(ArtifactKind.importance, backbone.name, path)
+    if origin is not None:
+        yield origin.artifact
 
 
 _NOISE = 0.01
@@ -304,8 +334,10 @@ def _warn_if_worse(name: str, lr: float, tokens: int, before: float, after: floa
 def _metrics(result: TrainResult) -> dict[str, float]:
     """Figures of a finished run for its logger."""
     return {
+        "val/loss": result.after.loss,
         "val/loss_before": result.before.loss,
         "val/loss_after": result.after.loss,
         "val/bits_per_byte": result.after.bits_per_byte,
         "parameters": result.parameters,
+        "train/tokens": result.fit.tokens,
     }

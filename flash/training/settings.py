@@ -14,6 +14,7 @@ from flash.data.settings import DataSettings
 from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
 from flash.records import plain
+from flash.tracking.settings import LoggerSettings
 
 
 class Schedule(Enum):
@@ -336,33 +337,6 @@ class TrainerSettings:
                 f"{micro_batch} sequences (trainer.micro_batch); change one of the three"
             )
         return batch_size // (ranks * micro_batch)
-
-
-class LoggerKind(Enum):
-    """Backends of config group `logger`."""
-
-    wandb = "wandb"
-    """Weights & Biases; offline without a key."""
-    csv = "csv"
-    """CSV files."""
-    none = "none"
-    """No logger."""
-
-
-@dataclass(kw_only=True)
-class LoggerSettings:
-    """Config group `logger`."""
-
-    name: str
-    """Name of the option."""
-    kind: LoggerKind = LoggerKind.wandb
-    """Backend."""
-    project: str = "flash"
-    """W&B project."""
-    entity: str | None = None
-    """W&B team; null is the user's default."""
-    offline: bool | None = None
-    """Keep runs on disk only; null does so when no W&B key is found."""
 
 
 @dataclasses.dataclass(kw_only=True)

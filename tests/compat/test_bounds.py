@@ -36,6 +36,7 @@ KNOWN_FROM_INSIDE = {
     "submitit",
     "torch",
     "torchao",
+    "wandb",
     "wandb-workspaces",
 }
 """Dependencies whose minor versions may break flash.compat."""

@@ -211,7 +211,6 @@ def is_logged(name: str) -> bool:
     return False
 
 
-@pytest.mark.xfail(strict=True, reason="remove with the merge of the tracking, which logs them")
 def test_panels_show_what_is_logged(tmp_path):
     path = tmp_path / "dashboards.json"
     make(points=["prefill_2048", "decode_77"], file=str(path))

@@ -21,7 +21,8 @@ from flash.evaluation.tasks import OWN_TASKS, Tasks
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
-from flash.training.settings import LoggerKind, LoggerSettings, TrainerSettings
+from flash.tracking.settings import LoggerKind, LoggerSettings
+from flash.training.settings import TrainerSettings
 from tests.evaluation.conftest import (
     QUESTIONS,
     rouge_l,

@@ -1,20 +1,27 @@
 """Facts about offline W&B runs, whose content is read from their files."""
 
+import csv
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from optuna.trial import TrialState
 
 from flash.paths import Runs
-from flash.report.command import log_to_wandb
 from flash.report.data import read
 from flash.report.figures import all_figures, study_figures
-from flash.search.logs import log_study, trial_table
+from flash.report.wandb_run import log_report, result_table
+from flash.search.logs import SearchLog, log_study, trial_table
+from flash.search.loop import frontier, hypervolume_history
 from flash.search.settings import Sampler
-from flash.training.loggers import close_logger, make_logger
-from flash.training.settings import LoggerKind, LoggerSettings
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.links import write_link
+from flash.tracking.settings import LoggerKind, LoggerSettings
+from flash.tracking.tracker import open_tracker
 from tests.report.toy_study import with_curves, write_promotion, write_study
 from tests.search import toy_search as toy
+from tests.tracking.offline import read_runs
 
 STOPPED = {9, 14}
 
@@ -34,9 +41,10 @@ def written(tmp_path, trials):
     return runs, report
 
 
-def logger_of(kind, runs):
+def tracker_of(kind, runs):
     settings = LoggerSettings(name=kind.value, kind=kind, offline=True)
-    return make_logger(settings, folder=runs.logs, run="toy", job="search", config={})
+    info = RunInfo(job=JobType.search, name="toy", key="k", group="toy")
+    return open_tracker(settings, runs.logs, info)
 
 
 def media(runs, kind):
@@ -45,21 +53,76 @@ def media(runs, kind):
     return {path.name.rsplit("_", 2)[0]: path for path in paths}
 
 
-def test_every_figure_of_the_page_is_in_the_report_run(written, monkeypatch):
-    monkeypatch.setattr("flash.report.command.has_wandb_key", lambda: False)
+def test_the_report_logs_every_figure_of_the_page_and_its_table_in_numbers(written):
     runs, _ = written
     data = read(runs)
-    log_to_wandb(data, runs, "flash")
+    log_report(data, runs, LoggerSettings(name="wandb", project="p", offline=True))
+    log_report(data, runs, LoggerSettings(name="wandb", project="p", offline=True))
     assert media(runs, "plotly").keys() == all_figures(data).keys()
-    assert media(runs, "table").keys() == {"result"}
+    first, second = read_runs(runs.logs)
+    assert first.run.run_id == second.run.run_id
+    assert (first.run.run_group, first.run.job_type, first.run.project) == ("toy", "report", "p")
+    table = json.loads(media(runs, "table")["result"].read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["model"] for row in rows] == [model.name for model in data.models]
+    assert [row["parameters"] for row in rows] == [model.parameters for model in data.models]
+    for row, model in zip(rows, data.models, strict=True):
+        assert row["prefill_64_predicted_low_ms"] == model.predicted["prefill_64"]["low_ms"]
+        assert all(isinstance(row[name], float | None) for name in row if name.endswith("_ms"))
+
+
+def test_the_table_of_results_links_to_the_runs_of_trainings(written, monkeypatch):
+    runs, report = written
+    data = read(runs)
+    winner = data.models[1]
+    trained = SimpleNamespace(
+        before=SimpleNamespace(loss=4.0, bits_per_byte=2.0),
+        after=SimpleNamespace(loss=3.0, bits_per_byte=1.5),
+    )
+    write_link(runs.model(winner.name), {"url": "https://example.org/run"})
+    columns, [row] = result_table([replace(winner, trained=trained)], runs)
+    values = dict(zip(columns, row, strict=True))
+    assert values["train_run"] == "https://example.org/run"
+    assert (values["loss_before"], values["loss_after"]) == (4.0, 3.0)
+
+
+def test_a_search_logs_every_trial_its_frontier_and_its_best(written, trials):
+    runs, _ = written
+    failed = replace(trials[3], state=TrialState.FAIL, loss=None, extra={"reason": "diverged"})
+    trials = [*trials[:3], failed, *trials[4:]]
+    backbone_ms = float(toy.latency([toy.BACKBONE])[0])
+    with tracker_of(LoggerKind.wandb, runs) as tracker:
+        log = SearchLog(tracker, toy.PROBLEM, backbone_ms)
+        for number, trial in enumerate(trials):
+            log.log_trial(trial, trials[: number + 1])
+    [run] = read_runs(runs.logs)
+    rows = [row for row in run.history if "search/state" in row]
+    assert [row["search/trial"] for row in rows] == [trial.number for trial in trials]
+    states = [trial.state.name.lower() for trial in trials]
+    assert [row["search/state"] for row in rows] == states
+    for row, trial in zip(rows, trials, strict=True):
+        assert row.get("search/loss") == trial.loss
+        assert ("search/estimated_loss" in row) == trial.stopped
+    history = hypervolume_history(trials, toy.PROBLEM)
+    assert [row["search/hypervolume"] for row in rows] == pytest.approx(history)
+    best = min((trial for trial in trials if trial.complete), key=lambda trial: trial.loss)
+    assert run.summary["search/loss"] == best.loss
+    assert run.summary["search/trial"] == best.number
+    assert run.summary["search/hypervolume"] == pytest.approx(history[-1])
+    assert run.summary["search/pruned_trials"] == len(STOPPED)
+    assert run.summary["search/failed_trials"] == 1
+    fast = [t.loss for t in trials if t.complete and t.costs["prefill_ms"] <= 0.75 * backbone_ms]
+    assert run.summary["search/best_loss_at_75pct_latency"] == min(fast)
+    path = run.path.parent / "files" / run.summary["search/frontier"]["path"]
+    table = json.loads(path.read_text())
+    front = frontier(trials, toy.PROBLEM)
+    assert [row[0] for row in table["data"]] == [trial.number for trial in front]
 
 
 def test_a_search_logs_its_figures_and_a_table_of_all_trials(written):
     runs, report = written
-    logger = logger_of(LoggerKind.wandb, runs)
-    assert isinstance(logger, WandbLogger)
-    log_study(logger, report, lambda: study_figures(runs, "toy"))
-    close_logger(logger)
+    with tracker_of(LoggerKind.wandb, runs) as tracker:
+        log_study(tracker, report, lambda: study_figures(runs, "toy"))
     assert media(runs, "plotly").keys() == study_figures(runs, "toy").keys()
     table = json.loads(media(runs, "table")["trials"].read_text())
     columns, rows = trial_table(report)
@@ -81,11 +144,14 @@ def test_the_table_of_trials_holds_all_of_them_with_their_state(written):
 
 
 @pytest.mark.parametrize("kind", [LoggerKind.csv, LoggerKind.none])
-def test_other_loggers_get_the_metrics_and_no_figure_is_drawn(written, kind):
+def test_other_loggers_get_the_metrics_and_no_figure_is_drawn(written, trials, kind):
     runs, report = written
-    logger = logger_of(kind, runs)
-    log_study(logger, report, pytest.fail)
-    if isinstance(logger, CSVLogger):
-        logger.save()
-        text = (runs.logs / "csv" / "metrics.csv").read_text()
-        assert str(report["hypervolume"][-1]) in text
+    with tracker_of(kind, runs) as tracker:
+        SearchLog(tracker, toy.PROBLEM, 1.0).log_trial(trials[-1], trials)
+        log_study(tracker, report, pytest.fail)
+    path = runs.logs / "csv" / "metrics.csv"
+    assert path.is_file() == (kind is LoggerKind.csv)
+    if kind is LoggerKind.csv:
+        [row] = csv.DictReader(path.read_text().splitlines())
+        assert row["search/state"] == "complete"
+        assert float(row["search/hypervolume"]) == pytest.approx(report["hypervolume"][-1])

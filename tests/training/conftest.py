@@ -2,7 +2,8 @@ import pytest
 
 from flash.data.corpus import PackedData, find_tokenizer
 from flash.data.tokenizer import load_tokenizer
-from flash.training.settings import LoggerKind, LoggerSettings, TrainSettings
+from flash.tracking.settings import LoggerKind, LoggerSettings
+from flash.training.settings import TrainSettings
 
 
 @pytest.fixture

@@ -19,11 +19,10 @@ from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.fit import fit
 from flash.training.run import train
 from flash.training.settings import (
-    LoggerKind,
-    LoggerSettings,
     Precision,
     RecipeSettings,
     Schedule,
@@ -277,17 +276,6 @@ def test_an_arch_that_does_not_fit_is_refused_before_any_work(
     with pytest.raises(InputError, match=r"^arch\.ffn_dim=33: expected a multiple of 32"):
         train(settings)
     assert not (tmp_path / "runs").exists()
-
-
-def test_wandb_runs_offline_without_a_key(backbone_settings, data_settings, tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setattr("flash.training.loggers.has_wandb_key", lambda: False)
-    logger = LoggerSettings(name="wandb", kind=LoggerKind.wandb)
-    train(_settings(backbone_settings, data_settings, tmp_path, logger=logger))
-    written = list((tmp_path / "runs" / "logs").rglob("*.wandb"))
-    assert len(written) == 1
-    assert written[0].stat().st_size > 1000
 
 
 def _job(corpus: str, backbone: str, folder: str, every: int = 2) -> TrainSettings:

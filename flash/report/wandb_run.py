@@ -1,0 +1,65 @@
+"""W&B run of a report: the result table as numbers, and every figure of the page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flash.paths import Runs
+from flash.report.data import Model, ReportData
+from flash.report.figures import all_figures
+from flash.tracking.backend import JobType, RunInfo
+from flash.tracking.links import find_url
+from flash.tracking.settings import LoggerSettings
+from flash.tracking.tracker import open_tracker
+
+_QUALITIES = ("loss", "bits_per_byte")
+"""Qualities before and after training, attributes of `ValidationMetrics`."""
+
+
+def log_report(data: ReportData, runs: Runs, logger: LoggerSettings) -> None:
+    """Log a report as a run of the group of its study."""
+    backbone = data.backbone.name
+    info = RunInfo(
+        job=JobType.report,
+        name=f"report {data.study}",
+        key="",  # a report that is made again is the same run
+        group=data.study,
+        tags={"backbone": backbone},
+        folder=runs.report.parent,
+    )
+    with open_tracker(logger, runs.logs, info) as tracker:
+        columns, rows = result_table(data.models, runs)
+        tracker.log_table("result", columns, rows)
+        tracker.log_figures(lambda: all_figures(data))
+
+
+def result_table(models: Sequence[Model], runs: Runs) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the result table in numbers; unknown values are None."""
+    rows = [_values(model, runs) for model in models]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return columns, [[row.get(name) for name in columns] for row in rows]
+
+
+def _values(model: Model, runs: Runs) -> dict[str, Any]:
+    exported, trained = model.exported, model.trained
+    values: dict[str, Any] = {"model": model.name, "parameters": model.parameters}
+    if model.backbone_quality is not None:
+        values |= {f"{name}_before": model.backbone_quality[name] for name in _QUALITIES}
+    if trained is not None:
+        values |= {f"{name}_before": getattr(trained.before, name) for name in _QUALITIES}
+        values |= {f"{name}_after": getattr(trained.after, name) for name in _QUALITIES}
+        values["train_run"] = find_url(runs.model(model.name))
+    for point, predicted in model.predicted.items():
+        values |= _predicted(point, predicted)
+    if exported is not None:
+        for point, latency in exported.measurement.latencies.items():
+            values |= {f"{point}_ms": latency.ms, f"{point}_se_ms": latency.se_ms}
+        values |= {f"{point}_speedup": value for point, value in exported.speedups.items()}
+        values["pte_mib"] = exported.pte_bytes / 2**20
+        values["perplexity_change_pct"] = exported.program_quality.change_pct
+        values["export_run"] = find_url(runs.export(model.name))
+    return values
+
+
+def _predicted(point: str, values: Mapping[str, float]) -> dict[str, float]:
+    names = {"mean": "predicted", "low": "predicted_low", "high": "predicted_high"}
+    return {f"{point}_{name}_ms": values[f"{key}_ms"] for key, name in names.items()}
