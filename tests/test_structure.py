@@ -16,6 +16,7 @@ ORDER = [
     "ranks",
     "bundled",
     "commands",
+    "origin",
     "packages",
     "renamed",
     "compat",

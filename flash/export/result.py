@@ -8,6 +8,7 @@ from typing import Any
 
 from flash.arch import ArchSpec
 from flash.device.measurement import Measurement
+from flash.origin import origin
 from flash.records import find_json, write_json
 from flash.renamed import present_keys
 from flash.training.result import ValidationMetrics
@@ -60,6 +61,8 @@ class ExportResult:
         lower_s: Time of the lowering [s].
         key: Hash of all inputs and settings that affect the result.
         weights: Hash of the exported checkpoint; empty in results of older versions.
+        origin: Command, date, commit, versions and machine (`flash.origin`); empty in results of
+            older versions.
     """
 
     name: str
@@ -79,6 +82,7 @@ class ExportResult:
     lower_s: float
     key: str
     weights: str = ""
+    origin: dict[str, Any] = dataclasses.field(default_factory=origin, compare=False)
 
     def write(self, folder: Path) -> None:
         """Write `export.json` into `folder`, atomically."""
@@ -103,4 +107,4 @@ class ExportResult:
             "program_quality": ProgramQuality(**values["program_quality"]),
             "measurement": Measurement.from_dict(values["measurement"]),
         }
-        return cls(**{**values, **nested})
+        return cls(**{"origin": {}, **values, **nested})

@@ -1,15 +1,19 @@
-"""`flash report`: print the result table of a study and write its HTML page."""
+"""`flash report`: print the result table of studies and models, and write their HTML page."""
 
 import argparse
 import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flash.errors import InputError, nearest
 from flash.paths import Runs
-from flash.report.data import ReportData, read
-from flash.report.figures import all_figures
+from flash.report.data import ReportData
+from flash.report.figures import all_figures, comparison_figures
 from flash.report.page import write_page
+from flash.report.reading import read
 from flash.report.table import COLUMNS, as_text, rows
 from flash.training.loggers import has_wandb_key
 
@@ -20,31 +24,58 @@ def log_to_wandb(data: ReportData, runs: Runs, project: str) -> None:
 
     os.environ.setdefault("WANDB_SILENT", "true")
     runs.logs.mkdir(parents=True, exist_ok=True)
+    figures = comparison_figures(data.studies)
+    for study in data.studies:
+        prefix = f"{study.name}/" if len(data.studies) > 1 else ""
+        figures |= {f"{prefix}{key}": figure for key, figure in all_figures(study).items()}
+    name = " ".join(["report", *(study.name for study in data.studies)])
     mode = "online" if has_wandb_key() else "offline"
-    with wandb.init(
-        project=project, name=f"report {data.study}", job_type="report", dir=runs.logs, mode=mode
-    ) as run:
+    with wandb.init(project=project, name=name, job_type="report", dir=runs.logs, mode=mode) as run:
         table: list[Any] = rows(data.models)
         run.log({"result": wandb.Table(columns=list(COLUMNS), data=table)})
-        run.log({name: wandb.Plotly(figure) for name, figure in all_figures(data).items()})
+        run.log({name: wandb.Plotly(figure) for name, figure in figures.items()})
+
+
+_OPTIONS = ("runs", "study", "wandb")
+
+
+def _with_dashes(argument: str) -> str:
+    """Return `--key=value` for `key=value`, as it is typed for the other commands.
+
+    Raises:
+        InputError: There is no option of this name.
+    """
+    match = re.match(r"(\w+)=", argument)
+    if match is None:
+        return argument
+    if match[1] not in _OPTIONS:
+        raise InputError(f"{argument}: no such option of the report; {nearest(match[1], _OPTIONS)}")
+    return f"--{argument}"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `flash report` and return its exit code.
 
     Raises:
-        InputError: There is no finished search, or a file is damaged.
+        InputError: There is nothing to report, or no study of a name.
     """
     parser = argparse.ArgumentParser(prog="flash report", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("--study", help="name of a study (default: the latest)")
+    parser.add_argument(
+        "--study",
+        metavar="NAME[,NAME]",
+        help="studies to show, several side by side (default: the latest)",
+    )
     parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args([_with_dashes(argument) for argument in arguments])
     runs = Runs(options.runs)
-    data = read(runs, options.study)
+    names = [name for name in (options.study or "").split(",") if name]
+    data = read(runs, names)
     write_page(data, runs.report)
     if options.wandb:
         log_to_wandb(data, runs, options.wandb)
     print(as_text(data.models))
+    for fault in data.faults:
+        print(f"warning: {fault}", file=sys.stderr)
     print(f"\nreport: {runs.report.resolve()}")
     return 0

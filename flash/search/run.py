@@ -10,6 +10,7 @@ from flash.commands import command
 from flash.errors import InputError, require
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
+from flash.origin import origin
 from flash.paths import Runs
 from flash.records import plain, write_json, write_text
 from flash.search.estimate import trial_hours
@@ -299,6 +300,7 @@ def _write(
             "device": job.workspace.device.identity(),
             "workload": plain(settings.device.workload),
             "settings": plain(settings),
+            "origin": origin(),
         },
     )
 
