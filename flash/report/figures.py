@@ -28,7 +28,7 @@ def predicted_against_measured(data: StudyData) -> go.Figure:
     figure.add_scatter(
         x=measured,
         y=fitted,
-        name="calibration models (left out of their own fit)",
+        name="calibration models (left out of their fit)",
         mode="markers",
         marker={"color": GRAY, "size": 9},
     )
@@ -48,7 +48,7 @@ def predicted_against_measured(data: StudyData) -> go.Figure:
         },
         text=[model.name for model, _, _ in points],
         textposition="bottom right",
-        name="exported models, predicted before they were measured",
+        name="exported models",
         mode="markers+text",
         marker={"color": ORANGE, "size": 11},
     )

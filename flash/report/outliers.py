@@ -10,12 +10,14 @@ import plotly.graph_objects as go
 from flash.report.style import ORANGE
 
 _FAR = 7.5
-"""Distance from the median beyond which a value is an outlier, in median distances: five standard
+"""Distance from the median beyond which a value is far, in median distances: five standard
 deviations of a normal distribution."""
+_FEW = 5
+"""Far values are outliers if they are at most one of so many, and as few values have none."""
+_STRETCH = 2.0
+"""Factor by which outliers would stretch an axis at least; those that stretch it less are shown."""
 _MARGIN = 0.06
 """Free space at both ends of an axis, as a share of its range."""
-_FEWEST = 5
-"""Fewest values of which one can be an outlier."""
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -28,9 +30,10 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
         return 0.0, 1.0
     distances = np.abs(array - np.median(array))
     apart = distances[distances > 0]
-    if array.size >= _FEWEST and apart.size:
-        array = array[distances <= _FAR * np.median(apart)]
-    return float(array.min()), float(array.max())
+    near = array[distances <= _FAR * np.median(apart)] if apart.size else array
+    few = array.size - near.size <= array.size // _FEW
+    shown = near if few and np.ptp(array) >= _STRETCH * np.ptp(near) else array
+    return float(shown.min()), float(shown.max())
 
 
 def show_most(

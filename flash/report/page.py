@@ -26,8 +26,7 @@ from flash.report.trial_table import (
     STUDY_COLUMNS,
     shared_rows,
     study_rows,
-    trial_columns,
-    trial_rows,
+    trial_table,
 )
 
 CAPTIONS = {
@@ -115,9 +114,8 @@ def render(data: ReportData) -> str:
         drawn |= {(study.name, name): figure for name, figure in all_figures(study).items()}
     ids = {key: f"{key[0]}-{key[1]}" if several and key[0] else key[1] for key in drawn}
     described = {key: _described(ids[key], key[1], figure) for key, figure in drawn.items()}
-    trials = trial_rows(data)
-    state = trial_columns(data).index("state")
-    states = [row[state] for row in trials]
+    trial_columns, trials = trial_table(data)
+    states = [row[trial_columns.index("state")] for row in trials]
     values: dict[str, Any] = {
         "data": data,
         "title": _title(data),
@@ -145,7 +143,7 @@ def render(data: ReportData) -> str:
         "score_columns": _SCORE_COLUMNS,
         "scores": [row for study in data.studies for row in _scores(study)],
         "samples": [model for model in data.models if model.exported is not None],
-        "trial_columns": trial_columns(data),
+        "trial_columns": trial_columns,
         "trials": trials,
         "trial_states": states,
         "states": list(dict.fromkeys(states)),

@@ -12,6 +12,7 @@ from flash.arch import Attention
 from flash.report.data import StudyData, TrialPoint
 from flash.report.outliers import show_most, spread
 from flash.report.style import (
+    BEST_TO_WORST,
     BLUE,
     GRAY,
     GREEN,
@@ -26,7 +27,6 @@ from flash.search.objectives import Objective
 
 _NARROW_AXES = ["depth", "d_ffn", "TTFT [ms]", "weights [MiB]", "loss [nats]", "frontier"]
 """Axes of the parallel coordinates that a narrow screen shows."""
-_BEST_TO_WORST = [[0.0, "#123f8c"], [0.5, "#8a6fc0"], [1.0, "#f0a35e"]]
 
 
 def frontier(data: StudyData) -> go.Figure:
@@ -189,7 +189,7 @@ def parallel_coordinates(data: StudyData) -> go.Figure:
             dimensions=dimensions,
             line={
                 "color": losses,
-                "colorscale": _BEST_TO_WORST,
+                "colorscale": list(zip((0.0, 0.5, 1.0), BEST_TO_WORST, strict=True)),
                 "cmin": min(losses),
                 # A few outliers with high losses would otherwise take up most of the color scale.
                 "cmax": float(np.quantile(losses, 0.9)),

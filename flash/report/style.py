@@ -18,6 +18,8 @@ KINDS = {
     Attention.skip_attention: ("skipped", "#e4e7eb"),
 }
 """Name and color of each kind of layer, as on the page (templates/report.css)."""
+BEST_TO_WORST = ("#123f8c", "#8a6fc0", "#f0a35e")
+"""Colors of low, middle and high losses."""
 DARK = {
     INK: "#e6eaef",
     GRAY: "#8b97a5",
@@ -29,6 +31,9 @@ DARK = {
     "#c2417a": "#f07aa8",
     "#8fd0c4": "#3f8f83",
     "#e4e7eb": "#3a4552",
+    "#123f8c": "#7aa7ff",
+    "#8a6fc0": "#c3a6f5",
+    "#f0a35e": "#ffb870",
 }
 """Colors that the page uses on a dark background, by the color on a light one."""
 _COSTS = {

@@ -162,9 +162,12 @@ def recovery(data: StudyData) -> go.Figure:
     for name, color, values in series:
         figure.add_bar(x=[m.name for m in winners], y=values, name=name, marker_color=color)
     assert data.backbone.backbone_quality is not None
-    figure.add_hline(
-        y=data.backbone.backbone_quality["loss"],
+    figure.add_scatter(
+        x=[m.name for m in winners],
+        y=[data.backbone.backbone_quality["loss"]] * len(winners),
+        name="backbone",
+        mode="lines+markers",
         line={"dash": "dot", "color": GREEN},
-        annotation_text="backbone",
+        marker={"symbol": "diamond", "size": 9},
     )
     return layout(figure, "", "held-out loss [nats/token]")

@@ -11,14 +11,18 @@ from flash.search.objectives import Objective
 _COSTS = tuple(objective.value for objective in Objective if objective is not Objective.quality)
 
 
-def trial_columns(data: ReportData) -> list[str]:
-    """Return the columns of the table of all trials; that of the study is there for several."""
-    return [
-        *(["study"] if len(data.studies) > 1 else []),
+def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of all trials of all studies, in order of their numbers.
+
+    Columns in which all cells are unknown are left out; so is that of the study if there is one.
+    """
+    keys = _cost_keys(data)
+    columns = [
+        "study",
         "trial",
         "state",
         "loss [nats]",
-        *(cost_name(key) for key in _cost_keys(data)),
+        *(cost_name(key) for key in keys),
         "params",
         "architecture",
         "TTFT measured [ms]",
@@ -27,17 +31,17 @@ def trial_columns(data: ReportData) -> list[str]:
         "time [s]",
         "reason",
     ]
-
-
-def trial_rows(data: ReportData) -> list[list[str]]:
-    """Return a row of text for every trial of every study, in order of their numbers."""
-    keys, several = _cost_keys(data), len(data.studies) > 1
     lines = []
     for study in data.studies:
         trials: list[TrialPoint | UnratedTrial] = [*study.trials, *study.stopped, *study.unrated]
         for trial in sorted(trials, key=lambda trial: trial.number):
-            lines.append([*([study.name] if several else []), *_row(trial, keys)])
-    return lines
+            lines.append([study.name, *_row(trial, keys)])
+    kept = [
+        i
+        for i, column in enumerate(columns)
+        if any(line[i] != NONE for line in lines) and (column != "study" or len(data.studies) > 1)
+    ]
+    return [columns[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
 def _cost_keys(data: ReportData) -> list[str]:
@@ -122,10 +126,16 @@ def study_rows(studies: Sequence[StudyData]) -> list[list[str]]:
 
 
 def shared_rows(studies: Sequence[StudyData]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of the architectures that complete trials of all studies share."""
+    """Return columns and rows of the architectures that are complete trials of all studies.
+
+    Only those are there that are on the frontier of one of them.
+    """
     by_spec = [{trial.spec: trial for trial in study.trials} for study in studies]
     shared: list[ArchSpec] = [
-        spec for spec in by_spec[0] if all(spec in others for others in by_spec)
+        spec
+        for spec in by_spec[0]
+        if all(spec in others for others in by_spec)
+        and any(others[spec].frontier for others in by_spec)
     ]
     columns = ["architecture"]
     for study in studies:

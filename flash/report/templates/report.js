@@ -1,11 +1,11 @@
 "use strict";
+const root = document.documentElement;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 760px)");
 const status = document.getElementById("status");
 const plots = [...document.querySelectorAll(".plot")];
 let figures = {};
 let darkColors = {};
-let printing = false;
 const showingAll = new Set();
 
 /* Plotly and the figures are compressed, which halves the page. */
@@ -21,11 +21,11 @@ function themed(value) {
   if (Array.isArray(value)) return value.map(themed);
   if (value !== null && typeof value === "object")
     return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, themed(each)]));
-  return dark.matches && !printing && typeof value === "string" ? darkColors[value] ?? value : value;
+  return dark.matches && !root.classList.contains("printing") && typeof value === "string" ? darkColors[value] ?? value : value;
 }
 
 function color(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  return getComputedStyle(root).getPropertyValue(name).trim();
 }
 
 function template() {
@@ -64,7 +64,8 @@ function narrowed(figure) {
   if (kept) data[0].dimensions.forEach((each) => { each.visible = kept.includes(each.label); });
 }
 
-function shownFigure(name) {
+function shownFigure(plot) {
+  const name = plot.id;
   const figure = themed(figures[name]);
   const { data, layout } = figure;
   layout.template = template();
@@ -78,12 +79,14 @@ function shownFigure(name) {
     for (const trace of data) if (trace.meta === "beyond") trace.visible = false;
     for (const dimension of data[0].dimensions ?? []) if (dimension.label !== "frontier") delete dimension.range;
   }
-  if (narrow.matches && !printing) narrowed(figure);
+  // Paper has its own width, as in report.css: A4 in landscape, with plots zoomed.
+  if (root.classList.contains("printing")) layout.width = plot.closest(".wide") ? 1220 : 590;
+  if (narrow.matches && !root.classList.contains("printing")) narrowed(figure);
   return figure;
 }
 
 function draw(plot) {
-  const { data, layout } = shownFigure(plot.id);
+  const { data, layout } = shownFigure(plot);
   plot.style.minHeight = `${layout.height}px`;
   return Plotly.react(plot, data, layout, { displayModeBar: false, responsive: true });
 }
@@ -163,9 +166,10 @@ async function drawAll() {
     plot.addEventListener("keydown", (event) => walk(plot, event));
   }
   for (const query of [dark, narrow]) query.addEventListener("change", redraw);
-  addEventListener("beforeprint", () => { printing = true; redraw(); });
-  addEventListener("afterprint", () => { printing = false; redraw(); });
-  document.documentElement.dataset.drawn = "yes";
+  const print = (now) => { root.classList.toggle("printing", now); redraw(); };
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
+  root.dataset.drawn = "yes";
 }
 
 function copy(button) {
