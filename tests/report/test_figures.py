@@ -6,10 +6,10 @@ from optuna.trial import TrialState
 
 from flash.arch import Attention, parse_pattern
 from flash.paths import Runs
-from flash.report.data import read
 from flash.report.figures import all_figures
 from flash.report.page import CAPTIONS, render
 from flash.report.pattern_figures import kind_shares, mixed_neighbor_share
+from flash.report.reading import read, read_study
 from flash.search.objectives import Objective
 from flash.search.settings import Sampler
 from tests.report.toy_study import with_curves, write_promotion, write_study
@@ -30,7 +30,7 @@ def runs(tmp_path):
 
 
 def figures_of(runs):
-    return all_figures(read(runs))
+    return all_figures(read_study(runs, "toy"))
 
 
 def shares(*patterns, places):
@@ -139,9 +139,8 @@ def test_curves_of_stopped_trials_end_in_a_mark(runs, trials):
     assert all("it is hopeless" in text for text in ends.text)
     drawn = sum(list(t.x).count(None) for t in traces.values() if t.mode == "lines")
     assert drawn == len(trials)
-    data = read(runs)
-    assert [trial.number for trial in data.stopped] == sorted(STOPPED)
-    assert "2 stopped early" in render(data)
+    assert [trial.number for trial in read_study(runs, "toy").stopped] == sorted(STOPPED)
+    assert "2 stopped early" in render(read(runs))
 
 
 def test_a_stopped_trial_is_shown_at_its_predicted_loss(runs, trials):
