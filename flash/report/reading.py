@@ -16,17 +16,13 @@ from flash.errors import InputError, nearest, under
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
 from flash.paths import Runs
-from flash.records import digest, find_json, read_json
+from flash.records import find_json, read_json
 from flash.report.data import Model, Promotion, ReportData, StudyData, TrialPoint, UnratedTrial
+from flash.search.names import arch_name
 from flash.training.result import TrainResult
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-def arch_name(study: str, number: int, spec: ArchSpec) -> str:
-    """Return the name of the architecture of a trial, `<study>_<trial>_<hash>`."""
-    return f"{study}_{number}_{digest(spec.to_dict(), 4)}"
 
 
 def read(runs: Runs, studies: Sequence[str] = ()) -> ReportData:

@@ -65,7 +65,7 @@ def _joined_curves(
     for trial in trials:
         x += [*(tokens for tokens, _ in trial.curve), None]
         y += [*(loss for _, loss in trial.curve), None]
-        text += [hover_text(trial)] * (len(trial.curve) + 1)
+        text += [trial.name] * (len(trial.curve) + 1)
     return x, y, text
 
 

@@ -1,11 +1,12 @@
 """Logging of a search: metrics of each trial as it ends, tables and figures at the end."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec, Attention, count_parameters
 from flash.search.objectives import Problem
-from flash.search.study import Trial
+from flash.search.study import Study, Trial
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from lightning.pytorch.loggers import Logger
@@ -52,6 +53,22 @@ def log_study(logger: "Logger | None", report: Mapping[str, Any], draw: Draw) ->
     logger.log_table("search/trials", columns, rows, step=step)
     figures = {f"figures/{name}": wandb.Plotly(figure) for name, figure in draw().items()}
     logger.experiment.log(figures)
+
+
+_MOST_CURVES = 500
+"""Most trials whose curves optuna-dashboard shows, which loads a study again every few seconds."""
+
+
+def show_curves(study: Study, num_trials: int, draw: Draw) -> None:
+    """Show the learning curves of a study in optuna-dashboard, if it is installed.
+
+    Its own plot of intermediate values is for studies with one objective; a search has several.
+    """
+    if find_spec("optuna_dashboard") is None or num_trials > _MOST_CURVES:
+        return
+    curves = draw().get("learning_curves")
+    if curves is not None:
+        study.show("learning_curves", curves)
 
 
 def trial_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
@@ -26,7 +26,7 @@ from flash.search.job import (
     open_workspace,
     problem_of,
 )
-from flash.search.logs import log_study, log_trial
+from flash.search.logs import log_study, log_trial, show_curves
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem
 from flash.search.promote import promote
@@ -51,7 +51,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
 
     Args:
         settings: Settings of `search.py`.
-        figures: Draws the figures for the W&B run of the search.
+        figures: Draws the figures for the W&B run of the search and for optuna-dashboard.
 
     Returns:
         The content of `frontier.json`; of another stage, its report.
@@ -179,7 +179,9 @@ def _stage_two(
             on_trial=on_trial,
         )
         report = _write(job, study, latency, problem, trials)
-        log_study(logger, report, partial(figures, runs, name))
+        draw = cache(partial(figures, runs, name))
+        log_study(logger, report, draw)
+        show_curves(study, len(trials), draw)
     finally:
         close_logger(logger)
     return report
