@@ -190,7 +190,8 @@ def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _described(key: str, name: str, figure: go.Figure) -> dict[str, object]:
     title, caption = CAPTIONS[name]
-    wide = name in {"parallel_coordinates", "comparison"} or _panels(figure) > 1
+    meta = figure.to_dict()["layout"].get("meta", {})
+    wide = name in {"parallel_coordinates", "comparison"} or meta.get("panels", 1) > 1
     return {"id": key, "title": title, "caption": caption, "wide": wide}
 
 
@@ -281,11 +282,6 @@ def _origin(
         "paths": paths,
         "link": link if safe else None,
     }
-
-
-def _panels(figure: go.Figure) -> int:
-    """Count the plots that a figure shows side by side."""
-    return len({axis.domain for axis in figure.select_xaxes()})
 
 
 _SCORE_COLUMNS = (

@@ -98,7 +98,7 @@ def test_studies_are_side_by_side(runs, trials, form, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["study=toi"], r"--study toi: no such study in .*studies; did you mean 'toy'\?"),
+        (["study=tpy"], r"--study tpy: no such study in .*studies; did you mean 'toy'\?"),
         (["studies=toy"], r"studies=toy: no such option of the report; did you mean 'study'\?"),
     ],
 )
