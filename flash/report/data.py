@@ -1,5 +1,6 @@
 """Data of the report: studies, their trials, and the models made from them."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ class Model:
         predicted: Predicted latencies with intervals by point, such as `prefill_512`; empty if no
             search predicted them.
         study: Name of the study that found or searched it; None for other models.
+        device: Name of the device of the study; None for other models.
+        title: Name in tables; it differs from `name` if several devices have a model of the name.
         trained: Result of `train.py`; None for a backbone or before it ran.
         exported: Result of `export.py`; None before it ran.
         qat_exported: Result of `export.py` for the same architecture trained with a recipe that has
@@ -33,11 +36,16 @@ class Model:
     spec: ArchSpec
     predicted: dict[str, dict[str, float]] = field(default_factory=dict)
     study: str | None = None
+    device: str | None = None
+    title: str = ""
     trained: TrainResult | None = None
     exported: ExportResult | None = None
     qat_exported: ExportResult | None = None
     backbone_quality: dict[str, float] | None = None
     artifacts: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)
 
     @property
     def parameters(self) -> int:
@@ -194,8 +202,7 @@ class StudyData:
     @property
     def device_name(self) -> str:
         """Name of the device, its kind if it has none."""
-        device = self.search["device"]
-        return str(device.get("device") or next(iter(device.values()), ""))
+        return device_name(self.search)
 
     def with_models(self, models: list[Model]) -> "StudyData":
         """Return a copy with other models, which the trials of the same names refer to."""
@@ -207,6 +214,12 @@ class StudyData:
         return replace(
             self, models=models, trials=joined(self.trials), stopped=joined(self.stopped)
         )
+
+
+def device_name(search: dict[str, Any]) -> str:
+    """Return the name of the device of a search, its kind if it has none."""
+    device = search["device"]
+    return str(device.get("device") or next(iter(device.values()), ""))
 
 
 @dataclass(frozen=True)
@@ -230,11 +243,14 @@ class ReportData:
     @property
     def models(self) -> list[Model]:
         """All models, those of studies first; a backbone is repeated only for another device."""
-        found: list[Model] = []
-        for model in [m for study in self.studies for m in study.models] + self.others:
-            if not any(
-                (model.name, model.spec, model.predicted) == (m.name, m.spec, m.predicted)
-                for m in found
-            ):
-                found.append(model)
-        return found
+        every = [model for study in self.studies for model in study.models] + self.others
+        found: dict[tuple[str, ArchSpec, str | None], Model] = {}
+        for model in every:
+            found.setdefault((model.name, model.spec, model.device), model)
+        names = Counter(model.name for model in found.values())
+        return [
+            replace(model, title=f"{model.name} on {model.device}")
+            if names[model.name] > 1 and model.device
+            else model
+            for model in found.values()
+        ]

@@ -237,7 +237,7 @@ def _diagrams(data: ReportData) -> list[dict[str, object]]:
     widest_ffn = max((spec.ffn_dim for spec in specs), default=1)
     return [
         {
-            "name": model.name,
+            "name": model.title,
             "spec": model.spec,
             "parameters": model.parameters,
             "layers": _layers(model.spec, widest, widest_ffn),

@@ -17,7 +17,15 @@ from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
 from flash.paths import Runs
 from flash.records import find_json, read_json
-from flash.report.data import Model, Promotion, ReportData, StudyData, TrialPoint, UnratedTrial
+from flash.report.data import (
+    Model,
+    Promotion,
+    ReportData,
+    StudyData,
+    TrialPoint,
+    UnratedTrial,
+    device_name,
+)
 from flash.search.names import arch_name
 from flash.training.result import TrainResult
 
@@ -182,7 +190,13 @@ class _Reader:
         listed = {model.name for model in winners}
         predicted = study.search["predicted"]
         further = [
-            Model(trial.name, trial.spec, predicted.get(str(trial.number), {}), study.name)
+            Model(
+                trial.name,
+                trial.spec,
+                predicted.get(str(trial.number), {}),
+                study=study.name,
+                device=study.device_name,
+            )
             for trial in [*study.trials, *study.stopped]
             if trial.name not in listed
             and (trial.name in self._trainings() or trial.name in self._exports())
@@ -286,11 +300,18 @@ def _study(name: str, values: dict[str, Any]) -> StudyData:
         spec=ArchSpec.from_dict(about["spec"]),
         predicted=about["predicted"],
         study=name,
+        device=device_name(values),
         backbone_quality=about["quality"],
     )
     trials = [trial for trial in rated if trial.reason is None]
     found = [
-        Model(trial.name, trial.spec, values["predicted"][str(trial.number)], name)
+        Model(
+            trial.name,
+            trial.spec,
+            values["predicted"][str(trial.number)],
+            study=name,
+            device=device_name(values),
+        )
         for trial in sorted(trials, key=lambda trial: trial.latency_ms)
         if trial.winner
     ]

@@ -45,6 +45,11 @@ def frontier(data: StudyData) -> go.Figure:
     return figure
 
 
+def _name_places(count: int) -> list[str]:
+    """Place names below the frontier, where no points are; the first one would leave the axes."""
+    return ["top right", *["bottom left"] * (count - 1)]
+
+
 def _backbone(data: StudyData, key: str) -> tuple[float, float, str]:
     """Return cost, loss and hover text of the backbone."""
     assert data.backbone.backbone_quality is not None
@@ -63,14 +68,16 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
         ("trials", others, "markers", {"color": GRAY, "size": 8}),
         ("stopped early (predicted loss)", data.stopped, "markers", stopped),
         ("frontier", front, steps, {"color": BLUE, "size": 9}),
-        ("winners", winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
+        ("winners", winners, "markers+text", {"color": ORANGE, "size": 15, "symbol": "star"}),
     ):
         if trials:
             figure.add_scatter(
                 x=[trial.costs[key] for trial in trials],
                 y=[trial.loss for trial in trials],
-                text=[hover_text(trial) for trial in trials],
-                hovertemplate="%{text}<extra></extra>",
+                text=[trial.name for trial in trials],
+                textposition=_name_places(len(trials)),
+                hovertext=[hover_text(trial) for trial in trials],
+                hovertemplate="%{hovertext}<extra></extra>",
                 name=name,
                 mode=mode,
                 marker=marker,

@@ -49,7 +49,7 @@ def _row(model: Model) -> list[str]:
             _speedup(model),
             f"{model.exported.program_quality.change_pct:+.1f} %",
         ]
-    return [model.name, f"{model.parameters / 1e6:.2f}M", *loss, *bits, _ttft(model), *measured]
+    return [model.title, f"{model.parameters / 1e6:.2f}M", *loss, *bits, _ttft(model), *measured]
 
 
 def _speedup(model: Model) -> str:
@@ -92,7 +92,7 @@ def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
         if model.exported is None:
             continue
         plain, qat = model.exported.program_quality, model.qat_exported
-        line = [model.name, f"{plain.float_loss:.3f}", *_rounded(plain)]
+        line = [model.title, f"{plain.float_loss:.3f}", *_rounded(plain)]
         lines.append([*line, *(_rounded(qat.program_quality) if qat else [NONE, NONE])])
     return lines
 

@@ -86,7 +86,8 @@ def test_studies_are_side_by_side(runs, trials, form, capsys):
     write_study(runs, trials)
     rename_study(runs, "toy_phone", device="phone")
     assert main([f"runs={runs.root}", *form]) == 0
-    assert "| toy_phone_" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(f"| {name}" in said for name in ("toy on toy ", "toy on phone ", "toy_phone_"))
     page = runs.report.read_text()
     assert "<h1>Studies toy, toy_phone</h1>" in page
     for figure in ("comparison", "toy-frontier", "toy_phone-frontier"):

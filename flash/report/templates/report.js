@@ -114,7 +114,7 @@ function walk(plot, event) {
   if (!step) return;
   const points = plot.data.flatMap((trace, curveNumber) =>
     trace.type === "scatter" && trace.visible !== false && Array.isArray(trace.text)
-      ? trace.text.map((text, pointNumber) => ({ curveNumber, pointNumber, text })) : []);
+      ? (trace.hovertext ?? trace.text).map((text, pointNumber) => ({ curveNumber, pointNumber, text })) : []);
   if (points.length === 0) return;
   event.preventDefault();
   const at = Number(plot.dataset.at ?? (step > 0 ? -1 : points.length));
