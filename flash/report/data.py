@@ -53,6 +53,11 @@ class Model:
         return count_parameters(self.spec).total
 
 
+def is_qat(trained: TrainResult | None) -> bool:
+    """Return True for a training with quantization awareness."""
+    return trained is not None and bool(trained.settings.get("recipe", {}).get("qat"))
+
+
 @dataclass(frozen=True)
 class TrialPoint:
     """Trial with a loss or, if it was stopped early, a predicted loss.

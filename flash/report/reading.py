@@ -25,6 +25,7 @@ from flash.report.data import (
     TrialPoint,
     UnratedTrial,
     device_name,
+    is_qat,
 )
 from flash.search.names import arch_name
 from flash.training.result import TrainResult
@@ -233,7 +234,7 @@ class _Reader:
             trained = self._trainings().get(name)
             if trained is None or trained.spec != spec or exported.spec != spec:
                 continue
-            if trained.settings["recipe"]["qat"] and exported.device.get("device") == device:
+            if is_qat(trained) and exported.device.get("device") == device:
                 return exported
         return None
 

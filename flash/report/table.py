@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from flash.export.result import ProgramQuality
-from flash.report.data import Model
+from flash.report.data import Model, is_qat
 
 COLUMNS = (
     "model",
@@ -87,13 +87,22 @@ def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
     quantization-aware training (QAT), on the same held-out tokens [nats a token]. Perplexity
     changes are relative to the float model with the same weights [%].
     """
+    shown = {model.qat_exported.name for model in models if model.qat_exported is not None}
+    unknown = [NONE, NONE]
     lines = []
     for model in models:
         if model.exported is None:
             continue
         plain, qat = model.exported.program_quality, model.qat_exported
-        line = [model.title, f"{plain.float_loss:.3f}", *_rounded(plain)]
-        lines.append([*line, *(_rounded(qat.program_quality) if qat else [NONE, NONE])])
+        line = [model.title, f"{plain.float_loss:.3f}"]
+        if not is_qat(model.trained):
+            lines.append([
+                *line,
+                *_rounded(plain),
+                *(_rounded(qat.program_quality) if qat else unknown),
+            ])
+        elif model.name not in shown:
+            lines.append([*line, *unknown, *_rounded(plain)])
     return lines
 
 
