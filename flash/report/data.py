@@ -237,6 +237,7 @@ class ReportData:
         others: Models of no study shown, such as trained architectures of one's own.
         evaluations: Benchmark results of the models.
         faults: Sentences on files that are missing or damaged.
+        links: URL of the W&B run of a result, by the folder of the result.
     """
 
     root: Path
@@ -244,6 +245,7 @@ class ReportData:
     others: list[Model]
     evaluations: list[SuiteResult]
     faults: list[str]
+    links: dict[Path, str] = field(default_factory=dict)
 
     @property
     def models(self) -> list[Model]:

@@ -253,7 +253,7 @@ def _origins(data: ReportData) -> list[dict[str, object]]:
             f"search {study.name}",
             study.search.get("origin", {}),
             [data.root / "studies" / study.name],
-            study.search.get("wandb"),
+            data.links.get(data.root / "studies" / study.name),
         )
         for study in data.studies
     ]
@@ -262,7 +262,7 @@ def _origins(data: ReportData) -> list[dict[str, object]]:
             if result is not None:
                 folder = "models" if kind == "training" else "exports"
                 paths = [path for path in model.artifacts if path.parts[-3] == folder]
-                link = getattr(result, "wandb", None)
+                link = data.links.get(data.root / folder / result.name)
                 listed.append(_origin(f"{kind} of {result.name}", result.origin, paths, link))
     return listed
 

@@ -122,7 +122,24 @@ class _Reader:
                 f"{self.runs.root}: no finished search and no trained or exported model; run "
                 f"{command('search')}"
             )
-        return replace(data, evaluations=self._evaluations(data.models))
+        evaluations = self._evaluations(data.models)
+        return replace(data, evaluations=evaluations, links=self._links(data))
+
+    def _links(self, data: ReportData) -> dict[Path, str]:
+        """Read the links to W&B runs, which are beside the results."""
+        folders = [self.runs.study(study.name) for study in data.studies]
+        for model in data.models:
+            folders += [self.runs.model(model.trained.name)] if model.trained else []
+            folders += [self.runs.export(model.exported.name)] if model.exported else []
+        found = {
+            folder: self.look(
+                lambda path=folder / "wandb.json": find_json(
+                    path, lambda values: values["url"], "log the result again"
+                )
+            )
+            for folder in folders
+        }
+        return {folder: url for folder, url in found.items() if url is not None}
 
     def study(self, name: str) -> StudyData | None:
         """Read one study; None if it is not finished or damaged, which becomes a fault."""

@@ -171,7 +171,8 @@ def test_names_from_files_are_text_and_links_are_of_the_web(tmp_path):
     report["space"]["name"] = "<img src=x>"
     report["device"] = {"device": "</script><script>alert(1)"}
     for link in ("javascript:alert(1)", "https://wandb.ai/me/flash/runs/1"):
-        path.write_text(json.dumps({**report, "wandb": link}))
+        path.write_text(json.dumps(report))
+        (runs.study("toy") / "wandb.json").write_text(json.dumps({"url": link}))
         page = render(read(runs))
         assert "<img src=x>" not in page
         assert page.count("<script") == 3
