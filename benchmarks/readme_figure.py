@@ -9,6 +9,7 @@ kaleido, which needs Chrome or Chromium):
   each predicted with its 90 % interval by a fit to the other 24.
 """
 
+import flash_space
 import numpy as np
 import plotly.graph_objects as go
 import tabular
@@ -17,19 +18,13 @@ import conf
 from flash.arch import ArchSpec
 from flash.device.workload import Point
 from flash.latency.analytical import AnalyticalPredictor
+from flash.latency.drift import comparable
 from flash.latency.prediction import Prediction, cross_predict, score
-from flash.latency.profiler import comparable
 from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
-from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.report.style import BLUE, GRAY, INK, ORANGE, layout
 from flash.search.pareto import non_dominated
 
 FIGURE = conf.ROOT / "docs" / "figures" / "overview.svg"
-MEASURED = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
-PROGRAMS = LoweringSettings(
-    attention=AttentionForm.sdpa, prefill_last_only=False, max_context=2048, prefill_chunk=1024
-)
-"""The form of the measured programs."""
 WIDTH, HEIGHT = 1000, 560
 PLOT_TOP = 0.73
 """Height at which the loop begins, as a share of the plotting area."""
@@ -54,14 +49,14 @@ def predicted() -> tuple[np.ndarray, Prediction]:
     """Measured prefill latencies at 2048 tokens [ms], and what a fit to the others says."""
     point = Point.parse("prefill_2048")
     attempts: dict[str, list[StoredLatency]] = {}
-    for row in MeasurementStore(MEASURED):
+    for row in MeasurementStore(flash_space.STORE):
         if row.kind is SubjectKind.model and row.conditions.point["tokens"] == point.tokens:
             attempts.setdefault(row.key, []).append(row)
     models = [ArchSpec.from_dict(rows[0].subject) for rows in attempts.values()]
     values, errors = comparable(list(attempts.values()), point.phase)
 
     def make() -> AnalyticalPredictor:
-        return AnalyticalPredictor(point, PROGRAMS, PROGRAMS.chunk)
+        return AnalyticalPredictor(point, flash_space.PROGRAMS)
 
     return values, cross_predict(make, models, values, errors, folds=len(models))
 

@@ -94,7 +94,7 @@ def measure(name: str, contexts: list[int], answer: Path) -> None:
     """Measure one model in its own process, whose end frees all memory."""
     settings, runs = device_settings(contexts), Runs(ROOT / "runs")
     result = measure_shape(name, shape(name), open_device(settings), runs)
-    path = ShapeResult.path(runs, settings, result.name)
+    path = result.path(runs, settings)
     answer.write_text(json.dumps({"path": str(path)}), "utf-8")
 
 

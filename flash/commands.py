@@ -1,29 +1,30 @@
-"""Command lines for messages: scripts of the repository, or the installed command `flash`."""
+"""Command lines for messages, as they were typed: script, `flash`, or `python -m flash`."""
 
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from flash.ranks import is_main_process
 
 SCRIPTS = ("train", "search", "export")
 """Commands that have a script at the top of the repository."""
-_FROM_SCRIPTS = "FLASH_FROM_SCRIPTS"
+_PROGRAM = "FLASH_PROGRAM"
 _VERB = "FLASH_VERB"
+_INSTALLED = "flash VERB"
 
 
 def begin(verb: str) -> None:
-    """Store in the environment how this process was started, also for its child processes.
-
-    The help texts in `conf/*.yaml` read the name of the command from the variable FLASH_COMMAND.
-    """
-    if Path(sys.argv[0]).name == f"{verb}.py":
-        os.environ[_FROM_SCRIPTS] = "1"
+    """Store in the environment how this process was started, also for its child processes."""
+    started = Path(sys.argv[0])
+    if started.name == f"{verb}.py":
+        os.environ[_PROGRAM] = f"python {shlex.quote(str(started.with_name('VERB.py')))}"
+    elif started.name == "__main__.py":
+        os.environ[_PROGRAM] = "python -m flash VERB"
     else:
-        os.environ.pop(_FROM_SCRIPTS, None)
+        os.environ[_PROGRAM] = _INSTALLED
     os.environ[_VERB] = verb
-    os.environ["FLASH_COMMAND"] = command(verb)
 
 
 def inherited_verb() -> str | None:
@@ -41,13 +42,32 @@ def this_verb() -> str:
 
 
 def command(verb: str) -> str:
-    """Return `python VERB.py` if this process was started by a script, else `flash VERB`."""
-    if os.environ.get(_FROM_SCRIPTS) and verb in SCRIPTS:
-        return f"python {verb}.py"
-    return f"flash {verb}"
+    """Return the command `verb` as the user would type it, such as `flash train`.
+
+    It is `python train.py` where the process was started by a script, and `flash` for commands
+    without a script.
+    """
+    program = os.environ.get(_PROGRAM) or _INSTALLED
+    if program.endswith(".py") and verb not in SCRIPTS:
+        program = _INSTALLED
+    return program.replace("VERB", verb)
 
 
 def this_command() -> str:
     """Return the command line of this process, to be typed again."""
-    start = os.environ.get("FLASH_COMMAND") or "flash"
+    verb = os.environ.get(_VERB)
+    start = command(verb) if verb else "flash"
     return " ".join([start, *map(shlex.quote, sys.argv[1:])])
+
+
+def process_of(arguments: Sequence[str]) -> list[str]:
+    """Return the program and the arguments of a process that runs this command with others.
+
+    Args:
+        arguments: Overrides, in place of those of this process.
+    """
+    spec = sys.modules["__main__"].__spec__
+    by_module = spec is not None  # python -m flash
+    program = ["-m", spec.name.removesuffix(".__main__")] if by_module else [sys.argv[0]]
+    verb = [] if Path(sys.argv[0]).name == f"{this_verb()}.py" else [this_verb()]
+    return [sys.executable, *program, *verb, *arguments]

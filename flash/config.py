@@ -10,8 +10,8 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import sys
-import textwrap
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,30 +21,27 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from flash import commands, slurm
+from flash import commands, slurm, sweep, terminal
 from flash.bundled import CONF, bundled
-from flash.compat.hydra import add_search_paths, job_configs, plugin_option
+from flash.compat.hydra import Job, Multirun, add_search_paths, plugin_option, run_jobs_by, this_job
 from flash.compat.omegaconf import (
+    accept_overrides_of_null,
     child_containers,
     child_mapping,
-    sets_key_within_null,
 )
 from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
-from flash.evaluation.settings import EvaluateSettings
-from flash.export.settings import ExportSettings
+from flash.naming import complete_names, require_own_names
+from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
 from flash.schemas import ROOTS, schema_at
-from flash.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +49,20 @@ log = logging.getLogger(__name__)
 Settings = TypeVar("Settings")
 
 
-def _config_folders() -> list[Path]:
-    """Return further folders of configuration groups: of found architectures, and the user's."""
-    folders, own = [Path(os.environ["FLASH_RUNS"], "conf")], Path.cwd() / "conf"
+def _config_folders(verb: str | None = None) -> list[Path]:
+    """Return further folders of configuration groups: of found architectures, and the user's.
+
+    A folder that is named after a command holds groups of this command alone, as conf/train holds
+    the group `experiment` of `flash train`.
+
+    Args:
+        verb: Name of the command; None takes that of this process.
+    """
+    verb = verb or commands.this_verb()
+    folders = [CONF / verb, Path(os.environ["FLASH_RUNS"], "conf")]
+    own = Path.cwd() / "conf"
     if own.is_dir() and own.resolve() != CONF.resolve():
-        folders.append(own)
+        folders += [own, own / verb]
     return folders
 
 
@@ -68,35 +74,19 @@ def check_own_options(folder: Path) -> None:
     """
     if folder.resolve() == CONF.resolve():
         return
-    for path in sorted(folder.glob("*/*.yaml")):
-        if (CONF / path.parent.name / path.name).is_file():
+    for path in sorted(folder.glob("*/**/*.yaml")):
+        option = path.relative_to(folder)
+        if (CONF / option).is_file() or any(CONF.glob(f"*/{option}")):
             raise InputError(
                 f"{path}: {path.parent.name}={path.stem} comes with flash and would be used "
                 "instead; give the file another name"
             )
 
 
-def _option_groups(verb: str) -> str:
-    """Groups of a command with their options, for its help, in lines of at most 80 columns."""
-    fields = {field.name for field in dataclasses.fields(ROOTS[verb])}
-    if "optional experiment" in (CONF / f"{verb}.yaml").read_text("utf-8"):
-        fields.add("experiment")
-    found: dict[str, set[str]] = {}
-    for folder in (CONF, *_config_folders()):
-        for path in folder.glob("*/*.yaml"):
-            found.setdefault(path.parent.name, set()).add(path.stem)
-    lines = [
-        f"{'+' if group == 'arch' else ''}{group}: {', '.join(sorted(options))}"
-        for group, options in sorted(found.items())
-        if group in fields
-    ]
-    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
-
-
 def register() -> None:
     """Register schemas, search paths and resolvers with Hydra and OmegaConf."""
+    accept_overrides_of_null()
     OmegaConf.register_new_resolver("bundled", bundled, replace=True)
-    OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance()
     for name, schema in ROOTS.items():
         store.store(name=f"{name}_schema", node=schema)
@@ -163,6 +153,18 @@ def load(cfg: DictConfig, schema: type[Settings]) -> Settings:
     return settings
 
 
+def load_job(verb: str, job: Job) -> Any:
+    """Convert a job's configuration to the settings of its command, with the names of its results.
+
+    Raises:
+        InputError: As `load`.
+    """
+    schema = ROOTS[verb]
+    load(job.config, schema)  # names are made of values that are known to be legal
+    complete_names(verb, job)
+    return load(job.config, schema)
+
+
 def _prepare_folders() -> None:
     """Create the folder of found architectures, which Hydra reads, and check the user's options.
 
@@ -197,12 +199,14 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         schema: Root settings of the command, for errors of Hydra and OmegaConf.
     """
     command = commands.this_command()
+    terminal.begin_work()  # Ctrl-C is caught below
     try:
         yield
+        sys.stdout.flush()  # a reader that has ended is noticed here, not at the exit
     except InputError as error:
         _fail(str(error))
     except BrokenPipeError:  # the reader of the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.drop_output()
         sys.exit(1)
     except DeviceError as error:
         _fail(f"{error}; finished measurements are kept", 1)
@@ -226,16 +230,9 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
     except slurm.JobFailed as error:
         _fail(error.line, error.code)
-    except AssertionError as error:
-        if not sets_key_within_null(error):
-            raise
-        _fail(  # the error of OmegaConf does not name the key
-            "an override sets a key within a value that is null; give the value as a whole, as in "
-            "'data.validation={path: FILE}'"
-        )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except Exception as error:
         if str(error).startswith("Config group override must be"):  # of Hydra, without the group
             _fail("a config group is null: expected the name of one of its options")
@@ -249,24 +246,16 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(line, 1)
 
 
-class CheckJobs(Callback):
-    """Callback that checks the settings of all jobs before `-m` starts the first one."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        hydra = config.hydra
-        schema = ROOTS[hydra.job.config_name]
-        with one_line_errors(schema):  # Hydra converts any other exception to a warning
-            slurm.check_launcher(hydra.launcher, os.environ["FLASH_RUNS"])
-            for job in job_configs(config):
-                load(job, schema)
-
-
-def entry(verb: str, job: Callable[[Any], object]) -> None:
+def entry(
+    verb: str, job: Callable[[Any], object], check: Callable[[Any], object] = lambda settings: None
+) -> None:
     """Run a command: compose its configuration, check it, convert it, call `job`, then exit.
 
     Args:
         verb: Name of the command, a key of `ROOTS`.
         job: Function of the settings that does the work.
+        check: Function of the settings that raises the errors that `job` would raise before any
+            work. With `-m` it is called for all jobs before the first one starts.
     """
     schema = ROOTS[verb]
     with one_line_errors(schema):
@@ -275,19 +264,26 @@ def entry(verb: str, job: Callable[[Any], object]) -> None:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own and exits 1
 
-    def run(cfg: DictConfig) -> None:
+    def run(cfg: DictConfig) -> Outcome:
         errors = one_line_errors(schema)  # inside Hydra, which would otherwise add lines
         if slurm.in_job():
             _quiet_libraries()  # a job is a new process that starts here
             errors = slurm.job(errors)
-        with errors:
-            settings = load(cfg, schema)
-            choices = HydraConfig.get().runtime.choices
-            named = isinstance(settings, TrainSettings | ExportSettings | EvaluateSettings)
-            if named and settings.name is None:
-                settings.name = choices.get("arch") or settings.backbone.name
-            job(settings)
+        with sweep.job(errors):
+            job(load_job(verb, this_job(cfg)))
+        return noted()
 
+    def run_all(multirun: Multirun) -> None:
+        with one_line_errors(schema):
+            jobs = sweep.Sweep(multirun)
+            jobs.check_hydra(os.environ["FLASH_RUNS"])
+            settings = [load_job(verb, job) for job in multirun.composed()]
+            require_own_names(verb, settings)
+            for each in settings:
+                check(each)
+            jobs.run(run)
+
+    run_jobs_by(run_all)
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     with one_line_errors(schema):
         main(run)()

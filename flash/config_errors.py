@@ -19,7 +19,7 @@ _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or fals
 def explain(error: BaseException, schema: type) -> str:
     """Explain an error of Hydra or OmegaConf in one line: key, reason, nearest valid key."""
     if isinstance(error, MissingConfigException):
-        return _missing_option(error)
+        return _missing_option(error, schema)
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0]
         return (
@@ -32,7 +32,7 @@ def explain(error: BaseException, schema: type) -> str:
     if isinstance(cause, InputError):
         return str(cause)
     if not isinstance(cause, OmegaConfBaseException):
-        return _composition(_first_line(error))
+        return _composition(str(error), schema)
     key = error_key(cause)
     wrapped = cause.__cause__ or cause.__context__
     if isinstance(wrapped, InputError):
@@ -82,19 +82,38 @@ def _wrong_value(key: str, text: str) -> str:
     return f"{key}: {text}" if key else f"{text}; expected a mapping of keys to values"
 
 
-def _composition(text: str) -> str:
+def _composition(text: str, schema: type) -> str:
     """Put Hydra's words about an override into the form of our own errors."""
     if found := re.match(r"Could not override '([\w/]+)'", text):
-        others = commands_with(found[1])
-        if others:
-            return (
-                f"{found[1]}: not a group of this command; it is one of flash {', '.join(others)}"
-            )
-        return f"{found[1]}: no such group; flash COMMAND --help lists the groups"
-    return text
+        group = found[1]
+        if elsewhere := _of_other_commands(group, schema):
+            return elsewhere
+        if added := re.search(r"use (\+arch=\S+)", text):
+            return f"{group}: has no option by default; write {added[1]}"
+        return f"{group}: no such group; flash COMMAND --help lists the groups"
+    if found := re.match(r"force-add of config groups is not supported: '\+\+(\w+)=(.*)'", text):
+        sign = "+" if found[1] == "arch" else ""
+        return f"++{found[1]}={found[2]}: a config group; write {sign}{found[1]}={found[2]}"
+    twice = r"(\w+) appears more than once in the final|Multiple values for (\w+)\."
+    if found := re.match(twice, text):
+        group = found[1] or found[2]
+        if group == "arch":
+            return "+arch: given more than once; expected one option, or several as -m +arch=A,B"
+        return f"+{group}: has an option by default; write {group}=OPTION, without '+'"
+    if found := re.match(r"Could not append to config. An item is already at '(.*)'", text):
+        return f"+{found[1]}: is set already; write {found[1]}=VALUE, without '+'"
+    return _first_line(text)
 
 
-def _missing_option(error: MissingConfigException) -> str:
+def _of_other_commands(group: str, schema: type) -> str | None:
+    """Explain that a group is one of other commands; None for those of this one."""
+    others = commands_with(group)
+    if not others or group in {field.name for field in dataclasses.fields(schema)}:
+        return None
+    return f"{group}: not a group of this command; it is one of flash {', '.join(others)}"
+
+
+def _missing_option(error: MissingConfigException, schema: type) -> str:
     """Explain that a group lacks an option, as in `+arch=typo`; names the nearest option."""
     name, options = missing_option(error)
     if name == slurm.LAUNCHER.replace("=", "/"):
@@ -102,6 +121,8 @@ def _missing_option(error: MissingConfigException) -> str:
     if "/" not in name or options is None:
         return _first_line(error)
     group, option = name.rsplit("/", 1)
+    if elsewhere := _of_other_commands(group, schema):
+        return elsewhere
     if f"{group}={option}" in renamed.OPTIONS:
         return f"{group}={option}: renamed to {renamed.OPTIONS[f'{group}={option}']}"
     hint = closest(option, options)
@@ -110,5 +131,5 @@ def _missing_option(error: MissingConfigException) -> str:
     return f"{group}={option}: expected one of {', '.join(options)}" + (f"; {hint}" if hint else "")
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -21,9 +21,11 @@ from typing import Any
 from omegaconf import MISSING
 
 from flash.arch import ArchSpec, SpaceSettings
-from flash.config import CONF
+from flash.bundled import CONF
+from flash.dashboards.settings import WorkspaceSettings
 from flash.data.settings import DataSettings, PrepareSettings
 from flash.device.settings import DeviceSettings
+from flash.errors import shown
 from flash.evaluation.settings import EvaluateSettings, SuiteSettings
 from flash.export.settings import ExportSettings
 from flash.latency.settings import LatencySettings
@@ -42,6 +44,7 @@ COMMANDS: dict[str, type] = {
     "export": ExportSettings,
     "evaluate": EvaluateSettings,
     "prepare": PrepareSettings,
+    "workspace": WorkspaceSettings,
 }
 GROUPS: dict[str, type | None] = {
     "arch": ArchSpec,
@@ -63,7 +66,7 @@ _HEAD = """# Configuration reference
 
 This page is generated from the settings in the code: `make reference` writes it.
 
-Every setting is a `key=value` on the command line of one of five commands. A config group such as
+Every setting is a `key=value` on the command line of one of six commands. A config group such as
 `device` is a folder below `conf/`, and each file in it is an option: `device=host` takes
 `conf/device/host.yaml`, and `device.threads=2` changes one value of it. Options of your own are
 files in a folder `conf/` of the working directory. A value that holds a comma, a space or a bracket
@@ -144,39 +147,22 @@ def _nested(annotation: Any) -> tuple[type | None, str]:
     return None, ""
 
 
-def _shown(value: Any) -> str:
-    """A value as YAML on a command line has it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case Enum():
-            return value.name
-        case list() | tuple():
-            return f"[{', '.join(map(_shown, value))}]"
-        case str():
-            return value or "''"
-        case _:
-            return str(value)
-
-
 def _default(field: dataclasses.Field[Any]) -> str | None:
     if field.default_factory is not dataclasses.MISSING:
-        return _shown(field.default_factory())
+        return shown(field.default_factory())
     required = field.default is dataclasses.MISSING or field.default == MISSING
-    return None if required else _shown(field.default)
+    return None if required else shown(field.default)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     """A type in the words of the reference."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is types.NoneType:
         return "null"
     if origin in {typing.Union, types.UnionType}:
-        return " | ".join(map(_type_name, arguments))
+        return " | ".join(map(type_name, arguments))
     if origin in {list, tuple} and arguments:
-        return f"list of {_type_name(arguments[0])}"
+        return f"list of {type_name(arguments[0])}"
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
@@ -219,11 +205,11 @@ def _sections(schemas: dict[str, Any], dot: str) -> list[tuple[str, type]]:
     return [(f"{name}." if dot else "", schema) for name, schema in schemas.items() if schema]
 
 
-def _enums(annotation: Any) -> Iterator[type[Enum]]:
+def enums(annotation: Any) -> Iterator[type[Enum]]:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _enums(argument)
+        yield from enums(argument)
 
 
 def _item(text: str, indent: int) -> str:
@@ -241,8 +227,8 @@ def _item(text: str, indent: int) -> str:
 
 def _entry(key: Key) -> str:
     default = "required" if key.default is None else f"default `{key.default}`"
-    lines = [_item(f"`{key.path}` ({_type_name(key.annotation)}; {default}): {key.doc}", 0)]
-    for enum in _enums(key.annotation):
+    lines = [_item(f"`{key.path}` ({type_name(key.annotation)}; {default}): {key.doc}", 0)]
+    for enum in enums(key.annotation):
         docs = member_docs(enum)
         for member in enum:
             doc = docs.get(member.name)
@@ -250,21 +236,31 @@ def _entry(key: Key) -> str:
     return "\n".join(lines)
 
 
+def about_option(path: Path) -> str:
+    """The comment that an option's file begins with, in one line; empty where there is none."""
+    text = path.read_text("utf-8").removeprefix("# @package _global_\n")
+    comment = re.match(r"(?:#.*\n)*", text)
+    return _one_line(re.sub(r"^# ?", "", comment[0] if comment else "", flags=re.MULTILINE))
+
+
 def _options(group: str) -> str:
     """The files of a config group, each with the comment that it begins with."""
     lines = []
-    for path in sorted((CONF / group).glob("*.yaml")):
-        text = path.read_text("utf-8").removeprefix("# @package _global_\n")
-        comment = re.match(r"(?:#.*\n)*", text)
-        about = _one_line(re.sub(r"^# ?", "", comment[0] if comment else "", flags=re.MULTILINE))
-        lines.append(_item(f"`{group}={path.stem}`" + (f": {about}" if about else ""), 0))
+    of_commands = sorted(CONF.glob(f"*/{group}/*.yaml"))  # experiments
+    for path in [*sorted((CONF / group).glob("*.yaml")), *of_commands]:
+        about = about_option(path)
+        command = f"flash {path.parents[1].name} " if path in of_commands else ""
+        lines.append(_item(f"`{command}{group}={path.stem}`" + (f": {about}" if about else ""), 0))
     return "\n".join(lines)
 
 
+def first_paragraph(schema: type) -> str:
+    """The first paragraph of a class's docstring, in one line."""
+    return _one_line((inspect.getdoc(schema) or "").partition("\n\n")[0])
+
+
 def _paragraph(schema: type) -> str:
-    """The first paragraph of a class's docstring, wrapped."""
-    first = (inspect.getdoc(schema) or "").partition("\n\n")[0]
-    return textwrap.fill(_one_line(first), _COLUMNS, break_on_hyphens=False)
+    return textwrap.fill(first_paragraph(schema), _COLUMNS, break_on_hyphens=False)
 
 
 def _command_section(name: str, schema: type) -> str:
@@ -273,7 +269,8 @@ def _command_section(name: str, schema: type) -> str:
     text = f"Config groups: {groups}."
     head = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
     entries = "\n".join(_entry(key) for key in keys(schema, ""))
-    return f"## `flash {name}`\n\n{_paragraph(schema)}\n\n{head}\n\n{entries}\n"
+    parts = [f"## `flash {name}`", _paragraph(schema), *([head] if known else []), entries]
+    return "\n\n".join(parts) + "\n"
 
 
 def _group_section(name: str, schema: type | None) -> str:

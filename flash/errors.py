@@ -3,10 +3,30 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 
 
 class InputError(ValueError):
     """Input that cannot be used: commands print it in one line and exit with code 2."""
+
+
+def shown(value: object) -> str:
+    """A value as YAML on a command line has it, such as `true`, `null` and `[1, 2]`."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case Enum():
+            return value.name
+        case list() | tuple():
+            return f"[{', '.join(map(shown, value))}]"
+        case dict():
+            return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+        case str():
+            return value or "''"
+        case _:
+            return str(value)
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -16,7 +36,7 @@ def require(condition: bool, key: str, value: object, expected: str) -> None:
         InputError: `condition` is false; the message is `<key>=<value>: expected <expected>`.
     """
     if not condition:
-        raise InputError(f"{key}={value}: expected {expected}")
+        raise InputError(f"{key}={shown(value)}: expected {expected}")
 
 
 def check_seed(seed: int) -> None:

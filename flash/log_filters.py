@@ -1,13 +1,16 @@
-"""Filters for lines of libraries that no user can act on."""
+"""Form of log lines, and filters for lines of libraries that no user can act on."""
 
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+from flash.terminal import COLUMNS, wrap
 
 NOISE = re.compile(
     r"Failed to load .*torchao"  # optional GPU kernels
@@ -25,6 +28,23 @@ _lock = threading.Lock()
 _users = 0
 _filters = ExitStack()
 """Filters for all threads inside of `quiet`. The first one sets them up, the last removes them."""
+
+
+_TIME = " " * len("00:00:00 ")
+
+
+class LogFormatter(logging.Formatter):
+    """Formatter with the time of day, whose lines are wrapped on a terminal, but not in files."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not sys.stderr.isatty():
+            return text
+        columns = shutil.get_terminal_size((COLUMNS, 24)).columns
+        return wrap(text, _TIME, max(columns, COLUMNS // 2))
 
 
 def is_noise(line: str) -> bool:
@@ -102,7 +122,15 @@ def _filtered_descriptor() -> Iterator[None]:
 
 
 def _forward(readable: int, real: int) -> None:
-    with os.fdopen(readable, "rb") as lines:
+    rest = b""
+    while read := os.read(readable, 1 << 16):
+        *lines, rest = (rest + read).split(b"\n")
         for line in lines:
             if not is_noise(line.decode(errors="replace")):
-                os.write(real, line)
+                os.write(real, line + b"\n")
+        if rest.startswith(b"\r"):  # a progress bar, which ends in no newline
+            os.write(real, rest)
+            rest = b""
+    if rest and not is_noise(rest.decode(errors="replace")):
+        os.write(real, rest)
+    os.close(readable)

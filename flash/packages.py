@@ -34,6 +34,7 @@ FULL = frozenset({
     "scipy",
     "sqlalchemy",
     "torchmetrics",
+    "wandb_workspaces",
 })
 """Packages that `pip install 'mobilellm-flash[all]'` adds to `TRAIN`."""
 

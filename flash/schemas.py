@@ -5,6 +5,7 @@ import typing
 from types import NoneType, UnionType
 from typing import Any
 
+from flash.dashboards.settings import WorkspaceSettings
 from flash.data.settings import PrepareSettings
 from flash.evaluation.settings import EvaluateSettings
 from flash.export.settings import ExportSettings
@@ -17,6 +18,7 @@ ROOTS: dict[str, type] = {
     "export": ExportSettings,
     "prepare": PrepareSettings,
     "evaluate": EvaluateSettings,
+    "workspace": WorkspaceSettings,
 }
 """Root settings of each command; `conf/COMMAND.yaml` holds their defaults."""
 

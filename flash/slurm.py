@@ -12,11 +12,9 @@ import shutil
 import signal
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-
-from omegaconf import DictConfig
 
 from flash.compat import submitit
 from flash.errors import InputError
@@ -75,18 +73,15 @@ def in_job() -> bool:
     return submitit.in_job()
 
 
-def check_launcher(launcher: DictConfig, runs: str) -> None:
+def check_installed(runs: str) -> None:
     """Check that Slurm is installed before jobs are queued, and log where their output goes.
 
     Args:
-        launcher: Hydra's configuration of the launcher; others than Slurm's pass.
         runs: Folder of everything that runs produce.
 
     Raises:
         InputError: Slurm is not installed.
     """
-    if not submitit.is_slurm_launcher(launcher):
-        return
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise InputError(f"{LAUNCHER}: expected Slurm's sbatch and srun; start it on a login node")
     log.info("jobs go on when this command is stopped (scancel ends them); logs: %s/slurm", runs)
@@ -98,7 +93,30 @@ def explain(error: Exception) -> str | None:
     if lines is None:
         return None
     # The lines are Slurm's own, or "Job ... with path ..." and "has not produced ... (state: ...)".
-    return f"{' '.join(lines[:2])}; other jobs go on; started again, the command adds workers"
+    return " ".join(lines[:2])
+
+
+def stop_at_first(numbers: Sequence[int]) -> list[int]:
+    """Handle signals as Ctrl-C; only the first one raises KeyboardInterrupt.
+
+    Further signals must not disturb the reaction to the first.
+
+    Args:
+        numbers: Numbers of the signals.
+
+    Returns:
+        A list to which each signal adds its number.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, stop)
+    return received
 
 
 @contextmanager
@@ -116,15 +134,7 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
         JobFailed: The block has failed.
     """
     queue_again = submitit.requeue_handler()
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:  # further signals must not disturb the reaction to the first
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, stop)
+    received = stop_at_first([signal.SIGTERM, signal.SIGUSR2])
     logging.getLogger("submitit").propagate = False  # submitit prints its records itself
     try:
         with one_line_errors:

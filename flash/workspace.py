@@ -10,7 +10,8 @@ import torch
 
 from flash.arch import ArchSpec
 from flash.commands import command
-from flash.data.corpus import PackedData, find_tokenizer
+from flash.data.corpus import PackedData, find_tokenizer, known_tokenizer
+from flash.data.factory import check_present
 from flash.data.settings import DataKind, DataSettings
 from flash.data.tokenizer import load_tokenizer
 from flash.device.base import Device
@@ -38,7 +39,7 @@ class Named(Protocol):
 def result_name(settings: Named) -> str:
     """Return the name of a command's result: the setting `name`, or else the backbone's name.
 
-    If an option of the group `arch` is chosen, flash.config sets `name` to it.
+    Commands set `name`; see flash.naming.
     """
     return settings.name or settings.backbone.name
 
@@ -106,12 +107,35 @@ class Workspace:
         """
         data = self.data_settings
         assert data is not None
-        own = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
-        if own is None or not own.is_file():
-            own = self.backbone.tokenizer
-        tokenizer = load_tokenizer(find_tokenizer(data, own, self.runs.tokens), data)
+        path = find_tokenizer(data, self._own_tokenizer, self.runs.tokens)
+        tokenizer = load_tokenizer(path, data)
         tokenizer.require_fits(self.backbone.spec.vocab_size, "data.tokenizer=")
         return tokenizer
+
+    @property
+    def _own_tokenizer(self) -> Path | None:
+        """The tokenizer.json of the model, else of the backbone; None if both have none."""
+        own = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
+        return own if own is not None and own.is_file() else self.backbone.tokenizer
+
+    def check_data(self) -> None:
+        """Check the text and its tokenizer as far as possible without reading the text.
+
+        Raises:
+            InputError: As `data`.
+        """
+        data, limit = self.data_settings, self.backbone.spec.max_context
+        assert data is not None
+        own, model = self._own_tokenizer, self.model_folder
+        # The tokenizer of a model that an earlier stage will write is not there yet.
+        later = model is not None and not model.is_dir() and own is None and data.tokenizer is None
+        known = not later and known_tokenizer(data, own) is not None
+        check_present(data, self.tokenizer if known else None)
+        if data.seq_len > limit:
+            raise InputError(
+                f"data.seq_len={data.seq_len}: expected at most {limit}, the longest context of "
+                "the backbone's rotary embedding"
+            )
 
     @cached_property
     def data(self) -> PackedData:
@@ -121,17 +145,12 @@ class Workspace:
             InputError: The text cannot be used, or its sequences are longer than the backbone's
                 context.
         """
-        data, limit = self.data_settings, self.backbone.spec.max_context
+        self.check_data()
+        data = self.data_settings
         assert data is not None
-        tokenizer = self.tokenizer
-        if data.seq_len > limit:
-            raise InputError(
-                f"data.seq_len={data.seq_len}: expected at most {limit}, the longest context of "
-                "the backbone's rotary embedding"
-            )
         return PackedData(
             data,
-            tokenizer,
+            self.tokenizer,
             batch_size=self.batch_size,
             seed=self.seed,
             cache=self.runs.tokens,

@@ -10,9 +10,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from flash import cli
+from flash.arch import ArchSpec
 from flash.bundled import CONF
 from flash.commands import begin
 from flash.config import ROOTS, entry, load, register
+from flash.device.workload import Phase
+from flash.search.job import open_space
+from flash.search.objectives import Objective
 
 NEEDS = {
     "data=folder": ["data.path=x"],
@@ -20,6 +24,8 @@ NEEDS = {
     "data=files": ["data.sources=[{path: x}]"],
 }
 """Settings that an option requires the user to give."""
+NOT_FOR = {"search": "recipe=pretrain"}
+"""Option that a command refuses."""
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def run(monkeypatch, tmp_path, capsys):
     def call(script: str, *arguments: str, job=None) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_RUNS", "FLASH_VERB"):
+        for name in ("FLASH_PROGRAM", "FLASH_RUNS", "FLASH_VERB"):
             monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
         begin(script)
         reached = []
@@ -47,10 +53,6 @@ def run(monkeypatch, tmp_path, capsys):
     return call
 
 
-OF_EXPERIMENT = {"table6": "export"}
-"""Command of each experiment that is not for train.py."""
-
-
 @pytest.mark.parametrize("script", ROOTS)
 def test_defaults_compose_and_convert(script, run):
     assert run(script)[0] == 0
@@ -61,7 +63,7 @@ def test_defaults_compose_and_convert(script, run):
 )
 def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
-    monkeypatch.setenv("FLASH_COMMAND", "flash")
+    monkeypatch.setenv("FLASH_VERB", "train")
     (tmp_path / "conf").mkdir()
     register()
     group = path.parent.name
@@ -73,17 +75,91 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
             override = f"{group}={path.stem}"
             if group == "arch" and script in {"train", "export", "evaluate"}:
                 override = f"+{override}"
-            elif group == "experiment":
-                if script != OF_EXPERIMENT.get(path.stem, "train"):
-                    continue
-            elif group not in known:
+            elif group not in known or override == NOT_FOR.get(script):
                 continue
             settings = load(compose(script, [override, *NEEDS.get(override, [])]), schema)
             reached = True
-            if group not in {"arch", "experiment"}:
+            if group != "arch":
                 node = getattr(settings, group)
                 assert getattr(node, "name", path.stem) is not None
     assert reached
+
+
+def test_a_command_lists_the_experiments_that_it_composes(run, monkeypatch, tmp_path):
+    (tmp_path / "conf" / "train" / "experiment").mkdir(parents=True)
+    own = tmp_path / "conf" / "train" / "experiment" / "mine.yaml"
+    own.write_text("# @package _global_\nseed: 7\n", "utf-8")
+    found = {}
+    for script in ROOTS:
+        said = []
+        monkeypatch.setattr("builtins.print", lambda *words, said=said, **_: said.extend(words))
+        run(script, "--help")
+        line = re.search(r"^experiment: (.*(?:\n  .*)*)", "\n".join(map(str, said)), re.MULTILINE)
+        found[script] = line[1].split(", ") if line else []
+    assert found == {
+        "train": ["mine", "paper", "tiny_backbone"],
+        "search": ["paper"],
+        "export": ["table6"],
+        "evaluate": [],
+        "prepare": [],
+        "workspace": [],
+    }
+    files = {f"{path.parents[1].name} {path.stem}" for path in CONF.glob("*/experiment/*.yaml")}
+    both = {f"{script} {name}" for script, names in found.items() for name in names}
+    assert files | {"train mine"} == both
+    for script, names in found.items():
+        for name in names:
+            settings = []
+            assert run(script, f"experiment={name}", job=settings.append)[0] == -1
+            assert name != "mine" or settings[0].seed == 7
+
+
+def test_the_papers_search(run):
+    settings = []
+    run("search", "experiment=paper", job=settings.append)
+    [search] = settings
+    assert (search.space.name, search.backbone.name) == ("flash", "mobilellm_pro_shallow")
+    assert (search.search.trials, search.search.batch, search.recipe.tokens) == (200, 8, 2.6e9)
+    objectives = search.search.order(Objective.prefill)
+    assert objectives == (Objective.quality, Objective.prefill)
+    assert search.search.worst(objectives, 2.0, {"prefill_ms": 1.0}) == (2.6, 4000.0)
+    assert search.device.workload.first(Phase.prefill).tokens == 2048
+    assert (search.device.lowering.chunk, search.device.threads) == (1024, 4)
+    spec = ArchSpec.from_dict(search.backbone.arch)
+    assert open_space(search.space, spec).count_slots() == 3**16 * 7 * 25 * 9
+    search.device.lowering.check_fits(spec)
+    changed = []
+    run("search", "experiment=paper", "device=host", "search.trials=9", job=changed.append)
+    assert (changed[0].device.kind.value, changed[0].search.trials) == ("host", 9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "value"),
+    [
+        (["data.validation={path: y}"], "y"),
+        (["data.validation.path=y"], "y"),
+        (["data.validation={path: y}", "data.validation=null"], None),
+    ],
+)
+def test_a_setting_that_is_null_gets_a_value(run, overrides, value):
+    settings = []
+    source = ["data=files", "data.sources=[{path: x}]"]
+    assert run("train", *source, *overrides, job=settings.append)[0] == -1
+    validation = settings[0].data.validation
+    assert (validation.path if validation is not None else None) == value
+
+
+def test_new_keys_are_added_to_a_mapping(run):
+    settings = []
+    assert run("train", "+arch.ffn_dim=64", "+arch.x.y=1", job=settings.append)[0] == -1
+    assert settings[0].arch == {"ffn_dim": 64, "x": {"y": 1}}
+
+
+@pytest.mark.parametrize("override", ["backbone.arch={ffn_dim: 64}", "+backbone.arch.ffn_dim=64"])
+def test_a_mapping_that_is_null_gets_keys(run, override):
+    settings = []
+    assert run("train", "backbone.weights=null", override, job=settings.append)[0] == -1
+    assert settings[0].backbone.arch == {"ffn_dim": 64}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +174,11 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
         ("train", "recipe=contine", "did you mean 'continue'?"),
         ("train", "+arch=flash_65m", "did you mean 'flash_650m'?"),
         ("train", "trainer.max_steps=0", "trainer.max_steps=0: expected a positive integer"),
-        ("train", "data.validation.path=x", "give the value as a whole"),
+        ("train", "data.validation.pth=x", "pth: unknown key; did you mean 'path'?"),
+        ("train", "experiment=papr", "experiment=papr: expected one of paper, tiny_backbone"),
+        ("train", "experiment=table6", "experiment=table6: expected one of paper"),
+        ("train", "recipe.inherit=false", "recipe.kd_weight=0.5: expected 0 with inherit=false"),
+        ("search", "recipe=pretrain", "recipe.inherit=false: expected true for the trials"),
         ("search", "search.trails=5", "search.trails: unknown key; did you mean 'trials'?"),
         (
             "search",
@@ -127,6 +207,12 @@ def test_every_option_of_every_group_composes(path, monkeypatch, tmp_path):
             "not a setting of this command; it is one of flash",
         ),
         ("train", "space=tiny", "space: not a group of this command; it is one of flash search"),
+        ("train", "arch=flash_650m", "arch: has no option by default; write +arch=flash_650m"),
+        ("search", "+arch=tiny_2", "arch: not a group of this command; it is one of flash train"),
+        ("train", "+recipe=distill", "write recipe=OPTION, without '+'"),
+        ("train", "+experiment=paper", "write experiment=OPTION, without '+'"),
+        ("train", "++recipe=distill", "write recipe=distill"),
+        ("train", "+recipe.lr=1", "+recipe.lr: is set already; write recipe.lr=VALUE"),
         ("train", "foo", "foo: expected key=value"),
         ("train", "data.end_of_text=<|x|>", """'data.end_of_text="VALUE"'"""),
         ("train", "data.x=[1", "data.x=[1: expected key=value"),
@@ -148,6 +234,16 @@ def test_mistakes_are_one_line_and_exit_code_2(run, script, argument, message):
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def test_a_start_is_refused_with_random_weights(run):
+    code, err = run("train", "recipe=pretrain", "start=x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: start=x: expected null with recipe.inherit=false")
+    stage = ["recipe@then.more.recipe=pretrain", "data@then.more.data=stdlib"]
+    code, err = run("train", *(f"+{each}" for each in stage))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: then.more.recipe.inherit=false: expected true")
 
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on(run):

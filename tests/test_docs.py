@@ -3,6 +3,7 @@
 import argparse
 import ast
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from flash import cli, config_reference
 from flash.bundled import CONF
 from flash.config import ROOTS, load, register
+from flash.help import help_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -36,6 +38,7 @@ OTHER_PROGRAMS = {
     "ssh-copy-id",
     "ssh-keygen",
     "ssh-keyscan",
+    "wandb",
 }
 """Programs that are not ours; their commands are not checked."""
 SCRIPTS = {"train.py", "search.py", "export.py"}
@@ -67,7 +70,7 @@ def logical_lines(lines: list[str]) -> Iterator[list[str]]:
             continue
         text = ""
         if words:
-            yield words
+            yield words[: words.index(">")] if ">" in words else words
     assert not text, f"unfinished command: {text}"
 
 
@@ -120,10 +123,13 @@ def jobs(overrides: list[str]) -> Iterator[list[str]]:
 
 def check_composes(verb: str, arguments: list[str], folder: Path) -> None:
     """Compose a command as it stands; architectures that a search would have found are made up."""
+    if "--help" in arguments:
+        assert help_text(verb, arguments)
+        return
     overrides = [
         re.sub(r"\$\(cat runs/studies/(\w+)/winners\)", r"\1_2,\1_4", word)
         for word in arguments
-        if word not in {"-m", "--help"}
+        if word not in {"-m", "--cfg", "job"}
     ]
     found = folder / "conf" / "arch"
     found.mkdir(parents=True)
@@ -136,6 +142,7 @@ def check_composes(verb: str, arguments: list[str], folder: Path) -> None:
     board = folder / "conf" / "device" / "mine.yaml"
     board.parent.mkdir()
     board.write_text("defaults: [ssh, _self_]\nname: mine\nssh: {host: board}\n", "utf-8")
+    os.environ["FLASH_VERB"] = verb  # which the fixture `folder` restores
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for job in jobs(overrides) if "-m" in arguments else [overrides]:
@@ -183,7 +190,7 @@ def folder(monkeypatch, tmp_path):
     """A working directory with the checkpoint that commands call FOLDER, and nothing else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
-    monkeypatch.setenv("FLASH_COMMAND", "flash")
+    monkeypatch.setenv("FLASH_VERB", "search")
     (tmp_path / "FOLDER").mkdir()
     shutil.copy(ROOT / "backbones" / "tiny" / "config.json", tmp_path / "FOLDER")
     return tmp_path

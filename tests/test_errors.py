@@ -1,8 +1,10 @@
-"""Errors: the place that `under` puts in front of their keys."""
+"""Errors: the place that `under` puts in front of their keys, and values in YAML."""
+
+import re
 
 import pytest
 
-from flash.errors import InputError, under
+from flash.errors import InputError, require, shown, under
 
 
 class SpecialError(InputError):
@@ -31,3 +33,18 @@ def test_class_and_cause_of_the_error_stay():
 def test_other_errors_pass():
     with pytest.raises(ValueError, match="^not a number$"), under("arch"):
         raise ValueError("not a number")
+
+
+def test_values_are_shown_as_typed_on_a_command_line():
+    """An error with Python's True or None would name a value that the command line refuses."""
+    for value, text in [
+        (True, "true"),
+        (None, "null"),
+        ([1, False], "[1, false]"),
+        ({"kind": None, "size": 2.5}, "{kind: null, size: 2.5}"),
+        ("", "''"),
+        ("a b", "a b"),
+    ]:
+        assert shown(value) == text
+        with pytest.raises(InputError, match=re.escape(f"key={text}: expected nothing")):
+            require(False, "key", value, "nothing")

@@ -35,7 +35,7 @@ sys.exit(main())
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The finished interpreter, started in `folder`."""
-    hidden = ("FLASH_RUNS", "FLASH_FROM_SCRIPTS", "FLASH_VERB", "FLASH_COMMAND")
+    hidden = ("FLASH_RUNS", "FLASH_PROGRAM", "FLASH_VERB")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.run(
         [sys.executable, *arguments],
@@ -91,6 +91,7 @@ def test_a_winner_is_distilled_with_the_installation_for_training(corpus, tmp_pa
         ("lm_eval", ["evaluate"]),
         ("plotly", ["report"]),
         ("wandb", ["export"]),
+        ("wandb_workspaces", ["workspace"]),
     ],
 )
 def test_a_missing_package_of_the_full_installation_is_named_in_one_line(

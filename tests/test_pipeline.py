@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from flash.evaluation.run import EvaluatedModel, program_of
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.export.job import ExportJob
 from flash.export.result import ExportResult
-from flash.export.run import export
+from flash.export.run import export, predicted_latencies
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
@@ -362,13 +364,29 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     assert "Loss of quantization" in render(read(runs))
 
 
+def test_a_damaged_frontier_costs_only_its_own_predictions(common, searched, tmp_path, caplog):
+    runs = Runs(Path(shutil.copytree(Path(common["runs"], "studies"), tmp_path / "studies").parent))
+    device, spec = HostDevice(DEVICE), SMALL.as_program()
+    found = predicted_latencies(runs, device, spec)
+    assert found == searched["backbone"]["predicted"]
+    broken = runs.study("a") / "frontier.json"
+    broken.parent.mkdir()
+    broken.write_text('{"device": null', "utf-8")
+    assert predicted_latencies(runs, device, spec) == found
+    assert "a/frontier.json: damaged" in caplog.text
+    shutil.rmtree(runs.study("t"))
+    assert predicted_latencies(runs, device, spec) is None
+
+
 def test_the_report_shows_backbone_and_winner(common, winner, monkeypatch):
     monkeypatch.setattr("flash.report.command.has_wandb_key", lambda: False)
     runs = Runs(Path(common["runs"]))
     data = read(runs)
-    text = as_text(data.models)
-    assert [line.split()[1] for line in text.splitlines()[2:4]] == ["small", winner[0]]
-    assert " - " not in text.splitlines()[3]  # the winner's row is complete
+    tables = as_text(data.models).split("\n\n")
+    for lines in map(str.splitlines, tables):
+        assert max(map(len, lines)) <= 80
+        assert [line.split()[0] for line in lines[1:3]] == ["small", winner[0]]
+        assert " - " not in f"{lines[2]} "  # the winner's row is complete
     page = render(data)
     assert "https://" not in page.split("</head>")[1]  # nothing is fetched
     for title in ("Frontier", "Predicted against measured", "Recovery", "Layers"):
@@ -405,7 +423,8 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
     report = run_search(settings)
     assert report["metrics"]["latency/prefill_32/blocks/n"] == 3
     printed = capsys.readouterr().out
-    assert "prefill_32 blocks" in printed
+    assert re.search("^prefill_32 +blocks ", printed, re.MULTILINE)
+    assert max(map(len, printed.splitlines())) <= 80
     folder = Path(common["runs"]) / "latency" / "host"
     assert json.loads((folder / "latency.json").read_text())["device"] == report["device"]
     with (folder / "measurements.csv").open() as file:

@@ -56,7 +56,7 @@ def composed(tmp_path_factory):
     """The default configuration of each command."""
     patch = pytest.MonkeyPatch()
     patch.setenv("FLASH_RUNS", str(tmp_path_factory.mktemp("runs")))
-    patch.setenv("FLASH_COMMAND", "flash")
+    patch.setenv("FLASH_VERB", "train")
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):

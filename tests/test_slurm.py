@@ -13,23 +13,27 @@ from hydra.core.global_hydra import GlobalHydra
 from flash import slurm
 from flash.config import entry, one_line_errors
 from flash.errors import InputError
+from flash.outcome import noted
 from flash.search.settings import SearchJobSettings
 
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, capsys):
-    """A function that runs `search.py -m`; it returns exit code, stderr lines and started jobs."""
+    """A function that runs `search.py -m`; it returns exit code, stderr lines and started jobs.
+
+    Jobs are started in name only, and end well.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASH_VERB", "search")
 
     def call(*arguments):
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["search.py", "-m", *arguments])
-        begun, code = [], 0
-        try:
-            entry("search", begun.append)
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err.splitlines(), begun
+        begun = []
+        monkeypatch.setattr("flash.sweep._run", lambda job: begun.append(job) or noted())
+        with pytest.raises(SystemExit) as stop:
+            entry("search", pytest.fail)
+        return stop.value.code, capsys.readouterr().err.splitlines(), begun
 
     return call
 
@@ -38,7 +42,8 @@ def test_a_mistake_in_the_last_job_stops_the_first(launch):
     code, lines, begun = launch("search.trials=3,-1")
     assert (code, begun) == (2, [])
     assert lines == ["error: search.trials=-1: expected a positive integer"]
-    assert len(launch("worker=range(0,2)")[2]) == 2
+    code, lines, begun = launch("worker=range(0,2)", "hydra.verbose=[flash]")
+    assert (code, begun) == (0, [[f"worker={i}", "hydra.verbose=[flash]"] for i in (0, 1)])
 
 
 def test_what_slurm_needs_is_named(launch, monkeypatch):

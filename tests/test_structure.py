@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "ranks",
     "bundled",
+    "terminal",
     "commands",
     "origin",
     "packages",
@@ -24,7 +25,9 @@ ORDER = [
     "progress",
     "paths",
     "records",
+    "outcome",
     "slurm",
+    "sweep",
     "arch",
     "model",
     "data",  # streams text of a backbone's tokenizer
@@ -39,14 +42,18 @@ ORDER = [
     "export",
     "evaluation",
     "report",
+    "dashboards",
     "schemas",
     "config_errors",
+    "naming",
     "config",
     "config_reference",
+    "help",
+    "completion",
     "cli",
     "__main__",
 ]
-LIGHT = ["errors", "paths", "ranks", "records", "arch", "config", "cli", "config_reference"]
+LIGHT = ["errors", "paths", "ranks", "records", "arch", "config", "cli", "completion"]
 HEAVY = ["torch", "lightning", "executorch", "botorch", "transformers", "lm_eval", "wandb"]
 
 
@@ -106,3 +113,9 @@ def test_settings_errors_and_records_load_nothing_heavy():
     check = f"import sys, {', '.join(names)}; print(sorted(sys.modules.keys() & {set(HEAVY)}))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_completion_needs_no_hydra():
+    check = "import sys, flash.cli, flash.completion; print('hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -35,7 +35,7 @@ def installed(tmp_path_factory) -> Path:
 
 def run(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The finished command, without the clone on Python's path."""
-    hidden = ("PYTHONPATH", "FLASH_RUNS", "FLASH_FROM_SCRIPTS", "FLASH_VERB", "FLASH_COMMAND")
+    hidden = ("PYTHONPATH", "FLASH_RUNS", "FLASH_PROGRAM", "FLASH_VERB")
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.run(
         [command, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
@@ -68,7 +68,8 @@ def test_every_root_composes_in_an_empty_folder(installed, tmp_path, verb):
 def test_commands_are_listed_and_a_wrong_one_is_answered(installed, tmp_path):
     listed = run(installed, tmp_path)
     assert listed.returncode == 2
-    assert all(verb in listed.stdout for verb in (*VERBS, "measurements", "report", "new"))
+    others = ("measurements", "report", "workspace", "new")
+    assert all(verb in listed.stdout for verb in (*VERBS, *others))
     wrong = run(installed, tmp_path, "searc")
     assert (wrong.returncode, wrong.stderr) == (
         2,

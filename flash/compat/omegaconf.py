@@ -6,13 +6,16 @@ Names that OmegaConf 2.3 does not document, and the reasons to use them:
   values and resolves interpolations; the check for unknown keys must do neither.
 - `OmegaConfBaseException.full_key`, `.key` and `.object_type`: locate an error in the
   configuration, so that a message can name the key.
-- The text "Unexpected type for root" of an AssertionError of `OmegaConf.update`: the only way to
-  recognize an override that sets a key within a null.
+- `OmegaConf.update`, which Hydra calls for each override, and `split_key`: `update` fails for a
+  mapping that is null, and for a key within one; `merge_with` from the root does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf._utils import split_key
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -48,6 +51,26 @@ def error_schema(error: OmegaConfBaseException) -> type | None:
     return error.object_type if isinstance(error.object_type, type) else None
 
 
-def sets_key_within_null(error: AssertionError) -> bool:
-    """Return True if OmegaConf raised `error` for an override of a key within a null value."""
-    return str(error).startswith("Unexpected type for root")
+_update = OmegaConf.update
+
+
+def accept_overrides_of_null() -> None:
+    """Let overrides give a mapping to a key that is null, or set a key within it."""
+    OmegaConf.update = staticmethod(_update_null)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _update_null(
+    cfg: DictConfig, key: str, value: Any = None, *, merge: bool = True, force_add: bool = False
+) -> None:
+    parts, node = split_key(key), cfg
+    for depth, part in enumerate(parts, 1):
+        node = node._get_node(part, validate_access=False)
+        if not isinstance(node, DictConfig) or node._is_missing():
+            break
+        if node._is_none() and (depth < len(parts) or isinstance(value, Mapping)):
+            for each in reversed(parts):
+                value = {each: value}
+            with open_dict(cfg) if force_add or depth == len(parts) else nullcontext():
+                cfg.merge_with(value)
+            return
+    _update(cfg, key, value, merge=merge, force_add=force_add)

@@ -38,7 +38,6 @@ class ChatEncoder:
         renderer: Renderer of the template.
     """
 
-    needed = "assistant tokens"
     splits_documents = False
 
     def __init__(
@@ -50,6 +49,7 @@ class ChatEncoder:
         max_tokens: int,
     ) -> None:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
+        self.needed = f"assistant tokens among the first {max_tokens} (data.seq_len + 1)"
         self.renderer = ChatRenderer(tokenizer, template, special)
         self._marked = re.search(r"{%-?\s*generation\s*-?%}", template) is not None
 

@@ -26,26 +26,40 @@ MAX_BATCH = 16
 """Most validation or calibration sequences per batch."""
 
 
-def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) -> Path:
-    """Find the tokenizer.json to use: the setting's, else `default`, else one that is trained.
+def known_tokenizer(settings: DataSettings, default: Path | None) -> Path | None:
+    """Return the tokenizer.json to use: the setting's, else `default`; None if one is trained.
 
     Args:
         settings: Data settings; a tokenizer can be trained on text files only.
+        default: The backbone's own tokenizer, if there is one.
+
+    Raises:
+        InputError: There is none, and no text files to train on.
+    """
+    path = Path(settings.tokenizer) if settings.tokenizer else default
+    if path is None and settings.kind not in {DataKind.stdlib, DataKind.folder}:
+        raise InputError(
+            f"data.tokenizer=null: expected a tokenizer.json for data.kind="
+            f"{settings.kind.value}, as the backbone has none"
+        )
+    return path
+
+
+def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) -> Path:
+    """Find the tokenizer.json to use: the known one, else one that is trained.
+
+    Args:
+        settings: Data settings, as for `known_tokenizer`.
         default: The backbone's own tokenizer, if there is one.
         cache: Folder for trained tokenizers.
 
     Raises:
         InputError: The named file cannot be used, or there is none and no text files to train on.
     """
-    path = Path(settings.tokenizer) if settings.tokenizer else default
+    path = known_tokenizer(settings, default)
     if path is not None:
         load_tokenizer(path, settings)
         return path
-    if settings.kind not in {DataKind.stdlib, DataKind.folder}:
-        raise InputError(
-            f"data.tokenizer=null: expected a tokenizer.json for data.kind="
-            f"{settings.kind.value}, as the backbone has none"
-        )
     percent = settings.validation_percent
     documents = read_documents(settings)
     training = [text for doc, text in documents if not doc.in_validation_split(percent)]

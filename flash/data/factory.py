@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, collate
 from flash.data.encoders import EncodedDocument, Encoder, TextEncoder, validation_percent_of
+from flash.data.files import check_documents
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
-from flash.data.shards import open_shards
+from flash.data.shards import finished, open_shards
 from flash.data.stream import LogicalShard, Split, StreamedSequences
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
@@ -60,6 +61,29 @@ class DataSplits:
     train: PackedSequences | StreamedSequences
     validation: PackedSequences | InMemorySequences
     digest: str
+
+
+def check_present(settings: DataSettings, tokenizer: ModelTokenizer | None) -> None:
+    """Check that the text of any kind is there, without reading it.
+
+    Args:
+        settings: Data to check. Data sets of the hub are not looked up.
+        tokenizer: Encoder of the text; None if there is none yet.
+
+    Raises:
+        InputError: A file or a folder is missing, or shards are of another tokenizer.
+    """
+    if settings.kind is DataKind.shards:
+        finished(Path(str(settings.path)), tokenizer)
+    elif not settings.streamed:
+        check_documents(settings)
+    else:
+        from flash.data.sources import find_files  # takes a second to import
+
+        for i, source in enumerate(settings.sources):
+            find_files(source, f"data.sources[{i}]")
+        if settings.validation is not None:
+            find_files(settings.validation, "data.validation")
 
 
 def open_splits(

@@ -49,22 +49,35 @@ def find_documents(settings: DataSettings) -> list[Document]:
     Raises:
         InputError: The folder does not exist, or no file in it matches.
     """
+    return sorted(_documents(settings), key=lambda document: document.digest)
+
+
+def check_documents(settings: DataSettings) -> None:
+    """Check that there is a text file of `data.kind` stdlib or folder.
+
+    Raises:
+        InputError: The folder does not exist, or no file in it matches.
+    """
+    next(_documents(settings))
+
+
+def _documents(settings: DataSettings) -> Iterator[Document]:
     if settings.kind is DataKind.stdlib:
         root, key = Path(sysconfig.get_path("stdlib")), "data.kind=stdlib"
     else:
         root, key = Path(str(settings.path)), f"data.path={settings.path}"
     if not root.is_dir():
         raise InputError(f"{key}: expected a folder, {root} is not one")
-    documents = []
+    empty = True
     for path in root.rglob(settings.pattern):
         name = path.relative_to(root).as_posix()
         installed = "site-packages/" in name or "dist-packages/" in name
         hidden = any(part.startswith(".") for part in Path(name).parts)
         if path.is_file() and not hidden and not (settings.kind is DataKind.stdlib and installed):
-            documents.append(Document(name, path))
-    if not documents:
+            empty = False
+            yield Document(name, path)
+    if empty:
         raise InputError(f"{key}: expected files that match {settings.pattern}, found none")
-    return sorted(documents, key=lambda document: document.digest)
 
 
 def read_documents(settings: DataSettings) -> Iterator[tuple[Document, str]]:

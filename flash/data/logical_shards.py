@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flash.data.sources import turn_of
-from flash.data.stream import MIN_DOCUMENTS, StreamedSequences, slices_per_file
+from flash.data.stream import MIN_DOCUMENTS, Split, StreamedSequences, slices_per_file
 from flash.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,10 +59,14 @@ def _suffices(sequences: StreamedSequences, source: "TextSource", count: int) ->
             return True
     if count > 1:
         return False
+    remedy = ""
+    if sequences.split is Split.train and reader.aside == reader.rows:
+        percent = sequences.validation_percent
+        remedy = f": lower data.validation_percent={percent}, or set data.validation"
     raise InputError(
         f"{source.key}.path={source.settings.path}: has 0 documents with "
         f"{sequences.encoder.needed} in {reader.rows} rows, {reader.aside} of which are "
-        "null, damaged or of the validation split; expected one or more"
+        f"null, damaged or of the validation split; expected one or more{remedy}"
     )
 
 

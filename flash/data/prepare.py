@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flash.data.corpus import find_tokenizer
+from flash.data.corpus import find_tokenizer, known_tokenizer
 from flash.data.encoders import TextEncoder
+from flash.data.factory import check_present
 from flash.data.packed import token_type
 from flash.data.settings import DataKind, DataSettings, PrepareSettings
 from flash.data.shards import Manifest, Shard, write_shard
@@ -32,14 +33,27 @@ _VALIDATION_TOKENS = 1 << 20
 """Number of tokens after which a validation split by percent ends; fewer if the text ends."""
 
 
+def check(settings: PrepareSettings) -> None:
+    """Check what the shards are made of, without reading text.
+
+    Raises:
+        InputError: Settings, tokenizer or data cannot be used.
+    """
+    data = settings.data
+    require(data.kind is DataKind.datasets, "data.kind", data.kind.value, "datasets")
+    path = known_tokenizer(data, Backbone.open(settings.backbone).tokenizer)
+    assert path is not None  # one is trained for other kinds only
+    check_present(data, load_tokenizer(path, data))
+
+
 def prepare(settings: PrepareSettings) -> Path:
     """Write the missing shards and return their folder.
 
     Raises:
         InputError: Settings, tokenizer or data cannot be used, or the folder holds other shards.
     """
+    check(settings)
     data = settings.data
-    require(data.kind is DataKind.datasets, "data.kind", data.kind.value, "datasets")
     runs = Runs(Path(settings.runs))
     backbone = Backbone.open(settings.backbone)
     tokenizer = load_tokenizer(find_tokenizer(data, backbone.tokenizer, runs.tokens), data)

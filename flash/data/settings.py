@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from flash.errors import InputError, require
+from flash.errors import InputError, require, shown
 from flash.model.settings import BackboneSettings
 from flash.records import plain
 
@@ -219,7 +219,8 @@ class DataSettings:
             )
         if self.begin_of_text is not None and self.kind is DataKind.chat:
             raise InputError(
-                f"begin_of_text={self.begin_of_text}: expected null, it has no effect with {kind}"
+                f"begin_of_text={shown(self.begin_of_text)}: expected null, it has no effect with "
+                f"{kind}"
             )
         if self.streamed and self.validation is None and self.validation_sequences == 0:
             raise InputError(

@@ -153,7 +153,7 @@ def open_shards(
     Raises:
         InputError: Shards are missing, unfinished, damaged, or made with another tokenizer.
     """
-    manifest, validation = _finished(folder, tokenizer)
+    manifest, validation = finished(folder, tokenizer)
     whole = []
     problems = _problems(folder, [*manifest.shards, validation], cache)
     for shard in (*manifest.shards, validation):
@@ -180,8 +180,16 @@ def open_shards(
     )
 
 
-def _finished(folder: Path, tokenizer: ModelTokenizer) -> tuple[Manifest, Shard]:
-    """Manifest of finished shards of this tokenizer, and their validation shard."""
+def finished(folder: Path, tokenizer: ModelTokenizer | None) -> tuple[Manifest, Shard]:
+    """Return the manifest of finished shards of this tokenizer, and their validation shard.
+
+    Args:
+        folder: Folder that `flash prepare` wrote.
+        tokenizer: Tokenizer to compare; None if it is not known yet.
+
+    Raises:
+        InputError: Shards are missing, unfinished, or made with another tokenizer.
+    """
     named = f"data.path={folder}"
     manifest = Manifest.read(folder)
     if manifest is None:
@@ -190,7 +198,7 @@ def _finished(folder: Path, tokenizer: ModelTokenizer) -> tuple[Manifest, Shard]
         )
     if not manifest.complete or manifest.validation is None:
         raise InputError(f"{named}: is not finished; run `flash prepare` again")
-    if manifest.tokenizer != tokenizer.digest:
+    if tokenizer is not None and manifest.tokenizer != tokenizer.digest:
         raise InputError(
             f"{named}: was made with another tokenizer than this backbone's, or with another begin "
             "or end of documents; prepare it again with this backbone, or set data.tokenizer, "

@@ -83,7 +83,7 @@ class TextSource:
         self._skipped: defaultdict[str, set[int]] = defaultdict(set)
         self._reported: dict[str, int] = {}
         self._readers = 0
-        self.files = _find(settings, key)
+        self.files = find_files(settings, key)
         if self.files is None:
             self.dataset, self.fingerprint = _open_hub(settings, key)
             self.num_files = min(self.dataset.num_shards, _MAX_HUB_FILES)
@@ -266,8 +266,12 @@ def open_sources(settings: DataSettings) -> list[TextSource]:
     ]
 
 
-def _find(settings: TextSourceSettings, key: str) -> list[Path] | None:
-    """List the files in the order of their names; None for a data set of the hub."""
+def find_files(settings: TextSourceSettings, key: str) -> list[Path] | None:
+    """List the files of a source in the order of their names; None for a data set of the hub.
+
+    Raises:
+        InputError: There is no such file, or none with something in it.
+    """
     path = Path(settings.path)
     if path.is_dir():
         kinds = {s for s, kind in _SUFFIXES.items() if settings.format in {None, kind}}

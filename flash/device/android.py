@@ -28,11 +28,15 @@ from flash.device.remote import (
     content_name,
     run_client,
     sha256_of,
+    unit_of,
 )
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
 
-PROPERTIES = ("ro.product.model", "ro.soc.model", "ro.board.platform", "ro.build.fingerprint")
+PROPERTIES = (
+    *("ro.product.model", "ro.soc.model", "ro.board.platform"),
+    *("ro.build.fingerprint", "ro.serialno"),
+)
 POLL_S = 3.0
 """Time between two readings of a phone that cools down [s]."""
 # Words in the output of a llama_main that refuses a program.
@@ -43,6 +47,7 @@ class AndroidDevice(RemoteDevice):
     """One phone, found by its serial number."""
 
     times_blocks = False
+    runs_texts = False
 
     def __init__(self, settings: DeviceSettings) -> None:
         super().__init__(settings, settings.android)
@@ -60,17 +65,18 @@ class AndroidDevice(RemoteDevice):
         return f"phone {self._serial or self._android.serial or ''}".rstrip()
 
     def _identify(self) -> dict[str, str | int]:
-        """Model, chip, cores, threads, CPUs, build and runner of the phone."""
+        """Model, unit, chip, cores, threads, CPUs, build and runner of the phone."""
         asked = "; ".join(shlex.join(["getprop", name]) for name in PROPERTIES)
         script = f"{asked}; cat /sys/devices/system/cpu/possible"
         answer = self._retrying(lambda: self._ask(script)).split("\n")
-        model, chip, platform, fingerprint, possible = (*answer, *[""] * 5)[:5]
+        model, chip, platform, fingerprint, serial, possible = (*answer, *[""] * 6)[:6]
         cores = int(possible.rpartition("-")[2] or 0) + 1
         self._check_cores(cores)
         return {
             "device": self.settings.name,
             "cpu": chip or platform,
             "model": model,
+            "unit": unit_of(serial or str(self._serial)),  # the same over USB and over Wi-Fi
             "cores": cores,
             "threads": self.settings.threads,
             "cpus": ",".join(map(str, self.settings.pinned or ())),

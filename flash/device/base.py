@@ -8,7 +8,7 @@ rejected and counted.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Device(ABC):
 
     times_blocks = True
     """True if the device runs single blocks, whose input is activations; else only whole models."""
+    runs_texts = True
+    """True if the device continues and scores texts; else it only times programs."""
 
     def __init__(self, settings: DeviceSettings) -> None:
         self.settings = settings
@@ -54,6 +56,23 @@ class Device(ABC):
     @abstractmethod
     def _identify(self) -> dict[str, str | int]:
         """Read the `identity` from the device."""
+
+    def check_unit(self, former: Mapping[str, Any], path: Path) -> None:
+        """Check that a file in this device's folder is of this piece of hardware.
+
+        Args:
+            former: Identity of the device that the file is of.
+            path: The file, which is about to be replaced.
+
+        Raises:
+            InputError: It is of another device of the same name.
+        """
+        unit = self.identity().get("unit")
+        if former.get("unit", unit) != unit:
+            raise InputError(
+                f"device.name={self.settings.name}: {path} is of another device of this name; "
+                "expected a name for each; set device.name, or delete the file"
+            )
 
     @property
     def resource(self) -> str:

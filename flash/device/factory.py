@@ -25,3 +25,11 @@ def open_device(device_settings: DeviceSettings) -> Device:
             from flash.device.android import AndroidDevice
 
             return AndroidDevice(device_settings)
+
+
+def text_device(device: Device) -> Device:
+    """Return a device that continues and scores texts: this one if it can, else this host.
+
+    The file is the same, so a phone's program is judged here.
+    """
+    return device if device.runs_texts else HostDevice(DeviceSettings(name="host"))

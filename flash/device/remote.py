@@ -25,7 +25,7 @@ from flash.device.base import Device
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
-from flash.records import file_digest
+from flash.records import digest, file_digest
 
 SHELL_TIMEOUT_S = 60.0
 """Time limit of a short shell command [s]."""
@@ -307,6 +307,11 @@ class RemoteDevice(Device):
 def content_name(path: Path) -> str:
     """Name of a file on devices: the first digits of its SHA-256, and its suffix."""
     return sha256_of(path)[:32] + path.suffix
+
+
+def unit_of(serial: str) -> str:
+    """Name of one piece of hardware in its identity, which may be published: a hash."""
+    return digest(serial, 12)
 
 
 def sha256_of(path: Path) -> str:

@@ -28,8 +28,9 @@ class DeviceKind(Enum):
 class DeviceSettings:
     """One device with the program format that suits it and the protocol of its measurements."""
 
-    name: str
-    """Name that results and measurements are filed under."""
+    name: str = ""
+    """Name that results and measurements are filed under. Empty is the kind's, `host`, `phone` or
+    `board`, with the phone's serial number or the board's host and port, where they are given."""
     kind: DeviceKind = DeviceKind.host
     """Way to reach the device."""
     threads: int = 1
@@ -61,6 +62,7 @@ class DeviceSettings:
     """Connection to a phone, and how it is kept cool; only for `kind: android`."""
 
     def __post_init__(self) -> None:
+        self.name = self.name or self._default_name()
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None,
             "name",
@@ -90,6 +92,16 @@ class DeviceSettings:
             f"at least {self.workload.context}, so that prompt and decode steps fit; raise it or "
             "lower workload.prompts, contexts or decode_tokens",
         )
+
+    def _default_name(self) -> str:
+        """Name of the device, so that several devices of one kind have different ones."""
+        kinds = {DeviceKind.ssh: "board", DeviceKind.android: "phone"}
+        parts = {
+            DeviceKind.ssh: (self.ssh.host, self.ssh.port),
+            DeviceKind.android: (self.android.serial,),
+        }
+        words = [kinds.get(self.kind, "host"), *map(str, filter(None, parts.get(self.kind, ())))]
+        return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-") for word in words)
 
     def _check_cores(self, usable: list[int]) -> None:
         cpus = usable if self.cpus is None else self.cpus

@@ -16,7 +16,7 @@ from typing import IO, Any
 from flash.device.base import check_files, check_loaded
 from flash.device.host import RUNNER, exit_reason
 from flash.device.measurement import Program
-from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client
+from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client, unit_of
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
 
@@ -58,12 +58,14 @@ class SshDevice(RemoteDevice):
         return f"{self._ssh.host}{port}"
 
     def _identify(self) -> dict[str, str | int]:
-        """Processor, cores, threads, CPUs, system and runtime of the board."""
+        """Processor, unit, cores, threads, CPUs, system and runtime of the board."""
         probed = self._retrying(self._probe)
+        machine = self._retrying(lambda: self._ask("cat /etc/machine-id 2>/dev/null || uname -n"))
         self._check_cores(probed["cores"])
         return {
             "device": self.settings.name,
             "cpu": probed["cpu"],
+            "unit": unit_of(machine.strip()),  # the same by any of its addresses
             "cores": probed["cores"],
             "threads": self.settings.threads,
             "cpus": ",".join(map(str, self.settings.pinned or ())),

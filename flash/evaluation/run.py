@@ -13,19 +13,20 @@ from flash.commands import command
 from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
-from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text
+from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text, one_line
 from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
 from flash.evaluation.tokenization import HarnessTokenizer
-from flash.export.job import checkpoint_of
-from flash.export.result import ExportResult
+from flash.export.result import ExportResult, exports
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
+from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, file_digest, plain
 from flash.training.accelerators import check_devices, main_device
+from flash.training.checkpoints import find_checkpoint
 from flash.training.loggers import close_logger, make_logger
-from flash.workspace import Workspace, arch_of, result_name
+from flash.workspace import Workspace, result_name
 
 if TYPE_CHECKING:
     from flash.evaluation.harness import TextLM
@@ -66,8 +67,8 @@ class EvaluatedModel:
         """
         runs, backbone = Runs(Path(settings.runs)), Backbone.open(settings.backbone)
         workspace = Workspace(runs=runs, backbone=backbone, device_settings=settings.device)
-        spec, name = arch_of(settings.arch, backbone), result_name(settings)
-        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        name = result_name(settings)
+        spec, weights = find_checkpoint(settings, name, backbone, runs)
         # Weights of random backbones come without a tokenizer.
         own = (weights / "tokenizer.json").is_file() or backbone.folder is None
         tokenizer = HarnessTokenizer.open(weights if own else backbone.folder or weights)
@@ -76,7 +77,7 @@ class EvaluatedModel:
             tokenizer = tokenizer.with_chat()
         program, context = None, spec.max_context
         if settings.format is ModelFormat.program:
-            program = program_of(runs.export(name), spec, weights)
+            program = program_of(_exported(runs, name, weights), spec, weights)
             context = context_of(program)
         else:
             check_devices(settings.trainer)
@@ -144,6 +145,24 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
     return path
 
 
+def _exported(runs: Runs, name: str, weights: Path) -> Path:
+    """Return the folder of the export of that name, else of the only one of these weights.
+
+    Raises:
+        InputError: There are several of these weights and none of that name.
+    """
+    folder = runs.export(name)
+    if (folder / "export.json").is_file():
+        return folder
+    found = [result.name for result in exports(runs) if result.weights == fingerprint(weights)]
+    if len(found) > 1:
+        raise InputError(
+            f"format=program: expected one export of {weights}, found {', '.join(found)}; give "
+            "name=NAME"
+        )
+    return runs.export(found[0]) if found else folder
+
+
 def context_of(program: Path) -> int:
     """Return the context that a program was exported with [tokens].
 
@@ -158,6 +177,24 @@ def context_of(program: Path) -> int:
     return limits.context
 
 
+def check(settings: EvaluateSettings) -> None:
+    """Check what an evaluation needs, without loading weights or tasks.
+
+    Raises:
+        InputError: Settings, weights or data files cannot be used, or a stored result is damaged.
+    """
+    subject = EvaluatedModel.open(settings)
+    for task in settings.suite.chosen:
+        data_files(task)
+        TaskResult.read(_folder(settings, subject.name), task.name)
+
+
+def _folder(settings: EvaluateSettings, name: str) -> Path:
+    """Return the folder of the task results."""
+    runs = Runs(Path(settings.runs))
+    return runs.evaluation(name) / f"{settings.suite.name}.{settings.format.value}"
+
+
 def evaluate(settings: EvaluateSettings) -> SuiteResult:
     """Run a suite on a model; stored results of finished tasks are reused.
 
@@ -167,9 +204,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     """
     subject = EvaluatedModel.open(settings)
     folder = Runs(Path(settings.runs)).evaluation(subject.name)
-    results, new = _results(
-        settings, subject, folder / f"{settings.suite.name}.{settings.format.value}"
-    )
+    results, new = _results(settings, subject, _folder(settings, subject.name))
     figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]
     shares = all(task.percent for task in settings.suite.chosen) and len(figures) > 1
     result = SuiteResult(
@@ -184,6 +219,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
     result.write(folder)
     if new:
         _log(settings, result)
+    note(one_line(result), again=not new)
     print(f"\n{result.name}: {result.suite}, {result.form}")
     print(as_text(result))
     return result

@@ -106,9 +106,12 @@ class EvaluateSettings:
     arch: dict[str, Any] = field(default_factory=dict)
     """Architecture to evaluate, as for `flash train`; empty is the backbone itself."""
     name: str | None = None
-    """Name of the model in `runs`; null takes the arch's."""
+    """Name of the result; null makes one of the arch, model or backbone, and of what is not the
+    default. With `format: program` also the name of the export, if several have the weights."""
     model: str | None = None
-    """Folder of trained weights; null takes what `flash train` wrote under the same name."""
+    """Trained weights: the name of a training, or a folder. Null takes the backbone itself where
+    the architecture is the backbone's, else the training of the same name or of this
+    architecture."""
     limit: int | None = None
     """Questions of each task, for a first look; null takes all."""
     batch_size: int = 8

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flash import terminal
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.evaluation.settings import TaskSettings
@@ -167,15 +168,16 @@ def table(result: SuiteResult) -> list[list[str]]:
     return lines
 
 
+def one_line(result: SuiteResult) -> str:
+    """Average of the scores, or all scores where there is none."""
+    if result.average is not None:
+        return f"average {_number(result.average)} of {len(result.figures)} tasks"
+    return ", ".join(f"{row.title} {_number(row.value)}" for row in result.figures)
+
+
 def as_text(result: SuiteResult) -> str:
     """Format the table for terminals."""
-    lines = table(result)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [
-        [cell.ljust(width) if i in {0, 3} else cell.rjust(width) for i, (cell, width) in cells]
-        for cells in (enumerate(zip(line, widths, strict=True)) for line in lines)
-    ]
-    return "\n".join("  " + "  ".join(line).rstrip() for line in padded)
+    return terminal.table(table(result))
 
 
 def _number(value: float | None) -> str:

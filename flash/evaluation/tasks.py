@@ -105,15 +105,20 @@ class Tasks:
         """
         from datasets.exceptions import DatasetsError
 
+        from flash.compat.huggingface_hub import is_reachable
         from flash.compat.lm_eval import load_task, set_fewshot
 
+        own_files = data_files(task)
+        reachable = bool(own_files) or is_reachable()
         if self.suite.allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # required by the metrics of such tasks
         try:
-            loaded = load_task(self.manager, task.name, data_files(task))
+            loaded = load_task(self.manager, task.name, own_files)
         except (OSError, ValueError, DatasetsError) as error:
             dataset = self._about(task.name).get("dataset_path", "of its subtasks")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if not reachable:
+                reason = "it is not in the cache, and the hub cannot be reached"
             raise InputError(
                 f"suite.tasks: {task.name}: dataset {dataset} cannot be loaded ({reason}); it is "
                 "downloaded once, so run this with a network first, or copy the cache (HF_HOME) "

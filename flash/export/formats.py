@@ -124,7 +124,6 @@ def publish(
     unproven = folder / f".unproven.{path.name}"
     try:
         check = _WRITERS[kind](unproven, source, settings)
-        log.info("%s", check)
         if not check.passed:
             part = f" in {check.worst_layer}" if check.worst_layer else ""
             raise CheckFailed(

@@ -4,26 +4,26 @@ import dataclasses
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
-from flash.commands import command
 from flash.device.base import Device
 from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
-from flash.export.result import ExportResult
+from flash.export.result import ExportResult, device_conditions, exports
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.model.backbone import Backbone
-from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
+from flash.training.checkpoints import find_checkpoint
 from flash.training.result import TrainResult
 from flash.training.settings import RecipeSettings
-from flash.workspace import Workspace, arch_of, result_name
+from flash.workspace import Workspace, result_name
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +37,25 @@ class ExportJob:
         name: Name of the result.
         spec: Architecture of the weights.
         weights: The checkpoint folder.
-        reference: Result of the backbone, whose program alternates with the new one while both are
-            timed; None if this is the backbone or there is no such program for the device.
         workspace: Backbone, tokenizer, text, and the device of the measurement.
-        keys: For each format a hash of all inputs and settings that affect its result.
     """
 
     settings: ExportSettings
     name: str
     spec: ArchSpec
     weights: Path
-    reference: ExportResult | None
     workspace: Workspace
-    keys: dict[ExportFormat, str]
 
     @classmethod
     def open(cls, settings: ExportSettings, runs: Runs) -> "ExportJob":
-        """Open the job: find its weights, its device and its text.
+        """Open the job and find its weights; text and device are opened at their first use.
 
         Raises:
-            InputError: Weights, device or text cannot be used.
+            InputError: Weights or device settings cannot be used.
         """
         backbone = Backbone.open(settings.backbone)
-        spec = arch_of(settings.arch, backbone)
         name = result_name(settings)
-        weights = checkpoint_of(settings.model, spec, backbone, runs.model(name))
+        spec, weights = find_checkpoint(settings, name, backbone, runs)
         own = weights / "tokenizer.json"
         if own.is_file() and settings.data.tokenizer is None:
             data = dataclasses.replace(settings.data, tokenizer=str(own))
@@ -74,13 +68,23 @@ class ExportJob:
             model_folder=weights,
             seed=settings.seed,
         )
-        device = workspace.device
-        # While a winner is timed, the program of its backbone alternates with it, if there is one
-        # for this device.
-        whole = spec == backbone.spec
-        reference = None if whole else _reference(runs.export(backbone.name), device)
-        keys = _keys(settings, weights, reference, workspace)
-        return cls(settings, name, spec, weights, reference, workspace, keys)
+        return cls(settings, name, spec, weights, workspace)
+
+    @cached_property
+    def reference(self) -> ExportResult | None:
+        """Result of the backbone, whose program alternates with the new one while both are timed.
+
+        None if this is the backbone, or if there is no such program for the device.
+        """
+        backbone = self.workspace.backbone
+        if self.spec == backbone.spec:
+            return None
+        return _reference(self.workspace.runs, backbone, self.device)
+
+    @cached_property
+    def keys(self) -> dict[ExportFormat, str]:
+        """For each format a hash of all inputs and settings that affect its result."""
+        return _keys(self.settings, self.weights, self.reference, self.workspace)
 
     @property
     def device(self) -> Device:
@@ -122,19 +126,33 @@ class ExportJob:
         tokenizer = self.workspace.tokenizer
         return tokenizer.begin if tokenizer.begin is not None else tokenizer.end_of_text
 
+    def check_settings(self) -> None:
+        """Check what can be checked without the device and without reading the text.
+
+        Raises:
+            InputError: No format is given, the device's settings do not fit the architecture, the
+                text is missing, or a stored result is damaged.
+        """
+        settings = self.settings
+        require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
+        if ExportFormat.executorch in settings.format:
+            settings.device.lowering.check_fits(self.spec)
+        self.workspace.check_data()
+        for kind in settings.format:
+            self._stored(kind)
+
     def check(self) -> None:
         """Check before any work that the export can succeed.
 
         Raises:
-            InputError: No format is given, a format cannot express the architecture, a gate cannot
-                run, a finished export would be overwritten, or the disk is too full.
+            InputError: As `check_settings`; or a format cannot express the architecture, a gate
+                cannot run, a finished export would be overwritten, or the disk is too full.
         """
+        self.check_settings()
         settings = self.settings
-        require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
         tokens = len(self.texts[0]) if self.texts else 0
         settings.gate.check_fits(tokens, settings.device.lowering)
         if ExportFormat.executorch in settings.format:
-            settings.device.lowering.check_fits(self.spec)
             self._check_prompt()
             self._compare_rounding()
         tokenizer = self.workspace.tokenizer
@@ -171,9 +189,12 @@ class ExportJob:
                     *(self.name, key, theirs, key, ours),
                 )
 
-    def _keep(self, kind: ExportFormat) -> None:
+    def _stored(self, kind: ExportFormat) -> ExportResult | FormatResult | None:
         program = kind is ExportFormat.executorch
-        found = ExportResult.read(self.folder) if program else FormatResult.read(self.folder, kind)
+        return ExportResult.read(self.folder) if program else FormatResult.read(self.folder, kind)
+
+    def _keep(self, kind: ExportFormat) -> None:
+        found = self._stored(kind)
         if found is None or found.key == self.keys[kind] or self.settings.overwrite:
             return
         raise InputError(
@@ -196,50 +217,24 @@ class ExportJob:
         )
 
 
-def checkpoint_of(model: str | None, spec: ArchSpec, backbone: Backbone, trained: Path) -> Path:
-    """Find the checkpoint folder to export or to evaluate.
+def _reference(runs: Runs, backbone: Backbone, device: Device) -> ExportResult | None:
+    """Find the backbone's program for this device.
 
-    Args:
-        model: Folder given by the user; None finds it.
-        spec: Architecture that the checkpoint must have.
-        backbone: Backbone, whose own weights are used if `spec` is its architecture.
-        trained: Folder that `train.py` wrote under the model's name.
-
-    Raises:
-        InputError: There is no checkpoint yet, or it has another architecture.
+    One with the same settings comes first, then the one with the backbone's name.
     """
-    if model is not None:
-        folder = Path(model)
-    elif spec == backbone.spec and backbone.folder is not None:
-        backbone.fetch()
-        folder = backbone.folder
-    else:
-        folder = trained / "checkpoint"
-        if not folder.is_dir():
-            raise InputError(
-                f"model=null: expected trained weights in {folder}; run {command('train')} with "
-                "the same +arch first, or give model=FOLDER"
-            )
-    found = Backbone.open(BackboneSettings(name="model", weights=str(folder))).spec
-    if found != spec:
-        if model is not None:
-            raise InputError(
-                f"model={folder}: holds arch {found}: expected {spec}; give the same +arch as in "
-                "its training"
-            )
-        raise InputError(
-            f"{folder}: holds arch {found}: expected {spec}; give the name= that it was trained "
-            "under, or train it under a new one"
-        )
-    return folder
-
-
-def _reference(folder: Path, device: Device) -> ExportResult | None:
-    result, path = ExportResult.read(folder), folder / "model.pte"
-    if result is None or result.device != device.identity() or not path.is_file():
-        return None
-    limits, needed = ProgramLimits.find(path), device.settings.workload.context
-    if limits is not None and limits.context < needed:
+    conditions, needed = device_conditions(device), device.settings.workload.context
+    found = [
+        result
+        for result in exports(runs)
+        if result.spec == backbone.spec and result.device == device.identity()
+    ]
+    same = [result for result in found if result.conditions == conditions]
+    named = [result for result in found if result.name == backbone.name]
+    for result in [*same, *named]:
+        path = runs.export(result.name) / "model.pte"
+        limits = ProgramLimits.find(path)
+        if limits is None or limits.context >= needed:
+            return result
         log.warning(
             "%s: no speedup over it, as its context of %d tokens is less than the workload's %d; "
             "export the backbone again",
@@ -247,8 +242,7 @@ def _reference(folder: Path, device: Device) -> ExportResult | None:
             limits.context,
             needed,
         )
-        return None
-    return result
+    return None
 
 
 def _keys(

@@ -12,6 +12,7 @@ from flash.device.base import Device
 from flash.device.measurement import Measurement
 from flash.device.settings import DeviceSettings
 from flash.errors import require
+from flash.export.result import device_conditions
 from flash.interop.baselines import StockModel, stock_model
 from flash.interop.export_llm import check_stock
 from flash.latency.profiler import Profiler
@@ -58,10 +59,9 @@ class ShapeResult:
     conditions: str
     key: str
 
-    @staticmethod
-    def path(runs: Runs, settings: DeviceSettings, name: str) -> Path:
-        """Return the path of the result of that name."""
-        return _folder(runs, settings) / f"{name}.json"
+    def path(self, runs: Runs, settings: DeviceSettings) -> Path:
+        """Return the path of the result; results of other settings have others."""
+        return _path(runs, settings, self.name, self.key)
 
     def write(self, path: Path) -> None:
         """Write the result as JSON, atomically."""
@@ -122,16 +122,17 @@ def measure_shape(name: str, shape: Shape, device: Device, runs: Runs) -> ShapeR
         CheckFailed: ExecuTorch's export failed.
         DeviceError: A process on the device died or took too long.
     """
-    settings, conditions = _for_shape(shape, device.settings), conditions_of(device)
+    settings, conditions = _for_shape(shape, device.settings), device_conditions(device)
     _check(shape, settings.lowering)
     # The seed of the weights, which is always the same, has been a part of the key.
     key = digest({"shape": shape.to_dict(), "conditions": conditions, "seed": 0})
-    path = ShapeResult.path(runs, settings, name)
+    path = _path(runs, settings, name, key)
     if path.is_file():
         found = ShapeResult.read(path)
         if found.key == key:
             log.info("%s is finished: %s", name, path)
             return found
+        device.check_unit(found.device, path)
     profiler = Profiler(
         device=device,
         workload=settings.workload,
@@ -166,14 +167,9 @@ def shape_results(runs: Runs, device: Device) -> list[ShapeResult]:
     Raises:
         InputError: A file is damaged.
     """
-    conditions = conditions_of(device)
+    conditions = device_conditions(device)
     found = map(ShapeResult.read, sorted(_folder(runs, device.settings).glob("*.json")))
     return [result for result in found if result.conditions == conditions]
-
-
-def conditions_of(device: Device) -> str:
-    """Hash device, runtime and settings; latencies with the same hash are comparable."""
-    return digest({"device": device.identity(), "settings": device.settings.identity()})
 
 
 def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:
@@ -182,6 +178,10 @@ def _for_shape(shape: Shape, settings: DeviceSettings) -> DeviceSettings:
         lowering = dataclasses.replace(settings.lowering, attention=AttentionForm.sdpa)
         return dataclasses.replace(settings, lowering=lowering)
     return settings
+
+
+def _path(runs: Runs, settings: DeviceSettings, name: str, key: str) -> Path:
+    return _folder(runs, settings) / f"{name}.{key[:8]}.json"
 
 
 def _folder(runs: Runs, settings: DeviceSettings) -> Path:

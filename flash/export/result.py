@@ -1,17 +1,24 @@
 """Result of an export: the file `export.json`, which the report reads."""
 
 import dataclasses
+import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
+from flash.device.base import Device
 from flash.device.measurement import Measurement
+from flash.errors import InputError
 from flash.origin import origin
-from flash.records import find_json, write_json
+from flash.paths import Runs
+from flash.records import digest, find_json, write_json
 from flash.renamed import present_keys
 from flash.training.result import ValidationMetrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class ExportResult:
         weights: Hash of the exported checkpoint; empty in results of older versions.
         origin: Command, date, commit, versions and machine (`flash.origin`); empty in results of
             older versions.
+        conditions: `device_conditions` of the measurement; empty in results of older versions.
     """
 
     name: str
@@ -83,6 +91,7 @@ class ExportResult:
     key: str
     weights: str = ""
     origin: dict[str, Any] = dataclasses.field(default_factory=origin, compare=False)
+    conditions: str = ""
 
     def write(self, folder: Path) -> None:
         """Write `export.json` into `folder`, atomically."""
@@ -108,3 +117,20 @@ class ExportResult:
             "measurement": Measurement.from_dict(values["measurement"]),
         }
         return cls(**{"origin": {}, **values, **nested})
+
+
+def device_conditions(device: Device) -> str:
+    """Hash device, runtime and settings; latencies with the same hash are comparable."""
+    return digest({"device": device.identity(), "settings": device.settings.identity()})
+
+
+def exports(runs: Runs) -> Iterator[ExportResult]:
+    """Iterate over all exported programs, by name; damaged results are skipped with a warning."""
+    for path in sorted((runs.root / "exports").glob("*/export.json")):
+        try:
+            result = ExportResult.read(path.parent)
+        except InputError as error:
+            log.warning("%s", error)
+            continue
+        if result is not None and path.with_name("model.pte").is_file():
+            yield result

@@ -8,16 +8,17 @@ from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
 from flash.commands import command
-from flash.device.factory import open_device
+from flash.device.base import Device
+from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
-from flash.errors import CheckFailed
-from flash.export.formats import ExportSource, publish
+from flash.errors import CheckFailed, InputError
+from flash.export.formats import FILES, ExportSource, publish
 from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
-from flash.export.result import ExportResult
+from flash.export.result import ExportResult, device_conditions
 from flash.export.settings import ExportFormat, ExportSettings
-from flash.export.summary import describe, describe_format
+from flash.export.summary import describe, describe_format, one_line
 from flash.export.table6 import table6
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject
@@ -27,7 +28,9 @@ from flash.lowering.gate import GateReport, check_parity
 from flash.lowering.lower import lower, write
 from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
+from flash.outcome import note
 from flash.paths import Runs
+from flash.progress import stages
 from flash.prune.importance import fingerprint
 from flash.records import plain, read_json, write_json
 from flash.training.loggers import close_logger, make_logger
@@ -35,6 +38,18 @@ from flash.training.validation import validate
 from flash.workspace import result_name
 
 log = logging.getLogger(__name__)
+
+
+def check(settings: ExportSettings) -> None:
+    """Check what an export needs, as far as possible before any work.
+
+    Raises:
+        InputError: Settings or weights cannot be used, or a stored result is damaged.
+    """
+    if settings.model == RANDOM:
+        shape_of(settings.arch, settings.backbone, settings.model)
+    else:
+        ExportJob.open(settings, Runs(Path(settings.runs))).check_settings()
 
 
 def export(settings: ExportSettings) -> ExportResult | None:
@@ -63,10 +78,12 @@ def export(settings: ExportSettings) -> ExportResult | None:
     result, path = ExportResult.read(job.folder), job.folder / "model.pte"
     if result is not None and result.key == job.key and path.is_file():
         log.info("%s is finished: %s", job.name, path)
+        note(one_line(result), again=True)
     else:
         result = _export(job)
         result.write(job.folder)
         _log(settings, result, runs)
+        note(one_line(result))
     describe(result, job.folder)
     return result
 
@@ -85,29 +102,35 @@ def _publish(job: ExportJob, kinds: list[ExportFormat]) -> None:
     for kind in kinds:
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
         describe_format(job.name, kind, result, job.folder)
+        note(f"{job.folder / FILES[kind]}, {result.size_bytes / 2**20:.2f} MiB")
 
 
 def _export(job: ExportJob) -> ExportResult:
     settings, name, workspace = job.settings, job.name, job.workspace
-    predicted = _predicted(workspace.runs, name, job.spec)
+    predicted = predicted_latencies(workspace.runs, job.device, job.spec)
     model = load_checkpoint(job.weights)
     log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
-    program = lower(model, settings.device.lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
+    lowering = settings.device.lowering
+    with stages(f"{name}: lowering"):
+        program = lower(model, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
-    report = _run_gate(job, model, program)
+    with stages(f"{name}: parity gate"):
+        report = _run_gate(job, model, program)
+    log.info("%s: parity gate\n%s", name, report)
     path = job.folder / "model.pte"
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
     measurement, speedups = _measure(job, model, lower_s)
-    ids = job.device.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
+    texts = text_device(job.device)
+    ids = texts.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
     return ExportResult(
         name=name,
         spec=model.spec,
         parameters=count_parameters(model.spec).total,
         quality=validate(model, workspace.data, settings.trainer.precision),
-        program_quality=program_quality(model, path, job.device, job.texts),
+        program_quality=program_quality(model, path, texts, job.texts),
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,
@@ -120,6 +143,7 @@ def _export(job: ExportJob) -> ExportResult:
         lower_s=lower_s,
         key=job.key,
         weights=fingerprint(job.weights),
+        conditions=device_conditions(job.device),
     )
 
 
@@ -175,22 +199,29 @@ def _measure(
     return measured, speedups
 
 
-def _predicted(runs: Runs, name: str, spec: ArchSpec) -> dict[str, Any] | None:
-    """Find the latencies that a search predicted for this architecture or for its backbone."""
+def predicted_latencies(runs: Runs, device: Device, spec: ArchSpec) -> dict[str, Any] | None:
+    """Find the latencies that a search on this device predicted for an architecture."""
+    identity, wanted = plain(device.identity()), plain(spec.to_dict())
 
     def prediction(found: dict[str, Any]) -> dict[str, Any] | None:
-        by_number = {trial["number"]: trial for trial in found["trials"]}
-        for number, stem in found["names"].items():
-            if stem == name and by_number[int(number)]["spec"] == spec.to_dict():
-                return found["predicted"][number]
+        if found["device"] != identity:
+            return None
+        by_number = {trial["number"]: trial["spec"] for trial in found["trials"]}
+        for number, values in found["predicted"].items():
+            if by_number[int(number)] == wanted:
+                return values
         backbone = found["backbone"]
-        same = backbone["name"] == name and backbone["spec"] == spec.to_dict()
-        return backbone["predicted"] if same else None
+        return backbone["predicted"] if backbone["spec"] == wanted else None
 
-    again = f"run {command('search')} again"
-    paths = sorted((runs.root / "studies").glob("*/frontier.json"))
-    predictions = (read_json(path, prediction, again) for path in paths)
-    return next((found for found in predictions if found is not None), None)
+    for path in sorted((runs.root / "studies").glob("*/frontier.json")):
+        try:
+            found = read_json(path, prediction, f"run {command('search')} again")
+        except InputError as error:  # an export only looks at it
+            log.warning("%s; no prediction is taken from it", error)
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def _log(settings: ExportSettings, result: ExportResult, runs: Runs) -> None:

@@ -77,11 +77,12 @@ class ExportSettings:
     arch: dict[str, Any] = field(default_factory=dict)
     """Architecture to export, as for `flash train`; empty is the backbone itself."""
     name: str | None = None
-    """Name of the result; null takes the arch's."""
+    """Name of the result; null makes one of the arch, model or backbone, and of what is not the
+    default, such as `tiny-group_size_64`."""
     model: str | None = None
-    """Folder of trained weights. Null takes the backbone itself where the architecture is the
-    backbone's, else the folder that training wrote under the same name. `random` measures only the
-    latency, with random weights."""
+    """Trained weights: the name of a training, or a folder. Null takes the backbone itself where
+    the architecture is the backbone's, else the training of the same name or of this architecture.
+    `random` measures only the latency, with random weights."""
     prompt: str = "def main("
     """Text that the exported program continues."""
     new_tokens: int = 48

@@ -6,6 +6,7 @@ from flash.device.workload import Phase, Point
 from flash.export.formats import FILES, FormatResult
 from flash.export.result import ExportResult
 from flash.export.settings import ExportFormat
+from flash.terminal import wrap
 
 ENDS = ("mean", "low", "high")
 """Keys of a predicted latency: its mean and the ends of its interval."""
@@ -13,18 +14,32 @@ ENDS = ("mean", "low", "high")
 
 def describe_format(name: str, kind: ExportFormat, result: FormatResult, folder: Path) -> None:
     """Print a published format in a few lines."""
-    print(
-        f"\n{name}: {folder / FILES[kind]}, {result.size_bytes / 2**20:.2f} MiB\n  {result.check}"
-    )
+    print(f"\n{name}: {folder / FILES[kind]}, {result.size_bytes / 2**20:.2f} MiB")
+    print(wrap(f"  {result.check}", "    "))
+
+
+def one_line(result: ExportResult) -> str:
+    """Time to first token and decode speed at the first point of each, and the program's size."""
+    parts: dict[Phase, str] = {}
+    for name, latency in result.measurement.latencies.items():
+        point = Point.parse(name)
+        speed = f"{1e3 / latency.ms:.0f} tokens/s"
+        ttft = f"TTFT {latency.ms:.1f} ms for {point.tokens} tokens"
+        parts.setdefault(point.phase, ttft if point.phase is Phase.prefill else speed)
+    return ", ".join([*parts.values(), f"{result.pte_bytes / 2**20:.2f} MiB"])
 
 
 def describe(result: ExportResult, folder: Path) -> None:
     """Print a measured program in a few lines."""
     measured = result.measurement
-    print(f"\n{result.name}: {result.spec}, {result.parameters / 1e6:.2f}M parameters")
-    print(f"  program     {folder / 'model.pte'}, {result.pte_bytes / 2**20:.2f} MiB")
-    print(
-        "  parity      passed: "
+
+    def row(text: str) -> None:
+        print(wrap(f"  {text}", " " * 14))
+
+    print(wrap(f"\n{result.name}: {result.spec}, {result.parameters / 1e6:.2f}M parameters"))
+    row(f"program     {folder / 'model.pte'}, {result.pte_bytes / 2**20:.2f} MiB")
+    row(
+        "parity      passed: "
         + ", ".join(f"{stage['stage']} kl {stage['kl']:.1e}" for stage in result.gate["stages"])
     )
     for name, latency in measured.latencies.items():
@@ -43,11 +58,11 @@ def describe(result: ExportResult, folder: Path) -> None:
         if result.predicted is not None and name in result.predicted:
             mean, low, high = (result.predicted[name][f"{end}_ms"] for end in ENDS)
             text += f"; predicted {mean:.3g} [{low:.3g}, {high:.3g}] ms"
-        print(f"  {text}")
+        row(text)
     quality = result.program_quality
-    print(
-        f"  held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
+    row(
+        f"held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
         f"{quality.change_pct:+.1f} % and {100 * quality.agreement:.0f} % equal choices on "
         f"{quality.tokens} tokens"
     )
-    print(f"  it writes   {result.prompt!r} -> {result.completion!r}")
+    row(f"it writes   {result.prompt!r} -> {result.completion!r}")

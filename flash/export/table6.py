@@ -10,6 +10,7 @@ import yaml
 from flash.device.measurement import Latency
 from flash.device.workload import Phase, Point
 from flash.export.random_weights import ShapeResult
+from flash.terminal import table, wrap
 
 PHONE = Path(__file__).with_name("phone.yaml")
 NONE = "-"
@@ -19,7 +20,7 @@ Cells = Mapping[str, tuple[float, float]]
 
 
 def table6(results: Sequence[ShapeResult]) -> str:
-    """Format a Markdown table with one row per model, in the order of the paper's size classes.
+    """Format a table with one row per model, in the order of the paper's size classes.
 
     Numbers in brackets are the speedup of the Flash model of the same class, on the device and on
     the paper's phone.
@@ -44,7 +45,8 @@ def table6(results: Sequence[ShapeResult]) -> str:
         header += [_title(point), phone["device"]]
     lines = [header, *(_row(known[name], cells, points) for name in names)]
     device = known[names[0]].device
-    return f"{_aligned(lines)}\n{_described(device)}; {phone['device']}: {phone['source']}"
+    source = f"{_described(device)}; {phone['device']}: {phone['source']}"
+    return f"{table(lines)}\n{wrap(source)}"
 
 
 @cache
@@ -112,14 +114,3 @@ def _described(device: Mapping[str, Any]) -> str:
     return f"{device['device']}: " + ", ".join(
         f"{key} {value}" for key, value in device.items() if key != "device" and value != ""
     )
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table whose columns are aligned, to be read on a terminal too."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]])

@@ -86,7 +86,7 @@ def _llama_cpp_model(spec: ArchSpec) -> _LlamaCppModel:
         not (spec.qk_norm and spec.qkv_bias),
         "arch.qkv_bias",
         spec.qkv_bias,
-        "false with arch.qk_norm=True, which no architecture of llama.cpp has; export as pte",
+        "false with arch.qk_norm=true, which no architecture of llama.cpp has; export as pte",
     )
     kinds = list(spec.layer_types)
     if Attention.sliding_attention in kinds:
@@ -106,7 +106,7 @@ def _llama_cpp_model(spec: ArchSpec) -> _LlamaCppModel:
             not llama3,
             "arch.rope_scaling.kind",
             "llama3",
-            "linear or none with arch.qk_norm=True, since llama.cpp's qwen3 takes no factors of "
+            "linear or none with arch.qk_norm=true, since llama.cpp's qwen3 takes no factors of "
             "rotary frequencies; export as pte or hf",
         )
         kinds, architecture = [Attention.full_attention] * len(kinds), gguf.MODEL_ARCH.QWEN3

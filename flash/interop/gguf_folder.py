@@ -123,7 +123,9 @@ def _pre_tokenizer(path: Path, fields: dict[str, Any]) -> pre_tokenizers.PreToke
 
 def _write_model(path: Path, folder: Path, fields: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # three bars for what takes seconds
     with quiet():
         with _named(path):
             config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

@@ -14,7 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from flash.errors import InputError, require
+from flash.errors import InputError, require, shown
 from flash.model.tokenizer import ModelTokenizer, added_tokens
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,12 @@ def pre_tokenizer_name(path: Path) -> str:
     model = values["model"]
     for key, wanted in {"type": "BPE", "byte_fallback": False, "dropout": None}.items():
         found = model.get(key, wanted)
-        require(found == wanted, f"{path}: model.{key}", found, f"{wanted}; not supported in GGUF")
+        require(
+            found == wanted,
+            f"{path}: model.{key}",
+            found,
+            f"{shown(wanted)}; not supported in GGUF",
+        )
     normalizer = (values.get("normalizer") or {}).get("type")
     # llama.cpp leaves Qwen's composition of accents out; text is nearly always composed already.
     require(normalizer in (None, "NFC"), f"{path}: normalizer", normalizer, "none or NFC")
@@ -155,7 +160,7 @@ def pre_tokenizer_name(path: Path) -> str:
     name = _PRE_TOKENIZERS.get((pattern, ignores))
     if name is None:
         raise InputError(
-            f"{path}: pre_tokenizer={pattern!r} with ignore_merges={ignores}: expected "
+            f"{path}: pre_tokenizer={pattern!r} with ignore_merges={shown(ignores)}: expected "
             f"{KNOWN_PRE_TOKENIZERS}, since llama.cpp knows no other; "
             "formats.gguf_tokenizer=false writes token ids only"
         )

@@ -64,7 +64,7 @@ def transformers_spec(spec: ArchSpec) -> ArchSpec:
         not (spec.qk_norm and spec.qkv_bias),
         "arch.qkv_bias",
         spec.qkv_bias,
-        "false with arch.qk_norm=True, since no stock class (Llama, Ministral, Qwen2, Qwen3) has "
+        "false with arch.qk_norm=true, since no stock class (Llama, Ministral, Qwen2, Qwen3) has "
         "both; export as pte",
     )
     sliding = Attention.sliding_attention in spec.layer_types

@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from flash.commands import command
 from flash.errors import InputError
 from flash.latency.store import MeasurementStore
 from flash.paths import Runs
+from flash.terminal import finish
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -15,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         InputError: A store cannot be read.
     """
-    parser = argparse.ArgumentParser(prog="flash measurements", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("measurements"), description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the store as CSV, one row per latency")
@@ -28,10 +30,12 @@ def main(arguments: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     store = MeasurementStore(Runs(arguments.runs).measurements)
     if arguments.command == "export":
-        print(f"{arguments.csv}: {store.write_csv(arguments.csv)} measurements")
+        print(f"{store.write_csv(arguments.csv)} measurements")
+        finish([arguments.csv], f"{command('search')} stage=latency")
         return 0
     if not arguments.store.is_file():
         raise InputError(f"{arguments.store}: no such file; give another measurements.jsonl")
     added = store.merge(MeasurementStore(arguments.store))
-    print(f"{store.path}: {added} measurements added, {len(store)} in all")
+    print(f"{added} measurements added, {len(store)} in all")
+    finish([store.path], command("search"))
     return 0

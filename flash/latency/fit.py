@@ -28,6 +28,7 @@ from flash.latency.store import MeasurementStore, StoredLatency
 from flash.latency.transfer import TransferPredictor
 from flash.lowering.blocks import Block, BlockKind
 from flash.lowering.settings import LoweringSettings
+from flash.terminal import table
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,17 @@ class LatencyModel:
     rows: tuple[StoredLatency, ...]
 
     def describe(self) -> str:
-        """Format the cross-validation as text, one line for each point and predictor."""
-        width = max(len(point.name) for point in self.scores)
-        return "\n".join(
-            f"{point.name:{width}s} {name:8s} {scores}"
+        """Format the cross-validation as a table, one row for each point and predictor."""
+        rows = [
+            [point.name, name, f"{each.r2:.3f}", f"{each.mape_pct:.1f} %"]
+            + [f"{each.kendall_tau:.2f}", f"{100 * each.coverage_90:.0f} %", str(each.n)]
             for point, by_name in self.scores.items()
-            for name, scores in by_name.items()
-        )
+            for name, each in by_name.items()
+        ]
+        header = ["point", "predictor", "R2", "MAPE", "Kendall tau", "90 % interval holds", "n"]
+        few = min(each.n for by_name in self.scores.values() for each in by_name.values()) < 15
+        note = "\nfew models: take the figures as a sanity check only" if few else ""
+        return table([header, *rows]) + note
 
     def metrics(self) -> dict[str, float]:
         """Return the cross-validation for a logger, by `latency/<point>/<predictor>/<score>`."""

@@ -83,13 +83,6 @@ class Scores:
     coverage_90: float
     n: int
 
-    def __str__(self) -> str:
-        few = " (few: take the figures as a sanity check only)" if self.n < 15 else ""
-        return (
-            f"R2 {self.r2:.3f}, MAPE {self.mape_pct:.1f} %, Kendall tau {self.kendall_tau:.2f}, "
-            f"90 % interval holds {100 * self.coverage_90:.0f} %, n={self.n}{few}"
-        )
-
 
 def score(prediction: Prediction, values_ms: Values) -> Scores:
     """Compare predictions with measured latencies that the predictor was not fitted to."""

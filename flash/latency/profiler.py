@@ -20,7 +20,7 @@ from flash.latency.rows import conditions_of, joined, of_point
 from flash.latency.settings import LatencySettings
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
 from flash.lowering.settings import LoweringSettings
-from flash.progress import progress_bar
+from flash.progress import listening, progress_bar, stages
 from flash.records import digest
 
 logger = logging.getLogger(__name__)
@@ -92,16 +92,20 @@ class Profiler:
     def attempts_of(self, device: str, point: Point) -> list[list[StoredLatency]]:
         """Return the measurements of each whole model at this point on another device of the store.
 
+        If several have this name, or one had other threads, that with the most models is taken.
+
         Raises:
             InputError: The store holds too few measurements of the same programs on that device.
         """
         wanted = self._base(point)
-        found: dict[str, list[StoredLatency]] = {}
+        by_device: dict[str, dict[str, list[StoredLatency]]] = {}
         for row in self._comparable_models():
             theirs = row.conditions
             same = (theirs.point, theirs.lowering) == (wanted.point, wanted.lowering)
             if same and theirs.device["device"] == device:
+                found = by_device.setdefault(digest(theirs.device), {})
                 found.setdefault(row.key, []).append(row)
+        found = max(by_device.values(), key=len, default={})
         if len(found) < _MIN_MODELS_TO_TRANSFER:
             devices = sorted({str(row.conditions.device["device"]) for row in self.store})
             raise InputError(
@@ -184,7 +188,8 @@ class Profiler:
         def announce(subject: Subject) -> None:
             logger.info("%s: lowering, minutes for a large model", subject)
 
-        return cached_program(subject, self.lowering, self.cache_dir, announce)
+        with stages(f"{subject}: lowering"):
+            return cached_program(subject, self.lowering, self.cache_dir, announce)
 
     def _alone(self, subject: Subject, point: Point) -> list[StoredLatency]:
         """Return the measurements of a subject in whose processes no other program ran."""
@@ -277,7 +282,8 @@ class Profiler:
             bar.set_postfix_str(f"lowering {subject}")
 
         def lowered(subject: Subject) -> Path:
-            return cached_program(subject, self.lowering, self.cache_dir, announce)
+            with listening(lambda name: bar.set_postfix_str(f"{subject}: {name}")):
+                return cached_program(subject, self.lowering, self.cache_dir, announce)
 
         paths = []
         for subject in group:

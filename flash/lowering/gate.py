@@ -6,7 +6,6 @@ ExecuTorch's runtime. All but the first are fed as on a device: a prefill in two
 token at a time. A gate that fails names the first step that changed the logits too much.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flash import progress
 from flash.arch import CacheFormat, Quantization
 from flash.log_filters import quiet
 from flash.lowering.lower import METHOD, export_module, quantized_module, serialize
@@ -23,8 +23,7 @@ from flash.lowering.modules import load_custom_ops
 from flash.lowering.parity_metrics import max_relative_error, mean_kl
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.decoder import Decoder
-
-log = logging.getLogger(__name__)
+from flash.terminal import table
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """`(tokens [1, s], input_pos [1]) -> logits [1, vocab]`."""
@@ -92,12 +91,12 @@ class GateReport:
         }
 
     def __str__(self) -> str:
-        lines = [
-            f"{r.stage.value:10s} {'ok  ' if r.passed else 'FAIL'} error {r.error:.1e} "
-            f"kl {r.kl:.1e} agreement {r.agreement:.2f} ({r.rule})"
+        rows = [
+            [r.stage.value, "ok" if r.passed else "FAIL", f"{r.error:.1e}", f"{r.kl:.1e}"]
+            + [f"{r.agreement:.2f}", r.rule]
             for r in self.stages
         ]
-        return "\n".join(lines)
+        return table([["stage", "result", "error", "kl", "agreement", "limits"], *rows])
 
 
 @torch.no_grad()
@@ -138,6 +137,7 @@ def check_parity(
         if last_stage is ParityStage.runtime:
             data = serialize(exported) if program is None else program
             steps[ParityStage.runtime] = lambda: load_runtime_step(data)
+    progress.stage("comparison of logits")
     with quiet():
         logits = {stage: _run(step(), text, gate, lowering) for stage, step in steps.items()}
     exact = lowering.quantization is Quantization.fp32 and lowering.cache is CacheFormat.fp32
@@ -145,9 +145,7 @@ def check_parity(
     for stage, after in logits.items():
         results.append(_compare(stage, before, after, reference, gate, exact))
         before = after
-    report = GateReport(stages=results)
-    log.info("parity gate\n%s", report)
-    return report
+    return GateReport(stages=results)
 
 
 def _run(

@@ -5,9 +5,7 @@ for the parity gate and for single blocks. Export and the passes change state of
 so that one thread at a time may run them (`ONE_AT_A_TIME`).
 """
 
-import logging
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -27,9 +25,8 @@ from flash.lowering.patches.partitioner import delegated_symbols
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
+from flash.progress import stage
 from flash.records import atomic_write
-
-log = logging.getLogger(__name__)
 
 METHOD = "forward"
 """Name of the only method of a program."""
@@ -70,6 +67,7 @@ def lower(
 
 def quantized_module(model: Decoder, lowering: LoweringSettings) -> ExportableDecoder:
     """Build the module that gets exported: exportable, with quantised weights, runnable eagerly."""
+    stage("quantization")
     with quiet():
         return quantize(ExportableDecoder(model, lowering), lowering)
 
@@ -110,11 +108,9 @@ def export_module(
         first_input = torch.zeros(1, length, dtype=torch.long)
     example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
     tokens = Dim("tokens", min=1, max=lowering.chunk)
-    started = time.perf_counter()
+    stage("torch.export")
     with ONE_AT_A_TIME, torch.no_grad(), quiet():
-        program = export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
-    log.debug("exported in %.1f s", time.perf_counter() - started)
-    return program
+        return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
 
 
 def serialize(
@@ -134,7 +130,7 @@ def serialize(
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
-    started = time.perf_counter()
+    stage("partition for XNNPACK")
     with ExitStack() as stack:
         for context in (ONE_AT_A_TIME, torch.no_grad(), quiet(), delegated_symbols()):
             stack.enter_context(context)
@@ -146,6 +142,7 @@ def serialize(
             compile_config=edge_compile_config(),
             constant_methods=constants,
         )
+        stage("memory plan and file")
         program = edge.to_executorch(
             ExecutorchBackendConfig(
                 do_quant_fusion_and_const_prop=True,
@@ -154,7 +151,6 @@ def serialize(
         )
         data = bytes(program.buffer)
         _clear_caches([edge.exported_program(name) for name in edge.methods])
-    log.debug("lowered in %.1f s, %d bytes", time.perf_counter() - started, len(data))
     return data
 
 

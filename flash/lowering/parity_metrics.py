@@ -85,9 +85,9 @@ class FormatCheck:
     def __str__(self) -> str:
         where = f", first in {self.worst_layer}" if self.worst_layer else ""
         return (
-            f"{self.format} {'ok' if self.passed else 'FAIL'}: error {self.error:.1e} kl "
-            f"{self.kl:.1e} agreement {self.agreement:.2f} perplexity {self.change_pct:+.2f} % on "
-            f"{self.tokens} tokens ({self.rule}){where}"
+            f"{self.format} {'ok' if self.passed else 'FAIL'}: error {self.error:.1e}, kl "
+            f"{self.kl:.1e}, agreement {self.agreement:.2f}, perplexity {self.change_pct:+.2f} % "
+            f"on {self.tokens} tokens ({self.rule}){where}"
         )
 
 

@@ -418,7 +418,7 @@ def _check_supported(stock: Stock, family: Family) -> None:
     require(act in ("silu", "swish"), "hidden_act", act, "silu; not supported")
     for key in family.biases:
         value = getattr(stock, key)
-        require(not value, key, value, "False; not supported")
+        require(not value, key, value, "false; not supported")
     pad, vocabulary = stock.pad_token_id, stock.vocab_size
     require(
         pad is None or -vocabulary <= pad < vocabulary,

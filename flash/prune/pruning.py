@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flash.arch import ArchSpec, Attention
-from flash.errors import InputError
+from flash.errors import InputError, shown
 from flash.model.checkpoint import expected_shapes
 from flash.model.weights import Weights
 from flash.prune.importance import Importance
@@ -60,8 +60,8 @@ def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
     for key in fixed:
         if getattr(spec, key) != getattr(backbone, key):
             raise InputError(
-                f"arch.{key}={getattr(spec, key)}: expected the backbone's "
-                f"{getattr(backbone, key)}; pruning cannot change it"
+                f"arch.{key}={shown(getattr(spec, key))}: expected the backbone's "
+                f"{shown(getattr(backbone, key))}; pruning cannot change it"
             )
     if backbone.tie_embeddings and not spec.tie_embeddings:
         raise InputError("arch.tie_embeddings=false: expected true, as in the backbone")

@@ -3,11 +3,13 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flash.commands import command
 from flash.errors import InputError, nearest
 from flash.paths import Runs
 from flash.report.data import ReportData
@@ -15,6 +17,7 @@ from flash.report.figures import all_figures, comparison_figures
 from flash.report.page import write_page
 from flash.report.reading import read
 from flash.report.table import COLUMNS, as_text, rows
+from flash.terminal import finish
 from flash.training.loggers import has_wandb_key
 
 
@@ -53,13 +56,25 @@ def _with_dashes(argument: str) -> str:
     return f"--{argument}"
 
 
+def _following(data: ReportData, folder: Path) -> str:
+    """The command for the winners that lack a training or, after that, an export."""
+    found = [each for study in data.studies for each in study.models[1:]]
+    own = f" runs={shlex.quote(str(folder))}" if folder != Path("runs") else ""
+    for verb, made in (("train", "trained"), ("export", "exported")):
+        lacking = [each.name for each in found if getattr(each, made) is None]
+        if lacking:
+            return f"{command(verb)} -m +arch={','.join(lacking)}{own}"
+    names = [each.name for each in found]
+    return f"{command('evaluate')} +arch={names[0]}{own}" if names else f"{command('search')}{own}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run `flash report` and return its exit code.
 
     Raises:
         InputError: There is nothing to report, or no study of a name.
     """
-    parser = argparse.ArgumentParser(prog="flash report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command("report"), description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument(
         "--study",
@@ -77,5 +92,5 @@ def main(arguments: Sequence[str]) -> int:
     print(as_text(data.models))
     for fault in data.faults:
         print(f"warning: {fault}", file=sys.stderr)
-    print(f"\nreport: {runs.report.resolve()}")
+    finish([runs.report], _following(data, options.runs))
     return 0

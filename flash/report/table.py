@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from flash.export.result import ProgramQuality
 from flash.report.data import Model, is_qat
+from flash.terminal import table
 
 COLUMNS = (
     "model",
@@ -111,14 +112,5 @@ def _rounded(quality: ProgramQuality) -> list[str]:
 
 
 def as_text(models: Sequence[Model]) -> str:
-    """Format the result table in Markdown, aligned for terminals."""
-    lines = [list(COLUMNS), *rows(models)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    padded = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]])
+    """Format the result table for terminals."""
+    return table([COLUMNS, *rows(models)])

@@ -11,7 +11,7 @@ from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
-from flash.records import digest, plain
+from flash.records import digest
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
@@ -61,7 +61,7 @@ class ShortTraining:
         """Return the folder of a candidate's checkpoints; its name hashes all that affects them."""
         if self.folder is None:
             return None
-        trained = [plain(self.recipe), self.seed, self.workspace.data.train_identity]
+        trained = [self.recipe.decisive(), self.seed, self.workspace.data.train_identity]
         decisive = [spec.to_dict(), self.importance.digest, self.trainer.decisive(), trained]
         return self.folder / f"{number:05d}_{digest(decisive)}"
 

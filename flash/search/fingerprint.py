@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flash.arch import SearchSpace
-from flash.errors import InputError
+from flash.errors import InputError, shown
 from flash.records import plain
 
 
@@ -33,7 +33,7 @@ def check_fingerprint(
     """
     old, new = _flat(stored), _flat(plain(wanted))  # tuples come back as lists
     differing = [
-        f"{key} (was {old.get(key)!r}, is now {new.get(key)!r})"
+        f"{key} (was {shown(old.get(key))}, is now {shown(new.get(key))})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]

@@ -1,6 +1,5 @@
 """Files of the frontier: an architecture YAML for each member, and `frontier.json`."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 from flash.errors import InputError
 from flash.records import write_json, write_text
 from flash.search.loop import frontier, hypervolume_history
+from flash.search.names import arch_name
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
 from flash.search.study import Trial
@@ -18,41 +18,34 @@ from flash.search.study import Trial
 def write_frontier(
     folder: Path, study: str, trials: Sequence[Trial], problem: Problem
 ) -> list[Path]:
-    """Write `<study>_<rank>.yaml` for every trial on the frontier; rank 0 is the fastest.
+    """Write an architecture file for every trial on the frontier, named by `arch_name`.
 
-    If `folder` is on Hydra's search path as `arch`, `+arch=<study>_0` selects the fastest member.
-    Files left by an earlier, longer frontier of the same study are removed.
+    If `folder` is on Hydra's search path as `arch`, `+arch=NAME` selects one. Files of trials that
+    have left the frontier stay, as models may have been trained under their names.
 
     Returns:
-        Paths of the files, in order of rank.
+        Paths of the files, fastest first.
 
     Raises:
-        InputError: A file to be written exists and does not belong to this study.
+        InputError: A file to be written exists with another architecture.
     """
-    mark = f"# Frontier of the search study {study}"
-    stale = {
-        path
-        for path in folder.glob(f"{study}_*.yaml")
-        if re.fullmatch(rf"{re.escape(study)}_\d+", path.stem)
-        and path.read_text().partition(":")[0] == mark
-    }
-    front = frontier(trials, problem)
-    paths = [folder / f"{study}_{rank}.yaml" for rank in range(len(front))]
-    for path in paths:
-        if path.exists() and path not in stale:
+    paths = []
+    for trial in frontier(trials, problem):
+        path = folder / f"{arch_name(study, trial.number, trial.spec)}.yaml"
+        costs = ", ".join(f"{key} {value:.4g}" for key, value in trial.costs.items())
+        text = yaml.safe_dump(trial.spec.to_dict(), sort_keys=False)
+        header = (
+            f"# Frontier of the search study {study}: trial {trial.number}, loss {trial.loss:.4f} "
+            f"nats a token,\n# predicted {costs}.\n"
+        )
+        if not path.exists():
+            write_text(path, header + text)
+        elif not path.read_text("utf-8").endswith(f"\n{text}"):
             raise InputError(
                 f"search.study={study}: expected {path} to be free, but something else wrote it; "
                 "move it or choose another study"
             )
-    for path, trial in zip(paths, front, strict=True):
-        costs = ", ".join(f"{key} {value:.4g}" for key, value in trial.costs.items())
-        header = (
-            f"{mark}: trial {trial.number}, loss {trial.loss:.4f} nats a token,\n"
-            f"# predicted {costs}. Overwritten by the next search.\n"
-        )
-        write_text(path, header + yaml.safe_dump(trial.spec.to_dict(), sort_keys=False))
-    for path in stale.difference(paths):
-        path.unlink()
+        paths.append(path)
     return paths
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, under
+from flash.errors import InputError, shown, under
 from flash.latency.fit import LatencyModel, collect
 from flash.latency.store import MeasurementStore
 from flash.model.backbone import Backbone
@@ -20,7 +20,7 @@ from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import EvaluationError
 from flash.search.objectives import Costs, Objective, Problem, high
-from flash.search.settings import SearchJobSettings
+from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.study import Study
 from flash.training.accelerators import check_devices
 from flash.training.teacher import check_top_k
@@ -78,6 +78,38 @@ def open_workspace(settings: SearchJobSettings) -> Workspace:
     )
 
 
+def check(settings: SearchJobSettings) -> None:
+    """Check what a search needs, as far as possible before any work.
+
+    Raises:
+        InputError: Settings, backbone or text cannot be used.
+    """
+    workspace = open_workspace(settings)
+    space = open_space(settings.space, workspace.backbone.spec)
+    if settings.stage is not SearchStage.latency:
+        _check(settings, space, workspace)
+
+
+def _check(settings: SearchJobSettings, space: SearchSpace, workspace: Workspace) -> None:
+    """Check what the trials of a search need.
+
+    Raises:
+        InputError: Settings, backbone or text cannot be used.
+    """
+    backbone = workspace.backbone
+    _baseline(settings.search.baseline, space, backbone.spec)
+    if backbone.folder is None:
+        backbone.load()  # raises: weights are needed
+    if settings.trainer.devices * settings.trainer.nodes > 1:
+        raise InputError(
+            f"trainer.devices={settings.trainer.devices}: expected 1 for the trials of a search; "
+            "start more workers instead"
+        )
+    check_devices(settings.trainer)
+    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
+    workspace.check_data()
+
+
 def open_job(settings: SearchJobSettings) -> SearchJob:
     """Check the settings of a search and open what it needs.
 
@@ -87,23 +119,15 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     workspace = open_workspace(settings)
     backbone = workspace.backbone
     space = open_space(settings.space, backbone.spec)
+    _check(settings, space, workspace)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
-    if backbone.folder is None:
-        backbone.load()  # raises: weights are needed
     assert backbone.folder is not None
-    if settings.trainer.devices * settings.trainer.nodes > 1:
-        raise InputError(
-            f"trainer.devices={settings.trainer.devices}: expected 1 for the trials of a search; "
-            "start more workers instead"
-        )
-    check_devices(settings.trainer)
     backbone.fetch()
-    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
     identity = {
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
         "data": workspace.data.identity,
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "trainer": settings.trainer.decisive(),
         "device": workspace.device.identity(),
         "workload": {**plain(settings.device.workload), "threads": settings.device.threads},
@@ -150,8 +174,8 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     reason = space.violated_rule(spec)
     if reason is not None:
         raise InputError(
-            f"search.baseline={dict(changes)}: expected a member of space {space.settings.name}: "
-            f"{reason}"
+            f"search.baseline={shown(dict(changes))}: expected a member of space "
+            f"{space.settings.name}: {reason}"
         )
     return spec
 

@@ -4,6 +4,9 @@ from flash.arch import ArchSpec
 from flash.records import digest
 
 
-def arch_name(study: str, number: int, spec: ArchSpec) -> str:
-    """Return the name of the architecture of a trial, `<study>_<trial>_<hash>`."""
-    return f"{study}_{number}_{digest(spec.to_dict(), 4)}"
+def arch_name(study: str, trial: int, spec: ArchSpec) -> str:
+    """Return the name of an architecture that a search found, such as `tiny_12_a3f9`.
+
+    The same trial of another study of this name, which was begun anew, has another hash.
+    """
+    return f"{study}_{trial}_{digest(spec.to_dict(), 4)}"

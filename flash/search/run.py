@@ -6,13 +6,13 @@ from functools import cache, partial
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
-from flash.commands import command
-from flash.errors import InputError, require
+from flash.errors import InputError, require, shown
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
 from flash.origin import origin
+from flash.outcome import note
 from flash.paths import Runs
-from flash.records import plain, write_json, write_text
+from flash.records import find_json, plain, write_json, write_text
 from flash.search.estimate import trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
@@ -33,6 +33,7 @@ from flash.search.promote import promote
 from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.study import Study, Trial, open_study, reopen_study
+from flash.terminal import table, wrap
 from flash.training.loggers import close_logger, make_logger
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,11 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     workspace = open_workspace(settings)
     backbone, runs = workspace.backbone, workspace.runs
     space = open_space(settings.space, backbone.spec)
+    path = runs.latency(settings.device.name) / "latency.json"
+    former = find_json(path, lambda report: report["device"], "measure again")
+    if former is not None:
+        workspace.device.check_unit(former, path)
     latency = latency_of(settings, space, workspace)
-    folder = runs.latency(settings.device.name)
     report = {
         "device": workspace.device.identity(),
         "space": settings.space.name,
@@ -132,11 +136,10 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
         ],
         "settings": plain(settings),
     }
-    write_json(folder / "latency.json", report)
-    MeasurementStore(runs.measurements).write_csv(folder / "measurements.csv")
-    print(f"\n{settings.device.name}: leave-one-out over {len(latency.models)} whole models")
+    write_json(path, report)
+    MeasurementStore(runs.measurements).write_csv(path.with_name("measurements.csv"))
+    print(f"\n{settings.device.name}: leave-one-out over {len(latency.models)} whole models\n")
     print(latency.describe())
-    print(f"\nkept: {folder / 'latency.json'}, {folder / 'measurements.csv'}")
     return report
 
 
@@ -209,10 +212,11 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
     )
     report = promote(study, problem, settings.search.promote, longer, recipe.tokens)
     write_json(job.folder / "promoted.json", report)
-    print(f"\n{'trial':>5s} {'loss':>7s} {'longer':>7s}  after {recipe.tokens:,} tokens")
+    rows = [["trial", "loss", f"loss after {recipe.tokens:,} tokens"]]
     for row in report["trials"]:
         longer = "failed" if row["long_loss"] is None else f"{row['long_loss']:.3f}"
-        print(f"{row['number']:5d} {row['loss']:7.3f} {longer:>7s}")
+        rows.append([str(row["number"]), f"{row['loss']:.3f}", longer])
+    print(f"\n{table(rows)}")
     tau = report["kendall_tau"]
     held = "too few to rank" if tau is None else f"Kendall tau {tau:.2f}"
     print(f"{held}; {report['swapped']} of {report['pairs']} pairs swapped")
@@ -242,8 +246,8 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     if not frontier(trials, problem):
         check_limits(job.space, problem, settings.seed)
         raise InputError(
-            f"search.limits={problem.limits}: expected limits that a trial of {source} obeys; "
-            "start a new search with them, since the space has members that do"
+            f"search.limits={shown(dict(problem.limits))}: expected limits that a trial of "
+            f"{source} obeys; start a new search with them, since the space has members that do"
         )
     return _write(job, study, latency, problem, trials)
 
@@ -308,29 +312,38 @@ def _write(
 
 
 def _describe(job: SearchJob, report: dict[str, Any]) -> None:
-    """Print the frontier and the next command, and write the file `winners`."""
+    """Print the frontier, and write the file `winners`."""
     by_number = {trial["number"]: trial for trial in report["trials"]}
     failed = sum(trial["state"] == "fail" for trial in report["trials"])
-    print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner")
     objective = report["objective"]
-    header = f"{objective} ms [90 %]"
-    print(f"{'arch':12s} {'loss':>6s} {header:>24s} {'params':>9s}  pattern")
+    rows = [["arch", "loss", f"{objective} ms [90 %]", "params", "pattern"]]
     for number in report["frontier"]:
         spec = ArchSpec.from_dict(by_number[number]["spec"])
         target = report["predicted"][str(number)][objective]
-        interval = f"{target['mean_ms']:.1f} [{target['low_ms']:.1f}, {target['high_ms']:.1f}]"
-        mark = "*" if number in report["winners"] else " "
-        parameters = count_parameters(spec).total / 1e6
+        rows.append([
+            f"{report['names'][str(number)]}{'*' if number in report['winners'] else ''}",
+            f"{by_number[number]['loss']:.3f}",
+            f"{target['mean_ms']:.1f} [{target['low_ms']:.1f}, {target['high_ms']:.1f}]",
+            f"{count_parameters(spec).total / 1e6:.2f}M",
+            str(spec),
+        ])
+    print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner\n")
+    print(table(rows))
+    winners = winner_names(report)
+    note(
+        f"{len(by_number)} trials ({failed} failed), {len(report['frontier'])} on the frontier, "
+        f"{len(winners)} winners"
+    )
+    write_text(job.folder / "winners", ",".join(winners) + "\n")
+    if not winners:
         print(
-            f"{report['names'][str(number)]:11s}{mark} {by_number[number]['loss']:6.3f} "
-            f"{interval:>24s} {parameters:8.2f}M  {spec}"
+            wrap(
+                "\nno winner: no trial is better than the reference point in every objective; "
+                "raise search.trials, or search.max_loss_increase or max_cost_ratio"
+            )
         )
-    winners = ",".join(report["names"][str(number)] for number in sorted(report["winners"]))
-    write_text(job.folder / "winners", winners + "\n")
-    if winners:
-        print(f"\nnext: {command('train')} -m +arch={winners}")
-    else:
-        print(
-            "\nno winner: no trial is better than the reference point in every objective; raise "
-            "search.trials, or search.max_loss_increase or max_cost_ratio"
-        )
+
+
+def winner_names(report: dict[str, Any]) -> list[str]:
+    """Names of the winners in the content of `frontier.json`, in the order of their trials."""
+    return [report["names"][str(number)] for number in sorted(report["winners"])]

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from flash.arch import SpaceSettings
 from flash.data.settings import DataSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, check_seed, nearest, require
+from flash.errors import InputError, check_seed, nearest, require, shown
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
@@ -171,7 +171,7 @@ class SearchSettings:
             names = [objective.name for objective in self.objectives]
             if "quality" not in names or len(set(names)) < len(names):
                 raise InputError(
-                    f"objectives={names}: expected quality and any others, each once; what "
+                    f"objectives={shown(names)}: expected quality and any others, each once; what "
                     "depends on no training needs no search"
                 )
 
@@ -240,3 +240,8 @@ class SearchJobSettings:
     def __post_init__(self) -> None:
         require(self.worker >= 0, "worker", self.worker, "0 or more")
         check_seed(self.seed)
+        if isinstance(self.recipe, RecipeSettings) and not self.recipe.inherit:
+            raise InputError(
+                f"recipe={self.recipe.name}: recipe.inherit=false: expected true for the trials of "
+                "a search, which inherit the backbone's weights; choose recipe=trial"
+            )

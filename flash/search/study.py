@@ -28,6 +28,7 @@ from flash.errors import InputError, under
 from flash.search.fingerprint import check_fingerprint
 from flash.search.names import arch_name
 from flash.search.objectives import Objective
+from flash.search.settings import SearchSettings
 from flash.search.storage import connect
 from flash.search.workers import Lock, Owner
 
@@ -342,8 +343,8 @@ def open_study(
     fingerprint: Mapping[str, Any],
     *,
     objectives: Sequence[Objective],
-    heartbeat_s: int,
-    retries: int,
+    heartbeat_s: int = SearchSettings.heartbeat_s,
+    retries: int = SearchSettings.retries,
 ) -> Study:
     """Create a study, or open it if it exists.
 

@@ -80,6 +80,8 @@ class Throughput(L.Callback):
         self._times: list[float] = []
         self._start = time.perf_counter()
         self._first = trainer.global_step
+        if shown and self._first:
+            log.info("%s: goes on after step %d of %d", self.label, self._first, total)
         if shown:
             self._log_estimate(
                 trainer, self._flops * self._step_tokens / (ASSUMED_MFU * self._peak), "about"

@@ -87,12 +87,15 @@ class TrainResult:
     origin: dict[str, Any] = dataclasses.field(default_factory=origin, compare=False)
 
     @property
+    def change(self) -> str:
+        """Held-out loss before and after."""
+        return f"held-out loss {self.before.loss:.3f} -> {self.after.loss:.3f}"
+
+    @property
     def summary(self) -> str:
         """Held-out loss before and after, and number of tokens, in one line."""
-        return (
-            f"held-out loss {self.before.loss:.3f} -> {self.after.loss:.3f} "
-            f"({self.after.bits_per_byte:.3f} bits per byte), {self.fit.tokens:,} tokens"
-        )
+        quality = f"{self.change} ({self.after.bits_per_byte:.3f} bits per byte)"
+        return f"{quality}, {self.fit.tokens:,} tokens"
 
     def write(self, folder: Path) -> None:
         """Write `result.json` into `folder`, atomically."""

@@ -2,23 +2,26 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from flash.arch import ArchSpec, count_parameters
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
 from flash.model.quantization import fake_quantize
-from flash.model.settings import BackboneSettings
+from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
 from flash.training.accelerators import check_devices, main_device, wait_for_others
+from flash.training.checkpoints import checkpoint_folder, checkpoint_spec
 from flash.training.loggers import close_logger, make_logger
-from flash.training.result import TrainResult
+from flash.training.result import LAST, TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
 from flash.training.validation import validate
@@ -35,10 +38,7 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
     """
     if settings.start is None:
         return arch_of(settings.arch, backbone)
-    folder = Path(settings.start)
-    if not folder.is_dir():
-        raise InputError(f"start={folder}: expected the folder of a trained checkpoint, found none")
-    found = Backbone.open(BackboneSettings(name="start", weights=str(folder))).spec
+    found = checkpoint_spec("start", Path(settings.start))
     if settings.arch:
         wanted = arch_of(settings.arch, backbone)
         if found != wanted:
@@ -50,29 +50,29 @@ def spec_of(settings: TrainSettings, backbone: Backbone) -> ArchSpec:
 
 
 def initial_model(
-    spec: ArchSpec, workspace: Workspace, calibration_tokens: int, start: str | None = None
+    spec: ArchSpec, workspace: Workspace, recipe: RecipeSettings, start: str | None = None
 ) -> Decoder:
     """Build a decoder of `spec` with the weights before training.
 
     They come from the folder `start` or, if it is None, from the backbone by pruning. They are
-    random if the backbone has no weights.
+    random if the backbone has no weights, or `recipe.inherit` is false.
     """
     backbone = workspace.backbone
     if start is not None:
         return load(Path(start))
-    if backbone.folder is None:
+    if backbone.folder is None or not recipe.inherit:
         return Decoder(spec)
     if spec == backbone.spec:
         return backbone.load()
-    importance = workspace.importance(calibration_tokens)
+    importance = workspace.importance(recipe.calibration_tokens)
     return build(spec, prune(backbone.folder, importance, spec), str(backbone.folder))
 
 
 def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
-    folder = workspace.backbone.folder
+    folder = workspace.backbone.folder if settings.recipe.inherit else None
     decisive = {
         "spec": spec.to_dict(),
-        "recipe": plain(settings.recipe),
+        "recipe": settings.recipe.decisive(),
         "trainer": settings.trainer.decisive(),
         "data": workspace.data.identity,
         "backbone": fingerprint(folder) if folder else "random",
@@ -81,6 +81,37 @@ def _key(settings: TrainSettings, spec: ArchSpec, workspace: Workspace) -> str:
     if settings.start is not None:
         decisive["start"] = fingerprint(Path(settings.start))
     return digest(decisive)
+
+
+def check(settings: TrainSettings) -> None:
+    """Check all stages as far as possible before any work: no text or weights are read.
+
+    Raises:
+        InputError: Settings, backbone or data cannot be used, or a stored result is damaged.
+    """
+    backbone = Backbone.open(settings.backbone)
+    runs, stages = Runs(Path(settings.runs)), _stages(settings)
+    spec_of(stages[0], backbone)
+    check_devices(settings.trainer)
+    for key, stage in zip(["", *settings.then], stages, strict=True):
+        with under(f"then.{key}") if key else nullcontext():
+            settings.trainer.accumulation(stage.recipe.batch_size)  # checks that it is divisible
+            if backbone.folder is not None and stage.recipe.inherit:
+                check_top_k(stage.recipe, stage.data, backbone.spec.vocab_size)
+            _workspace(stage, backbone).check_data()
+    for stage in stages:
+        TrainResult.read(runs.model(result_name(stage)))
+
+
+def _workspace(settings: TrainSettings, backbone: Backbone) -> Workspace:
+    return Workspace(
+        runs=Runs(Path(settings.runs)),
+        backbone=backbone,
+        data_settings=settings.data,
+        model_folder=Path(settings.start) if settings.start is not None else None,
+        batch_size=settings.recipe.batch_size,
+        seed=settings.seed,
+    )
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -92,7 +123,9 @@ def train(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: Settings, backbone or data cannot be used.
     """
-    return [_train_stage(stage) for stage in _stages(settings)][-1]
+    check(settings)
+    stages = _stages(settings)
+    return [_train_stage(stage, stages[i + 1 :]) for i, stage in enumerate(stages)][-1]
 
 
 def _stages(settings: TrainSettings) -> list[TrainSettings]:
@@ -105,7 +138,11 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
         }
         return dataclasses.replace(recipe, **counts)
 
-    first = dataclasses.replace(settings, recipe=scaled(settings.recipe), then={}, scale=1.0)
+    runs, start = Runs(Path(settings.runs)), settings.start
+    if start is not None:
+        start = str(checkpoint_folder("start", start, runs))
+    recipe = scaled(settings.recipe)
+    first = dataclasses.replace(settings, recipe=recipe, start=start, then={}, scale=1.0)
     stages = [first]
     for key, stage in settings.then.items():
         before = result_name(stages[-1])
@@ -115,20 +152,26 @@ def _stages(settings: TrainSettings) -> list[TrainSettings]:
                 recipe=scaled(stage.recipe),
                 data=stage.data,
                 arch={},
-                start=str(Runs(Path(settings.runs)).model(before) / "checkpoint"),
+                start=str(runs.model(before) / "checkpoint"),
                 name=f"{before}_{key}",
             )
         )
     return stages
 
 
-def _train_stage(settings: TrainSettings) -> TrainResult:
+def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> TrainResult:
+    """Train one stage, unless it is finished.
+
+    Args:
+        settings: Settings of the stage.
+        later: Those of the stages that will start from its result.
+    """
     backbone = Backbone.open(settings.backbone)
     spec = spec_of(settings, backbone)
-    check_devices(settings.trainer)
-    settings.trainer.accumulation(settings.recipe.batch_size)  # checks that it is divisible
     name = result_name(settings)
-    if backbone.folder is None:
+    if not settings.recipe.inherit:
+        log.info("training %s from random weights, as recipe.inherit=false says", name)
+    elif backbone.folder is None:
         log.warning(
             "backbone %s has no weights: training %s%s, without a teacher (give "
             "backbone.weights=FOLDER to inherit)",
@@ -138,39 +181,50 @@ def _train_stage(settings: TrainSettings) -> TrainResult:
         )
         alone = {"kd_weight": 0.0, "kd_top_k": None, "kd_top_p": None}
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
-    backbone.fetch()
-    runs = Runs(Path(settings.runs))
-    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
-    workspace = Workspace(
-        runs=runs,
-        backbone=backbone,
-        data_settings=settings.data,
-        model_folder=Path(settings.start) if settings.start is not None else None,
-        batch_size=settings.recipe.batch_size,
-        seed=settings.seed,
-    )
+    if settings.recipe.inherit:
+        backbone.fetch()
+    workspace = _workspace(settings, backbone)
+    runs = workspace.runs
     key = _key(settings, spec, workspace)
-    folder = runs.model(name)
+    folder = workspace.runs.model(name)
     result = TrainResult.read(folder)
     saved = (folder / "checkpoint" / "model.safetensors").is_file()
     if result is not None and result.key == key and saved:
         log.info("%s is finished: %s", name, result.summary)
+        note(result.change, again=True)
         return result
-    if result is not None and result.key != key:
-        log.warning(
-            "%s: %s holds a finished run of other settings, text or weights, which this one will "
-            "replace; name=NEW keeps both",
-            name,
-            folder,
-        )
+    if not settings.overwrite:
+        found = [result, *(TrainResult.read(runs.model(result_name(each))) for each in later)]
+        _require_free(runs, key, [each for each in found if each is not None])
     result = _train(settings, name, spec, workspace, key)
     if result is not None:
         result.write(folder)
+        (folder / "checkpoints" / key / LAST).unlink(missing_ok=True)
         log.info("%s: %s -> %s", name, result.summary, folder / "checkpoint")
+        note(result.change)
     wait_for_others()  # a further stage may start from this result
     result = TrainResult.read(folder)
     assert result is not None
     return result
+
+
+def _require_free(runs: Runs, key: str, found: Sequence[TrainResult]) -> None:
+    """Check that no finished training would be replaced.
+
+    Args:
+        runs: Layout of the folder of results.
+        key: Key of the training that begins.
+        found: Results of that name, and of the stages after it, which have other weights then.
+
+    Raises:
+        InputError: One of them would be.
+    """
+    for result in found:
+        if result.key != key:
+            raise InputError(
+                f"{runs.model(result.name)}: holds a finished training of other settings, text or "
+                "weights; overwrite=true replaces it, name=NEW keeps both"
+            )
 
 
 def _train(
@@ -184,7 +238,7 @@ def _train(
     seed_everything(settings.seed, verbose=False)
     recipe, precision = settings.recipe, settings.trainer.precision
     data, runs = workspace.data, workspace.runs
-    model = initial_model(spec, workspace, recipe.calibration_tokens, settings.start)
+    model = initial_model(spec, workspace, recipe, settings.start)
     if recipe.qat:
         # Both held-out losses are those of the fake-quantized model.
         fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)

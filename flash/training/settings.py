@@ -86,6 +86,9 @@ class RecipeSettings:
     """Name of the recipe, for people."""
     tokens: int
     """Training tokens; the number of steps follows from it."""
+    inherit: bool = True
+    """Begin with the backbone's weights, or those of `start`; false begins with random ones,
+    without a teacher, and the backbone gives the shape and the tokenizer alone."""
     batch_size: int = 8
     """Sequences a step, over all devices; `trainer.micro_batch` decides how many at a time."""
     lr: float = 1e-3
@@ -148,6 +151,10 @@ class RecipeSettings:
                 f"kd_top_k={k}: expected null with kd_weight=0, which asks for no teacher; set "
                 "kd_weight, or choose recipe=distill"
             )
+        if not self.inherit and self.kd_weight > 0:
+            raise InputError(
+                f"kd_weight={self.kd_weight}: expected 0 with inherit=false, which has no teacher"
+            )
         p = self.kd_top_p
         require(p is None or 0 < p < 1, "kd_top_p", p, "a number between 0 and 1, or null")
         if p is not None:
@@ -157,6 +164,10 @@ class RecipeSettings:
         require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+    def decisive(self) -> dict[str, Any]:
+        """Plain values of all fields but `inherit`; keys of results name the weights instead."""
+        return {key: value for key, value in plain(self).items() if key != "inherit"}
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""
@@ -386,10 +397,13 @@ class TrainSettings:
     scale: float = 1.0
     """Multiplies the tokens of all stages, calibration included."""
     start: str | None = None
-    """A trained checkpoint to go on from, with its architecture; null cuts one out of the backbone
-    or takes the backbone itself."""
+    """Trained checkpoint to go on from, with its architecture: the name of a training, or a folder.
+    Null cuts one out of the backbone or takes the backbone itself."""
     name: str | None = None
-    """Name of the result; null takes the arch's."""
+    """Name of the result; null makes one of the arch, or the backbone, and of what is not the
+    default, such as `tiny-distill-seed_1`."""
+    overwrite: bool = False
+    """Replace a finished training of the same name that has other settings, text or weights."""
     seed: int = 0
     """Seed of data order, and of random weights."""
     runs: str = "runs"
@@ -398,3 +412,18 @@ class TrainSettings:
     def __post_init__(self) -> None:
         require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")
         check_seed(self.seed)
+        if self.start is not None and not self._inherits(self.recipe):
+            raise InputError(
+                f"start={self.start}: expected null with recipe.inherit=false, which begins with "
+                "random weights; leave start out, or choose another recipe"
+            )
+        for key, stage in self.then.items():
+            if not self._inherits(stage.recipe):
+                raise InputError(
+                    f"then.{key}.recipe.inherit=false: expected true, as a stage goes on from the "
+                    "one before"
+                )
+
+    @staticmethod
+    def _inherits(recipe: RecipeSettings) -> bool:
+        return not isinstance(recipe, RecipeSettings) or recipe.inherit  # else a missing value

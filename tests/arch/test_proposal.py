@@ -64,7 +64,7 @@ def test_an_option_to_copy_is_refused_beside_a_backbone(monkeypatch, tmp_path, c
     monkeypatch.chdir(tmp_path)
     typed = ["flash", "new", "space", "mine", "--backbone", "FOLDER", "--from", "tiny"]
     monkeypatch.setattr("sys.argv", typed)
-    for name in ("FLASH_FROM_SCRIPTS", "FLASH_COMMAND", "FLASH_VERB"):
+    for name in ("FLASH_PROGRAM", "FLASH_VERB"):
         monkeypatch.setenv(name, "")  # restored after the test, whatever the command sets
     with pytest.raises(SystemExit):
         main()

@@ -36,6 +36,7 @@ KNOWN_FROM_INSIDE = {
     "submitit",
     "torch",
     "torchao",
+    "wandb-workspaces",
 }
 """Dependencies whose minor versions may break flash.compat."""
 
@@ -77,7 +78,12 @@ def test_training_admits_the_versions_of_torch_that_it_was_tried_with():
 
 def modules(requirements: Iterable[Requirement]) -> set[str]:
     """Return the modules of these requirements, by the names of their imports."""
-    others = {"hydra-core": "hydra", "lm-eval": "lm_eval", "pyyaml": "yaml"}
+    others = {
+        "hydra-core": "hydra",
+        "lm-eval": "lm_eval",
+        "pyyaml": "yaml",
+        "wandb-workspaces": "wandb_workspaces",
+    }
     return {others.get(each.name, each.name) for each in requirements} - {PROJECT["name"]}
 
 
@@ -94,7 +100,8 @@ def imported() -> set[str]:
 
 
 def test_every_import_is_a_dependency_and_every_dependency_is_imported():
-    assert modules(REQUIRED) == imported()
+    optional = modules(EXTRAS["slurm"]) | {"hydra_plugins"}
+    assert modules(REQUIRED) == imported() - optional
 
 
 def test_missing_packages_are_those_of_the_extras():

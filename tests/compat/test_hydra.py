@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
-from hydra.experimental.callback import Callback
 
 from tests.compat.contract import contract
 
@@ -21,37 +20,65 @@ class Settings:
     size: int = 1
 
 
-SEEN: list[dict] = []
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    """Variables that the search path of flash reads, if an earlier test has registered it."""
+    monkeypatch.setenv("FLASH_RUNS", str(tmp_path))
+    monkeypatch.setenv("FLASH_VERB", "train")
 
 
-class ReadJobs(Callback):
-    """Callback that records the results of `job_configs` before the first job."""
+def run_main(arguments, folder, monkeypatch, task):
+    """Call Hydra's main with the arguments of a command."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    (folder / "conf").mkdir()
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="contract", node=Settings)
+    callback = "+hydra.callbacks.c._target_=flash.compat.hydra.RunJobs"
+    monkeypatch.setattr(sys, "argv", ["x.py", "-m", *arguments, callback, "hydra/job_logging=none"])
+    main = hydra.main(version_base="1.3", config_path=str(folder / "conf"), config_name="contract")
+    with pytest.raises(SystemExit) as stop:
+        main(task)()
+    return stop.value.code
 
-    def on_multirun_start(self, config, **kwargs):
-        from flash.compat.hydra import job_configs
 
-        SEEN.extend(dict(job) for job in job_configs(config))
+def test_jobs_of_a_multirun_are_composed_and_run_by_us(tmp_path, monkeypatch):
+    names = (
+        "Hydra's BasicSweeper.split_arguments, OverridesParser, load_sweep_config, Callbacks or "
+        "the order of its callbacks"
+    )
+    with contract(names, "flash.compat.hydra.Multirun", "check and run all jobs itself"):
+        from flash.compat.hydra import run_jobs_by
+
+        seen = []
+
+        def run(multirun):
+            assert (multirun.choice("launcher"), multirun.choice("sweeper")) == ("basic", "basic")
+            assert multirun.hydra_arguments[0] == "hydra.verbose=[x]"
+            assert not any("sweep" in text for text in multirun.hydra_arguments)
+            configs = [dict(job.config) for job in multirun.composed()]
+            seen.extend(zip(multirun.jobs, configs, strict=True))
+
+        run_jobs_by(run)
+        arguments = ["seed=1,2", "size=range(3,5)", "hydra.verbose=[x]", "hydra.sweep.dir=x"]
+        assert run_main(arguments, tmp_path, monkeypatch, pytest.fail) == 0
+        assert seen == [
+            ([f"seed={s}", f"size={n}"], {"seed": s, "size": n}) for s in (1, 2) for n in (3, 4)
+        ]
 
 
-def test_jobs_of_a_multirun_are_composed_before_the_first(tmp_path, monkeypatch):
-    names = "Hydra's BasicSweeper.split_arguments, OverridesParser or load_sweep_config"
-    with contract(names, "flash.compat.hydra.job_configs", "check all jobs before the first"):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-        (tmp_path / "conf").mkdir()
-        GlobalHydra.instance().clear()
-        ConfigStore.instance().store(name="contract", node=Settings)
-        callback = f"+hydra.callbacks.c._target_={__name__}.ReadJobs"
-        arguments = ["x.py", "-m", "seed=1,2", "size=range(3,5)", callback]
-        monkeypatch.setattr(sys, "argv", arguments)
-        started = []
-        SEEN.clear()
-        main = hydra.main(
-            version_base="1.3", config_path=str(tmp_path / "conf"), config_name="contract"
-        )
-        main(lambda config: started.append(dict(config)))()
-        assert started == SEEN
-        assert [{"seed": s, "size": n} for s in (1, 2) for n in (3, 4)] == SEEN
+def test_an_error_of_a_sweep_does_not_start_the_jobs(tmp_path, monkeypatch, capsys):
+    with contract(
+        "Hydra's order of callbacks", "flash.compat.hydra.RunJobs", "end before Hydra's launcher"
+    ):
+        from flash.compat.hydra import run_jobs_by
+
+        def run(multirun):
+            raise RuntimeError("a bug")
+
+        run_jobs_by(run)
+        assert run_main(["seed=1,2"], tmp_path, monkeypatch, pytest.fail) == 1
+        assert "RuntimeError: a bug" in capsys.readouterr().err
 
 
 def test_options_of_plugins_are_found():

@@ -63,18 +63,24 @@ def test_errors_know_their_key():
         assert error_key(OmegaConfBaseException("x")) == ""
 
 
-def test_an_override_within_null_is_recognized():
+def test_overrides_of_null_are_merged():
     with contract(
-        "omegaconf's AssertionError 'Unexpected type for root'",
-        "flash.compat.omegaconf.sets_key_within_null",
-        "explain an override below a null",
+        "omegaconf's OmegaConf.update, split_key or DictConfig.merge_with",
+        "flash.compat.omegaconf.accept_overrides_of_null",
+        "take overrides of a mapping that is null",
     ):
-        from flash.compat.omegaconf import sets_key_within_null
+        from flash.compat.omegaconf import accept_overrides_of_null
 
-        with pytest.raises(AssertionError) as raised:
-            OmegaConf.update(OmegaConf.structured(Outer), "empty.size", 1)
-        assert sets_key_within_null(raised.value)
-        assert not sets_key_within_null(AssertionError("another"))
+        accept_overrides_of_null()
+        node = OmegaConf.structured(Outer)
+        OmegaConf.update(node, "empty.size", 2)
+        assert node.empty == Inner(2)
+        OmegaConf.update(node, "empty", None)
+        assert node.empty is None
+        OmegaConf.update(node, "empty", {"size": 3})
+        assert node.empty == Inner(3)
+        with pytest.raises(OmegaConfBaseException):
+            OmegaConf.update(OmegaConf.structured(Outer), "empty", {"width": 1})
 
 
 def test_the_modules_that_settings_need_import_no_torch():

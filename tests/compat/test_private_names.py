@@ -15,8 +15,9 @@ DOCUMENTED = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 COMPAT = {
     "hydra": {"hydra", "omegaconf"},
     "executorch_llm": {"executorch", "torch"},
-    "submitit": set(),
+    "submitit": {"hydra", "hydra_plugins", "omegaconf", "submitit"},
     "torchao": {"torch"},
+    "wandb_workspaces": {"wandb", "wandb_workspaces"},
 }
 """Packages that a module of flash.compat may import; by default the one it is named after."""
 

@@ -1,9 +1,13 @@
 """Contract tests of submitit and of its Hydra launcher for flash.compat.submitit."""
 
+import dataclasses
+import inspect
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 
 from tests.compat.contract import contract
 
@@ -65,19 +69,38 @@ def test_errors_are_recognized():
         assert error_lines(ValueError(text)) is None
 
 
-def test_launchers_are_distinguished():
+def test_the_plugin_runs_jobs_that_we_submit():
     with contract(
-        "_target_ of the configuration of Hydra's submitit launcher",
-        "flash.compat.submitit.is_slurm_launcher",
-        "look for Slurm before a job is queued",
+        "SlurmLauncher, LocalLauncher or BaseQueueConf of Hydra's submitit launcher",
+        "flash.compat.submitit.submit",
+        "submit jobs and wait for all of them",
     ):
-        from flash.compat.hydra import plugin_option
-        from flash.compat.submitit import is_slurm_launcher
+        from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-        slurm, local = (
-            plugin_option("hydra/launcher", f"submitit_{kind}") for kind in ("slurm", "local")
-        )
-        assert slurm is not None
-        assert local is not None
-        assert is_slurm_launcher(slurm)
-        assert not is_slurm_launcher(local)
+        from flash.compat.hydra import plugin_option
+
+        names = [field.name for field in dataclasses.fields(BaseQueueConf)]
+        assert {"submitit_folder", "timeout_min", "name"} <= set(names)
+        for kind in ("Slurm", "Local"):
+            launcher = getattr(submitit_launcher, f"{kind}Launcher")
+            parameters = list(inspect.signature(launcher.__call__).parameters)
+            assert parameters == [
+                *("self", "sweep_overrides", "job_dir_key", "job_num", "job_id"),
+                "singleton_state",
+            ]
+            values = plugin_option("hydra/launcher", f"submitit_{kind.lower()}")
+            assert values is not None
+            assert "submitit_folder" in values
+
+
+def test_the_error_of_a_job_is_its_result():
+    with contract(
+        "Hydra's JobReturn._return_value", "flash.compat.submitit.result", "read a job's error"
+    ):
+        from flash.compat.submitit import result
+
+        error = ValueError("x")
+        for status, value in ((JobStatus.FAILED, error), (JobStatus.COMPLETED, 1)):
+            returned = JobReturn(status=status, _return_value=value)
+            assert result(SimpleNamespace(results=lambda value=returned: [value])) is value

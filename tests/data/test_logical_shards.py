@@ -140,9 +140,16 @@ def test_sources_without_documents_are_refused_with_their_size(tmp_path, tokeniz
     with pytest.raises(InputError, match=expected):
         packed(settings_of(tmp_path / "a.jsonl"), tokenizer, tmp_path)
     (tmp_path / "b.jsonl").write_bytes(lines(*(chat(i, answered=False) for i in range(9))))
-    expected = r"0 documents with assistant tokens in 9 rows, \d of which"
+    expected = (
+        r"0 documents with assistant tokens among the first 41 \(data\.seq_len \+ 1\) in 9 rows, "
+        r"\d of which .* expected one or more$"
+    )
     with pytest.raises(InputError, match=expected):
         packed(settings_of(tmp_path / "b.jsonl", DataKind.chat), tokenizer, tmp_path)
+    (tmp_path / "c.txt").write_text("word 1. " * 40, "utf-8")
+    expected = r"in 1 rows, 1 .*: lower data\.validation_percent=99, or set data\.validation$"
+    with pytest.raises(InputError, match=expected):
+        packed(settings_of(tmp_path / "c.txt", validation_percent=99), tokenizer, tmp_path)
 
 
 def test_more_ranks_than_shards_are_refused_before_the_first_step(tmp_path, tokenizer):

@@ -227,6 +227,7 @@ def test_the_command_prepares(files, backbone_folder, tmp_path):
 
 def test_wrong_keys_of_a_part_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASH_VERB", "prepare")
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["prepare", "data=files", "data.sources=[{pth: texts}]"])
     with pytest.raises(SystemExit) as stop:

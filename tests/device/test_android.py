@@ -16,12 +16,15 @@ import pytest
 from flash.device import llama_main, thermal
 from flash.device.android import AndroidDevice
 from flash.device.connections import AndroidSettings
-from flash.device.factory import open_device
+from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
 from flash.device.remote import content_name
 from flash.device.settings import DeviceKind
 from flash.device.workload import Workload
 from flash.errors import DeviceError, InputError
+from flash.latency.rows import conditions_of
+from flash.latency.store import SubjectKind
+from flash.search.fingerprint import check_fingerprint
 from tests.device.adbd import Phone
 
 pytestmark = pytest.mark.skipif(shutil.which("adb") is None, reason="needs Debian's adb")
@@ -105,6 +108,7 @@ def make_phone(server, tmp_path):
         phone.install(
             "getprop",
             f'case "$1" in *fingerprint) echo {FINGERPRINT};; *soc*) echo SM1;; '
+            f"*serialno) echo R{len(phones)};; "
             "*) echo Fake;; esac\n",
         )
         phone.install("dumpsys", DUMPSYS.format(root=phone.root))
@@ -244,6 +248,13 @@ def test_what_llama_main_cannot_do_is_said(phone, connect, pte):
         device.measure([Program(name="a", path=pte, vocab_size=64)], zero)
 
 
+def test_texts_for_a_phone_go_through_the_host(phone, connect, program):
+    device = connect()
+    assert text_device(device).generate(program, [5, 6], 3, stop=[0])
+    host = text_device(device)
+    assert text_device(host) is host
+
+
 def test_no_phone_several_phones_and_wrong_serial(make_phone, connect, pte):
     with pytest.raises(InputError, match=r"serial=null: expected one phone, found none; attach"):
         connect().identity()
@@ -253,13 +264,52 @@ def test_no_phone_several_phones_and_wrong_serial(make_phone, connect, pte):
     with pytest.raises(InputError, match="serial=other: not attached; adb lists 127"):
         connect({"serial": "other"}).identity()
     # Both at once, each by its serial.
-    devices = [connect({"serial": phone.serial}) for phone in (one, two)]
+    devices = [connect({"serial": phone.serial}, name="") for phone in (one, two)]
+    assert len({device.resource for device in devices}) == 2
     threads = [threading.Thread(target=measure, args=(device, pte)) for device in devices]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(calls(one)) == len(calls(two)) == 2
+
+
+def test_two_phones_of_a_model_are_two_devices(make_phone, connect, pte, tmp_path):
+    """By default also two names; with one name their results are still told apart."""
+    phones = make_phone(), make_phone()
+    links = [{"serial": phone.serial} for phone in phones]
+    names = [connect(link, name="").settings.name for link in links]
+    assert names == [f"phone-127.0.0.1-{phone.serial.partition(':')[2]}" for phone in phones]
+    one, two = (connect(link, name="mine") for link in links)
+    differing = {key for key, value in one.identity().items() if two.identity()[key] != value}
+    assert differing == {"unit"}
+    assert not any("R1" in str(value) for value in one.identity().values())
+    conditions = [
+        conditions_of(device, device.settings.workload, point, device.settings.lowering)
+        for device in (one, two, connect(links[0], name="mine"))
+        for point in device.settings.workload.points[:1]
+    ]
+    keys = [each.key(SubjectKind.model, {}) for each in conditions]
+    assert keys[0] == keys[2] != keys[1]
+    with pytest.raises(InputError, match=r"but these differ: device\.unit \(was"):
+        check_fingerprint("s", "x", {"device": one.identity()}, {"device": two.identity()})
+    former = json.loads(json.dumps(one.identity()))
+    one.check_unit(former, tmp_path)
+    with pytest.raises(InputError, match=r"^device\.name=mine: .* of another device of this name"):
+        two.check_unit(former, tmp_path)
+    del former["unit"]  # of a report that was written before there were units
+    two.check_unit(former, tmp_path)
+
+
+def test_a_phone_is_the_same_by_another_address(server, make_phone, connect):
+    phone = make_phone()
+    first = connect().identity()
+    other = phone.serial.replace("127.0.0.1", "localhost")
+    assert "connected" in adb(server, "connect", other)
+    try:
+        assert connect({"serial": other}).identity() == first
+    finally:
+        adb(server, "disconnect", other)
 
 
 def test_unauthorized_phone_says_what_to_do(server, make_phone, connect):

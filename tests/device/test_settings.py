@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flash.device.settings import DeviceSettings
+from flash.device.connections import AndroidSettings, SshSettings
+from flash.device.settings import DeviceKind, DeviceSettings
 from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError
 from flash.lowering.settings import LoweringSettings
@@ -52,6 +53,25 @@ def test_points_have_names_and_a_workload_can_be_cut_down():
     assert (only.prompts, only.contexts) == ([2048], [64])
     with pytest.raises(InputError, match="point=prefill: expected prefill_N or decode_N"):
         Point.parse("prefill")
+
+
+def test_devices_have_different_names_by_default():
+    kinds = DeviceKind
+    links = {
+        "host": {},
+        "phone": {"kind": kinds.android},
+        "phone-R5CT1": {"kind": kinds.android, "android": AndroidSettings(serial="R5CT1")},
+        "phone-10.0.0.2-5555": {
+            "kind": kinds.android,
+            "android": AndroidSettings(serial="10.0.0.2:5555"),
+        },
+        "board-pi.local": {"kind": kinds.ssh, "ssh": SshSettings(host="pi.local")},
+        "board-pi.local-2222": {"kind": kinds.ssh, "ssh": SshSettings(host="pi.local", port=2222)},
+        "board-1": {"kind": kinds.ssh, "ssh": SshSettings(host="[::1]")},
+    }
+    assert [DeviceSettings(**values).name for values in links.values()] == list(links)
+    named = DeviceSettings(name="s25", kind=kinds.android, android=AndroidSettings(serial="A"))
+    assert named.name == "s25"
 
 
 @pytest.mark.parametrize("lengths", [[0], [5, 5], ["x"]])

@@ -178,7 +178,9 @@ def test_board_measures_and_scores_as_the_host_does(board, connect, program, set
     text = [5, 9, 33, 2, 17, 40]
     scores = device.score(program, text, keep_logits=True)
     assert scores["logits"] == HostDevice(settings).score(program, text, keep_logits=True)["logits"]
-    assert device.identity() == {**HostDevice(settings).identity(), "cpus": ""}
+    identity = device.identity()
+    assert len(str(identity.pop("unit"))) == 12
+    assert identity == {**HostDevice(settings).identity(), "cpus": ""}
     assert len(board.files) == 2  # the runner and the program, once each
     assert list((board.home / FOLDER / "jobs").iterdir()) == []
 

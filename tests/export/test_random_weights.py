@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -79,7 +80,8 @@ def test_all_points_are_measured_and_kept(measured, runs):
     assert list(measured.measurement.latencies) == ["prefill_20", "prefill_40", "decode_30"]
     assert measured.parameters == count_parameters(TINY).total
     assert measured.stack == "flash"
-    path = runs.root / "shapes" / "test" / "own.json"
+    path = measured.path(runs, device().settings)
+    assert path == runs.root / "shapes" / "test" / f"own.{measured.key[:8]}.json"
     assert ShapeResult.read(path) == measured
     programs = list((runs.root / "lowered").glob("model-*.pte"))
     assert [program.stat().st_size for program in programs] == [measured.pte_bytes]
@@ -96,7 +98,7 @@ def test_another_protocol_measures_the_same_program(measured, runs, tmp_path, mo
     again = measure_shape("own", TINY, device(processes=3), runs)
     assert again.lower_s == measured.lower_s
     assert again.key != measured.key
-    assert shape_results(runs, device()) == []
+    assert shape_results(runs, device()) == [measured]
     assert shape_results(runs, device(processes=3)) == [again]
 
 
@@ -143,12 +145,10 @@ def test_stock_shapes_are_in_the_store_and_in_its_table(tmp_path, monkeypatch):
     assert (tmp_path / "table.csv").read_text("utf-8").count("lfm2_350m") == 3
 
 
-def test_a_damaged_result_is_named(tmp_path, no_work):
-    runs = Runs(tmp_path)
-    path = ShapeResult.path(runs, device().settings, "own")
-    path.parent.mkdir(parents=True)
-    path.write_text("{}", "utf-8")
-    with pytest.raises(InputError, match=r"own\.json: damaged .*; delete it to measure again"):
+def test_a_damaged_result_is_named(measured, runs, tmp_path, no_work):
+    runs = Runs(shutil.copytree(runs.root, tmp_path / "runs"))
+    measured.path(runs, device().settings).write_text("{}", "utf-8")
+    with pytest.raises(InputError, match=r"own\.\w+\.json: damaged .*; delete it to measure again"):
         measure_shape("own", TINY, device(), runs)
 
 
@@ -174,8 +174,10 @@ def result(name: str, **latencies: float) -> ShapeResult:
 
 
 def cells(text: str, name: str) -> list[str]:
-    row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
-    return [cell.strip() for cell in row.strip("|").split("|")]
+    """Cells of a row, from all the tables that its columns are shared out among."""
+    rows = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    assert max(map(len, rows)) <= 80
+    return [name, *(cell for row in rows for cell in re.split(r"\s{2,}", row)[1:])]
 
 
 def test_the_table_compares_with_flash_of_the_class_here_and_on_the_phone():
@@ -192,7 +194,7 @@ def test_the_table_compares_with_flash_of_the_class_here_and_on_the_phone():
     flash = ["flash_650m", "350.0M", "6.00 +- 0.06", "3.34", "25.0 +- 0.2", "85.35"]
     assert cells(text, "flash_650m") == flash
     assert cells(text, "own")[3] == "-"
-    names = [line.split()[1] for line in text.splitlines()[2:5]]
+    names = [line.split()[0] for line in text.splitlines()[1:4]]
     assert names == ["flash_650m", "lfm2_700m", "own"]
     assert "host: processor X, threads 1; Galaxy S25: arXiv:2603.15954" in text
 
@@ -237,7 +239,7 @@ def test_arch_selects_a_shape():
     ("arch", "model", "message"),
     [
         ({"stock": "lfm2_35m"}, "random", "arch.stock=lfm2_35m: .*did you mean 'lfm2_350m'?"),
-        ({"stock": "lfm2_350m"}, None, "model=None: expected random: arch.stock=lfm2_350m has no"),
+        ({"stock": "lfm2_350m"}, None, "model=null: expected random: arch.stock=lfm2_350m has no"),
         ({"stock": "lfm2_350m"}, "folder", "model=folder: expected random"),
         ({"stock": "lfm2_350m", "ffn_dim": 64}, "random", "arch.ffn_dim=64: expected no key"),
         ({"stok": "lfm2_350m"}, "random", "arch.stok: unknown key"),
@@ -267,12 +269,9 @@ def test_contexts_are_checked_before_lowering(tmp_path, no_work):
 
 def test_results_of_other_devices_and_settings_do_not_mix(tmp_path):
     runs = Runs(tmp_path)
-    conditions = shapes.conditions_of(device())
+    conditions = shapes.device_conditions(device())
     mine = dataclasses.replace(result("mine", prefill_20=1.0), conditions=conditions)
     for each in (mine, result("other", prefill_20=1.0)):
-        each.write(ShapeResult.path(runs, device().settings, each.name))
+        each.write(each.path(runs, device().settings))
     assert shape_results(runs, device()) == [mine]
-    assert (
-        json.loads(ShapeResult.path(runs, device().settings, "mine").read_text("utf-8"))["key"]
-        == "k"
-    )
+    assert json.loads(mine.path(runs, device().settings).read_text("utf-8"))["key"] == "k"

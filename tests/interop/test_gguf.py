@@ -365,7 +365,7 @@ def _lower() -> Tokenizer:
     ("tokenizer", "message"),
     [
         (_prefixed(), "pre_tokenizer=.*llama.cpp knows no other; formats.gguf_tokenizer=false"),
-        (_merging(), "ignore_merges=True: expected that of GPT-2"),
+        (_merging(), "ignore_merges=true: expected that of GPT-2"),
         (_lower(), "normalizer=Lowercase: expected none or NFC"),
         (Tokenizer(models.Unigram([("<|endoftext|>", 0.0)])), "type=Unigram: expected BPE"),
         (Tokenizer.from_file(str(TINY / "tokenizer.json")), "pre_tokenizer=.*p{N}{1,3}"),
@@ -382,7 +382,7 @@ def test_other_tokenizers_are_refused_with_the_reason(tmp_path, tokenizer, messa
     ("model", "message"),
     [
         (decoder("FS"), "sliding_window=256: expected at least arch.max_context=512"),
-        (decoder("F", True, qkv_bias=True), "qkv_bias=True: expected false with arch.qk_norm"),
+        (decoder("F", True, qkv_bias=True), "qkv_bias=true: expected false with arch.qk_norm"),
         (decoder("F", True, rope_scaling=LLAMA3), "rope_scaling.kind=llama3: expected linear"),
         (decoder("F", vocab_size=256), "size=276: expected at most arch.vocab_size=256"),
     ],

@@ -167,7 +167,7 @@ def test_a_qwen2_folder_warns_of_its_tokenizer_class(toy, backbone_folder, tmp_p
 
 
 def test_what_no_stock_class_expresses_is_refused_before_anything_is_written(toy, tmp_path):
-    with pytest.raises(InputError, match=r"arch\.qkv_bias=True: expected false with arch\.qk_norm"):
+    with pytest.raises(InputError, match=r"arch\.qkv_bias=true: expected false with arch\.qk_norm"):
         write_hf(tmp_path / "hf", toy("F-", qkv_bias=True))
     assert not (tmp_path / "hf").exists()
 

@@ -286,8 +286,8 @@ def test_an_illegal_architecture_of_a_backbone_is_named_as_it_was_typed():
             "model_type=mamba: expected one of llama, ministral, qwen3, qwen2",
         ),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: expected silu"),
-        ({"attention_bias": True}, "attention_bias=True: expected False"),
-        ({"mlp_bias": True}, "mlp_bias=True: expected False"),
+        ({"attention_bias": True}, "attention_bias=true: expected false"),
+        ({"mlp_bias": True}, "mlp_bias=true: expected false"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "rope_type=yarn: expected one of default, linear",

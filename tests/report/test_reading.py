@@ -30,7 +30,8 @@ def runs(tmp_path):
 def test_models_without_any_search_are_reported(runs, capsys):
     write_model(runs, "mine", toy.BACKBONE)
     assert main(["--runs", str(runs.root)]) == 0
-    assert re.search(r"\| mine .*2\.500 .*2\.250 .*11\.5 ", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("mine", "2.500", "2.250", "11.5 +- 0.1"))
     page = runs.report.read_text()
     assert "<h1>Models</h1>" in page
     assert "main(): &lt;b&gt;" in page
@@ -52,7 +53,7 @@ def test_a_damaged_result_is_said_and_the_others_are_shown(runs, trials, capsys)
     said = capsys.readouterr()
     assert re.search(r"warning: .*torn/result\.json: damaged .* train again", said.err)
     assert re.search(r"warning: .*mine/model\.pte: missing; run flash export again", said.err)
-    assert re.search(r"\| mine ", said.out)
+    assert "mine" in said.out
     page = runs.report.read_text()
     assert "torn/result.json: damaged" in page
     assert "mine/model.pte: missing" in page
@@ -87,7 +88,7 @@ def test_studies_are_side_by_side(runs, trials, form, capsys):
     rename_study(runs, "toy_phone", device="phone")
     assert main([f"runs={runs.root}", *form]) == 0
     said = capsys.readouterr().out
-    assert all(f"| {name}" in said for name in ("toy on toy ", "toy on phone ", "toy_phone_"))
+    assert all(name in said for name in ("toy on toy ", "toy on phone ", "toy_phone_"))
     page = runs.report.read_text()
     assert "<h1>Studies toy, toy_phone</h1>" in page
     for figure in ("comparison", "toy-frontier", "toy_phone-frontier"):

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.search.frontier import write_frontier, write_report
 from flash.search.loop import EvaluationError, Quality, frontier, hypervolume_history
+from flash.search.names import arch_name
 from tests.search import toy_search as toy
 
 
@@ -135,7 +137,7 @@ def test_another_fingerprint_is_refused_with_what_differs(tmp_path):
     path = tmp_path / "study.db"
     toy.open_toy(path, toy.make_space(), device="phone")
     toy.open_toy(path, toy.make_space(), device="phone")
-    with pytest.raises(InputError, match="device .was 'phone', is now 'laptop'.; choose another"):
+    with pytest.raises(InputError, match="device .was phone, is now laptop.; choose another"):
         toy.open_toy(path, toy.make_space(), device="laptop")
     with pytest.raises(InputError, match=r"space.num_layers.max .was 8, is now 7.") as error:
         toy.open_toy(path, toy.make_space(depth=7), device="phone")
@@ -159,19 +161,25 @@ def test_trials_show_their_sizes_and_kinds_as_parameters(tmp_path):
         assert frozen.user_attrs["pattern"] == trial.spec.pattern
 
 
-def test_frontier_files_hold_the_specs_and_replace_stale_ones(tmp_path, undisturbed):
+def test_names_of_found_architectures_are_for_ever(tmp_path, undisturbed):
     trials = undisturbed
     front = frontier(trials, toy.PROBLEM)
     paths = write_frontier(tmp_path / "arch", "toy", trials, toy.PROBLEM)
-    assert [path.name for path in paths] == [f"toy_{i}.yaml" for i in range(len(front))]
+    assert [path.stem for path in paths] == [arch_name("toy", t.number, t.spec) for t in front]
+    assert all(re.fullmatch(r"toy_\d+_[0-9a-f]{4}", path.stem) for path in paths)
     assert [ArchSpec.from_dict(yaml.safe_load(p.read_text())) for p in paths] == [
         t.spec for t in front
     ]
     assert [t.costs["prefill_ms"] for t in front] == sorted(t.costs["prefill_ms"] for t in front)
-    (tmp_path / "arch/toy_99.yaml").write_text("mine: 1\n")
-    shorter = write_frontier(tmp_path / "arch", "toy", trials[:1], toy.PROBLEM)
-    assert sorted((tmp_path / "arch").iterdir()) == [*shorter, tmp_path / "arch/toy_99.yaml"]
-    shorter[0].write_text("mine: 1\n")
+    before = {path: path.read_text() for path in paths}
+    earlier = write_frontier(tmp_path / "arch", "toy", trials[:4], toy.PROBLEM)
+    assert sorted((tmp_path / "arch").iterdir()) == sorted({*paths, *earlier})
+    assert {path: path.read_text() for path in paths} == before
+    # A study of this name that was begun anew has other architectures, and other names for them.
+    spec = trials[0].spec
+    other = spec.replace(ffn_dim=spec.ffn_dim + 64)
+    assert arch_name("toy", 0, spec) != arch_name("toy", 0, other)
+    paths[0].write_text("mine: 1\n")
     with pytest.raises(InputError, match="something else wrote it"):
         write_frontier(tmp_path / "arch", "toy", trials, toy.PROBLEM)
 

@@ -293,10 +293,12 @@ def test_slurm_workers_share_a_study_and_evaluate_nothing_twice(launch, slurm, r
         assert "frontier of 6 trials (0 failed)" in text
         assert "Warning" not in text
 
-    # An error that only the job can find; one worker is no job array.
-    code, said = lines_of(launch("shared", "search.trials=6", "recipe.lr=0.1", workers=1), 120)
-    assert code == 2, said
-    assert said[-1].startswith("error: search.study=shared: expected the settings that the study")
+    # An error that only the job can find.
+    command = launch("shared", "search.trials=6", "recipe.lr=0.1", workers=1)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == 2, err
+    assert "failed  search.study=shared: expected" in out
+    assert err.splitlines()[-1].startswith("error: 1 of 1 jobs failed;")
     states = job_states(slurm)
     ended = sorted(states[job] for job in states.keys() - before)
     assert ended == ["COMPLETED", "COMPLETED", "FAILED"]
@@ -341,12 +343,15 @@ def test_interrupted_trials_of_workers_run_again(launch, slurm, runs):
     at_once = ["scontrol", "update", f"JobId={jobs[2]}", "StartTime=now"]  # else two minutes later
     subprocess.run(at_once, env=slurm, check=True)
 
-    code, said = lines_of(command, 90)  # ends with the first failure; the other jobs go on
-    assert code == 1
-    assert said[-1].startswith(f"error: Job {jobs[0]} ")
-    assert "(state: CANCELLED)" in said[-1]
-    assert "other jobs go on" in said[-1]
-    wait_for(lambda: study.is_over(4), "the end of the search")
+    out, err = command.communicate(timeout=300)  # waits for the other jobs
+    assert command.returncode == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: 2 of 3 jobs failed;")
+    said = " ".join(out.split())
+    assert f"failed Job {jobs[0]} " in said
+    assert "(state: CANCELLED)" in said
+    assert "worker=2 done 4 trials" in said
+    assert study.is_over(4)
     assert study.attribute("crashes") == {killed[1]: 1}  # nobody is to blame for the others
     assert_each_once(study, 4, again=[number for _, number in workers.values()])
     wait_for(lambda: not running_jobs(slurm), "the end of the last worker")

@@ -97,7 +97,9 @@ def test_a_changed_start_is_another_run(settings, tmp_path):
     model = load(cut)
     tokenizer = ModelTokenizer.open(cut / "tokenizer.json")
     save(cut, model.spec, state_to_save(model, torch.float32), tokenizer=tokenizer)
-    assert train(on).key != first.key
+    with pytest.raises(InputError, match="holds a finished training of other settings, text or we"):
+        train(on)
+    assert train(dataclasses.replace(on, overwrite=True)).key != first.key
 
 
 def test_a_start_of_another_arch_is_refused(settings, backbone_folder):

@@ -15,6 +15,7 @@ import torch
 from flash.data.module import PackedDataModule
 from flash.data.settings import DataKind, DataSettings
 from flash.errors import InputError
+from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
@@ -50,13 +51,15 @@ def test_training_lowers_the_held_out_loss(data):
     assert after.bits_per_byte < before.bits_per_byte
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(data, tmp_path, caplog):
+    caplog.set_level("INFO", "flash")
     whole, parts = make_model(), make_model()
     fit(whole, data, RECIPE, TRAINER)
     fit(parts, data, RECIPE, dataclasses.replace(TRAINER, max_steps=5), folder=tmp_path / "c")
     resumed = Decoder(SMALL)  # other random weights, as all state comes from the checkpoint
     done = fit(resumed, data, RECIPE, TRAINER, folder=tmp_path / "c")
     assert done.steps == 12
+    assert "goes on after step 5 of 12" in caplog.text
     assert same_weights(whole, resumed)
 
 
@@ -197,17 +200,17 @@ def test_a_training_that_makes_weights_worse_is_warned_of(
     ],
 )
 def test_a_finished_run_is_not_taken_for_one_of_other_settings(
-    backbone_settings, data_settings, tmp_path, monkeypatch, caplog, room, changes
+    backbone_settings, data_settings, tmp_path, monkeypatch, room, changes
 ):
     settings = _settings(backbone_settings, data_settings, tmp_path)
     settings.recipe = dataclasses.replace(settings.recipe, tokens=128, kd_weight=0.0)
     train(dataclasses.replace(settings))
-    assert "will replace" not in caplog.text
     monkeypatch.setattr("flash.training.run._train", lambda *_: pytest.fail("trains again"))
-    other = dataclasses.replace(getattr(settings, room), **changes)
+    other = {room: dataclasses.replace(getattr(settings, room), **changes)}
+    with pytest.raises(InputError, match=r"candidate: holds a finished training of other settings"):
+        train(dataclasses.replace(settings, **other))
     with pytest.raises(pytest.fail.Exception, match="trains again"):
-        train(dataclasses.replace(settings, **{room: other}))
-    assert "holds a finished run of other settings" in caplog.text
+        train(dataclasses.replace(settings, **other, overwrite=True))
     same = dataclasses.replace(settings.data, workers=1), dataclasses.replace(TRAINER, devices=1)
     train(dataclasses.replace(settings, data=same[0], trainer=same[1]))
 
@@ -239,6 +242,29 @@ def test_random_weights_need_no_teacher(data_settings, tmp_path, caplog):
     result = train(_settings(random, data_settings, tmp_path))
     assert "training candidate from random weights" in caplog.text
     assert result.fit.steps == 12
+
+
+def test_a_recipe_that_inherits_nothing_starts_from_random_weights(
+    backbone_settings, data_settings, tmp_path, caplog
+):
+    """As a backbone of the same shape and tokenizer without weights does; no scores are made."""
+    fresh = dataclasses.replace(RECIPE, tokens=256, inherit=False)
+    settings = _settings(backbone_settings, data_settings, tmp_path, recipe=fresh, name="fresh")
+    with caplog.at_level("INFO"):
+        result = train(dataclasses.replace(settings))
+    assert "training fresh from random weights, as recipe.inherit=false says" in caplog.text
+    assert not (tmp_path / "runs" / "importance").exists()
+    heir = dataclasses.replace(fresh, inherit=True)
+    inherited = train(dataclasses.replace(settings, recipe=heir, name="heir"))
+    assert inherited.before != result.before
+    assert inherited.key != result.key
+    tokenizer = str(Path(str(backbone_settings.weights)) / "tokenizer.json")
+    spec = Backbone.open(backbone_settings).spec.to_dict()
+    shape = BackboneSettings(name="shape", arch=spec)
+    own = dataclasses.replace(data_settings, tokenizer=tokenizer)
+    alone = dataclasses.replace(settings, backbone=shape, recipe=heir, data=own, name="alone")
+    same = train(alone)
+    assert (same.key, same.before, same.after) == (result.key, result.before, result.after)
 
 
 def test_an_arch_that_does_not_fit_is_refused_before_any_work(

@@ -1,0 +1,1 @@
+"""Dashboards in Weights & Biases as code: a workspace and a report of one project."""
