@@ -17,6 +17,7 @@ ORDER = [
     "bundled",
     "terminal",
     "commands",
+    "origin",
     "packages",
     "renamed",
     "compat",

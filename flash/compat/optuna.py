@@ -6,7 +6,7 @@ Names that Optuna 5 does not document for users, and the reasons to use them:
   `get_trial_id_from_study_id_trial_number`, `get_trial_number_from_id`, `get_trial`,
   `set_trial_user_attr` and `set_trial_state_values` (documented, but "not supposed to be directly
   accessed"): return a trial of a dead worker to the queue under its own number, which no public
-  function can do.
+  function can do. `set_trial_intermediate_value`: `Trial.report` refuses several objectives.
 - `optuna.storages._heartbeat.BaseHeartbeat`, its `record_heartbeat` and `_get_stale_trial_ids`:
   Optuna records heartbeats only within `Study.optimize`, and its `fail_stale_trials` fails trials
   that should be queued again.
@@ -40,6 +40,10 @@ class TrialStorage:
     def set_user_attr(self, number: int, key: str, value: Any) -> None:
         """Set a user attribute of a trial to a plain JSON value."""
         self._storage.set_trial_user_attr(self._id(number), key, value)
+
+    def report(self, number: int, step: int, value: float) -> None:
+        """Set the intermediate value of a running trial at a step, again if it exists."""
+        self._storage.set_trial_intermediate_value(self._id(number), step, value)
 
     def set_state(self, number: int, state: TrialState) -> None:
         """Set the state of a trial, to start a waiting one or to queue a running one again."""

@@ -1,19 +1,61 @@
-"""Data of one study, read from a `runs` folder for the report."""
+"""Data of the report: studies, their trials, and the models made from them."""
 
-import dataclasses
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
-from flash.commands import command
 from flash.device.workload import Point
-from flash.errors import InputError, under
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
-from flash.paths import Runs
-from flash.records import find_json, read_json
 from flash.training.result import TrainResult
+
+
+@dataclass(frozen=True)
+class Model:
+    """Row of the result table: a backbone, a winner or another model, with the results so far.
+
+    Attributes:
+        name: Name of the model.
+        spec: Architecture.
+        predicted: Predicted latencies with intervals by point, such as `prefill_512`; empty if no
+            search predicted them.
+        study: Name of the study that found or searched it; None for other models.
+        device: Name of the device of the study; None for other models.
+        title: Name in tables; it differs from `name` if several devices have a model of the name.
+        trained: Result of `train.py`; None for a backbone or before it ran.
+        exported: Result of `export.py`; None before it ran.
+        qat_exported: Result of `export.py` for the same architecture trained with a recipe that has
+            `qat`; None if there is none.
+        backbone_quality: Held-out quality of the backbone; None for all others.
+        artifacts: Files and folders of the model that exist.
+    """
+
+    name: str
+    spec: ArchSpec
+    predicted: dict[str, dict[str, float]] = field(default_factory=dict)
+    study: str | None = None
+    device: str | None = None
+    title: str = ""
+    trained: TrainResult | None = None
+    exported: ExportResult | None = None
+    qat_exported: ExportResult | None = None
+    backbone_quality: dict[str, float] | None = None
+    artifacts: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return count_parameters(self.spec).total
+
+
+def is_qat(trained: TrainResult | None) -> bool:
+    """Return True for a training with quantization awareness."""
+    return trained is not None and bool(trained.settings.get("recipe", {}).get("qat"))
 
 
 @dataclass(frozen=True)
@@ -22,54 +64,66 @@ class TrialPoint:
 
     Attributes:
         number: Trial number in the study.
-        name: Name of the architecture if the trial is on the frontier, else None.
+        name: Name of the architecture.
         spec: Architecture.
         loss: Held-out loss after the short training [nats a token]; predicted for a stopped trial.
         costs: Known objectives by key of `Objective`.
         latency_ms: Predicted headline latency [ms].
+        frontier: True if the trial is on the frontier.
         winner: True if the trial was chosen for final training.
         curve: Pairs (tokens seen, training loss) along the trial; empty if not recorded.
         reason: Reason for stopping the trial early, or None.
+        seconds: Duration of the evaluation [s], or None.
+        model: Model made from the trial, with its results; None if there is none.
     """
 
     number: int
-    name: str | None
+    name: str
     spec: ArchSpec
     loss: float
     costs: dict[str, float]
     latency_ms: float
+    frontier: bool
     winner: bool
     curve: list[tuple[float, float]]
     reason: str | None = None
+    seconds: float | None = None
+    model: Model | None = None
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
         return count_parameters(self.spec).total
 
+    @property
+    def state(self) -> str:
+        """State for tables: the most special one of those that hold."""
+        if self.reason is not None:
+            return "stopped"
+        return "winner" if self.winner else "frontier" if self.frontier else "complete"
+
 
 @dataclass(frozen=True)
-class Model:
-    """Row of the result table: the backbone or a winner, with the results so far.
+class UnratedTrial:
+    """Trial without a loss.
 
     Attributes:
+        number: Trial number in the study.
         name: Name of the architecture.
         spec: Architecture.
-        predicted: Predicted latencies with intervals by point, such as `prefill_512`.
-        trained: Result of `train.py`; None for the backbone or before it ran.
-        exported: Result of `export.py`; None before it ran.
-        qat_exported: Result of `export.py` for the same architecture trained with a recipe that has
-            `qat`; None if there is none.
-        backbone_quality: Held-out quality of the backbone; None for winners.
+        costs: Known objectives by key of `Objective`.
+        state: `failed`, `running` or `waiting`.
+        reason: Reason of the failure, or None.
+        seconds: Duration of the evaluation [s], or None.
     """
 
+    number: int
     name: str
     spec: ArchSpec
-    predicted: dict[str, dict[str, float]]
-    trained: TrainResult | None = None
-    exported: ExportResult | None = None
-    qat_exported: ExportResult | None = None
-    backbone_quality: dict[str, float] | None = None
+    costs: dict[str, float]
+    state: str
+    reason: str | None
+    seconds: float | None
 
     @property
     def parameters(self) -> int:
@@ -97,28 +151,26 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class ReportData:
+class StudyData:
     """One study and the models made from it.
 
     Attributes:
-        study: Name of the study.
+        name: Name of the study.
         search: Content of `frontier.json`.
         trials: Complete trials.
         stopped: Trials that were stopped early.
-        failed: Number of failed trials.
-        models: Backbone, then the winners, fastest first.
+        unrated: Trials without a loss, such as failed ones.
+        models: Backbone, then the winners and other trials with results, fastest first.
         promotion: Comparison with longer training; None if `stage=promote` did not run.
-        evaluations: Benchmark results of the models so far.
     """
 
-    study: str
+    name: str
     search: dict[str, Any]
     trials: list[TrialPoint]
     stopped: list[TrialPoint]
-    failed: int
+    unrated: list[UnratedTrial]
     models: list[Model]
     promotion: Promotion | None
-    evaluations: list[SuiteResult]
 
     @property
     def backbone(self) -> Model:
@@ -128,8 +180,18 @@ class ReportData:
     @property
     def frontier(self) -> list[TrialPoint]:
         """Trials on the frontier, fastest first."""
-        front = [trial for trial in self.trials if trial.name is not None]
+        front = [trial for trial in self.trials if trial.frontier]
         return sorted(front, key=lambda trial: trial.latency_ms)
+
+    @property
+    def winners(self) -> list[TrialPoint]:
+        """Trials that were chosen for final training, fastest first."""
+        return [trial for trial in self.frontier if trial.winner]
+
+    @property
+    def failed(self) -> int:
+        """Number of failed trials."""
+        return sum(trial.state == "failed" for trial in self.unrated)
 
     @property
     def cost_keys(self) -> list[str]:
@@ -137,151 +199,65 @@ class ReportData:
         keys = [key for key in self.search["objectives"] if key != "loss"]
         return keys or [f"{Point.parse(self.search['objective']).phase.value}_ms"]
 
+    @property
+    def device(self) -> str:
+        """Description of the device in one line."""
+        return ", ".join(f"{key} {value}" for key, value in self.search["device"].items() if value)
 
-def read(runs: Runs, study: str | None = None) -> ReportData:
-    """Read a study.
+    @property
+    def device_name(self) -> str:
+        """Name of the device, its kind if it has none."""
+        return device_name(self.search)
 
-    Args:
-        runs: Folder with all results.
-        study: Name of the study; None takes the latest.
+    def with_models(self, models: list[Model]) -> "StudyData":
+        """Return a copy with other models, which the trials of the same names refer to."""
+        by_name = {model.name: model for model in models[1:]}
 
-    Raises:
-        InputError: No search of that name is finished, or a file is damaged.
-    """
-    pattern = f"{study or '*'}/frontier.json"
-    found = sorted((runs.root / "studies").glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError(
-            f"{runs.root / 'studies' / pattern}: no finished search; run {command('search')}"
+        def joined(trials: list[TrialPoint]) -> list[TrialPoint]:
+            return [replace(trial, model=by_name.get(trial.name)) for trial in trials]
+
+        return replace(
+            self, models=models, trials=joined(self.trials), stopped=joined(self.stopped)
         )
-    path: Path = found[-1]
-    search = read_json(path, _Search.of, f"run {command('search')} again")
-    trials = [trial for trial in search.trials if trial.reason is None]
-    models = _models(runs, search)
-    promotion = find_json(
-        path.with_name("promoted.json"),
-        lambda values: _promotion(values, trials),
-        f"run {command('search')} stage=promote again",
-    )
-    return ReportData(
-        study=search.values["study"],
-        search=search.values,
-        trials=trials,
-        stopped=[trial for trial in search.trials if trial.reason is not None],
-        failed=sum(trial["state"] == "fail" for trial in search.values["trials"]),
-        models=models,
-        promotion=promotion,
-        evaluations=_evaluations(runs, models),
-    )
+
+
+def device_name(search: dict[str, Any]) -> str:
+    """Return the name of the device of a search, its kind if it has none."""
+    device = search["device"]
+    return str(device.get("device") or next(iter(device.values()), ""))
 
 
 @dataclass(frozen=True)
-class _Search:
-    """Content of `frontier.json`.
+class ReportData:
+    """Content of the report.
 
     Attributes:
-        values: Parsed JSON value.
-        trials: Complete trials and those that were stopped early.
-        models: Backbone, then the winners, fastest first, without results of training and export.
+        root: Folder `runs`.
+        studies: Studies in the order in which they were named; none if no search has finished.
+        others: Models of no study shown, such as trained architectures of one's own.
+        evaluations: Benchmark results of the models.
+        faults: Sentences on files that are missing or damaged.
+        links: URL of the W&B run of a result, by the folder of the result.
     """
 
-    values: dict[str, Any]
-    trials: list[TrialPoint]
-    models: list[Model]
+    root: Path
+    studies: list[StudyData]
+    others: list[Model]
+    evaluations: list[SuiteResult]
+    faults: list[str]
+    links: dict[Path, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> "_Search":
-        names = {int(number): name for number, name in values["names"].items()}
-        winners = set(values["winners"])
-        trials = [
-            _trial(trial, names.get(trial["number"]), trial["number"] in winners)
-            for trial in values["trials"]
-            if trial["state"] in {"complete", "pruned"}
+    @property
+    def models(self) -> list[Model]:
+        """All models, those of studies first; a backbone is repeated only for another device."""
+        every = [model for study in self.studies for model in study.models] + self.others
+        found: dict[tuple[str, ArchSpec, str | None], Model] = {}
+        for model in every:
+            found.setdefault((model.name, model.spec, model.device), model)
+        names = Counter(model.name for model in found.values())
+        return [
+            replace(model, title=f"{model.name} on {model.device}")
+            if names[model.name] > 1 and model.device
+            else model
+            for model in found.values()
         ]
-        about = values["backbone"]
-        backbone = Model(
-            name=about["name"],
-            spec=ArchSpec.from_dict(about["spec"]),
-            predicted=about["predicted"],
-            backbone_quality=about["quality"],
-        )
-        found = [
-            Model(trial.name, trial.spec, values["predicted"][str(trial.number)])
-            for trial in sorted(trials, key=lambda trial: trial.latency_ms)
-            if trial.winner and trial.name is not None and trial.reason is None
-        ]
-        return cls(values, trials, [backbone, *found])
-
-
-def _evaluations(runs: Runs, models: list[Model]) -> list[SuiteResult]:
-    found = [
-        SuiteResult.read(path)
-        for model in models
-        for path in sorted(runs.evaluation(model.name).glob("*.json"))
-    ]
-    specs = {model.name: model.spec for model in models}
-    return [result for result in found if result.spec == specs[result.name]]
-
-
-def _trial(trial: dict[str, Any], name: str | None, winner: bool) -> TrialPoint:
-    extra, stopped = trial["extra"], trial["state"] == "pruned"
-    with under(f"trial {trial['number']}: spec"):
-        spec = ArchSpec.from_dict(trial["spec"])
-    return TrialPoint(
-        number=trial["number"],
-        name=name,
-        spec=spec,
-        loss=extra["estimate"] if stopped else trial["loss"],
-        costs=trial["costs"],
-        latency_ms=trial["latency_ms"],
-        winner=winner,
-        curve=[(tokens, loss) for tokens, loss in extra.get("curve", [])],
-        reason=extra["reason"] if stopped else None,
-    )
-
-
-def _promotion(report: dict[str, Any], trials: list[TrialPoint]) -> Promotion | None:
-    by_number = {trial.number: trial for trial in trials}
-    losses = [
-        (by_number[row["number"]], row["long_loss"])
-        for row in report["trials"]
-        # A stored result may belong to an earlier study of the same name.
-        if row["number"] in by_number
-        and by_number[row["number"]].spec == ArchSpec.from_dict(row["spec"])
-        and row["long_loss"] is not None
-    ]
-    if not losses:
-        return None
-    return Promotion(
-        report["tokens"], losses, report["kendall_tau"], report["swapped"], report["pairs"]
-    )
-
-
-def _find_qat_export(runs: Runs, spec: ArchSpec) -> ExportResult | None:
-    """Find the export of a model of `spec` that was trained with quantization awareness."""
-    for path in sorted((runs.root / "exports").glob("*/export.json")):
-        trained = TrainResult.read(runs.model(path.parent.name))
-        if trained is None or trained.spec != spec or not trained.settings["recipe"]["qat"]:
-            continue
-        exported = ExportResult.read(path.parent)
-        if exported is not None and exported.spec == spec:
-            return exported
-    return None
-
-
-def _models(runs: Runs, search: _Search) -> list[Model]:
-    """Add the results of training and export to the models of a search."""
-    backbone, *winners = search.models
-    models = [dataclasses.replace(backbone, exported=ExportResult.read(runs.export(backbone.name)))]
-    for model in winners:
-        trained = TrainResult.read(runs.model(model.name))
-        exported = ExportResult.read(runs.export(model.name))
-        found = dataclasses.replace(
-            model,
-            # A stored result may belong to an earlier search under the same name.
-            trained=trained if trained and trained.spec == model.spec else None,
-            exported=exported if exported and exported.spec == model.spec else None,
-            qat_exported=_find_qat_export(runs, model.spec),
-        )
-        models.append(found)
-    return models

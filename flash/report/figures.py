@@ -1,16 +1,25 @@
 """All figures of one study, shown on the HTML page and in Weights & Biases."""
 
+from collections.abc import Sequence
+
 import plotly.graph_objects as go
 
 from flash.paths import Runs
-from flash.report.data import ReportData, read
+from flash.report.data import StudyData
+from flash.report.outliers import show_most
 from flash.report.pattern_figures import kinds, patterns
-from flash.report.search_figures import frontier, hypervolume, parallel_coordinates
+from flash.report.reading import read_study
+from flash.report.search_figures import (
+    comparison,
+    frontier,
+    hypervolume,
+    parallel_coordinates,
+)
 from flash.report.style import GRAY, ORANGE, latency_name, layout
 from flash.report.training_figures import learning_curves, promotion, recovery
 
 
-def predicted_against_measured(data: ReportData) -> go.Figure:
+def predicted_against_measured(data: StudyData) -> go.Figure:
     """Plot predicted against measured latency of calibration models and exported models."""
     figure = go.Figure()
     objective = data.search["objective"]
@@ -19,14 +28,16 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
     figure.add_scatter(
         x=measured,
         y=fitted,
-        name="calibration models (left out of their own fit)",
+        name="calibration models (left out of their fit)",
         mode="markers",
         marker={"color": GRAY, "size": 9},
     )
     points = [
         (model, model.exported.measurement.latencies[objective].ms, model.predicted[objective])
         for model in data.models
-        if model.exported is not None and objective in model.exported.measurement.latencies
+        if model.exported is not None
+        and objective in model.exported.measurement.latencies
+        and objective in model.predicted
     ]
     figure.add_scatter(
         x=[value for _, value, _ in points],
@@ -37,12 +48,12 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
         },
         text=[model.name for model, _, _ in points],
         textposition="bottom right",
-        name="exported models, predicted before they were measured",
+        name="exported models",
         mode="markers+text",
         marker={"color": ORANGE, "size": 11},
     )
     ends = [*measured, *fitted, *(value for _, value, _ in points)]
-    low, high = 0.9 * min(ends), 1.1 * max(ends)
+    low, high = 0.9 * min(ends, default=0.0), 1.1 * max(ends, default=1.0)
     figure.add_scatter(
         x=[low, high],
         y=[low, high],
@@ -51,10 +62,16 @@ def predicted_against_measured(data: ReportData) -> go.Figure:
         line={"color": GRAY, "dash": "dot"},
     )
     name = latency_name(data)
-    return layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
+    layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
+    pairs = [
+        *((x, y, "calibration model") for x, y in zip(measured, fitted, strict=True)),
+        *((x, p["mean_ms"], model.name) for model, x, p in points),
+    ]
+    show_most(figure, [("", pairs)])
+    return figure
 
 
-def all_figures(data: ReportData) -> dict[str, go.Figure]:
+def all_figures(data: StudyData) -> dict[str, go.Figure]:
     """Draw every figure whose data exist, by name and in the order of the page."""
     drawn = {
         "frontier": (frontier, True),
@@ -73,6 +90,11 @@ def all_figures(data: ReportData) -> dict[str, go.Figure]:
     return {name: draw(data) for name, (draw, there) in drawn.items() if there}
 
 
+def comparison_figures(studies: Sequence[StudyData]) -> dict[str, go.Figure]:
+    """Draw the figures that compare studies; none for a single study."""
+    return {"comparison": comparison(studies)} if len(studies) > 1 else {}
+
+
 def study_figures(runs: Runs, study: str) -> dict[str, go.Figure]:
     """Draw all figures of a study in the `runs` folder, for the W&B run of its search."""
-    return all_figures(read(runs, study))
+    return all_figures(read_study(runs, study))

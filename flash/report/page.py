@@ -1,24 +1,44 @@
 """Report as one self-contained HTML file, which needs no network and no other file."""
 
+import base64
+import gzip
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
-import plotly.io
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from flash.arch import ArchSpec, Attention
+from flash.commands import command
 from flash.evaluation.suites import SuiteResult
+from flash.origin import origin
 from flash.records import write_text
-from flash.report.data import Model, ReportData
-from flash.report.figures import all_figures
+from flash.report.data import ReportData, StudyData
+from flash.report.figures import all_figures, comparison_figures
+from flash.report.style import DARK
 from flash.report.table import COLUMNS, NONE, QUANTIZATION_COLUMNS, quantization_rows, rows
+from flash.report.trial_table import (
+    STUDY_COLUMNS,
+    shared_rows,
+    study_rows,
+    trial_table,
+)
 
 CAPTIONS = {
     "frontier": (
         "Frontier",
         "Each point is a candidate: pruned from the backbone and trained briefly. Its cost is "
-        "known before the training. Dotted lines: the reference point.",
+        "known before the training. Dotted lines: the reference point. Triangles at the border "
+        "point to outliers.",
+    ),
+    "comparison": (
+        "Frontiers",
+        "The frontier of each study; a latency is the predicted one on the study's own device.",
     ),
     "hypervolume": (
         "Progress of the search",
@@ -66,15 +86,15 @@ _KIND_CLASS = {
 }
 
 
-def _diagram(spec: ArchSpec, widest: ArchSpec) -> list[dict[str, object]]:
+def _layers(spec: ArchSpec, widest: int, widest_ffn: int) -> list[dict[str, object]]:
     """Describe the layers from input to output, with widths relative to the widest model [%]."""
     return [
         {
             "index": index,
             "kind": _KIND_CLASS[kind],
             "label": kind.value.replace("_", " "),
-            "attention_pct": 100 * spec.model_dim / widest.model_dim,
-            "ffn_pct": 100 * spec.ffn_dim / widest.ffn_dim,
+            "attention_pct": 100 * spec.model_dim / widest,
+            "ffn_pct": 100 * spec.ffn_dim / widest_ffn,
         }
         for index, kind in enumerate(spec.layer_types)
     ]
@@ -82,57 +102,217 @@ def _diagram(spec: ArchSpec, widest: ArchSpec) -> list[dict[str, object]]:
 
 def render(data: ReportData) -> str:
     """Render the page as HTML text."""
+    loader = PackageLoader("flash.report")
     environment = Environment(
-        loader=PackageLoader("flash.report"), autoescape=True, undefined=StrictUndefined
+        loader=loader, autoescape=True, undefined=StrictUndefined, lstrip_blocks=True
     )
-    figures = [
-        {
-            "title": CAPTIONS[name][0],
-            "caption": CAPTIONS[name][1],
-            "wide": name == "parallel_coordinates" or _panels(figure) > 1,
-            "html": plotly.io.to_html(
-                figure,
-                include_plotlyjs=False,
-                full_html=False,
-                div_id=name,
-                config={"displayModeBar": False, "responsive": True},
-            ),
-        }
-        for name, figure in all_figures(data).items()
-    ]
-    return environment.get_template("report.html").render(
-        data=data,
-        search=data.search,
-        columns=COLUMNS,
-        rows=rows(data.models),
-        figures=figures,
-        diagrams=[
-            {"model": model, "layers": _diagram(model.spec, data.backbone.spec)}
-            for model in data.models
+    several = len(data.studies) > 1
+    drawn = {  # by study and name; those that compare studies have no study
+        ("", name): figure for name, figure in comparison_figures(data.studies).items()
+    }
+    for study in data.studies:
+        drawn |= {(study.name, name): figure for name, figure in all_figures(study).items()}
+    ids = {key: f"{key[0]}-{key[1]}" if several and key[0] else key[1] for key in drawn}
+    described = {key: _described(ids[key], key[1], figure) for key, figure in drawn.items()}
+    trial_columns, trials = trial_table(data)
+    states = [row[trial_columns.index("state")] for row in trials]
+    values: dict[str, Any] = {
+        "data": data,
+        "title": _title(data),
+        "origin": origin(),
+        "none_text": NONE,
+        "columns": COLUMNS,
+        "rows": rows(data.models),
+        "commands": train_commands(data.studies),
+        "compared": [each for (study, _), each in described.items() if not study],
+        "study_columns": STUDY_COLUMNS,
+        "study_rows": study_rows(data.studies),
+        "shared": shared_rows(data.studies) if several else ([], []),
+        "per_study": [
+            {
+                "id": f"study-{study.name}",
+                "title": f"Study {study.name}" if several else "Search",
+                "figures": [each for key, each in described.items() if key[0] == study.name],
+            }
+            for study in data.studies
         ],
-        exported=[model for model in data.models if model.exported is not None],
-        suites=_suites(data.evaluations),
-        quantization_columns=QUANTIZATION_COLUMNS,
-        quantization=quantization_rows(data.models),
-        scores=_scores(data),
-        machine=_machine(data.models, data.search["device"]),
-        plotly_js=get_plotlyjs(),
-    )
+        "diagrams": _diagrams(data),
+        "quantization_columns": QUANTIZATION_COLUMNS,
+        "quantization": quantization_rows(data.models),
+        "suites": _suites(data.evaluations),
+        "score_columns": _SCORE_COLUMNS,
+        "scores": [row for study in data.studies for row in _scores(study)],
+        "samples": [model for model in data.models if model.exported is not None],
+        "trial_columns": trial_columns,
+        "trials": trials,
+        "trial_states": states,
+        "states": list(dict.fromkeys(states)),
+        "origins": _origins(data),
+        "any_figures": bool(drawn),
+        "plotly_js": _packed(get_plotlyjs()),
+        "figures_json": _packed(
+            json.dumps({
+                "figures": {ids[key]: _plain(figure) for key, figure in drawn.items()},
+                "dark": DARK,
+            })
+        ),
+        "css": loader.get_source(environment, "report.css")[0],
+        "js": loader.get_source(environment, "report.js")[0],
+    }
+    values["sections"] = _sections(values)
+    return environment.get_template("report.html").render(values)
 
 
-def _panels(figure: go.Figure) -> int:
-    """Count the plots that a figure shows side by side."""
-    return len({axis.domain for axis in figure.select_xaxes()})
+def _title(data: ReportData) -> str:
+    if not data.studies:
+        return "Models"
+    names = ", ".join(study.name for study in data.studies)
+    return f"Study {names}" if len(data.studies) == 1 else f"Studies {names}"
 
 
-def _scores(data: ReportData) -> list[dict[str, object]]:
+def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return identifiers and titles of the sections that the page has, in their order."""
+    sections = [
+        ("result", "Result", values["rows"]),
+        ("commands", "Train the winners", values["commands"]),
+        ("comparison-of-studies", "Side by side", values["compared"]),
+        *((each["id"], each["title"], True) for each in values["per_study"]),
+        ("layers", "Layers", values["diagrams"]),
+        ("quantization", "Quantization", values["quantization"]),
+        ("benchmarks", "Benchmarks", values["suites"]),
+        ("predictors", "Predictors", values["scores"]),
+        ("samples", "Samples", values["samples"]),
+        ("all-trials", "All trials", values["trials"]),
+        ("origins", "Origin", True),
+    ]
+    return [(key, title) for key, title, there in sections if there]
+
+
+def _described(key: str, name: str, figure: go.Figure) -> dict[str, object]:
+    title, caption = CAPTIONS[name]
+    meta = figure.to_dict()["layout"].get("meta", {})
+    wide = name in {"parallel_coordinates", "comparison"} or meta.get("panels", 1) > 1
+    return {"id": key, "title": title, "caption": caption, "wide": wide}
+
+
+def _plain(figure: go.Figure) -> dict[str, Any]:
+    """Convert a figure to JSON values without the template, which the page replaces."""
+    values = json.loads(figure.to_json() or "{}")
+    values["layout"].pop("template", None)
+    return values
+
+
+def _packed(text: str) -> str:
+    """Compress text for the page's script, which inflates it."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def train_commands(studies: Sequence[StudyData]) -> list[tuple[str, str]]:
+    """Return the commands that train winners, with what they train."""
+    commands = []
+    for study in studies:
+        shared = _shared_overrides(study.search.get("origin", {}).get("command", ""))
+        names = [trial.name for trial in study.winners]
+        lines = [(f"+arch={name}", f"the command for {name}") for name in names]
+        if len(names) > 1:
+            several = f"-m +arch={','.join(names)}"
+            lines.insert(0, (several, f"the command for all winners of {study.name}"))
+        commands += [(" ".join([command("train"), line, *shared]), what) for line, what in lines]
+    return commands
+
+
+def _shared_overrides(line: str) -> list[str]:
+    """Return the overrides of a search on which the training of its winners depends, too."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return []
+    return [shlex.quote(word) for word in words if re.match(r"(backbone|data)[.=]|runs=", word)]
+
+
+def _diagrams(data: ReportData) -> list[dict[str, object]]:
+    """Describe the layers of all models, with widths relative to the widest one."""
+    specs = [model.spec for model in data.models]
+    widest = max((spec.model_dim for spec in specs), default=1)
+    widest_ffn = max((spec.ffn_dim for spec in specs), default=1)
+    return [
+        {
+            "name": model.title,
+            "spec": model.spec,
+            "parameters": model.parameters,
+            "layers": _layers(model.spec, widest, widest_ffn),
+        }
+        for model in data.models
+    ]
+
+
+def _origins(data: ReportData) -> list[dict[str, object]]:
+    """Describe the origin of every result: searches, then trainings and exports."""
+    listed = [
+        _origin(
+            f"search {study.name}",
+            study.search.get("origin", {}),
+            [data.root / "studies" / study.name],
+            data.links.get(data.root / "studies" / study.name),
+        )
+        for study in data.studies
+    ]
+    for model in data.models:
+        for kind, result in (("training", model.trained), ("export", model.exported)):
+            if result is not None:
+                folder = "models" if kind == "training" else "exports"
+                paths = [path for path in model.artifacts if path.parts[-3] == folder]
+                link = data.links.get(data.root / folder / result.name)
+                listed.append(_origin(f"{kind} of {result.name}", result.origin, paths, link))
+    return listed
+
+
+def _origin(
+    title: str, about: Mapping[str, Any], paths: Sequence[Path], link: object
+) -> dict[str, object]:
+    facts = [(key, about[key]) for key in ("date", "commit", "machine") if about.get(key)]
+    if about.get("versions"):
+        known = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        facts.append(("versions", known))
+    safe = isinstance(link, str) and link.startswith("https://")
+    return {
+        "title": title,
+        "command": about.get("command"),
+        "facts": facts or [("origin", "not recorded")],
+        "paths": paths,
+        "link": link if safe else None,
+    }
+
+
+_SCORE_COLUMNS = (
+    "latency",
+    "predictor",
+    "R2",
+    "MAPE %",
+    "Kendall tau",
+    "coverage of the 90 % interval",
+    "n",
+)
+
+
+def _scores(study: StudyData) -> list[list[str]]:
     """Tabulate the cross-validation scores, a row for each point and predictor."""
-    table: dict[tuple[str, str], dict[str, object]] = {}
-    for key, value in data.search["latency_scores"].items():
+    table: dict[tuple[str, str], dict[str, float]] = {}
+    for key, value in study.search["latency_scores"].items():
         _, point, predictor, score = key.split("/")
-        row = table.setdefault((point, predictor), {"point": point, "predictor": predictor})
-        row[score] = value
-    return list(table.values())
+        table.setdefault((point, predictor), {})[score] = value
+    return [
+        [
+            f"{point} on {study.device_name}",
+            predictor,
+            f"{row['r2']:.3f}",
+            f"{row['mape_pct']:.1f}",
+            f"{row['kendall_tau']:.2f}",
+            f"{row['coverage_90']:.2f}",
+            f"{row['n']:.0f}",
+        ]
+        for (point, predictor), row in table.items()
+    ]
 
 
 def _suites(results: list[SuiteResult]) -> list[dict[str, object]]:
@@ -167,10 +347,6 @@ def _figure(value: float | None, stderr: float | None = None) -> str:
     if value is None:
         return NONE
     return f"{value:.1f}" if stderr is None else f"{value:.1f} +- {stderr:.1f}"
-
-
-def _machine(models: list[Model], device: dict[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in device.items())
 
 
 def write_page(data: ReportData, path: Path) -> None:

@@ -7,11 +7,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flash.arch import ArchSpec, Attention
-from flash.report.data import ReportData
-from flash.report.style import KINDS, hover_text, layout, trial_label
+from flash.report.data import StudyData
+from flash.report.style import KINDS, hover_text, layout
 
 
-def patterns(data: ReportData) -> go.Figure:
+def patterns(data: StudyData) -> go.Figure:
     """Plot the layers of every member of the frontier, the fastest on top."""
     front = data.frontier
     order, depth = list(KINDS), max(trial.spec.num_layers for trial in front)
@@ -47,7 +47,7 @@ def patterns(data: ReportData) -> go.Figure:
     figure.update_xaxes(dtick=1 if depth <= 16 else 4, showgrid=False, zeroline=False)
     return figure.update_yaxes(
         tickvals=list(range(len(front))),
-        ticktext=[f"{trial_label(trial)}  {trial.loss:.2f}" for trial in front],
+        ticktext=[f"{trial.name}  {trial.loss:.2f}" for trial in front],
         autorange="reversed",
         automargin=True,
         showgrid=False,
@@ -55,7 +55,7 @@ def patterns(data: ReportData) -> go.Figure:
     )
 
 
-def kinds(data: ReportData) -> go.Figure:
+def kinds(data: StudyData) -> go.Figure:
     """Plot the share of each kind at each position, on the frontier and among all trials."""
     groups = (
         ("frontier", [trial.spec for trial in data.frontier]),

@@ -1,34 +1,65 @@
 """Figures of the search: frontier, hypervolume and all trials."""
 
 from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flash.arch import Attention
-from flash.report.data import ReportData, TrialPoint
-from flash.report.style import BLUE, GRAY, GREEN, ORANGE, cost_axis, cost_name, hover_text, layout
+from flash.report.data import StudyData, TrialPoint
+from flash.report.outliers import show_most, spread
+from flash.report.style import (
+    BEST_TO_WORST,
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    SERIES,
+    cost_axis,
+    cost_name,
+    hover_text,
+    layout,
+)
 from flash.search.objectives import Objective
 
-_BEST_TO_WORST = [[0.0, "#123f8c"], [0.5, "#8a6fc0"], [1.0, "#f0a35e"]]
+_NARROW_AXES = ["depth", "d_ffn", "TTFT [ms]", "weights [MiB]", "loss [nats]", "frontier"]
+"""Axes of the parallel coordinates that a narrow screen shows."""
 
 
-def frontier(data: ReportData) -> go.Figure:
+def frontier(data: StudyData) -> go.Figure:
     """Plot loss against every cost: trials, frontier, winners, backbone and reference point."""
     keys = data.cost_keys
     figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
     for column, key in enumerate(keys, start=1):
         _panel(figure, data, key, column)
     layout(figure, y="held-out loss [nats/token]")
+    panels = []
     for column, key in enumerate(keys, start=1):
         figure.update_xaxes(title=cost_axis(data, key), col=column)
+        shown = [(t.costs[key], t.loss, hover_text(t)) for t in [*data.trials, *data.stopped]]
+        panels.append(("" if column == 1 else str(column), [*shown, _backbone(data, key)]))
+    show_most(figure, panels)
     return figure
 
 
-def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
+def _name_places(count: int) -> list[str]:
+    """Place names below the frontier, where no points are; the first one would leave the axes."""
+    return ["top right", *["bottom left"] * (count - 1)]
+
+
+def _backbone(data: StudyData, key: str) -> tuple[float, float, str]:
+    """Return cost, loss and hover text of the backbone."""
+    assert data.backbone.backbone_quality is not None
+    cost, loss = data.search["backbone"]["costs"][key], data.backbone.backbone_quality["loss"]
+    return cost, loss, f"backbone {data.backbone.name}<br>{data.backbone.spec}<br>loss {loss:.3f}"
+
+
+def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
     front = sorted(data.frontier, key=lambda trial: trial.costs[key])
-    others = [trial for trial in data.trials if trial.name is None]
+    others = [trial for trial in data.trials if not trial.frontier]
     winners = [trial for trial in front if trial.winner]
     # With several costs the frontier is a surface, which steps in one panel would misrepresent.
     steps = "lines+markers" if len(data.cost_keys) == 1 else "markers"
@@ -37,14 +68,16 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
         ("trials", others, "markers", {"color": GRAY, "size": 8}),
         ("stopped early (predicted loss)", data.stopped, "markers", stopped),
         ("frontier", front, steps, {"color": BLUE, "size": 9}),
-        ("winners", winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
+        ("winners", winners, "markers+text", {"color": ORANGE, "size": 15, "symbol": "star"}),
     ):
         if trials:
             figure.add_scatter(
                 x=[trial.costs[key] for trial in trials],
                 y=[trial.loss for trial in trials],
-                text=[hover_text(trial) for trial in trials],
-                hovertemplate="%{text}<extra></extra>",
+                text=[trial.name for trial in trials],
+                textposition=_name_places(len(trials)),
+                hovertext=[hover_text(trial) for trial in trials],
+                hovertemplate="%{hovertext}<extra></extra>",
                 name=name,
                 mode=mode,
                 marker=marker,
@@ -54,10 +87,12 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
                 row=1,
                 col=column,
             )
-    assert data.backbone.backbone_quality is not None
+    cost, loss, text = _backbone(data, key)
     figure.add_scatter(
-        x=[data.search["backbone"]["costs"][key]],
-        y=[data.backbone.backbone_quality["loss"]],
+        x=[cost],
+        y=[loss],
+        text=[text],
+        hovertemplate="%{text}<extra></extra>",
         name="backbone",
         mode="markers",
         marker={"color": GREEN, "size": 13, "symbol": "diamond"},
@@ -73,7 +108,42 @@ def _panel(figure: go.Figure, data: ReportData, key: str, column: int) -> None:
     figure.add_hline(y=reference["loss"], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
 
 
-def hypervolume(data: ReportData) -> go.Figure:
+def comparison(studies: Sequence[StudyData]) -> go.Figure:
+    """Plot the frontiers of several studies, a panel for each cost that all of them have."""
+    first, *others = studies
+    keys = [key for key in first.cost_keys if all(key in other.cost_keys for other in others)]
+    keys = keys or ["prefill_ms"]
+    figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
+    panels = []
+    for column, key in enumerate(keys, start=1):
+        points = []
+        for study, color in zip(studies, cycle(SERIES)):
+            front = sorted(study.frontier, key=lambda trial: trial.costs[key])
+            shown = [(t.costs[key], t.loss, f"{study.name}: {hover_text(t)}") for t in front]
+            points += shown
+            figure.add_scatter(
+                x=[x for x, _, _ in shown],
+                y=[y for _, y, _ in shown],
+                text=[text for _, _, text in shown],
+                hovertemplate="%{text}<extra></extra>",
+                name=f"{study.name} on {study.device_name}",
+                mode="lines+markers" if len(study.cost_keys) == 1 else "markers",
+                marker={"color": color, "size": 9},
+                line={"shape": "hv", "color": color},
+                legendgroup=study.name,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+        panels.append(("" if column == 1 else str(column), points))
+    layout(figure, y="held-out loss [nats/token]")
+    for column, key in enumerate(keys, start=1):
+        figure.update_xaxes(title=cost_axis(first, key), col=column)
+    show_most(figure, panels)
+    return figure
+
+
+def hypervolume(data: StudyData) -> go.Figure:
     """Plot the hypervolume after each finished trial."""
     values = data.search["hypervolume"]
     figure = go.Figure()
@@ -97,7 +167,7 @@ def hypervolume(data: ReportData) -> go.Figure:
     return figure.update_layout(margin_t=20)  # it has no legend
 
 
-def parallel_coordinates(data: ReportData) -> go.Figure:
+def parallel_coordinates(data: StudyData) -> go.Figure:
     """Plot every trial as a line over its sizes, layer counts, costs and loss.
 
     The last axis starts with its upper end selected, so the frontier is colored and the rest is
@@ -111,12 +181,11 @@ def parallel_coordinates(data: ReportData) -> go.Figure:
         if (dimension := _integer_axis(name, values))
     ]
     for key in data.cost_keys:
-        values = [trial.costs[key] for trial in trials]
-        dimensions.append({"label": cost_name(key), "values": values})
-    dimensions.append({"label": "loss [nats]", "values": losses})
+        dimensions.append(_axis(cost_name(key), [trial.costs[key] for trial in trials]))
+    dimensions.append(_axis("loss [nats]", losses))
     dimensions.append({
         "label": "frontier",
-        "values": [int(trial.name is not None) for trial in trials],
+        "values": [int(trial.frontier) for trial in trials],
         "range": [0, 1],
         "tickvals": [0, 1],
         "ticktext": ["no", "yes"],
@@ -127,7 +196,7 @@ def parallel_coordinates(data: ReportData) -> go.Figure:
             dimensions=dimensions,
             line={
                 "color": losses,
-                "colorscale": _BEST_TO_WORST,
+                "colorscale": list(zip((0.0, 0.5, 1.0), BEST_TO_WORST, strict=True)),
                 "cmin": min(losses),
                 # A few outliers with high losses would otherwise take up most of the color scale.
                 "cmax": float(np.quantile(losses, 0.9)),
@@ -137,7 +206,20 @@ def parallel_coordinates(data: ReportData) -> go.Figure:
         )
     )
     layout(figure, height=440)
+    meta: dict[str, Any] = {"narrow": _NARROW_AXES}
+    if any("range" in dimension for dimension in dimensions[:-1]):
+        meta["all"] = {}
+    figure.update_layout(meta=meta)
     return figure.update_layout(margin={"l": 50, "r": 20, "t": 60, "b": 30})
+
+
+def _axis(name: str, values: list[float]) -> dict[str, Any]:
+    """Build an axis of real numbers, which outliers do not stretch."""
+    dimension: dict[str, Any] = {"label": name, "values": values}
+    low, high = spread(values)
+    if (low, high) != (min(values), max(values)):
+        dimension["range"] = [low, high]
+    return dimension
 
 
 def _spec_columns(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
@@ -157,12 +239,12 @@ def _spec_columns(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _integer_axis(name: str, values: list[int]) -> dict[str, object] | None:
+def _integer_axis(name: str, values: list[int]) -> dict[str, Any] | None:
     """Build an axis of integers; None if all trials have the same value."""
     different = sorted(set(values))
     if len(different) == 1:
         return None
-    dimension: dict[str, object] = {"label": name, "values": values}
+    dimension: dict[str, Any] = {"label": name, "values": values}
     if len(different) <= 12:  # more ticks would overlap
         dimension["tickvals"] = different
     return dimension

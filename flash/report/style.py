@@ -1,19 +1,41 @@
 """Common style of all figures: layout, colors and names."""
 
+from collections.abc import Mapping
+
 import plotly.graph_objects as go
 
 from flash.arch import Attention
 from flash.device.workload import Phase, Point
-from flash.report.data import ReportData, TrialPoint
+from flash.report.data import StudyData, TrialPoint
 from flash.search.objectives import Objective
 
-INK, GRAY, BLUE, ORANGE, GREEN = "#1f2933", "#9aa5b1", "#2f6fde", "#e8743b", "#2e9e6b"
+INK, GRAY, BLUE, ORANGE, GREEN = "#1f2933", "#7b8794", "#2f6fde", "#d9601f", "#23855a"
+SERIES = (BLUE, ORANGE, GREEN, "#8a5bd0", "#b8860b", "#c2417a")
+"""Colors of several studies."""
 KINDS = {
     Attention.full_attention: ("full attention", BLUE),
     Attention.sliding_attention: ("sliding", "#8fd0c4"),
     Attention.skip_attention: ("skipped", "#e4e7eb"),
 }
-"""Name and color of each kind of layer, as on the page (templates/report.html)."""
+"""Name and color of each kind of layer, as on the page (templates/report.css)."""
+BEST_TO_WORST = ("#123f8c", "#8a6fc0", "#f0a35e")
+"""Colors of low, middle and high losses."""
+DARK = {
+    INK: "#e6eaef",
+    GRAY: "#8b97a5",
+    BLUE: "#6ea0ff",
+    ORANGE: "#f0915e",
+    GREEN: "#4cc38a",
+    "#8a5bd0": "#b794f6",
+    "#b8860b": "#e0b84c",
+    "#c2417a": "#f07aa8",
+    "#8fd0c4": "#3f8f83",
+    "#e4e7eb": "#3a4552",
+    "#123f8c": "#7aa7ff",
+    "#8a6fc0": "#c3a6f5",
+    "#f0a35e": "#ffb870",
+}
+"""Colors that the page uses on a dark background, by the color on a light one."""
 _COSTS = {
     "prefill_ms": "TTFT",
     "decode_ms": "decode step",
@@ -41,7 +63,7 @@ def cost_name(key: str) -> str:
     return f"{_COSTS[key]} [{Objective(key).unit}]"
 
 
-def cost_axis(data: ReportData, key: str) -> str:
+def cost_axis(data: StudyData, key: str) -> str:
     """Return the axis title of a cost, with workload and unit."""
     workload = data.search["workload"]
     match key:
@@ -53,30 +75,40 @@ def cost_axis(data: ReportData, key: str) -> str:
             return cost_name(key)
 
 
-def latency_name(data: ReportData) -> str:
+def latency_name(data: StudyData) -> str:
     """Return the name of the headline latency."""
     point = Point.parse(data.search["objective"])
     name = "TTFT" if point.phase is Phase.prefill else "decode step"
     return f"{name} at {point.tokens} tokens"
 
 
-def trial_label(trial: TrialPoint) -> str:
-    """Return the name of a trial: that of its architecture, or its number."""
-    return trial.name or f"trial {trial.number}"
+def cost_text(costs: Mapping[str, float]) -> list[str]:
+    """Return known costs as text, such as `TTFT 12.3 ms`."""
+    return [
+        f"{name} {costs[key]:.4g} {Objective(key).unit}"
+        for key, name in _COSTS.items()
+        if key in costs
+    ]
 
 
 def hover_text(trial: TrialPoint) -> str:
-    """Return the hover text of a trial."""
-    costs = (
-        f"{name} {trial.costs[key]:.4g} {Objective(key).unit}"
-        for key, name in _COSTS.items()
-        if key in trial.costs
-    )
+    """Return the hover text of a trial: predicted, measured and final values, line by line."""
     loss = f"loss {trial.loss:.3f}"
-    return "<br>".join([
-        trial_label(trial),
+    lines = [
+        trial.name,
         str(trial.spec),
         f"{trial.parameters / 1e6:.2f}M parameters",
         loss if trial.reason is None else f"stopped early; predicted {loss}",
-        *costs,
-    ])
+        *(f"predicted {text}" for text in cost_text(trial.costs)),
+    ]
+    if trial.model is not None and trial.model.trained is not None:
+        lines.append(f"loss after final training {trial.model.trained.after.loss:.3f}")
+    if trial.model is not None and trial.model.exported is not None:
+        exported = trial.model.exported
+        lines += [
+            f"measured TTFT {exported.measurement.prefill.ms:.4g} ms, "
+            f"decode step {exported.measurement.decode.ms:.4g} ms",
+            f"loss of the .pte {exported.program_quality.pte_loss:.3f}, "
+            f"{exported.pte_bytes / 2**20:.2f} MiB",
+        ]
+    return "<br>".join(lines)

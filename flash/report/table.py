@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from flash.export.result import ProgramQuality
-from flash.report.data import Model
+from flash.report.data import Model, is_qat
 from flash.terminal import table
 
 COLUMNS = (
@@ -18,6 +18,7 @@ COLUMNS = (
     "decode tok/s",
     ".pte MiB",
     "speed-up",
+    ".pte perplexity",
 )
 NONE = "-"
 
@@ -36,20 +37,38 @@ def _row(model: Model) -> list[str]:
         quality = (model.trained.before, model.trained.after)
         loss = [f"{each.loss:.3f}" for each in quality]
         bits = [f"{each.bits_per_byte:.3f}" for each in quality]
-    headline = next(name for name in model.predicted if name.startswith("prefill"))
-    ttft = model.predicted[headline]
-    measured = [NONE] * 4
+    elif model.exported is not None and model.backbone_quality is None:
+        loss[1] = f"{model.exported.quality.loss:.3f}"
+        bits[1] = f"{model.exported.quality.bits_per_byte:.3f}"
+    measured = [NONE] * 5
     if model.exported is not None:
         result = model.exported.measurement
-        speedup = model.exported.speedups.get(headline)
         measured = [
             f"{result.prefill.ms:.1f} +- {result.prefill.se_ms:.1f}",
             f"{1e3 / result.decode.ms:.0f}",
             f"{model.exported.pte_bytes / 2**20:.2f}",
-            f"{speedup:.2f}x" if speedup is not None else "1.00x",
+            _speedup(model),
+            f"{model.exported.program_quality.change_pct:+.1f} %",
         ]
-    interval = f"{ttft['mean_ms']:.1f} [{ttft['low_ms']:.1f}, {ttft['high_ms']:.1f}]"
-    return [model.name, f"{model.parameters / 1e6:.2f}M", *loss, *bits, interval, *measured]
+    return [model.title, f"{model.parameters / 1e6:.2f}M", *loss, *bits, _ttft(model), *measured]
+
+
+def _speedup(model: Model) -> str:
+    """Return the speed-up of the first prompt over the backbone's program."""
+    if model.backbone_quality is not None:
+        return "1.00x"
+    speedups = model.exported.speedups if model.exported is not None else {}
+    headline = next((name for name in speedups if name.startswith("prefill")), None)
+    return NONE if headline is None else f"{speedups[headline]:.2f}x"
+
+
+def _ttft(model: Model) -> str:
+    """Return the predicted TTFT with its interval."""
+    headline = next((name for name in model.predicted if name.startswith("prefill")), None)
+    if headline is None:
+        return NONE
+    ttft = model.predicted[headline]
+    return f"{ttft['mean_ms']:.1f} [{ttft['low_ms']:.1f}, {ttft['high_ms']:.1f}]"
 
 
 QUANTIZATION_COLUMNS = (
@@ -69,13 +88,22 @@ def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
     quantization-aware training (QAT), on the same held-out tokens [nats a token]. Perplexity
     changes are relative to the float model with the same weights [%].
     """
+    shown = {model.qat_exported.name for model in models if model.qat_exported is not None}
+    unknown = [NONE, NONE]
     lines = []
     for model in models:
         if model.exported is None:
             continue
         plain, qat = model.exported.program_quality, model.qat_exported
-        line = [model.name, f"{plain.float_loss:.3f}", *_rounded(plain)]
-        lines.append([*line, *(_rounded(qat.program_quality) if qat else [NONE, NONE])])
+        line = [model.title, f"{plain.float_loss:.3f}"]
+        if not is_qat(model.trained):
+            lines.append([
+                *line,
+                *_rounded(plain),
+                *(_rounded(qat.program_quality) if qat else unknown),
+            ])
+        elif model.name not in shown:
+            lines.append([*line, *unknown, *_rounded(plain)])
     return lines
 
 

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from flash.report.data import ReportData, TrialPoint
-from flash.report.style import BLUE, GRAY, GREEN, ORANGE, hover_text, layout, trial_label
+from flash.report.data import StudyData, TrialPoint
+from flash.report.outliers import show_most, spread
+from flash.report.style import BLUE, GRAY, GREEN, ORANGE, hover_text, layout
 
 
-def learning_curves(data: ReportData) -> go.Figure:
+def learning_curves(data: StudyData) -> go.Figure:
     """Plot the training loss along every trial, and mark the ends of stopped trials."""
     groups = (
-        ("trials", GRAY, 1, [trial for trial in data.trials if trial.name is None]),
+        ("trials", GRAY, 1, [trial for trial in data.trials if not trial.frontier]),
         ("stopped early", ORANGE, 1, data.stopped),
         ("frontier", BLUE, 2, data.frontier),
     )
@@ -43,7 +44,15 @@ def learning_curves(data: ReportData) -> go.Figure:
         )
     layout(figure, "tokens", "training loss [nats/token]")
     # A log scale: the first steps after pruning lie far above the range of interest.
-    return figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log")
+    curves = [
+        (tokens, loss, hover_text(trial))
+        for trial in [*data.trials, *data.stopped]
+        for tokens, loss in trial.curve
+        if loss > 0
+    ]
+    show_most(figure, [("", curves)], log_y=True)
+    return figure
 
 
 def _joined_curves(
@@ -56,11 +65,11 @@ def _joined_curves(
     for trial in trials:
         x += [*(tokens for tokens, _ in trial.curve), None]
         y += [*(loss for _, loss in trial.curve), None]
-        text += [hover_text(trial)] * (len(trial.curve) + 1)
+        text += [trial.name] * (len(trial.curve) + 1)
     return x, y, text
 
 
-def promotion(data: ReportData) -> go.Figure:
+def promotion(data: StudyData) -> go.Figure:
     """Plot the losses of promoted trials after the short and the longer training."""
     promoted = data.promotion
     assert promoted is not None
@@ -85,7 +94,7 @@ def promotion(data: ReportData) -> go.Figure:
             showlegend=False,
         )
     layout(figure)
-    names = [f"{trial_label(trial)}  {trial.loss:.3f}" for trial, _ in promoted.losses]
+    names = [f"{trial.name}  {trial.loss:.3f}" for trial, _ in promoted.losses]
     _annotate(figure, 0, ends[0], names)
     _annotate(figure, 1, ends[1], [f"{loss:.3f}" for _, loss in promoted.losses])
     tau = promoted.kendall_tau
@@ -109,9 +118,10 @@ def promotion(data: ReportData) -> go.Figure:
 
 
 def _normalize(values: Sequence[float]) -> list[float]:
-    """Scale values linearly so that the lowest is 0 and the highest 1."""
-    low, high = min(values), max(values)
-    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+    """Scale values linearly so that the lowest is 0 and the highest 1; outliers are at the ends."""
+    low, high = spread(values)
+    scaled = [(value - low) / (high - low) if high > low else 0.5 for value in values]
+    return [min(max(value, 0.0), 1.0) for value in scaled]
 
 
 _LINE_HEIGHT = 0.065
@@ -139,10 +149,10 @@ def _annotate(figure: go.Figure, x: int, places: Sequence[float], texts: Sequenc
         )
 
 
-def recovery(data: ReportData) -> go.Figure:
+def recovery(data: StudyData) -> go.Figure:
     """Plot the held-out loss of each winner: pruned, after its trial, after final training."""
     winners = [model for model in data.models[1:] if model.trained is not None]
-    by_name = {trial.name: trial for trial in data.trials if trial.name is not None}
+    by_name = {trial.name: trial for trial in [*data.trials, *data.stopped]}
     figure = go.Figure()
     series = (
         ("pruned", GRAY, [m.trained.before.loss for m in winners if m.trained]),
@@ -152,9 +162,12 @@ def recovery(data: ReportData) -> go.Figure:
     for name, color, values in series:
         figure.add_bar(x=[m.name for m in winners], y=values, name=name, marker_color=color)
     assert data.backbone.backbone_quality is not None
-    figure.add_hline(
-        y=data.backbone.backbone_quality["loss"],
+    figure.add_scatter(
+        x=[m.name for m in winners],
+        y=[data.backbone.backbone_quality["loss"]] * len(winners),
+        name="backbone",
+        mode="lines+markers",
         line={"dash": "dot", "color": GREEN},
-        annotation_text="backbone",
+        marker={"symbol": "diamond", "size": 9},
     )
     return layout(figure, "", "held-out loss [nats/token]")

@@ -5,7 +5,7 @@ from typing import Any
 
 from flash.paths import Runs
 from flash.report.data import Model, ReportData
-from flash.report.figures import all_figures
+from flash.report.figures import all_figures, comparison_figures
 from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.links import find_url
 from flash.tracking.settings import LoggerSettings
@@ -16,20 +16,29 @@ _QUALITIES = ("loss", "bits_per_byte")
 
 
 def log_report(data: ReportData, runs: Runs, logger: LoggerSettings) -> None:
-    """Log a report as a run of the group of its study."""
-    backbone = data.backbone.name
+    """Log a report as a run of the group of its study, or of all of them."""
+    names = [study.name for study in data.studies]
     info = RunInfo(
         job=JobType.report,
-        name=f"report {data.study}",
+        name=" ".join(["report", *names]),
         key="",  # a report that is made again is the same run
-        group=data.study,
-        tags={"backbone": backbone},
+        group=",".join(names) or "report",
+        tags={"backbone": data.models[0].name} if data.models else {},
         folder=runs.report.parent,
     )
     with open_tracker(logger, runs.logs, info) as tracker:
         columns, rows = result_table(data.models, runs)
         tracker.log_table("result", columns, rows)
-        tracker.log_figures(lambda: all_figures(data))
+        tracker.log_figures(lambda: _figures(data))
+
+
+def _figures(data: ReportData) -> dict[str, Any]:
+    """Draw all figures of the page; those of several studies have the study in their names."""
+    figures: dict[str, Any] = comparison_figures(data.studies)
+    for study in data.studies:
+        prefix = f"{study.name}/" if len(data.studies) > 1 else ""
+        figures |= {f"{prefix}{name}": figure for name, figure in all_figures(study).items()}
+    return figures
 
 
 def result_table(models: Sequence[Model], runs: Runs) -> tuple[list[str], list[list[Any]]]:

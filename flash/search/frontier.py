@@ -6,21 +6,13 @@ from typing import Any
 
 import yaml
 
-from flash.arch import ArchSpec
 from flash.errors import InputError
-from flash.records import digest, write_json, write_text
+from flash.records import write_json, write_text
 from flash.search.loop import frontier, hypervolume_history
+from flash.search.names import arch_name
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
 from flash.search.study import Trial
-
-
-def arch_name(study: str, trial: int, spec: ArchSpec) -> str:
-    """Return the name of an architecture that a search found, such as `tiny_12_a3f9`.
-
-    The same trial of another study of this name, which was begun anew, has another hash.
-    """
-    return f"{study}_{trial}_{digest(spec.to_dict(), 4)}"
 
 
 def write_frontier(

@@ -1,12 +1,13 @@
 """Logging of a search: each trial as it ends, the best so far, tables and figures at the end."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from flash.arch import ArchSpec, Attention, count_parameters
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.objectives import Problem
-from flash.search.study import Trial
+from flash.search.study import Study, Trial
 from flash.tracking.tracker import Tracker
 
 Draw = Callable[[], Mapping[str, Any]]
@@ -136,6 +137,22 @@ def log_study(tracker: Tracker, report: Mapping[str, Any], draw: Draw) -> None:
     columns, rows = trial_table(report)
     tracker.log_table("search/trials", columns, rows)
     tracker.log_figures(draw)
+
+
+_MOST_CURVES = 500
+"""Most trials whose curves optuna-dashboard shows, which loads a study again every few seconds."""
+
+
+def show_curves(study: Study, num_trials: int, draw: Draw) -> None:
+    """Show the learning curves of a study in optuna-dashboard, if it is installed.
+
+    Its own plot of intermediate values is for studies with one objective; a search has several.
+    """
+    if find_spec("optuna_dashboard") is None or num_trials > _MOST_CURVES:
+        return
+    curves = draw().get("learning_curves")
+    if curves is not None:
+        study.show("learning_curves", curves)
 
 
 def trial_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

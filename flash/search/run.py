@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
 from flash.errors import InputError, require, shown
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
+from flash.origin import origin
 from flash.outcome import note
 from flash.paths import Runs
 from flash.records import digest, find_json, plain, write_json, write_text
@@ -25,7 +26,7 @@ from flash.search.job import (
     open_workspace,
     problem_of,
 )
-from flash.search.logs import SearchLog, log_study
+from flash.search.logs import SearchLog, log_study, show_curves
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem
 from flash.search.promote import promote
@@ -53,7 +54,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
 
     Args:
         settings: Settings of `search.py`.
-        figures: Draws the figures for the W&B run of the search.
+        figures: Draws the figures for the W&B run of the search and for optuna-dashboard.
 
     Returns:
         The content of `frontier.json`; of another stage, its report.
@@ -180,7 +181,9 @@ def _stage_two(
         )
         report = _write(job, study, latency, problem, trials)
         if settings.worker == 0:  # the others would log the same
-            log_study(tracker, report, partial(figures, runs, name))
+            draw = cache(partial(figures, runs, name))
+            log_study(tracker, report, draw)
+            show_curves(study, len(trials), draw)
             _publish(job, report, tracker)
     return report
 
@@ -336,6 +339,7 @@ def _write(
             "device": job.workspace.device.identity(),
             "workload": plain(settings.device.workload),
             "settings": plain(settings),
+            "origin": origin(),
         },
     )
 

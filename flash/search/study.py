@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -22,14 +22,18 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from flash.arch import ArchSpec, Choices, SearchSpace
+from flash.arch import ArchSpec, Choices, SearchSpace, count_parameters
 from flash.compat.optuna import TrialStorage
 from flash.errors import InputError, under
 from flash.search.fingerprint import check_fingerprint
+from flash.search.names import arch_name
 from flash.search.objectives import Objective
 from flash.search.settings import SearchSettings
 from flash.search.storage import connect
 from flash.search.workers import Lock, Owner
+
+if TYPE_CHECKING:  # only drawn figures are shown
+    import plotly.graph_objects as go
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +171,8 @@ class Study:
         if planned is None:
             return
         first, _ = planned["batch"]
-        for row in planned["rows"][len(self.trials()) - first :]:
+        there = len(self.trials())
+        for number, row in enumerate(planned["rows"][there - first :], there):
             with under(f"study {self.name}: planned trial: spec"):
                 spec = ArchSpec.from_dict(row["spec"])
             distributions = _distributions(space, spec)
@@ -177,8 +182,12 @@ class Study:
                     params=_params(spec, distributions),
                     distributions=distributions,
                     user_attrs={
-                        "spec": row["spec"],
+                        # For the dashboard, which plots attributes that are numbers.
+                        "name": arch_name(self.name, number, spec),
                         "pattern": spec.pattern,
+                        "parameters": count_parameters(spec).total,
+                        **row["costs"],
+                        "spec": row["spec"],
                         "costs": row["costs"],
                         "batch": planned["batch"],
                     },
@@ -224,7 +233,7 @@ class Study:
         """Record the result of a trial; `info` must be plain JSON values."""
         with self.lock():
             if self._is_mine(trial):
-                self._set(trial, "info", dict(info))
+                self._record(trial, info)
                 costs = [trial.costs[objective.value] for objective in self.objectives[1:]]
                 self._study.tell(trial.number, (loss, *costs))
             return self._get(trial.number)
@@ -240,7 +249,7 @@ class Study:
         """Record that a trial was stopped early; `info` holds `estimate`, its predicted loss."""
         with self.lock():
             if self._is_mine(trial):
-                self._set(trial, "info", dict(info))
+                self._record(trial, info)
                 self._set(trial, "reason", reason)
                 self._study.tell(trial.number, state=TrialState.PRUNED)
             return self._get(trial.number)
@@ -275,6 +284,13 @@ class Study:
                     _log.warning("trial %d was interrupted %d times: failed", trial.number, crashes)
                     self._fail(trial, f"its process died {crashes} times")
 
+    def show(self, name: str, figure: "go.Figure") -> None:
+        """Show a figure below the plots of optuna-dashboard, which must be installed."""
+        from optuna_dashboard import save_plotly_graph_object
+
+        with self.lock():
+            save_plotly_graph_object(self._study, figure, graph_object_id=name)
+
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return a plain JSON value that one worker computes once and the study stores."""
         with self.lock():
@@ -297,6 +313,12 @@ class Study:
 
     def _owner_of(self, trial: Trial) -> dict[str, Any]:
         return self._storage.user_attrs(trial.number)["owner"]
+
+    def _record(self, trial: Trial, info: Mapping[str, Any]) -> None:
+        """Store the facts of an evaluation, and its curve of losses for the dashboard."""
+        self._set(trial, "info", dict(info))
+        for tokens, loss in info.get("curve", []):
+            self._storage.report(trial.number, round(tokens), loss)
 
     def _fail(self, trial: Trial, reason: str) -> None:
         self._set(trial, "reason", reason)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
+from flash.origin import origin
 from flash.records import find_json, write_json
 
 LAST = "last.ckpt"
@@ -71,6 +72,8 @@ class TrainResult:
         key: Hash of all inputs and settings that affect the result; if it is unchanged, the run is
             not repeated.
         settings: Settings of the run as plain values.
+        origin: Command, date, commit, versions and machine (`flash.origin`); empty in results of
+            older versions.
     """
 
     name: str
@@ -81,6 +84,7 @@ class TrainResult:
     fit: FitResult
     key: str
     settings: dict[str, Any]
+    origin: dict[str, Any] = dataclasses.field(default_factory=origin, compare=False)
 
     @property
     def change(self) -> str:
@@ -115,4 +119,4 @@ class TrainResult:
             "after": ValidationMetrics(**values["after"]),
             "fit": FitResult(**values["fit"]),
         }
-        return cls(**{**values, **nested})
+        return cls(**{"origin": {}, **values, **nested})

@@ -47,6 +47,24 @@ def test_a_trial_goes_back_to_the_queue_under_its_number(study):
         assert states(study) == [TrialState.WAITING, TrialState.WAITING]
 
 
+def test_a_trial_of_several_objectives_has_intermediate_values(tmp_path):
+    with contract(
+        "set_trial_intermediate_value of Optuna's storage",
+        "flash.compat.optuna.TrialStorage.report",
+        "show the learning curve of a trial in optuna-dashboard",
+    ):
+        from flash.compat.optuna import TrialStorage
+
+        study = optuna.create_study(
+            storage=f"sqlite:///{tmp_path / 'two.db'}", directions=["minimize"] * 2
+        )
+        trial = study.ask()
+        for value in (5.5, 4.5):
+            TrialStorage(study).report(trial.number, 256, value)
+        study.tell(trial, (4.0, 10.0))
+        assert study.trials[0].intermediate_values == {256: 4.5}
+
+
 def test_trials_without_heartbeats_are_stale(study):
     with contract(
         "Optuna's BaseHeartbeat.record_heartbeat or _get_stale_trial_ids",

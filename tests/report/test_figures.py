@@ -6,10 +6,11 @@ from optuna.trial import TrialState
 
 from flash.arch import Attention, parse_pattern
 from flash.paths import Runs
-from flash.report.data import read
 from flash.report.figures import all_figures
+from flash.report.outliers import spread
 from flash.report.page import CAPTIONS, render
 from flash.report.pattern_figures import kind_shares, mixed_neighbor_share
+from flash.report.reading import read, read_study
 from flash.search.objectives import Objective
 from flash.search.settings import Sampler
 from tests.report.toy_study import with_curves, write_promotion, write_study
@@ -30,7 +31,7 @@ def runs(tmp_path):
 
 
 def figures_of(runs):
-    return all_figures(read(runs))
+    return all_figures(read_study(runs, "toy"))
 
 
 def shares(*patterns, places):
@@ -139,9 +140,8 @@ def test_curves_of_stopped_trials_end_in_a_mark(runs, trials):
     assert all("it is hopeless" in text for text in ends.text)
     drawn = sum(list(t.x).count(None) for t in traces.values() if t.mode == "lines")
     assert drawn == len(trials)
-    data = read(runs)
-    assert [trial.number for trial in data.stopped] == sorted(STOPPED)
-    assert "2 stopped early" in render(data)
+    assert [trial.number for trial in read_study(runs, "toy").stopped] == sorted(STOPPED)
+    assert "2 stopped early" in render(read(runs))
 
 
 def test_a_stopped_trial_is_shown_at_its_predicted_loss(runs, trials):
@@ -149,6 +149,36 @@ def test_a_stopped_trial_is_shown_at_its_predicted_loss(runs, trials):
     traces = {trace.name: trace for trace in figures_of(runs)["frontier"].data}
     shown = traces["stopped early (predicted loss)"]
     assert list(shown.y) == [trials[number].loss for number in sorted(STOPPED)]
+
+
+def test_one_outlier_does_not_stretch_the_axes_and_is_marked(runs, trials):
+    trials = [replace(t, loss=97.0) if t.number == 5 else t for t in trials]
+    report = write_study(runs, trials, FOUR)
+    figure = figures_of(runs)["frontier"]
+    low, high = figure.layout.yaxis.range
+    ends = [trials[number].loss for number in report["frontier"]]
+    assert low < min(ends) <= max(ends) < high < 10
+    marks = [trace for trace in figure.data if trace.meta == "beyond"]
+    assert [list(mark.y) for mark in marks] == [[high]] * 3  # at the border of each panel
+    assert all("loss 97.000" in mark.text[0] for mark in marks)
+    assert figure.layout.meta["all"]["yaxis2.range"][1] > 97
+    axes = {d.label: d for d in figures_of(runs)["parallel_coordinates"].data[0].dimensions}
+    assert axes["loss [nats]"].range[1] < 10
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9, 1000], (1, 9)),
+        ([5, 5, 5, 5, 5, 5, 5, 5, 6, 7, 900], (5, 7)),
+        ([3.856, 3.854, 3.843, 3.823, 3.334, 3.182], (3.182, 3.856)),  # two of six
+        ([1, 2, 50], (1, 50)),
+        ([4, 4, 4, 4, 4], (4, 4)),
+        ([1, 2, 3, 4, 5, float("nan"), float("inf")], (1, 5)),
+    ],
+)
+def test_the_range_of_most_values(values, ends):
+    assert spread(values) == ends
 
 
 def test_promotion_says_how_many_pairs_turned_and_which(runs, trials):

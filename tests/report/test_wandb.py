@@ -9,8 +9,8 @@ import pytest
 from optuna.trial import TrialState
 
 from flash.paths import Runs
-from flash.report.data import read
 from flash.report.figures import all_figures, study_figures
+from flash.report.reading import read, read_study
 from flash.report.wandb_run import log_report, result_table
 from flash.search.logs import SearchLog, log_study, trial_table
 from flash.search.loop import frontier, hypervolume_history
@@ -58,7 +58,7 @@ def test_the_report_logs_every_figure_of_the_page_and_its_table_in_numbers(writt
     data = read(runs)
     log_report(data, runs, LoggerSettings(name="wandb", project="p", offline=True))
     log_report(data, runs, LoggerSettings(name="wandb", project="p", offline=True))
-    assert media(runs, "plotly").keys() == all_figures(data).keys()
+    assert media(runs, "plotly").keys() == all_figures(read_study(runs, "toy")).keys()
     first, second = read_runs(runs.logs)
     assert first.run.run_id == second.run.run_id
     assert (first.run.run_group, first.run.job_type, first.run.project) == ("toy", "report", "p")

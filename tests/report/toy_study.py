@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from optuna.trial import TrialState
 
+from flash.arch import ArchSpec
+from flash.device.measurement import Latency, Measurement
+from flash.export.result import ExportResult, ProgramQuality
 from flash.paths import Runs
 from flash.records import write_text
 from flash.search.frontier import write_report
@@ -15,6 +18,7 @@ from flash.search.loop import frontier
 from flash.search.objectives import Objective
 from flash.search.promote import compare
 from flash.search.study import Trial
+from flash.training.result import FitResult, TrainResult, ValidationMetrics
 from tests.search import toy_search as toy
 
 TWO = (Objective.quality, Objective.prefill)
@@ -94,3 +98,51 @@ def write_promotion(runs: Runs, report: dict[str, Any], k: int) -> None:
         rows.append({**row, "long_loss": row["loss"] - float(rng.uniform(0.2, 0.8))})
     promoted = {"tokens": 8192, "trials": rows, **compare(rows)}
     write_text(runs.study("toy") / "promoted.json", json.dumps(promoted))
+
+
+def rename_study(runs: Runs, name: str, device: str) -> None:
+    """Write a copy of the toy study under another name and for another, slower device."""
+    report = json.loads((runs.study("toy") / "frontier.json").read_text())
+    for trial in report["trials"]:
+        trial["costs"] = {
+            key: 1.7 * value if key.endswith("_ms") else value
+            for key, value in trial["costs"].items()
+        }
+        trial["latency_ms"] *= 1.7
+    names = {number: f"{name}_{number}" for number in report["names"]}
+    values = {**report, "study": name, "names": names, "device": {"device": device}}
+    write_text(runs.study(name) / "frontier.json", json.dumps(values))
+
+
+QUALITY = ValidationMetrics(2.5, 1.2, 4096)
+
+
+def write_model(runs: Runs, name: str, spec: ArchSpec, device: str | None = None) -> None:
+    """Write the results of training and export of a model, as `train` and `export` do."""
+    after = replace(QUALITY, loss=2.25)
+    fit = FitResult(steps=4, tokens=4096, tokens_per_s=1e4, mfu=0.1, peak_rss_mib=100.0)
+    settings = {"recipe": {"qat": False}}
+    TrainResult(name, spec, 1, QUALITY, after, fit, "0", settings).write(runs.model(name))
+    latencies = {"prefill_64": Latency(ms=11.5, se_ms=0.1), "decode_64": Latency(ms=1.1, se_ms=0.0)}
+    measurement = Measurement(
+        name=name, latencies=latencies, load_ms=1.0, peak_rss_mib=10.0, model_rss_mib=5.0
+    )
+    ExportResult(
+        name=name,
+        spec=spec,
+        parameters=1,
+        quality=after,
+        program_quality=ProgramQuality(2.25, 2.3, 511, 0.9),
+        pte_bytes=2**20,
+        gate={},
+        measurement=measurement,
+        reference=None,
+        speedups={},
+        predicted=None,
+        prompt="def ",
+        completion="main(): <b>",
+        device={"device": device},
+        lower_s=1.0,
+        key="0",
+    ).write(runs.export(name))
+    (runs.export(name) / "model.pte").write_bytes(b"")

@@ -2,24 +2,32 @@
 
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
+import plotly.graph_objects as go
 import pytest
 
+from flash.arch import count_parameters
+from flash.search.logs import show_curves
 from flash.search.loop import EvaluationError, Quality
+from flash.search.names import arch_name
+from flash.search.study import reopen_study
 from tests.search import toy_search as toy
+
+CURVE = [[256.0, 5.5], [512.0, 4.5]]
 
 
 def evaluate(spec, number, watch):
     if number == 3:
         raise EvaluationError("out of memory")
-    return Quality(toy.loss(spec), {"tokens": 512})
+    return Quality(toy.loss(spec), {"tokens": 512, "curve": CURVE})
 
 
 def free_port():
@@ -62,6 +70,8 @@ def opened(tmp_path_factory):
     """Trials of a study, and the same study as the dashboard reports it."""
     path = tmp_path_factory.mktemp("study") / "study.db"
     trials = toy.run(path, trials=12, evaluate=evaluate)
+    figure = go.Figure(go.Scatter(x=[256, 512], y=[5.5, 4.5], name="curve of a trial"))
+    show_curves(reopen_study(path, "toy"), 12, lambda: {"learning_curves": figure})
     with dashboard(f"sqlite:///{path}") as get:
         (summary,) = get("/api/studies")["study_summaries"]
         study = get(f"/api/studies/{summary['study_id']}")
@@ -96,8 +106,56 @@ def test_parameters_that_all_trials_have_can_be_compared(opened):
     assert {"num_layers", "model_dim", "ffn_dim", "layer_00"} <= common
 
 
+def attributes(shown):
+    return {attr["key"]: attr["value"] for attr in shown["user_attrs"]}
+
+
+def test_costs_and_size_are_numbers_that_the_dashboard_can_plot(opened):
+    trials, study = opened
+    sortable = {attr["key"] for attr in study["union_user_attrs"] if attr["sortable"]}
+    assert {*trials[0].costs, "parameters"} <= sortable
+    for shown, trial in zip(study["trials"], trials, strict=True):
+        found = attributes(shown)
+        assert {key: float(found[key]) for key in trial.costs} == trial.costs
+        assert found["parameters"] == str(count_parameters(trial.spec).total)
+
+
+def test_every_trial_has_the_name_of_its_architecture(opened):
+    trials, study = opened
+    for shown, trial in zip(study["trials"], trials, strict=True):
+        name = attributes(shown)["name"].strip('"')
+        assert name == arch_name("toy", trial.number, trial.spec)
+
+
+def test_the_curve_of_a_trial_is_its_intermediate_values(opened):
+    trials, study = opened
+    assert study["has_intermediate_values"]
+    for shown, trial in zip(study["trials"], trials, strict=True):
+        points = [[each["step"], each["value"]] for each in shown["intermediate_values"]]
+        assert points == (CURVE if trial.complete else [])
+
+
+def test_the_learning_curves_are_a_plot_of_the_study(opened):
+    _, study = opened
+    (plot,) = study["plotly_graph_objects"]
+    assert plot["id"] == "learning_curves"
+    assert json.loads(plot["graph_object"])["data"][0]["name"] == "curve of a trial"
+
+
+def test_a_study_of_an_older_version_goes_on(tmp_path):
+    path = tmp_path / "study.db"
+    toy.run(path, trials=8, evaluate=evaluate)
+    with closing(sqlite3.connect(path)) as database, database:
+        new = "key in ('name', 'parameters') or key like '%_ms' or key like '%_mib'"
+        database.execute(f"delete from trial_user_attributes where {new}")
+        database.execute("delete from trial_intermediate_values")
+    trials = toy.run(path, trials=12, evaluate=evaluate)
+    assert sum(trial.complete for trial in trials) == 11
+    assert all(trial.costs["prefill_ms"] > 0 for trial in trials)
+
+
 def test_a_failed_trial_says_why(opened):
     _, study = opened
-    attrs = {attr["key"]: attr["value"] for attr in study["trials"][3]["user_attrs"]}
+    attrs = attributes(study["trials"][3])
     assert study["trials"][3]["state"] == "Fail"
     assert "out of memory" in attrs["reason"]

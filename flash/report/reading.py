@@ -1,0 +1,390 @@
+"""Reading of a `runs` folder for the report.
+
+The report only looks at results. So a file that is missing or damaged is a sentence on the page and
+in the terminal, and all others are still shown.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flash.arch import ArchSpec
+from flash.commands import command
+from flash.errors import InputError, nearest, under
+from flash.evaluation.suites import SuiteResult
+from flash.export.result import ExportResult
+from flash.paths import Runs
+from flash.records import find_json, read_json
+from flash.report.data import (
+    Model,
+    Promotion,
+    ReportData,
+    StudyData,
+    TrialPoint,
+    UnratedTrial,
+    device_name,
+    is_qat,
+)
+from flash.search.names import arch_name
+from flash.training.result import TrainResult
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def read(runs: Runs, studies: Sequence[str] = ()) -> ReportData:
+    """Read studies and models.
+
+    Args:
+        runs: Folder with all results.
+        studies: Names of studies to show; without any the latest that is finished.
+
+    Raises:
+        InputError: There is no study of a name, or nothing to report.
+    """
+    reader = _Reader(runs)
+    return reader.report(reader.chosen(studies))
+
+
+def read_study(runs: Runs, name: str) -> StudyData:
+    """Read one finished study, and log what is missing or damaged.
+
+    Raises:
+        InputError: There is no study of this name, or its `frontier.json` is damaged.
+    """
+    reader = _Reader(runs)
+    found = reader.study(name)
+    for fault in reader.faults:
+        _log.warning("%s", fault)
+    if found is None:
+        raise InputError(reader.faults[-1])
+    return found
+
+
+class _Reader:
+    """Reader of one `runs` folder, which gathers sentences on what it cannot read.
+
+    Args:
+        runs: Folder with all results.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self.faults: list[str] = []
+        self._trained: dict[str, TrainResult] | None = None
+        self._exported: dict[str, ExportResult] | None = None
+
+    def look(self, read: Callable[[], T | None]) -> T | None:
+        """Return what `read` returns; None if a file is damaged, which becomes a fault."""
+        try:
+            return read()
+        except InputError as error:
+            self.faults.append(str(error))
+        except OSError as error:
+            self.faults.append(f"{error.filename}: cannot be read ({error.strerror})")
+        return None
+
+    def chosen(self, names: Sequence[str]) -> Sequence[str]:
+        """Return the names of the studies to show.
+
+        Raises:
+            InputError: There is no study of a name.
+        """
+        folder = self.runs.root / "studies"
+        there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        for name in names:
+            if name not in there:
+                hint = nearest(name, there) if there else f"run {command('search')}"
+                raise InputError(f"--study {name}: no such study in {folder}; {hint}")
+        if names:
+            return list(dict.fromkeys(names))
+        finished = sorted(folder.glob("*/frontier.json"), key=lambda path: path.stat().st_mtime)
+        return [path.parent.name for path in finished[-1:]]
+
+    def report(self, names: Sequence[str]) -> ReportData:
+        """Read all that the report shows.
+
+        Raises:
+            InputError: There is nothing to report.
+        """
+        studies = [found for name in names if (found := self.study(name)) is not None]
+        shown = {model.name for study in studies for model in study.models}
+        others = [
+            self._artifacts(Model(name, spec, trained=trained, exported=exported))
+            for name, spec, trained, exported in self._results()
+            if name not in shown and not self._is_of_another_study(name, names)
+        ]
+        data = ReportData(self.runs.root, studies, others, [], self.faults)
+        if not data.models and not self.faults:
+            raise InputError(
+                f"{self.runs.root}: no finished search and no trained or exported model; run "
+                f"{command('search')}"
+            )
+        evaluations = self._evaluations(data.models)
+        return replace(data, evaluations=evaluations, links=self._links(data))
+
+    def _links(self, data: ReportData) -> dict[Path, str]:
+        """Read the links to W&B runs, which are beside the results."""
+        folders = [self.runs.study(study.name) for study in data.studies]
+        for model in data.models:
+            folders += [self.runs.model(model.trained.name)] if model.trained else []
+            folders += [self.runs.export(model.exported.name)] if model.exported else []
+        found = {
+            folder: self.look(
+                lambda path=folder / "wandb.json": find_json(
+                    path, lambda values: values["url"], "log the result again"
+                )
+            )
+            for folder in folders
+        }
+        return {folder: url for folder, url in found.items() if url is not None}
+
+    def study(self, name: str) -> StudyData | None:
+        """Read one study; None if it is not finished or damaged, which becomes a fault."""
+        path = self.runs.study(name) / "frontier.json"
+        if not path.is_file():
+            self.faults.append(
+                f"{path}: missing, since the search has not finished; run {command('search')} "
+                f"search.study={name} with its settings"
+            )
+            return None
+        again = f"run {command('search')} again"
+        study = self.look(lambda: read_json(path, lambda values: _study(name, values), again))
+        if study is None:
+            return None
+        study = study.with_models(self._models(study))
+        promotion = self.look(
+            lambda: find_json(
+                path.with_name("promoted.json"),
+                lambda values: _promotion(values, study.trials),
+                f"run {command('search')} stage=promote again",
+            )
+        )
+        return replace(study, promotion=promotion)
+
+    def _results(
+        self,
+    ) -> list[tuple[str, ArchSpec, TrainResult | None, ExportResult | None]]:
+        """List name, architecture and results of every trained or exported model."""
+        listed = []
+        for name in dict.fromkeys([*self._trainings(), *self._exports()]):
+            trained, exported = self._trainings().get(name), self._exports().get(name)
+            spec = trained.spec if trained else exported.spec if exported else None
+            assert spec is not None
+            if exported is not None and exported.spec != spec:
+                exported = None  # a result of an earlier model of this name
+            listed.append((name, spec, trained, exported))
+        return listed
+
+    def _trainings(self) -> dict[str, TrainResult]:
+        if self._trained is None:
+            found = {
+                path.parent.name: self.look(lambda path=path: TrainResult.read(path.parent))
+                for path in sorted((self.runs.root / "models").glob("*/result.json"))
+            }
+            self._trained = {name: result for name, result in found.items() if result is not None}
+        return self._trained
+
+    def _exports(self) -> dict[str, ExportResult]:
+        if self._exported is None:
+            found = {
+                path.parent.name: self.look(lambda path=path: ExportResult.read(path.parent))
+                for path in sorted((self.runs.root / "exports").glob("*/export.json"))
+            }
+            self._exported = {name: result for name, result in found.items() if result is not None}
+        return self._exported
+
+    def _is_of_another_study(self, name: str, names: Sequence[str]) -> bool:
+        """Check whether a result belongs to an architecture of a study that is not shown."""
+        folder = self.runs.root / "studies"
+        others = [path.name for path in folder.glob("*") if path.name not in names]
+        return any(name.startswith(f"{other}_") for other in others)
+
+    def _models(self, study: StudyData) -> list[Model]:
+        """Add the results of training and export to the models of a study."""
+        backbone, *winners = study.models
+        listed = {model.name for model in winners}
+        predicted = study.search["predicted"]
+        further = [
+            Model(
+                trial.name,
+                trial.spec,
+                predicted.get(str(trial.number), {}),
+                study=study.name,
+                device=study.device_name,
+            )
+            for trial in [*study.trials, *study.stopped]
+            if trial.name not in listed
+            and (trial.name in self._trainings() or trial.name in self._exports())
+        ]
+        device = study.search["device"].get("device")
+        models = []
+        for model in [backbone, *winners, *further]:
+            trained = self._trainings().get(model.name)
+            found = replace(
+                model,
+                # A stored result may belong to an earlier search under the same name.
+                trained=trained if trained and trained.spec == model.spec else None,
+                exported=self._export_of(model, device),
+                qat_exported=self._qat_export(model.spec, device),
+            )
+            models.append(self._artifacts(found))
+        return models
+
+    def _export_of(self, model: Model, device: object) -> ExportResult | None:
+        """Find the export of a model for a device, which may be a part of the export's name."""
+        spec = model.spec.as_program()
+        found = [
+            (name, result)
+            for name, result in self._exports().items()
+            if (name == model.name or name.startswith(f"{model.name}-"))
+            and result.spec.as_program() == spec
+            and result.device.get("device") == device
+        ]
+        return min(found, key=lambda item: len(item[0]))[1] if found else None
+
+    def _qat_export(self, spec: ArchSpec, device: object) -> ExportResult | None:
+        """Find the export of a model of `spec` that was trained with quantization awareness."""
+        for name, exported in self._exports().items():
+            trained = self._trainings().get(name)
+            if trained is None or trained.spec != spec or exported.spec != spec:
+                continue
+            if is_qat(trained) and exported.device.get("device") == device:
+                return exported
+        return None
+
+    def _artifacts(self, model: Model) -> Model:
+        """Add the files of a model; a program that its result speaks of must be there."""
+        found: list[Path] = []
+        if model.trained is not None:
+            folder = self.runs.model(model.trained.name)
+            found += [path for path in sorted(folder.iterdir()) if path.is_dir()]
+        if model.exported is not None:
+            folder = self.runs.export(model.exported.name)
+            program = folder / "model.pte"
+            if program.is_file():
+                found.append(program)
+            else:
+                self.faults.append(f"{program}: missing; run {command('export')} again")
+        return replace(model, artifacts=tuple(found))
+
+    def _evaluations(self, models: Sequence[Model]) -> list[SuiteResult]:
+        specs = {model.name: model.spec for model in models}
+        found = [
+            self.look(lambda path=path: SuiteResult.read(path))
+            for name in specs
+            for path in sorted(self.runs.evaluation(name).glob("*.json"))
+        ]
+        return [r for r in found if r is not None and r.spec == specs.get(r.name)]
+
+
+_KEYS = (
+    "objective",
+    "objectives",
+    "reference",
+    "hypervolume",
+    "latency_scores",
+    "latency_points",
+    "latency_fitted",
+    "space",
+    "device",
+    "workload",
+    "settings",
+)
+"""Keys of `frontier.json` that figures read, besides those that are read here."""
+
+
+def _study(name: str, values: dict[str, Any]) -> StudyData:
+    """Build a study from `frontier.json`, without results of training and export."""
+    for key in _KEYS:
+        values[key]
+    names = {int(number): arch for number, arch in values["names"].items()}
+    winners = set(values["winners"])
+    rated = [
+        _trial(name, trial, names, trial["number"] in winners)
+        for trial in values["trials"]
+        if trial["state"] in {"complete", "pruned"}
+    ]
+    unrated = [
+        _unrated(name, trial)
+        for trial in values["trials"]
+        if trial["state"] not in {"complete", "pruned"}
+    ]
+    about = values["backbone"]
+    backbone = Model(
+        name=about["name"],
+        spec=ArchSpec.from_dict(about["spec"]),
+        predicted=about["predicted"],
+        study=name,
+        device=device_name(values),
+        backbone_quality=about["quality"],
+    )
+    trials = [trial for trial in rated if trial.reason is None]
+    found = [
+        Model(
+            trial.name,
+            trial.spec,
+            values["predicted"][str(trial.number)],
+            study=name,
+            device=device_name(values),
+        )
+        for trial in sorted(trials, key=lambda trial: trial.latency_ms)
+        if trial.winner
+    ]
+    stopped = [trial for trial in rated if trial.reason is not None]
+    return StudyData(name, values, trials, stopped, unrated, [backbone, *found], None)
+
+
+def _trial(study: str, trial: dict[str, Any], names: dict[int, str], winner: bool) -> TrialPoint:
+    extra, number, stopped = trial["extra"], trial["number"], trial["state"] == "pruned"
+    spec = _spec(trial)
+    return TrialPoint(
+        number=number,
+        name=names.get(number) or arch_name(study, number, spec),
+        spec=spec,
+        loss=extra["estimate"] if stopped else trial["loss"],
+        costs=trial["costs"],
+        latency_ms=trial["latency_ms"],
+        frontier=number in names and not stopped,
+        winner=winner,
+        curve=[(tokens, loss) for tokens, loss in extra.get("curve", [])],
+        reason=extra["reason"] if stopped else None,
+        seconds=extra.get("seconds"),
+    )
+
+
+def _unrated(study: str, trial: dict[str, Any]) -> UnratedTrial:
+    spec, number = _spec(trial), trial["number"]
+    return UnratedTrial(
+        number=number,
+        name=arch_name(study, number, spec),
+        spec=spec,
+        costs=trial["costs"],
+        state="failed" if trial["state"] == "fail" else trial["state"],
+        reason=trial["extra"].get("reason"),
+        seconds=trial["extra"].get("seconds"),
+    )
+
+
+def _spec(trial: dict[str, Any]) -> ArchSpec:
+    with under(f"trial {trial['number']}: spec"):
+        return ArchSpec.from_dict(trial["spec"])
+
+
+def _promotion(report: dict[str, Any], trials: list[TrialPoint]) -> Promotion | None:
+    by_number = {trial.number: trial for trial in trials}
+    losses = [
+        (by_number[row["number"]], row["long_loss"])
+        for row in report["trials"]
+        # A stored result may belong to an earlier study of the same name.
+        if row["number"] in by_number
+        and by_number[row["number"]].spec == ArchSpec.from_dict(row["spec"])
+        and row["long_loss"] is not None
+    ]
+    if not losses:
+        return None
+    return Promotion(
+        report["tokens"], losses, report["kendall_tau"], report["swapped"], report["pairs"]
+    )

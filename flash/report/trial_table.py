@@ -1,0 +1,151 @@
+"""Tables of trials: all of them, and studies side by side."""
+
+from collections.abc import Sequence
+
+from flash.arch import ArchSpec
+from flash.report.data import ReportData, StudyData, TrialPoint, UnratedTrial
+from flash.report.style import cost_name
+from flash.report.table import NONE
+from flash.search.objectives import Objective
+
+_COSTS = tuple(objective.value for objective in Objective if objective is not Objective.quality)
+
+
+def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of all trials of all studies, in order of their numbers.
+
+    Columns in which all cells are unknown are left out; so is that of the study if there is one.
+    """
+    keys = _cost_keys(data)
+    columns = [
+        "study",
+        "trial",
+        "state",
+        "loss [nats]",
+        *(cost_name(key) for key in keys),
+        "params",
+        "architecture",
+        "TTFT measured [ms]",
+        "final loss [nats]",
+        ".pte perplexity",
+        "time [s]",
+        "reason",
+    ]
+    lines = []
+    for study in data.studies:
+        trials: list[TrialPoint | UnratedTrial] = [*study.trials, *study.stopped, *study.unrated]
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            lines.append([study.name, *_row(trial, keys)])
+    kept = [
+        i
+        for i, column in enumerate(columns)
+        if any(line[i] != NONE for line in lines) and (column != "study" or len(data.studies) > 1)
+    ]
+    return [columns[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def _cost_keys(data: ReportData) -> list[str]:
+    """Return the costs that trials of any study know, in their usual order."""
+    known = {
+        key
+        for study in data.studies
+        for trial in [*study.trials, *study.stopped, *study.unrated]
+        for key in trial.costs
+    }
+    return [key for key in _COSTS if key in known]
+
+
+def _row(trial: TrialPoint | UnratedTrial, keys: Sequence[str]) -> list[str]:
+    loss, results = NONE, [NONE] * 3
+    if isinstance(trial, TrialPoint):
+        # A stopped trial has a predicted loss only.
+        loss = f"{trial.loss:.3f}" if trial.reason is None else f"{trial.loss:.3f} predicted"
+        results = _results(trial)
+    costs = [f"{trial.costs[key]:.4g}" if key in trial.costs else NONE for key in keys]
+    seconds = NONE if trial.seconds is None else f"{trial.seconds:.1f}"
+    parameters = f"{trial.parameters / 1e6:.2f}M"
+    return [
+        trial.name,
+        trial.state,
+        loss,
+        *costs,
+        parameters,
+        str(trial.spec),
+        *results,
+        seconds,
+        trial.reason or NONE,
+    ]
+
+
+def _results(trial: TrialPoint) -> list[str]:
+    """Return measured TTFT, final loss and change of perplexity of the model of a trial."""
+    trained = trial.model.trained if trial.model else None
+    exported = trial.model.exported if trial.model else None
+    return [
+        NONE if exported is None else f"{exported.measurement.prefill.ms:.1f}",
+        NONE if trained is None else f"{trained.after.loss:.3f}",
+        NONE if exported is None else f"{exported.program_quality.change_pct:+.1f} %",
+    ]
+
+
+STUDY_COLUMNS = (
+    "study",
+    "device",
+    "space",
+    "backbone",
+    "trials",
+    "failed",
+    "frontier",
+    "best loss [nats]",
+    "fastest TTFT [ms]",
+    "hypervolume",
+)
+
+
+def study_rows(studies: Sequence[StudyData]) -> list[list[str]]:
+    """Return a row of text for each study, in the order of `STUDY_COLUMNS`."""
+    lines = []
+    for study in studies:
+        front = study.frontier
+        best = min(front, key=lambda trial: trial.loss, default=None)
+        times = [trial.costs["prefill_ms"] for trial in front if "prefill_ms" in trial.costs]
+        volumes = study.search["hypervolume"]
+        lines.append([
+            study.name,
+            study.device,
+            study.search["space"]["name"],
+            study.backbone.name,
+            str(len(study.trials) + len(study.stopped) + len(study.unrated)),
+            str(study.failed),
+            str(len(front)),
+            NONE if best is None else f"{best.loss:.3f} ({best.name})",
+            f"{min(times):.1f}" if times else NONE,
+            f"{volumes[-1]:.3g}" if volumes else NONE,
+        ])
+    return lines
+
+
+def shared_rows(studies: Sequence[StudyData]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the architectures that are complete trials of all studies.
+
+    Only those are there that are on the frontier of one of them.
+    """
+    by_spec = [{trial.spec: trial for trial in study.trials} for study in studies]
+    shared: list[ArchSpec] = [
+        spec
+        for spec in by_spec[0]
+        if all(spec in others for others in by_spec)
+        and any(others[spec].frontier for others in by_spec)
+    ]
+    columns = ["architecture"]
+    for study in studies:
+        columns += [f"{study.name}: trial", f"{study.name}: loss", f"{study.name}: TTFT [ms]"]
+    lines = []
+    for spec in sorted(shared, key=lambda spec: by_spec[0][spec].latency_ms):
+        line = [str(spec)]
+        for trials in by_spec:
+            trial = trials[spec]
+            time = trial.costs.get("prefill_ms")
+            line += [trial.name, f"{trial.loss:.3f}", NONE if time is None else f"{time:.1f}"]
+        lines.append(line)
+    return columns, lines
