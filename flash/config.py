@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError
 
 from flash import commands, slurm, sweep, terminal
 from flash.bundled import CONF, bundled
@@ -81,6 +81,45 @@ def check_own_options(folder: Path) -> None:
                 f"{path}: {path.parent.name}={path.stem} comes with flash and would be used "
                 "instead; give the file another name"
             )
+
+
+_TARGETS = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
+"""Beginnings of the classes that an option file may name: parts of Hydra and of its plugins."""
+
+
+def check_targets(folder: Path) -> None:
+    """Check that option files have Hydra build nothing but parts of Hydra.
+
+    Hydra builds the callbacks of a configuration before anything else can look at it.
+
+    Args:
+        folder: Folder on the search path; its files may be someone else's.
+
+    Raises:
+        InputError: A file names another class; names the file.
+    """
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            values = yaml.safe_load(path.read_bytes())
+        except (yaml.YAMLError, OSError):  # an error of the command, if it uses the file
+            continue
+        for target in _targets_in(values):
+            if not str(target).startswith(_TARGETS):
+                raise InputError(
+                    f"{path}: _target_: {target}: expected a class of Hydra or of its plugins, as "
+                    "it would be called with everything that you may do; remove the file if it is "
+                    "not yours"
+                )
+
+
+def _targets_in(values: Any) -> Iterator[Any]:
+    """Iterate over all values of `_target_`, at any depth."""
+    if isinstance(values, dict):
+        if "_target_" in values:
+            yield values["_target_"]
+        values = list(values.values())
+    for value in values if isinstance(values, list) else []:
+        yield from _targets_in(value)
 
 
 def register() -> None:
@@ -169,7 +208,7 @@ def _prepare_folders() -> None:
     """Create the folder of found architectures, which Hydra reads, and check the user's options.
 
     Raises:
-        InputError: An option of the user has the name of one of flash.
+        InputError: An option of the user has the name of one of flash, or would call code.
     """
     runs = "runs"
     for argument in sys.argv[1:]:
@@ -178,6 +217,9 @@ def _prepare_folders() -> None:
     os.environ["FLASH_RUNS"] = str(Path(runs).resolve())
     Runs(Path(runs)).found_arch.mkdir(parents=True, exist_ok=True)
     check_own_options(Path("conf"))
+    for folder in _config_folders():
+        if not folder.resolve().is_relative_to(CONF.resolve()):
+            check_targets(folder)
 
 
 def _quiet_libraries() -> None:
@@ -214,7 +256,7 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, schema))
-    except MarkedYAMLError as error:  # a file of the user's own
+    except yaml.MarkedYAMLError as error:  # a file of the user's own
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"
         _fail(f"{where}: {error.problem}; correct the file")

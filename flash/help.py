@@ -6,6 +6,7 @@ Nothing is composed, so that help is quick and Hydra is not imported.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -62,7 +63,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "evaluate": [
         ("+arch=tiny_12_a3f9 limit=100", "100 questions a task"),
         ("+arch=tiny_12_a3f9 format=program", "the exported .pte"),
-        ("suite=paper_chat +arch=tiny_12_a3f9 suite.allow_code_execution=true", ""),
+        ("suite=paper_chat model=chatty suite.allow_code_execution=true", ""),
     ],
     "prepare": [
         ("data=files 'data.sources=[{path: texts/*.parquet}]' out=shards", ""),
@@ -172,6 +173,10 @@ def _screen(verb: str, arguments: Sequence[str]) -> str:
         value = "" if key.default is None else key.default
         text = f"  {f'{key.path}={value}':21s} {_first_sentence(key.doc)}"
         lines.append(wrap(text, " " * 24))
+    inner = [key.path for key in keys(ROOTS[verb], "") if "." in key.path]
+    for root, count in Counter(path.partition(".")[0] for path in inner).items():
+        if root not in known and root != "then":
+            lines.append(f"  {f'{root}.KEY':21s} {count} settings, shown by --help {root}")
     lines += ["", "More:"]
     if known:
         example = next(each for each in ("recipe", "device", "data") if each in known)

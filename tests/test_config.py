@@ -13,7 +13,7 @@ from flash import cli
 from flash.arch import ArchSpec
 from flash.bundled import CONF
 from flash.commands import begin
-from flash.config import ROOTS, entry, load, register
+from flash.config import ROOTS, check_targets, entry, load, register
 from flash.device.workload import Phase
 from flash.search.job import open_space
 from flash.search.objectives import Objective
@@ -322,3 +322,29 @@ def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):
     assert cli.main() == 0
     assert started == ["train"]
     assert sys.argv == ["flash", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {callbacks: {x: {_target_: os.mkdir, path: made}}}",
+        "hydra:\n  callbacks:\n    x: {'_target_': os.mkdir, path: made}",
+        'a: [{"\\x5ftarget_": "${oc.env:X}"}]',
+    ],
+)
+def test_files_of_a_working_directory_call_no_code(run, tmp_path, text):
+    for folder in ("conf/train/experiment", "runs/conf/arch"):
+        path = tmp_path / folder / "mine.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# @package _global_\n{text}\n", "utf-8")
+        code, err = run("train", "experiment=mine")
+        assert code == 2
+        assert "mine.yaml: _target_: " in err
+        assert not (tmp_path / "made").exists()
+        path.unlink()
+    launcher = tmp_path / "conf" / "train" / "experiment" / "queue.yaml"
+    name = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    launcher.write_text(
+        f"# @package _global_\nhydra: {{launcher: {{_target_: {name}}}}}\n", "utf-8"
+    )
+    check_targets(tmp_path / "conf")
