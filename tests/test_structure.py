@@ -17,7 +17,7 @@ ORDER = [
     "bundled",
     "terminal",
     "commands",
-    "origin",
+    "provenance",
     "packages",
     "renamed",
     "compat",

@@ -12,8 +12,8 @@ from flash.arch import ArchSpec
 from flash.device.base import Device
 from flash.device.measurement import Measurement
 from flash.errors import InputError
-from flash.origin import origin
 from flash.paths import Runs
+from flash.provenance import provenance
 from flash.records import digest, find_json, write_json
 from flash.renamed import present_keys
 from flash.training.result import ValidationMetrics
@@ -68,8 +68,8 @@ class ExportResult:
         lower_s: Time of the lowering [s].
         key: Hash of all inputs and settings that affect the result.
         weights: Hash of the exported checkpoint; empty in results of older versions.
-        origin: Command, date, commit, versions and machine (`flash.origin`); empty in results of
-            older versions.
+        provenance: Command, date, commit, versions and machine; empty in results of older
+            versions.
         conditions: `device_conditions` of the measurement; empty in results of older versions.
     """
 
@@ -90,7 +90,7 @@ class ExportResult:
     lower_s: float
     key: str
     weights: str = ""
-    origin: dict[str, Any] = dataclasses.field(default_factory=origin, compare=False)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=provenance, compare=False)
     conditions: str = ""
 
     def write(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class ExportResult:
             "program_quality": ProgramQuality(**values["program_quality"]),
             "measurement": Measurement.from_dict(values["measurement"]),
         }
-        return cls(**{"origin": {}, **values, **nested})
+        return cls(**{"provenance": {}, **values, **nested})
 
 
 def device_conditions(device: Device) -> str:

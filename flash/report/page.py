@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from flash.arch import ArchSpec, Attention
 from flash.commands import command
 from flash.evaluation.suites import SuiteResult
-from flash.origin import origin
+from flash.provenance import provenance
 from flash.records import write_text
 from flash.report.data import ReportData, StudyData
 from flash.report.figures import all_figures, comparison_figures
@@ -119,7 +119,7 @@ def render(data: ReportData) -> str:
     values: dict[str, Any] = {
         "data": data,
         "title": _title(data),
-        "origin": origin(),
+        "provenance": provenance(),
         "none_text": NONE,
         "columns": COLUMNS,
         "rows": rows(data.models),
@@ -147,7 +147,7 @@ def render(data: ReportData) -> str:
         "trials": trials,
         "trial_states": states,
         "states": list(dict.fromkeys(states)),
-        "origins": _origins(data),
+        "origins": _provenances(data),
         "any_figures": bool(drawn),
         "plotly_js": _packed(get_plotlyjs()),
         "figures_json": _packed(
@@ -211,7 +211,7 @@ def train_commands(studies: Sequence[StudyData]) -> list[tuple[str, str]]:
     """Return the commands that train winners, with what they train."""
     commands = []
     for study in studies:
-        shared = _shared_overrides(study.search.get("origin", {}).get("command", ""))
+        shared = _shared_overrides(study.search.get("provenance", {}).get("command", ""))
         names = [trial.name for trial in study.winners]
         lines = [(f"+arch={name}", f"the command for {name}") for name in names]
         if len(names) > 1:
@@ -246,12 +246,12 @@ def _diagrams(data: ReportData) -> list[dict[str, object]]:
     ]
 
 
-def _origins(data: ReportData) -> list[dict[str, object]]:
-    """Describe the origin of every result: searches, then trainings and exports."""
+def _provenances(data: ReportData) -> list[dict[str, object]]:
+    """Describe the provenance of every result: searches, then trainings and exports."""
     listed = [
-        _origin(
+        _provenance(
             f"search {study.name}",
-            study.search.get("origin", {}),
+            study.search.get("provenance", {}),
             [data.root / "studies" / study.name],
             data.links.get(data.root / "studies" / study.name),
         )
@@ -263,11 +263,13 @@ def _origins(data: ReportData) -> list[dict[str, object]]:
                 folder = "models" if kind == "training" else "exports"
                 paths = [path for path in model.artifacts if path.parts[-3] == folder]
                 link = data.links.get(data.root / folder / result.name)
-                listed.append(_origin(f"{kind} of {result.name}", result.origin, paths, link))
+                listed.append(
+                    _provenance(f"{kind} of {result.name}", result.provenance, paths, link)
+                )
     return listed
 
 
-def _origin(
+def _provenance(
     title: str, about: Mapping[str, Any], paths: Sequence[Path], link: object
 ) -> dict[str, object]:
     facts = [(key, about[key]) for key in ("date", "commit", "machine") if about.get(key)]
@@ -278,7 +280,7 @@ def _origin(
     return {
         "title": title,
         "command": about.get("command"),
-        "facts": facts or [("origin", "not recorded")],
+        "facts": facts or [("provenance", "not recorded")],
         "paths": paths,
         "link": link if safe else None,
     }

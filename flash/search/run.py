@@ -9,9 +9,9 @@ from flash.arch import ArchSpec, count_parameters
 from flash.errors import InputError, require, shown
 from flash.latency.fit import LatencyModel
 from flash.latency.store import MeasurementStore
-from flash.origin import origin
 from flash.outcome import note
 from flash.paths import Runs
+from flash.provenance import provenance
 from flash.records import digest, find_json, plain, write_json, write_text
 from flash.search.estimate import trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
@@ -339,7 +339,7 @@ def _write(
             "device": job.workspace.device.identity(),
             "workload": plain(settings.device.workload),
             "settings": plain(settings),
-            "origin": origin(),
+            "provenance": provenance(),
         },
     )
 

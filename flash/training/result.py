@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
-from flash.origin import origin
+from flash.provenance import provenance
 from flash.records import find_json, write_json
 
 LAST = "last.ckpt"
@@ -72,8 +72,8 @@ class TrainResult:
         key: Hash of all inputs and settings that affect the result; if it is unchanged, the run is
             not repeated.
         settings: Settings of the run as plain values.
-        origin: Command, date, commit, versions and machine (`flash.origin`); empty in results of
-            older versions.
+        provenance: Command, date, commit, versions and machine; empty in results of older
+            versions.
     """
 
     name: str
@@ -84,7 +84,7 @@ class TrainResult:
     fit: FitResult
     key: str
     settings: dict[str, Any]
-    origin: dict[str, Any] = dataclasses.field(default_factory=origin, compare=False)
+    provenance: dict[str, Any] = dataclasses.field(default_factory=provenance, compare=False)
 
     @property
     def change(self) -> str:
@@ -119,4 +119,4 @@ class TrainResult:
             "after": ValidationMetrics(**values["after"]),
             "fit": FitResult(**values["fit"]),
         }
-        return cls(**{"origin": {}, **values, **nested})
+        return cls(**{"provenance": {}, **values, **nested})

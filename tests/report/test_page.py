@@ -142,7 +142,7 @@ def test_every_winner_has_its_command_with_the_settings_of_its_search(tmp_path, 
     report = write_study(runs, toy.run(tmp_path / "study.db", sampler=Sampler.random))
     path = runs.study("toy") / "frontier.json"
     line = "flash search backbone=smollm2_135m 'data.pattern=*.txt' device=host search.study=toy"
-    path.write_text(json.dumps({**report, "origin": {"command": line}}))
+    path.write_text(json.dumps({**report, "provenance": {"command": line}}))
     page = html.unescape(render(read(runs)))
     assert f"<code>{line}</code>" in page
     names = [report["names"][str(number)] for number in report["winners"]]

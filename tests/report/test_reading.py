@@ -6,8 +6,8 @@ import re
 import pytest
 
 from flash.errors import InputError
-from flash.origin import machine, origin
 from flash.paths import Runs
+from flash.provenance import machine, provenance
 from flash.report.command import main
 from flash.report.page import render
 from flash.report.reading import read
@@ -142,8 +142,8 @@ def test_a_result_keeps_its_origin_and_an_old_one_has_none(runs):
     found = TrainResult.read(runs.model("mine"))
     assert found is not None
     assert (
-        found.origin.keys()
-        == origin().keys()
+        found.provenance.keys()
+        == provenance().keys()
         == {
             "command",
             "date",
@@ -152,12 +152,12 @@ def test_a_result_keeps_its_origin_and_an_old_one_has_none(runs):
             "machine",
         }
     )
-    assert found.origin["machine"].partition(" x ")[0] in machine()
+    assert found.provenance["machine"].partition(" x ")[0] in machine()
     path = runs.model("mine") / "result.json"
     values = json.loads(path.read_text())
-    del values["origin"]
+    del values["provenance"]
     path.write_text(json.dumps(values))
     old = TrainResult.read(runs.model("mine"))
     assert old is not None
-    assert old.origin == {}
+    assert old.provenance == {}
     assert "not recorded" in render(read(runs))

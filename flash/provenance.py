@@ -26,7 +26,7 @@ PACKAGES = (
 """Packages whose versions are recorded, as they are named on the package index."""
 
 
-def origin() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """Return command, date, commit, versions and machine of this process, as plain JSON values."""
     return {
         "command": this_command(),
