@@ -187,6 +187,8 @@ def test_ctrl_c_before_the_work_is_one_word(folder):
         "import os, signal, sys\n"
         "from flash import terminal\n"
         "assert not {'logging', 'argparse', 'hydra'} & sys.modules.keys()\n"
+        # Processes in the background begin with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "terminal.begin()\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
     )

@@ -116,7 +116,7 @@ def test_widths_that_are_not_whole_groups_are_refused(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kinds": [Attention.skip_attention]}, r"^kinds=\['skip_attention'\]: .*full_attention"),
+        ({"kinds": [Attention.skip_attention]}, r"^kinds=\[skip_attention\]: .*full_attention"),
         ({"max_efficient_run": -1}, "^max_efficient_run=-1: expected 0 or more"),
     ],
 )

@@ -101,7 +101,7 @@ def imported() -> set[str]:
 
 
 def test_every_import_is_a_dependency_and_every_dependency_is_imported():
-    optional = modules(EXTRAS["slurm"]) | {"hydra_plugins"}
+    optional = modules(EXTRAS["slurm"]) | {"hydra_plugins", "optuna_dashboard"}
     assert modules(REQUIRED) == imported() - optional
 
 

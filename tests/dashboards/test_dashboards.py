@@ -226,7 +226,7 @@ def test_panels_show_what_is_logged(tmp_path):
     [
         ([], r"points=\[\]: expected a latency"),
         (["prefill_512", "decode"], r"points\[1\]=decode: expected prefill_N or decode_N"),
-        (["decode_1", "decode_1"], r"points=\['decode_1', 'decode_1'\]: expected different"),
+        (["decode_1", "decode_1"], r"points=\[decode_1, decode_1\]: expected different"),
     ],
 )
 def test_illegal_points_are_named(points, message):

@@ -34,6 +34,7 @@ def agent(monkeypatch, tmp_path):
     """Function that makes the command and the environment of a run, as W&B's agent does."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLASH_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FLASH_VERB", "train")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SWEEP_ID", "ab12cd34")
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):

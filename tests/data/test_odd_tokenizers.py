@@ -95,7 +95,7 @@ def test_unusable_settings_of_begin_and_end_are_named(tmp_path):
     with pytest.raises(InputError, match=r"data\.begin_of_text=true: .* name no bos_token"):
         load_tokenizer(path, settings_of(end_of_text="<s>", begin_of_text=True))
     source = TextSourceSettings(path="x", column="messages")
-    with pytest.raises(InputError, match="begin_of_text=True: expected null, it has no effect"):
+    with pytest.raises(InputError, match="begin_of_text=true: expected null, it has no effect"):
         settings_of(kind=DataKind.chat, path=None, sources=[source], begin_of_text=True)
 
 
