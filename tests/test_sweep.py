@@ -70,6 +70,8 @@ def sweep(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Tests in the background begin with the signal ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         started.append(process)
         return process
@@ -82,8 +84,10 @@ def sweep(tmp_path):
 
 def rows_of(out: str) -> list[list[str]]:
     """Return the cells of the table's lines."""
-    assert all(len(line) <= 80 for line in out.splitlines())
-    table = out[out.index("job ") :].splitlines()
+    head = re.search(r"^job +state", out, re.MULTILINE)
+    assert head is not None
+    table = out[head.start() :].splitlines()
+    assert all(len(line) <= 80 for line in table)
     return [re.split("  +", line) for line in table]
 
 
@@ -235,7 +239,11 @@ MIXTURE = "[{path: nowhere.parquet}]"
         ("train", ["data.pattern='*.py','*.md'"], "expected files that match *.md, found none"),
         ("train", ["data.seq_len=32,4096"], "data.seq_len=4096: expected at most 128, the longest"),
         ("train", ["data.tokenizer=null,nowhere.json"], "data.tokenizer=nowhere.json: "),
-        ("train", ["trainer.micro_batch=2,3"], "recipe.batch_size=4: expected a multiple of 1 dev"),
+        (
+            "train",
+            ["trainer.micro_batch=3", "seed=0,1"],
+            "recipe.batch_size=4: expected a multiple of 1 dev",
+        ),
         ("train", ["data=folder,shards"], "expected a folder with manifest.json; make it with"),
         (
             "train",

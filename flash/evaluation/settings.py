@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from flash.device.settings import DeviceKind, DeviceSettings
-from flash.errors import require
+from flash.errors import require, shown
 from flash.model.settings import BackboneSettings
 from flash.tracking.settings import LoggerSettings
 from flash.training.settings import TrainerSettings
@@ -77,7 +77,7 @@ class SuiteSettings:
         require(bool(names), "tasks", names, "at least one task")
         require(len(set(names)) == len(names), "tasks", names, "each task once")
         unknown = set(self.leave_out) - set(names)
-        require(not unknown, "leave_out", self.leave_out, f"some of {names}")
+        require(not unknown, "leave_out", self.leave_out, f"some of {shown(names)}")
         require(bool(self.chosen), "leave_out", self.leave_out, "at least one task left")
         if self.include is not None:
             require(Path(self.include).is_dir(), "include", self.include, "a folder")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 OWN_TASKS = Path(__file__).parent / "harness_tasks"
 """Folder with tasks of the paper that the harness lacks."""
+_FILE_FORMATS = {"arrow", "csv", "json", "parquet", "text"}
+"""Data sets that are files of the user, which need no hub."""
 BOOTSTRAP = 1000
 """Bootstrap resamples for standard errors of metrics other than means; 100000 take minutes."""
 
@@ -109,13 +111,13 @@ class Tasks:
         from flash.compat.lm_eval import load_task, set_fewshot
 
         own_files = data_files(task)
-        reachable = bool(own_files) or is_reachable()
+        dataset = self._about(task.name).get("dataset_path", "of its subtasks")
+        reachable = bool(own_files) or dataset in _FILE_FORMATS or is_reachable()
         if self.suite.allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # required by the metrics of such tasks
         try:
             loaded = load_task(self.manager, task.name, own_files)
         except (OSError, ValueError, DatasetsError) as error:
-            dataset = self._about(task.name).get("dataset_path", "of its subtasks")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if not reachable:
                 reason = "it is not in the cache, and the hub cannot be reached"

@@ -237,7 +237,7 @@ def test_models_that_are_not_there_are_one_line(settings, tmp_path):
         ({"tasks": []}, r"tasks=\[\]: expected at least one task"),
         ({"tasks": [QUIZ, QUIZ]}, "each task once"),
         ({"include": "nowhere"}, r"include=nowhere: expected a folder"),
-        ({"leave_out": ["quizz"]}, r"leave_out=\['quizz'\]: expected some of \['quiz'\]"),
+        ({"leave_out": ["quizz"]}, r"leave_out=\[quizz\]: expected some of \[quiz\]"),
         ({"leave_out": ["quiz"]}, "expected at least one task left"),
     ],
 )

@@ -162,7 +162,7 @@ def _ropes(family: str) -> Iterator[Variant]:
             "rope_type=dynamic",
         ),
         "unknown rope": ({**old, "rope_scaling": {"rope_type": "new"}}, "rope_type=new"),
-        "null theta": ({**old, "rope_theta": None}, "rope_theta=None"),
+        "null theta": ({**old, "rope_theta": None}, "rope_theta=null"),
         "text theta": ({**old, "rope_theta": "500"}, "rope_theta=500"),
         "text rope": ({**old, "rope_scaling": "linear"}, "rope_scaling=linear"),
         "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -191,7 +191,7 @@ def _defaults(family: str) -> Iterator[Variant]:
         yield Variant(f"no {key}", family, {key: DELETED})
     head = {"head_dim": DELETED}
     if family == "ministral":  # whose class then fails
-        yield Variant("no head_dim", family, head, refused="head_dim=None")
+        yield Variant("no head_dim", family, head, refused="head_dim=null")
     else:
         wide = family in ("qwen3", "llama4_text")
         yield Variant("no head_dim", family, head, {"head_dim": 128} if wide else head)
@@ -225,7 +225,7 @@ def _other(family: str) -> Iterator[Variant]:
     refused: dict[str, tuple[dict[str, Any], str]] = {
         "gelu": ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
-        "bidirectional": ({"is_causal": False}, "is_causal=False"),
+        "bidirectional": ({"is_causal": False}, "is_causal=false"),
         "padding beyond the vocabulary": ({"pad_token_id": 97}, "pad_token_id=97"),
         "per layer": ({"per_layer_config": {"0": {"intermediate_size": 32}}}, "per_layer_config="),
         "other weights": ({"transformers_weights": "x.safetensors"}, "transformers_weights="),
@@ -239,11 +239,11 @@ def _other(family: str) -> Iterator[Variant]:
         yield Variant(name, family, edit, refused=message)
     bias = {"attention_bias": True}
     if family in ("llama", "qwen3", "llama4_text"):
-        yield Variant("attention_bias", family, made_with=bias, refused="attention_bias=True")
+        yield Variant("attention_bias", family, made_with=bias, refused="attention_bias=true")
     else:
         yield Variant("attention_bias", family, bias)
     if family == "llama":
-        yield Variant("mlp_bias", family, made_with={"mlp_bias": True}, refused="mlp_bias=True")
+        yield Variant("mlp_bias", family, made_with={"mlp_bias": True}, refused="mlp_bias=true")
     else:
         yield Variant("mlp_bias", family, {"mlp_bias": True})
 
@@ -277,7 +277,7 @@ def _qwen_windows(family: str) -> Iterator[Variant]:
     off = {**on, "layer_types": MIXED, "use_sliding_window": False}
     yield Variant("kinds, windows off", family, off, refused="use_sliding_window=true")
     null = {**on, "layer_types": MIXED, "sliding_window": None}
-    yield Variant("kinds, null window", family, null, refused="sliding_window=None")
+    yield Variant("kinds, null window", family, null, refused="sliding_window=null")
     yield Variant("two kinds", family, {"layer_types": [FULL] * 2}, refused="layer_types")
     chunked = {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 8}
     yield Variant("chunks", family, chunked, refused="layer_types")
@@ -291,10 +291,10 @@ def _ministral_windows() -> Iterator[Variant]:
     yield Variant("full", family, {"sliding_window": 5, "layer_types": [FULL] * 3})
     for name, kinds in {"no kinds": DELETED, "full": [FULL] * 3, "mixed": MIXED}.items():
         edit = {"sliding_window": None, "layer_types": kinds}
-        yield Variant(f"null window, {name}", family, edit, refused="sliding_window=None")
+        yield Variant(f"null window, {name}", family, edit, refused="sliding_window=null")
     uneven = {"num_attention_heads": 6, "num_key_value_heads": 3}
     yield Variant("six heads", family, made_with=uneven)
-    yield Variant("null head_dim", family, {"head_dim": None}, refused="head_dim=None")
+    yield Variant("null head_dim", family, {"head_dim": None}, refused="head_dim=null")
 
 
 def _llama4_layers() -> Iterator[Variant]:

@@ -91,7 +91,8 @@ def server(backbone_folder) -> Iterator[Hub]:
 
 def ask(name: str, home: Path, **environment: str) -> str:
     """Lines that SCRIPT prints in a fresh process."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
+    fixed = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **fixed, **environment}
     command = [sys.executable, "-c", SCRIPT, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
