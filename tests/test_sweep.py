@@ -218,7 +218,7 @@ def test_the_same_command_trains_only_what_is_missing(small, tmp_path):
     code, rows = run()
     assert code == 1
     assert rows[0][:2] == ["name=a", "failed"]
-    assert str(in_the_way).startswith(rows[0][2])
+    assert rows[0][2].startswith(str(in_the_way)[:20])
     assert rows[-1][:2] == ["name=b", "done"]
     assert re.fullmatch(r"held-out loss \d\.\d{3} -> \d\.\d{3}", rows[-1][2])
     in_the_way.unlink()
