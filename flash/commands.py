@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flash.errors import without_secrets
 from flash.ranks import is_main_process
 
 SCRIPTS = ("train", "search", "export")
@@ -54,10 +55,10 @@ def command(verb: str) -> str:
 
 
 def this_command() -> str:
-    """Return the command line of this process, to be typed again."""
+    """Return the command line of this process, to be typed again, without passwords and keys."""
     verb = os.environ.get(_VERB)
     start = command(verb) if verb else "flash"
-    return " ".join([start, *map(shlex.quote, sys.argv[1:])])
+    return without_secrets(" ".join([start, *map(shlex.quote, sys.argv[1:])]))
 
 
 def process_of(arguments: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -83,33 +84,69 @@ def check_own_options(folder: Path) -> None:
             )
 
 
-_TARGETS = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
-"""Beginnings of the classes that an option file may name: parts of Hydra and of its plugins."""
+_OF_LAUNCHERS = frozenset({
+    *("account", "array_parallelism", "constraint", "cpus_per_task", "gpus_per_node", "mem_gb"),
+    *("nodes", "partition", "qos", "tasks_per_node", "timeout_min", "max_num_timeout"),
+    *("signal_delay_s", "exclude", "comment"),
+})
+"""Settings of Hydra's launchers that an option file may have."""
 
 
-def check_targets(folder: Path) -> None:
-    """Check that option files have Hydra build nothing but parts of Hydra.
+def check_harmless(folder: Path) -> None:
+    """Check that option files set nothing of Hydra but where and how long jobs run.
 
-    Hydra builds the callbacks of a configuration before anything else can look at it.
+    Hydra calls what a `_target_` names, sets environment variables and opens log files as its own
+    settings say, before anything else can look at them; and the files may be someone else's.
 
     Args:
-        folder: Folder on the search path; its files may be someone else's.
+        folder: Folder on the search path of options.
 
     Raises:
-        InputError: A file names another class; names the file.
+        InputError: A file does more; names the file and the setting.
     """
-    for path in sorted(folder.rglob("*.yaml")):
-        try:
-            values = yaml.safe_load(path.read_bytes())
-        except (yaml.YAMLError, OSError):  # an error of the command, if it uses the file
-            continue
-        for target in _targets_in(values):
-            if not str(target).startswith(_TARGETS):
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if "hydra" in folders:
+            raise InputError(f"{Path(root, 'hydra')}: expected no options of Hydra's own groups")
+        for path in sorted(Path(root, name) for name in files if name.endswith((".yaml", ".yml"))):
+            text = path.read_text("utf-8", errors="replace")
+            try:
+                values = yaml.safe_load(text)
+            except yaml.MarkedYAMLError as error:
+                line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
                 raise InputError(
-                    f"{path}: _target_: {target}: expected a class of Hydra or of its plugins, as "
-                    "it would be called with everything that you may do; remove the file if it is "
-                    "not yours"
+                    f"{path}, line {line}: {error.problem}; correct the file"
+                ) from error
+            except yaml.YAMLError as error:
+                raise InputError(f"{path}: no YAML ({error}); correct the file") from error
+            for setting in _of_hydra(values, text):
+                raise InputError(
+                    f"{path}: {setting}: expected no setting of Hydra but of hydra.launcher (such "
+                    "as partition, timeout_min), since it could run code; remove it, or the file "
+                    "if it is not yours"
                 )
+
+
+def _of_hydra(values: Any, text: str) -> Iterator[str]:
+    """Iterate over the settings of Hydra in an option file that are not allowed."""
+    header = re.search(r"^#\s*@package\s+(\S*hydra\S*)", text, re.MULTILINE)
+    if header is not None:
+        yield f"@package {header[1]}"
+    yield from (f"_target_: {target}" for target in _targets_in(values))
+    if not isinstance(values, dict):
+        return
+    entries = values.get("defaults")
+    for entry in entries if isinstance(entries, list) else []:
+        name = str(next(iter(entry), "")) if isinstance(entry, dict) else str(entry)
+        if "hydra" in name and re.fullmatch(r"override /?hydra/launcher", name) is None:
+            yield f"defaults: {name}"
+    for key, inner in values.items():
+        if str(key).partition(".")[0] != "hydra":
+            continue
+        settings = inner if key == "hydra" and isinstance(inner, dict) else {}
+        launcher = settings.get("launcher")
+        known = isinstance(launcher, dict) and launcher.keys() <= _OF_LAUNCHERS
+        if not known or settings.keys() != {"launcher"}:
+            yield str(key)
 
 
 def _targets_in(values: Any) -> Iterator[Any]:
@@ -204,22 +241,41 @@ def load_job(verb: str, job: Job) -> Any:
     return load(job.config, schema)
 
 
+def runs_in(arguments: Iterable[str]) -> str:
+    """Return the folder `runs` that the arguments of a command name; `runs` without one.
+
+    Raises:
+        InputError: It is a sweep or an interpolation, as one folder holds the architectures that
+            all jobs choose from.
+    """
+    runs = "runs"
+    for argument in arguments:
+        found = re.fullmatch(r"\+{0,2}runs=(.*)", argument, re.DOTALL)
+        if found is None:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:  # reported when Hydra reads it
+            continue
+        if override.is_sweep_override() or "${" in found[1]:
+            raise InputError(f"{argument}: expected one folder for all jobs; give its path")
+        runs = str(override.value() or "runs")
+    return runs
+
+
 def _prepare_folders() -> None:
     """Create the folder of found architectures, which Hydra reads, and check the user's options.
 
     Raises:
         InputError: An option of the user has the name of one of flash, or would call code.
     """
-    runs = "runs"
-    for argument in sys.argv[1:]:
-        if argument.startswith("runs="):
-            runs = argument.removeprefix("runs=")
+    runs = runs_in(sys.argv[1:])
     os.environ["FLASH_RUNS"] = str(Path(runs).resolve())
     Runs(Path(runs)).found_arch.mkdir(parents=True, exist_ok=True)
     check_own_options(Path("conf"))
     for folder in _config_folders():
         if not folder.resolve().is_relative_to(CONF.resolve()):
-            check_targets(folder)
+            check_harmless(folder)
 
 
 def _quiet_libraries() -> None:

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flash import renamed, slurm
 from flash.compat.hydra import missing_option
 from flash.compat.omegaconf import error_key, error_schema
-from flash.errors import InputError, closest, nearest
+from flash.errors import InputError, closest, nearest, without_secrets
 from flash.schemas import commands_with, schema_at
 
 _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
@@ -23,8 +23,8 @@ def explain(error: BaseException, schema: type) -> str:
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0]
         return (
-            f"{error.override}: expected key=value; a value with commas, spaces, brackets or '<' "
-            f"needs quotes of its own within those of the shell: '{key}=\"VALUE\"'"
+            f"{without_secrets(error.override)}: expected key=value; a value with commas, spaces, "
+            f"brackets or '<' needs quotes of its own within those of the shell: '{key}=\"VALUE\"'"
         )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException | InputError):

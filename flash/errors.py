@@ -1,6 +1,7 @@
 """The errors that users are meant to see, and helpers that word them."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -27,6 +28,18 @@ def shown(value: object) -> str:
             return value or "''"
         case _:
             return str(value)
+
+
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=password=)[^&\s'\"]+"
+    r"|(?i:(?<=_token=)|(?<=_key=)|(?<=secret=)|(?<=passwd=))[^&\s'\"]+"
+)
+"""Passwords in URLs, and values of keys that are named as secrets."""
+
+
+def without_secrets(text: str) -> str:
+    """Return a command line or an address with `***` in place of passwords and keys."""
+    return _SECRETS.sub("***", text)
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:

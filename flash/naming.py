@@ -7,7 +7,7 @@ another one has another. It needs no quotes in a shell or in an override of Hydr
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -26,14 +26,15 @@ _UNCOUNTED = {
 _NO_TRAINING = {f"trainer.{name}" for name in ("max_steps", "spike_factor", "on_spike")}
 _UNCOUNTED_OF: dict[str, set[str]] = {
     "train": set(),
-    # Each format has files of its own, and so has each suite; they know what they depend on.
+    # Each format has files of its own, and so has each suite.
     "export": {"format", *_NO_TRAINING},
-    "evaluate": {"format", "suite", "device", "batch_size", *_NO_TRAINING},
+    "evaluate": {"format", "device", "batch_size", *_NO_TRAINING},
 }
 """Further such settings of each command that has names."""
 _OF_SHAPES = ("arch", "backbone")
 """Settings that name a measurement with random weights; its file knows the others."""
 
+_LONGEST_BASE = 48
 _LONGEST_NAME = 100
 _LONGEST_VALUE = 24
 
@@ -77,10 +78,13 @@ def name_of_path(path: str) -> str:
 
     The checkpoint of a training has the name of the training.
     """
-    parts = [part for part in PurePath(path).parts if part not in {"/", ".", ".."}]
+    parts = list(PurePath(path).parts)
+    if not parts or parts[-1] == "..":  # a place relative to the working directory
+        parts = list(Path(path).resolve().parts)
     if len(parts) > 1 and parts[-1] == "checkpoint":
         parts.pop()
-    return _safe(parts[-1]) if parts else "model"
+    name = _safe(parts[-1])
+    return name if len(name) <= _LONGEST_BASE else f"{name[:_LONGEST_BASE]}_{digest(name, 4)}"
 
 
 def compose_name(
@@ -123,9 +127,12 @@ def _part(key: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return the value as a part of a name; the hash of the value if it makes no good one."""
+    """Return the value as a part of a name; the hash of the value if it makes no good one.
+
+    Paths to the same place have the same name.
+    """
     if isinstance(value, str) and "/" in value:
-        return name_of_path(value)
+        return f"{name_of_path(value)}_{digest(str(Path(value).resolve()), 4)}"
     named = value is None or isinstance(value, bool)
     text = json.dumps(value) if named else str(value)
     safe = _safe(text)
@@ -223,7 +230,8 @@ def _options(job: Job, default: Job, changed: Collection[str]) -> dict[str, str]
         and option != default.choices.get(group)
         and any(is_under(path, [group.rpartition("@")[2]]) for path in changed)
     }
-    found.pop("backbone", None)
+    for group in ("backbone", "suite"):  # the base or a part of its own; a part of the file's name
+        found.pop(group, None)
     experiment = job.choices.get("experiment")
     return {**found, **({} if experiment is None else {"experiment": experiment})}
 

@@ -1,6 +1,8 @@
 """Inputs that a command opens once: results folder, backbone, text, importance, device."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +28,10 @@ from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits
-from flash.records import digest
+from flash.ranks import is_main_process
+from flash.records import digest, locked
+
+log = logging.getLogger(__name__)
 
 
 class Named(Protocol):
@@ -42,6 +47,23 @@ def result_name(settings: Named) -> str:
     Commands set `name`; see flash.naming.
     """
     return settings.name or settings.backbone.name
+
+
+@contextmanager
+def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a result's folder, so that two commands do not write one result.
+
+    Ranks other than the main one, which write nothing, do not wait.
+
+    Args:
+        folder: Folder of the result; it is created.
+        name: Name of the result, for the message of a command that waits.
+    """
+    if not is_main_process():
+        yield
+        return
+    with locked(folder / ".lock", lambda: log.info("%s: waits for another command", name)):
+        yield
 
 
 def arch_of(changes: Mapping[str, Any], backbone: Backbone) -> ArchSpec:

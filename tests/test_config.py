@@ -13,8 +13,9 @@ from flash import cli
 from flash.arch import ArchSpec
 from flash.bundled import CONF
 from flash.commands import begin
-from flash.config import ROOTS, check_targets, entry, load, register
+from flash.config import ROOTS, check_harmless, entry, load, register, runs_in
 from flash.device.workload import Phase
+from flash.errors import InputError
 from flash.search.job import open_space
 from flash.search.objectives import Objective
 
@@ -330,21 +331,62 @@ def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):
         "hydra: {callbacks: {x: {_target_: os.mkdir, path: made}}}",
         "hydra:\n  callbacks:\n    x: {'_target_': os.mkdir, path: made}",
         'a: [{"\\x5ftarget_": "${oc.env:X}"}]',
+        "hydra: {job: {env_set: {PATH: /tmp}}}",
+        "hydra: {job_logging: {handlers: {x: {class: logging.FileHandler, filename: made}}}}",
+        "hydra: {run: {dir: made}}",
+        "hydra: {launcher: {timeout_min: 5, setup: [touch made]}}",
+        "hydra.run.dir: made",
+        "defaults:\n  - /arch@hydra.job: flash_350m",
+        "defaults:\n  - override /hydra/job_logging: default",
+        "a: !!python/object/apply:pathlib.Path [a]\nhydra: {run: {dir: made}}",
     ],
 )
-def test_files_of_a_working_directory_call_no_code(run, tmp_path, text):
+def test_files_of_a_working_directory_set_nothing_of_hydra(run, tmp_path, text):
     for folder in ("conf/train/experiment", "runs/conf/arch"):
         path = tmp_path / folder / "mine.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# @package _global_\n{text}\n", "utf-8")
         code, err = run("train", "experiment=mine")
         assert code == 2
-        assert "mine.yaml: _target_: " in err
+        assert "mine.yaml" in err
+        assert err.count("\n") == 1
         assert not (tmp_path / "made").exists()
         path.unlink()
-    launcher = tmp_path / "conf" / "train" / "experiment" / "queue.yaml"
-    name = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
-    launcher.write_text(
-        f"# @package _global_\nhydra: {{launcher: {{_target_: {name}}}}}\n", "utf-8"
+
+
+def test_option_files_choose_where_jobs_run(tmp_path):
+    path = tmp_path / "train" / "experiment" / "queue.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: submitit_slurm\n  - _self_\n"
+        "hydra: {launcher: {partition: gpu, timeout_min: 60}}\nseed: 1\n",
+        "utf-8",
     )
-    check_targets(tmp_path / "conf")
+    check_harmless(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.yaml").write_text("_target_: os.mkdir\n", "utf-8")
+    own = tmp_path / "conf"
+    (own / "arch").mkdir(parents=True)
+    (own / "arch" / "linked").symlink_to(elsewhere)
+    with pytest.raises(
+        InputError, match=r"linked/x\.yaml: _target_: os\.mkdir: expected no setting"
+    ):
+        check_harmless(own)
+    (own / "hydra").mkdir()
+    with pytest.raises(InputError, match="conf/hydra: expected no options of Hydra's own groups"):
+        check_harmless(own)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [([], "runs"), (["runs='my runs'"], "my runs"), (["++runs=a", "seed=1"], "a")],
+)
+def test_the_folder_of_results_is_what_hydra_takes_it_for(arguments, runs):
+    assert runs_in(arguments) == runs
+
+
+@pytest.mark.parametrize("argument", ["runs=a,b", "runs=${oc.env:HOME}/x"])
+def test_all_jobs_have_one_folder_of_results(argument):
+    with pytest.raises(InputError, match="expected one folder for all jobs"):
+        runs_in([argument])

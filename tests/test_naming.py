@@ -14,6 +14,7 @@ from flash.config import load_job, register
 from flash.errors import InputError
 from flash.naming import changes, compose_name, name_of_path, require_own_names
 from flash.paths import Runs
+from flash.records import digest
 
 
 @pytest.fixture
@@ -149,8 +150,22 @@ def test_changes_count_removed_values_and_leave_out_uncounted_ones():
         ("/a/SmolLM2-135M", "SmolLM2-135M"),
         ("owner/model@v1", "model_v1"),
         ("checkpoint", "checkpoint"),
-        ("..", "model"),
+        ("/a/b/..", "a"),
+        ("x" * 60, f"{'x' * 48}_{digest('x' * 60, 4)}"),
     ],
 )
 def test_models_are_named_by_their_folders(path, name):
     assert name_of_path(path) == name
+
+
+def test_places_are_named_by_what_they_are(tmp_path, monkeypatch):
+    (tmp_path / "SmolLM2").mkdir()
+    monkeypatch.chdir(tmp_path / "SmolLM2")
+    assert {
+        name_of_path(path) for path in (".", "./", "../SmolLM2", str(tmp_path / "SmolLM2"))
+    } == {"SmolLM2"}
+    one, same, other = (
+        compose_name("b", [], {"data.path": path})
+        for path in ("../texts/a", str(tmp_path / "texts/a"), "../other/a")
+    )
+    assert one == same != other

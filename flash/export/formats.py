@@ -142,6 +142,7 @@ def publish(
             )
         size = sum(file.stat().st_size for file in _files(unproven))
         _remove(path)
+        (folder / f"{kind.value}.json").unlink(missing_ok=True)  # describes the former one
         unproven.rename(path)
     finally:
         _remove(unproven)

@@ -84,7 +84,7 @@ class ExportJob:
     @cached_property
     def keys(self) -> dict[ExportFormat, str]:
         """For each format a hash of all inputs and settings that affect its result."""
-        return _keys(self.settings, self.weights, self.reference, self.workspace)
+        return _keys(self.settings, self.weights, self.workspace)
 
     @property
     def device(self) -> Device:
@@ -157,9 +157,17 @@ class ExportJob:
             self._compare_rounding()
         tokenizer = self.workspace.tokenizer
         check_formats(settings.format, settings.formats, self.spec, tokenizer)
-        for kind in settings.format:
-            self._keep(kind)
+        self.check_kept()
         self._check_room()
+
+    def check_kept(self) -> None:
+        """Check that no finished export would be replaced.
+
+        Raises:
+            InputError: One would be.
+        """
+        for kind in self.settings.format:
+            self._keep(kind)
 
     def _check_prompt(self) -> None:
         limit, new = self.settings.device.lowering.max_context, self.settings.new_tokens
@@ -248,7 +256,6 @@ def _reference(runs: Runs, backbone: Backbone, device: Device) -> ExportResult |
 def _keys(
     settings: ExportSettings,
     weights: Path,
-    reference: ExportResult | None,
     workspace: Workspace,
 ) -> dict[ExportFormat, str]:
     text = [workspace.data.identity, settings.perplexity_tokens]
@@ -264,7 +271,7 @@ def _keys(
         "gate": plain(settings.gate),
         "precision": settings.trainer.precision.value,
         "text": [settings.prompt, settings.new_tokens],
-        "reference": reference.key if reference else None,
+        "reference": None,  # once its key, which made exports depend on what else was exported
     }
     other = {"formats": plain(settings.formats)}
     return {

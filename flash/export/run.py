@@ -38,7 +38,7 @@ from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import find_origin
 from flash.tracking.tracker import Tracker, open_tracker
 from flash.training.validation import validate
-from flash.workspace import result_name
+from flash.workspace import one_at_a_time, result_name
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,14 @@ def export(settings: ExportSettings) -> ExportResult | None:
         return None
     job = ExportJob.open(settings, runs)
     job.check()
+    with one_at_a_time(job.folder, job.name):
+        return _export_missing(job)
+
+
+def _export_missing(job: ExportJob) -> ExportResult | None:
+    """Write the formats that are not finished."""
+    settings = job.settings
+    job.check_kept()
     missing = [kind for kind in settings.format if not _is_finished(job, kind)]
     with _open_tracker(job) if missing else Tracker(None, job.name) as tracker:
         others = [kind for kind in settings.format if kind is not ExportFormat.executorch]
@@ -90,6 +98,12 @@ def export(settings: ExportSettings) -> ExportResult | None:
             result = ExportResult.read(job.folder)
             log.info("%s is finished: %s", job.name, job.folder / "model.pte")
         assert result is not None
+        if job.reference is not None and result.reference is None:
+            log.info(
+                "%s: no speed-up over %s, which was exported later; name=NEW measures both",
+                job.name,
+                job.reference.name,
+            )
         note(one_line(result), again=not new)
         describe(result, job.folder)
     return result
@@ -139,6 +153,7 @@ def _export(job: ExportJob) -> ExportResult:
         report = _run_gate(job, model, program)
     log.info("%s: parity gate\n%s", name, report)
     path = job.folder / "model.pte"
+    ExportResult.remove(job.folder)  # a result is never beside another program
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
     measurement, speedups = _measure(job, model, lower_s)

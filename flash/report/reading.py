@@ -5,6 +5,7 @@ in the terminal, and all others are still shown.
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from flash.report.data import (
     is_qat,
 )
 from flash.search.names import arch_name
+from flash.tracking.links import find_url
 from flash.training.result import TrainResult
 
 T = TypeVar("T")
@@ -131,14 +133,7 @@ class _Reader:
         for model in data.models:
             folders += [self.runs.model(model.trained.name)] if model.trained else []
             folders += [self.runs.export(model.exported.name)] if model.exported else []
-        found = {
-            folder: self.look(
-                lambda path=folder / "wandb.json": find_json(
-                    path, lambda values: values["url"], "log the result again"
-                )
-            )
-            for folder in folders
-        }
+        found = {folder: self.look(lambda folder=folder: find_url(folder)) for folder in folders}
         return {folder: url for folder, url in found.items() if url is not None}
 
     def study(self, name: str) -> StudyData | None:
@@ -200,7 +195,7 @@ class _Reader:
         """Check whether a result belongs to an architecture of a study that is not shown."""
         folder = self.runs.root / "studies"
         others = [path.name for path in folder.glob("*") if path.name not in names]
-        return any(name.startswith(f"{other}_") for other in others)
+        return any(re.match(rf"{re.escape(other)}_\d+_[0-9a-f]{{4}}\b", name) for other in others)
 
     def _models(self, study: StudyData) -> list[Model]:
         """Add the results of training and export to the models of a study."""
@@ -271,13 +266,16 @@ class _Reader:
         return replace(model, artifacts=tuple(found))
 
     def _evaluations(self, models: Sequence[Model]) -> list[SuiteResult]:
+        """Read the evaluations of models: those of their names, or of names that begin so."""
         specs = {model.name: model.spec for model in models}
-        found = [
-            self.look(lambda path=path: SuiteResult.read(path))
-            for name in specs
-            for path in sorted(self.runs.evaluation(name).glob("*.json"))
-        ]
-        return [r for r in found if r is not None and r.spec == specs.get(r.name)]
+        found = []
+        for path in sorted((self.runs.root / "evaluations").glob("*/*.json")):
+            folder = path.parent.name
+            names = [n for n in specs if folder == n or folder.startswith(f"{n}-")]
+            result = self.look(lambda path=path: SuiteResult.read(path)) if names else None
+            if result is not None and result.spec == specs[max(names, key=len)]:
+                found.append(result)
+        return found
 
 
 _KEYS = (

@@ -1,13 +1,13 @@
 """W&B run of a report: the result table as numbers, and every figure of the page."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flash.paths import Runs
 from flash.report.data import Model, ReportData
 from flash.report.figures import all_figures, comparison_figures
 from flash.tracking.backend import JobType, RunInfo
-from flash.tracking.links import find_url
 from flash.tracking.settings import LoggerSettings
 from flash.tracking.tracker import open_tracker
 
@@ -27,7 +27,7 @@ def log_report(data: ReportData, runs: Runs, logger: LoggerSettings) -> None:
         folder=runs.report.parent,
     )
     with open_tracker(logger, runs.logs, info) as tracker:
-        columns, rows = result_table(data.models, runs)
+        columns, rows = result_table(data.models, runs, data.links)
         tracker.log_table("result", columns, rows)
         tracker.log_figures(lambda: _figures(data))
 
@@ -41,14 +41,22 @@ def _figures(data: ReportData) -> dict[str, Any]:
     return figures
 
 
-def result_table(models: Sequence[Model], runs: Runs) -> tuple[list[str], list[list[Any]]]:
-    """Return columns and rows of the result table in numbers; unknown values are None."""
-    rows = [_values(model, runs) for model in models]
+def result_table(
+    models: Sequence[Model], runs: Runs, links: Mapping[Path, str]
+) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the result table in numbers; unknown values are None.
+
+    Args:
+        models: Rows of the table.
+        runs: Folder of results.
+        links: URL of the W&B run of a result, by the folder of the result.
+    """
+    rows = [_values(model, runs, links) for model in models]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return columns, [[row.get(name) for name in columns] for row in rows]
 
 
-def _values(model: Model, runs: Runs) -> dict[str, Any]:
+def _values(model: Model, runs: Runs, links: Mapping[Path, str]) -> dict[str, Any]:
     exported, trained = model.exported, model.trained
     values: dict[str, Any] = {"model": model.name, "parameters": model.parameters}
     if model.backbone_quality is not None:
@@ -56,7 +64,7 @@ def _values(model: Model, runs: Runs) -> dict[str, Any]:
     if trained is not None:
         values |= {f"{name}_before": getattr(trained.before, name) for name in _QUALITIES}
         values |= {f"{name}_after": getattr(trained.after, name) for name in _QUALITIES}
-        values["train_run"] = find_url(runs.model(model.name))
+        values["train_run"] = links.get(runs.model(model.name))
     for point, predicted in model.predicted.items():
         values |= _predicted(point, predicted)
     if exported is not None:
@@ -65,7 +73,7 @@ def _values(model: Model, runs: Runs) -> dict[str, Any]:
         values |= {f"{point}_speedup": value for point, value in exported.speedups.items()}
         values["pte_mib"] = exported.pte_bytes / 2**20
         values["perplexity_change_pct"] = exported.program_quality.change_pct
-        values["export_run"] = find_url(runs.export(model.name))
+        values["export_run"] = links.get(runs.export(model.name))
     return values
 
 

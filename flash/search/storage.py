@@ -13,7 +13,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from flash.errors import InputError
+from flash.errors import InputError, without_secrets
 from flash.search.workers import FileLock, Lock, PostgresLock
 
 MISSED_BEATS = 6
@@ -90,15 +90,15 @@ def _resolve(storage: Path | str, name: str) -> tuple[str, str, Lock]:
         return f"sqlite:///{path}", str(storage), FileLock(path.with_name(path.name + ".lock"))
     try:
         url = sqlalchemy.make_url(storage)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         url = None
     if url is None or not url.drivername.startswith("postgresql"):
         raise InputError(
-            f"search.storage={storage if url is None else url.render_as_string()}: expected "
+            f"search.storage={without_secrets(storage)}: expected "
             "postgresql://USER@HOST/DATABASE, or null for a SQLite file"
         )
-    shown = url.render_as_string(hide_password=True)
-    if url.password is not None:
+    shown = without_secrets(url.render_as_string(hide_password=True))
+    if url.password is not None or {"password", "sslpassword"} & url.query.keys():
         raise InputError(
             f"search.storage={shown}: expected no password, since settings are logged; put it into "
             "~/.pgpass or PGPASSWORD"

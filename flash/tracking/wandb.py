@@ -10,6 +10,7 @@ from typing import Any
 import wandb
 
 from flash.compat.wandb import record_use
+from flash.errors import without_secrets
 from flash.tracking.artifacts import Artifact
 from flash.tracking.backend import JobType, Metrics, RunInfo
 from flash.tracking.links import write_link
@@ -164,7 +165,7 @@ def _try_online(settings: LoggerSettings, folder: Path, info: RunInfo) -> wandb.
     log.warning(
         "W&B: %s; runs are kept in %s for `wandb sync` (logger.offline=true keeps them there "
         "without this warning, logger=csv uses no W&B)",
-        reason,
+        without_secrets(reason),
         folder / "wandb",
     )
     return None

@@ -29,18 +29,18 @@ def checkpoint_folder(key: str, model: str, runs: Runs) -> Path:
 
     Args:
         key: Name of the setting, for errors.
-        model: A folder, or the name of a training in `runs`.
+        model: Name of a training in `runs`, or a folder.
         runs: Layout of the folder of results.
 
     Raises:
         InputError: There is neither.
     """
+    trained = {path.parent.name: path for path in (runs.root / "models").glob("*/checkpoint")}
+    if model in trained:  # a folder of that name is `./NAME`
+        return trained[model]
     folder = Path(model)
     if folder.is_dir():
         return folder
-    trained = {path.parent.name: path for path in (runs.root / "models").glob("*/checkpoint")}
-    if model in trained:
-        return trained[model]
     hint = nearest(model, trained) if trained else f"none in {runs.root / 'models'} yet"
     raise InputError(
         f"{key}={model}: expected the folder of a trained checkpoint, or the name of a training "

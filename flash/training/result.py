@@ -102,6 +102,11 @@ class TrainResult:
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
         write_json(folder / "result.json", values)
 
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Remove the result from `folder`, if there is one."""
+        (folder / "result.json").unlink(missing_ok=True)
+
     @classmethod
     def read(cls, folder: Path) -> "TrainResult | None":
         """Read the result from `folder`; None if there is none.

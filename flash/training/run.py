@@ -30,7 +30,7 @@ from flash.training.result import LAST, TrainResult
 from flash.training.settings import RecipeSettings, TrainSettings
 from flash.training.teacher import check_top_k, teacher_of
 from flash.training.validation import validate
-from flash.workspace import Workspace, arch_of, result_name
+from flash.workspace import Workspace, arch_of, one_at_a_time, result_name
 
 log = logging.getLogger(__name__)
 
@@ -189,9 +189,22 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
     if settings.recipe.inherit:
         backbone.fetch()
     workspace = _workspace(settings, backbone)
-    runs = workspace.runs
     key = _key(settings, spec, workspace)
-    folder = workspace.runs.model(name)
+    with one_at_a_time(workspace.runs.model(name), name):
+        return _train_once(settings, name, spec, workspace, key, later)
+
+
+def _train_once(
+    settings: TrainSettings,
+    name: str,
+    spec: ArchSpec,
+    workspace: Workspace,
+    key: str,
+    later: Sequence[TrainSettings],
+) -> TrainResult:
+    """Train, or return the result of the same earlier training."""
+    runs = workspace.runs
+    folder = runs.model(name)
     result = TrainResult.read(folder)
     saved = (folder / "checkpoint" / "model.safetensors").is_file()
     if result is not None and result.key == key and saved:
@@ -276,6 +289,7 @@ def _train(
         parameters = count_parameters(spec).total
         result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
         tracker.log(_metrics(result), done.steps)
+        TrainResult.remove(folder)  # a result is never beside weights of another training
         workspace.save_model(folder / "checkpoint", model)
         tracker.publish(Artifact(ArtifactKind.checkpoint, name, folder / "checkpoint"))
     return result

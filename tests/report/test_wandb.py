@@ -16,7 +16,6 @@ from flash.search.logs import SearchLog, log_study, trial_table
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.settings import Sampler
 from flash.tracking.backend import JobType, RunInfo
-from flash.tracking.links import write_link
 from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.tracking.tracker import open_tracker
 from tests.report.toy_study import with_curves, write_promotion, write_study
@@ -79,8 +78,8 @@ def test_the_table_of_results_links_to_the_runs_of_trainings(written, monkeypatc
         before=SimpleNamespace(loss=4.0, bits_per_byte=2.0),
         after=SimpleNamespace(loss=3.0, bits_per_byte=1.5),
     )
-    write_link(runs.model(winner.name), {"url": "https://example.org/run"})
-    columns, [row] = result_table([replace(winner, trained=trained)], runs)
+    links = {runs.model(winner.name): "https://example.org/run"}
+    columns, [row] = result_table([replace(winner, trained=trained)], runs, links)
     values = dict(zip(columns, row, strict=True))
     assert values["train_run"] == "https://example.org/run"
     assert (values["loss_before"], values["loss_after"]) == (4.0, 3.0)

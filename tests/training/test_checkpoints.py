@@ -1,5 +1,6 @@
 """Trained checkpoints are found by name, by folder and by architecture."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,16 @@ def test_a_training_is_found_by_its_architecture(find, runs):
     assert find("small-ffn_dim_64-group_size_64") == expected
     assert find("any", arch={}, model="narrow") == expected
     assert find("any", model=str(expected[1])) == expected
+
+
+def test_the_name_of_a_training_comes_before_a_folder_of_that_name(
+    find, runs, monkeypatch, tmp_path
+):
+    trained(runs, "narrow")
+    (tmp_path / "narrow").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_folder("model", "narrow", runs) == runs.model("narrow") / "checkpoint"
+    assert checkpoint_folder("model", "./narrow", runs) == Path("narrow")
 
 
 def test_of_several_that_of_the_same_name_is_taken(find, runs):
