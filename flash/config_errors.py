@@ -4,9 +4,10 @@ import dataclasses
 import re
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from flash import renamed, slurm
+from flash.bundled import CONF
 from flash.compat.hydra import missing_option
 from flash.compat.omegaconf import error_key, error_schema
 from flash.errors import InputError, closest, nearest, without_secrets
@@ -34,6 +35,8 @@ def explain(error: BaseException, schema: type) -> str:
     if not isinstance(cause, OmegaConfBaseException):
         return _composition(str(error), schema)
     key = error_key(cause)
+    if isinstance(cause, InterpolationKeyError):
+        return f"{_first_line(cause)}: expected a key of this command, as in ${{arch.ffn_dim}}"
     wrapped = cause.__cause__ or cause.__context__
     if isinstance(wrapped, InputError):
         return str(wrapped)
@@ -100,6 +103,8 @@ def _composition(text: str, schema: type) -> str:
         if group == "arch":
             return "+arch: given more than once; expected one option, or several as -m +arch=A,B"
         return f"+{group}: has an option by default; write {group}=OPTION, without '+'"
+    if found := re.match(r"Ambiguous value for argument '(.*)'", text):
+        return f"{found[1]}: several values; write -m for a sweep, or quotes around a value"
     if found := re.match(r"Could not append to config. An item is already at '(.*)'", text):
         return f"+{found[1]}: is set already; write {found[1]}=VALUE, without '+'"
     return _first_line(text)
@@ -125,10 +130,17 @@ def _missing_option(error: MissingConfigException, schema: type) -> str:
         return elsewhere
     if f"{group}={option}" in renamed.OPTIONS:
         return f"{group}={option}: renamed to {renamed.OPTIONS[f'{group}={option}']}"
+    if group == "arch" and "start" in {field.name for field in dataclasses.fields(schema)}:
+        options = [each for each in options if not _is_stock(each)]  # they have no weights
     hint = closest(option, options)
     if hint is None and group == "arch":
         hint = "architectures that a search finds come from its own runs folder: search first"
     return f"{group}={option}: expected one of {', '.join(options)}" + (f"; {hint}" if hint else "")
+
+
+def _is_stock(arch: str) -> bool:
+    path = CONF / "arch" / f"{arch}.yaml"
+    return path.is_file() and re.search(r"(?m)^stock:", path.read_text("utf-8")) is not None
 
 
 def _first_line(error: BaseException | str) -> str:

@@ -35,7 +35,7 @@ _OF_SHAPES = ("arch", "backbone")
 """Settings that name a measurement with random weights; its file knows the others."""
 
 _LONGEST_BASE = 48
-_LONGEST_NAME = 100
+_LONGEST_NAME = 64
 _LONGEST_VALUE = 24
 
 
@@ -99,14 +99,24 @@ def compose_name(
         paths: All paths of the configuration; a value is named by the last keys that are its own.
 
     Returns:
-        Parts joined by `-`, such as `tiny-distill-ffn_dim_384`; the hash of the parts follows the
-        base if the name would be longer than 100 characters.
+        Parts joined by `-`, those of the architecture first, such as `tiny-ffn_dim_384-continue`.
+        A name of more than 64 characters has the hash of all parts in place of those that are too
+        many.
     """
-    parts = [*map(_safe, options)]
+    shapes, others = [], []
     for path, value in sorted(changed.items()):
-        parts.append(_part(_short(path, paths), value))
-    name = "-".join([base, *parts])
-    return name if len(name) <= _LONGEST_NAME else f"{base}-{digest(parts, 8)}"
+        part = _part(_short(path, paths), value)
+        (shapes if is_under(path, ["arch"]) else others).append(part)
+    parts = [base, *shapes, *map(_safe, options), *others]
+    name = "-".join(parts)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    kept, end = base, f"-{digest(parts, 8)}"
+    for part in parts[1:]:
+        if len(f"{kept}-{part}{end}") > _LONGEST_NAME:
+            break
+        kept = f"{kept}-{part}"
+    return f"{kept}{end}"
 
 
 def _short(path: str, paths: Iterable[str]) -> str:

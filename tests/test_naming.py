@@ -45,7 +45,7 @@ def settings_of(monkeypatch, tmp_path):
         ("train recipe=continue", "tiny-continue"),
         ("train +arch=tiny_12_a3f9", "tiny_12_a3f9"),
         ("train +arch=tiny_12_a3f9 recipe=continue", "tiny_12_a3f9-continue"),
-        ("train seed=1 recipe=continue +arch.ffn_dim=384", "tiny-continue-ffn_dim_384-seed_1"),
+        ("train seed=1 recipe=continue +arch.ffn_dim=384", "tiny-ffn_dim_384-continue-seed_1"),
         ("train +arch.ffn_dim=384 recipe.lr=0.00003", "tiny-ffn_dim_384-lr_3e-05"),
         ("train +arch.ffn_dim=384 recipe.lr=3e-5", "tiny-ffn_dim_384-lr_3e-05"),
         ("train data.document_masks=true", "tiny-distill-document_masks_true"),
@@ -123,10 +123,11 @@ def test_names_need_no_quotes_and_are_not_too_long():
     name = compose_name("base", ["option"], odd)
     assert shlex.quote(name) == name
     assert name.startswith("base-option-prompt_")
-    many = {f"key_{i}": i for i in range(40)}
-    long = compose_name("base", [], many)
-    assert len(long) == len("base-12345678")
-    assert long != compose_name("base", [], {**many, "key_3": 4})
+    many = {f"key_{i:02d}": i for i in range(40)}
+    long = compose_name("base", ["option"], {"arch.ffn_dim": 64, **many})
+    assert long.startswith("base-ffn_dim_64-option-key_00_0-")
+    assert len(long) <= 64
+    assert long != compose_name("base", ["option"], {"arch.ffn_dim": 64, **many, "key_39": 4})
 
 
 def test_values_are_named_by_the_last_keys_that_are_their_own():

@@ -102,11 +102,19 @@ def _log_estimate(job: SearchJob, study: Study) -> None:
         seq_len = settings.data.seq_len
         hours = trial_hours(job.space, settings.recipe, settings.trainer, seq_len, backbone)
         log.info(
-            "%d trials of %s tokens: about %.2g hours of training on this machine, after stage 1",
+            "%d trials of %s tokens: about %s of training on this machine, after stage 1",
             left,
             f"{settings.recipe.tokens:,}",
-            left * hours,
+            _duration(left * hours),
         )
+
+
+def _duration(hours: float) -> str:
+    """Write a duration in the unit that suits it."""
+    for unit, size in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= 2 * size:
+            return f"{hours / size:.0f} {unit}"
+    return f"{3600 * hours:.0f} seconds"
 
 
 def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:

@@ -334,8 +334,8 @@ def _warn_if_worse(name: str, lr: float, tokens: int, before: float, after: floa
     """Warn of a training that has made the weights worse than they were."""
     if after > before + _NOISE:
         log.warning(
-            "%s: held-out loss %.3f -> %.3f, worse than before training; recipe.lr=%g is too high "
-            "for these weights and %s tokens, try recipe.lr=%g",
+            "%s: held-out loss %.3f -> %.3f, worse than before training; recipe.lr=%g may be too "
+            "high for these weights and %s tokens, try recipe.lr=%g",
             name,
             before,
             after,

@@ -185,7 +185,7 @@ def test_a_training_that_makes_weights_worse_is_warned_of(
     hot = dataclasses.replace(settings.recipe, lr=3.0, tokens=256)
     result = train(dataclasses.replace(settings, recipe=hot))
     assert result.after.loss > result.before.loss
-    assert "worse than before training; recipe.lr=3 is too high" in caplog.text
+    assert "worse than before training; recipe.lr=3 may be too high" in caplog.text
     assert "try recipe.lr=0.3" in caplog.text
 
 
