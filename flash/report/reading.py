@@ -114,7 +114,15 @@ class _Reader:
         studies = [found for name in names if (found := self.study(name)) is not None]
         shown = {model.name for study in studies for model in study.models}
         others = [
-            self._artifacts(Model(name, spec, trained=trained, exported=exported))
+            self._artifacts(
+                Model(
+                    name,
+                    spec,
+                    (exported.predicted if exported is not None else None) or {},
+                    trained=trained,
+                    exported=exported,
+                )
+            )
             for name, spec, trained, exported in self._results()
             if name not in shown and not self._is_of_another_study(name, names)
         ]

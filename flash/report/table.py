@@ -22,6 +22,9 @@ COLUMNS = (
 )
 NONE = "-"
 
+_LONGEST_NAME = 28
+"""Characters of a name in a table for terminals."""
+
 
 def rows(models: Sequence[Model]) -> list[list[str]]:
     """Return a row of text for each model, in the order of `COLUMNS`; unknown cells are dashes."""
@@ -112,5 +115,13 @@ def _rounded(quality: ProgramQuality) -> list[str]:
 
 
 def as_text(models: Sequence[Model]) -> str:
-    """Format the result table for terminals."""
-    return table([COLUMNS, *rows(models)])
+    """Format the result table for terminals: long names are cut, empty columns are left out."""
+    lines = [[_cut(name), *cells] for name, *cells in rows(models)]
+    kept = [i for i in range(len(COLUMNS)) if any(line[i] != "-" for line in lines)]
+    return table([[line[i] for i in kept] for line in [list(COLUMNS), *lines]])
+
+
+def _cut(name: str) -> str:
+    """Return a name of at most `_LONGEST_NAME` characters, without its middle if it is longer."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}..{name[-half + 1 :]}"
