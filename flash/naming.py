@@ -34,7 +34,7 @@ _UNCOUNTED_OF: dict[str, set[str]] = {
 _OF_SHAPES = ("arch", "backbone")
 """Settings that name a measurement with random weights; its file knows the others."""
 
-_LONGEST_BASE = 48
+_LONGEST_BASE = 96
 _LONGEST_NAME = 64
 _LONGEST_VALUE = 24
 

@@ -152,11 +152,20 @@ def test_changes_count_removed_values_and_leave_out_uncounted_ones():
         ("owner/model@v1", "model_v1"),
         ("checkpoint", "checkpoint"),
         ("/a/b/..", "a"),
-        ("x" * 60, f"{'x' * 48}_{digest('x' * 60, 4)}"),
+        ("x" * 100, f"{'x' * 96}_{digest('x' * 100, 4)}"),
     ],
 )
 def test_models_are_named_by_their_folders(path, name):
     assert name_of_path(path) == name
+
+
+def test_a_model_of_a_long_name_keeps_it_when_it_is_exported(settings_of):
+    changed = [f"recipe.{key}=9" for key in ("tokens", "calibration_tokens", "batch_size")]
+    trained = settings_of(" ".join(["train +arch.ffn_dim=384 seed=12", *changed])).name
+    assert 55 < len(trained) <= 64
+    assert settings_of(f"export model={trained}").name == trained
+    again = settings_of(f"export model={trained} device.lowering.embedding_bits=8").name
+    assert again.startswith(f"{trained}-")
 
 
 def test_places_are_named_by_what_they_are(tmp_path, monkeypatch):
