@@ -7,13 +7,14 @@ another one has another. It needs no quotes in a shell or in an override of Hydr
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from flash.compat.hydra import Job, compose, overrides_of_groups
 from flash.errors import InputError
+from flash.paths import name_of_model
 from flash.records import digest, plain
 from flash.training.settings import TRAINER_UNCOUNTED
 
@@ -74,16 +75,8 @@ def changes(
 
 
 def name_of_path(path: str) -> str:
-    """Return the name of a checkpoint's folder, of a file, or of a model on the hub.
-
-    The checkpoint of a training has the name of the training.
-    """
-    parts = list(PurePath(path).parts)
-    if not parts or parts[-1] == "..":  # a place relative to the working directory
-        parts = list(Path(path).resolve().parts)
-    if len(parts) > 1 and parts[-1] == "checkpoint":
-        parts.pop()
-    name = _safe(parts[-1])
+    """Return `name_of_model` as a part of a name."""
+    name = _safe(name_of_model(path))
     return name if len(name) <= _LONGEST_BASE else f"{name[:_LONGEST_BASE]}_{digest(name, 4)}"
 
 

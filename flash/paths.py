@@ -84,6 +84,17 @@ class Runs:
         return self.root / "exports" / _checked(name)
 
 
+def name_of_model(path: Path | str) -> str:
+    """Return the name of a checkpoint's folder, of a file, or of a model on the hub.
+
+    The checkpoint of a training has the name of the training.
+    """
+    folder = Path(path)
+    if folder.name in {"", "..", "checkpoint"}:  # may be relative to the working directory
+        folder = folder.resolve()
+    return folder.parent.name if folder.name == "checkpoint" else folder.name
+
+
 def _checked(name: str, key: str = "name") -> str:
     """`name`, if it can be that of a folder.
 

@@ -150,7 +150,6 @@ def test_changes_count_removed_values_and_leave_out_uncounted_ones():
         ("runs/models/x/checkpoint/", "x"),
         ("/a/SmolLM2-135M", "SmolLM2-135M"),
         ("owner/model@v1", "model_v1"),
-        ("checkpoint", "checkpoint"),
         ("/a/b/..", "a"),
         ("x" * 100, f"{'x' * 96}_{digest('x' * 100, 4)}"),
     ],
@@ -174,6 +173,10 @@ def test_places_are_named_by_what_they_are(tmp_path, monkeypatch):
     assert {
         name_of_path(path) for path in (".", "./", "../SmolLM2", str(tmp_path / "SmolLM2"))
     } == {"SmolLM2"}
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert name_of_path("checkpoint") == "run"
+    monkeypatch.chdir(tmp_path / "SmolLM2")
     one, same, other = (
         compose_name("b", [], {"data.path": path})
         for path in ("../texts/a", str(tmp_path / "texts/a"), "../other/a")

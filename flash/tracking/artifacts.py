@@ -12,10 +12,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from flash.paths import name_of_model
 from flash.records import digest, file_digest
 
-_PARTS = {".json", ".jinja", ".safetensors"}
-"""Suffixes of the files of a Hugging Face folder that decide what the model does."""
+_PARTS = re.compile(r".*\.(jinja|json|model|safetensors)|(merges|vocab)\.txt")
+"""Names of the files of a Hugging Face folder that decide what the model does."""
 _LONGEST_TITLE = 128
 """Most characters of an artifact's name in W&B."""
 
@@ -64,7 +65,7 @@ class Artifact:
         if not self.path.is_dir():
             return [self.path]
         found = sorted(self.path.iterdir())
-        return [path for path in found if path.suffix in _PARTS and path.is_file()]
+        return [path for path in found if _PARTS.fullmatch(path.name) and path.is_file()]
 
     def metadata(self) -> dict[str, Any]:
         """Compute the metadata: `about`, and the SHA-256 of each file's content."""
@@ -75,5 +76,4 @@ def weights_artifact(folder: Path, backbone: str, backbone_folder: Path | None) 
     """Describe a folder of weights: the backbone, or a checkpoint by the name of its result."""
     if folder == backbone_folder:
         return Artifact(ArtifactKind.backbone, backbone, folder)
-    name = folder.parent.name if folder.name == "checkpoint" else folder.name
-    return Artifact(ArtifactKind.checkpoint, name, folder)
+    return Artifact(ArtifactKind.checkpoint, name_of_model(folder), folder)
