@@ -289,7 +289,7 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     with pytest.raises(CheckFailed, match=where):
         export(settings)
     folder = Runs(Path(common["runs"])).export("strict")
-    assert sorted(path.name for path in folder.iterdir()) == ["gate.json", "wandb.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "gate.json", "wandb.json"]
 
 
 def test_a_finished_export_is_replaced_only_when_told(common, winner):

@@ -203,7 +203,9 @@ class _Reader:
         """Check whether a result belongs to an architecture of a study that is not shown."""
         folder = self.runs.root / "studies"
         others = [path.name for path in folder.glob("*") if path.name not in names]
-        return any(re.match(rf"{re.escape(other)}_\d+_[0-9a-f]{{4}}\b", name) for other in others)
+        return any(
+            re.match(rf"{re.escape(other)}_\d+(_[0-9a-f]{{4}})?(-|$)", name) for other in others
+        )
 
     def _models(self, study: StudyData) -> list[Model]:
         """Add the results of training and export to the models of a study."""

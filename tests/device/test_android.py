@@ -461,7 +461,7 @@ def test_statistics_of_the_real_runner_are_read(phone, connect, program, tmp_pat
         [Program(name="a", path=program, vocab_size=64)], device.settings.workload
     )
     assert result.prefill.ms >= 0  # its clock has whole milliseconds
-    assert result.load_ms > 0
+    assert result.load_ms >= 0
     assert result.model_rss_mib > 0
     run = llama_main.parse(*raw[-1])
     assert run is not None
