@@ -13,9 +13,10 @@ from flash import cli
 from flash.arch import ArchSpec
 from flash.bundled import CONF
 from flash.commands import begin
-from flash.config import ROOTS, check_harmless, entry, load, register, runs_in
+from flash.config import ROOTS, entry, load, register, runs_in
 from flash.device.workload import Phase
 from flash.errors import InputError
+from flash.option_files import check_harmless
 from flash.search.job import open_space
 from flash.search.objectives import Objective
 

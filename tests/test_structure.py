@@ -47,10 +47,12 @@ ORDER = [
     "schemas",
     "config_errors",
     "naming",
+    "option_files",
     "config",
     "config_reference",
     "help",
     "completion",
+    "jobs",
     "cli",
     "__main__",
 ]

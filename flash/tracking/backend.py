@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flash.records import digest
 from flash.tracking.artifacts import Artifact
@@ -55,21 +55,29 @@ class RunInfo:
         return digest([self.job.value, self.name, self.key])
 
 
-class Backend(Protocol):
-    """Receiver of the records of one run; any call may raise any exception."""
+class Backend:
+    """Receiver of the records of one run; any call may raise any exception.
 
-    def log(self, metrics: Metrics, step: int | None) -> None: ...
+    A backend overrides the methods for what it can show; the others do nothing.
+    """
 
-    def summarize(self, values: Metrics) -> None: ...
+    def log(self, metrics: Metrics, step: int | None) -> None:
+        """Receive metrics, at a step of the run if there is one."""
 
-    def log_table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
-    ) -> None: ...
+    def summarize(self, values: Metrics) -> None:
+        """Receive values that describe the run as a whole."""
 
-    def log_figures(self, draw: Callable[[], Mapping[str, Any]]) -> None: ...
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Receive a table, in place of the one before."""
 
-    def use(self, artifact: Artifact) -> None: ...
+    def log_figures(self, draw: Callable[[], Mapping[str, Any]]) -> None:
+        """Receive plotly figures by name; `draw` is called only if they are shown."""
 
-    def publish(self, artifact: Artifact) -> None: ...
+    def use(self, artifact: Artifact) -> None:
+        """Receive an artifact that the run reads."""
 
-    def close(self, failed: bool) -> None: ...
+    def publish(self, artifact: Artifact) -> None:
+        """Receive an artifact that the run has written."""
+
+    def close(self, failed: bool) -> None:
+        """End the run."""

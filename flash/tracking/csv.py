@@ -1,39 +1,29 @@
-"""CSV backend of the tracking: one file of metrics."""
+"""CSV backend of the tracking: a file of metrics for each run."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from flash.tracking.artifacts import Artifact
-from flash.tracking.backend import Metrics
+from flash.tracking.backend import Backend, Metrics, RunInfo
 
 
-class CsvBackend:
-    """Writes `csv/metrics.csv`; summaries, tables, figures and artifacts are for other backends.
+class CsvBackend(Backend):
+    """Writes `csv/JOB/NAME/metrics.csv`; a run that goes on has `NAME.2`, and so on.
 
     Args:
         folder: Folder of local files.
+        info: Description of the run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._logger = CSVLogger(folder, name="csv", version="")
+    def __init__(self, folder: Path, info: RunInfo) -> None:
+        names = (f"{info.name}.{n}" if n > 1 else info.name for n in itertools.count(1))
+        place = folder / "csv" / info.job.value
+        name = next(name for name in names if not (place / name).exists())
+        self._logger = CSVLogger(place, name="", version=name)
 
     def log(self, metrics: Metrics, step: int | None) -> None:
         self._logger.log_metrics(dict(metrics), step)
-
-    def summarize(self, values: Metrics) -> None: ...
-
-    def log_table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
-    ) -> None: ...
-
-    def log_figures(self, draw: Callable[[], Mapping[str, Any]]) -> None: ...
-
-    def use(self, artifact: Artifact) -> None: ...
-
-    def publish(self, artifact: Artifact) -> None: ...
 
     def close(self, failed: bool) -> None:
         self._logger.save()

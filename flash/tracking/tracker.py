@@ -107,7 +107,7 @@ def open_tracker(settings: LoggerSettings, folder: Path, info: RunInfo) -> Track
         if settings.kind is LoggerKind.csv:
             from flash.tracking.csv import CsvBackend
 
-            backend = CsvBackend(folder)
+            backend = CsvBackend(folder, info)
         else:
             # W&B reads them once, when it starts. Its reports on itself write lines of their own
             # where there is no network.

@@ -12,7 +12,7 @@ import wandb
 from flash.compat.wandb import record_use
 from flash.errors import without_secrets
 from flash.tracking.artifacts import Artifact
-from flash.tracking.backend import JobType, Metrics, RunInfo
+from flash.tracking.backend import Backend, JobType, Metrics, RunInfo
 from flash.tracking.links import write_link
 from flash.tracking.settings import LoggerSettings
 
@@ -52,7 +52,7 @@ _gave_up = False
 """True after W&B has not answered once: further runs of this process begin offline at once."""
 
 
-class WandbBackend:
+class WandbBackend(Backend):
     """Sends the records of one run to W&B, or to files for `wandb sync`.
 
     Args:

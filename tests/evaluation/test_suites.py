@@ -79,7 +79,8 @@ def test_a_suite_gives_a_table_files_and_metrics(settings, capsys):
     [line] = [line.split() for line in printed.splitlines() if "Choice" in line]
     assert line[:4] == ["Choice", "0", "5", "acc_norm"]
     assert line[-2:] == ["40.00", "60.00"]
-    logged = (Path(settings.runs) / "logs" / "csv" / "metrics.csv").read_text()
+    [path] = (Path(settings.runs) / "logs" / "csv").rglob("metrics.csv")
+    logged = path.read_text()
     assert {"eval/choice", "eval/quiz", "eval/average"} <= set(logged.splitlines()[0].split(","))
 
 

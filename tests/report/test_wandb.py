@@ -148,9 +148,14 @@ def test_other_loggers_get_the_metrics_and_no_figure_is_drawn(written, trials, k
     with tracker_of(kind, runs) as tracker:
         SearchLog(tracker, toy.PROBLEM, 1.0).log_trial(trials[-1], trials)
         log_study(tracker, report, pytest.fail)
-    path = runs.logs / "csv" / "metrics.csv"
-    assert path.is_file() == (kind is LoggerKind.csv)
-    if kind is LoggerKind.csv:
+    paths = list((runs.logs / "csv").rglob("metrics.csv"))
+    assert len(paths) == (kind is LoggerKind.csv)
+    for path in paths:
         [row] = csv.DictReader(path.read_text().splitlines())
         assert row["search/state"] == "complete"
         assert float(row["search/hypervolume"]) == pytest.approx(report["hypervolume"][-1])
+    before = [path.read_bytes() for path in paths]
+    with tracker_of(kind, runs) as tracker:  # the same run, which goes on
+        tracker.log({"search/hypervolume": 0.0}, 1)
+    assert [path.read_bytes() for path in paths] == before
+    assert len(list((runs.logs / "csv").rglob("metrics.csv"))) == 2 * len(paths)
