@@ -75,6 +75,37 @@ def round_decoder(
 
 
 @torch.no_grad()
+def begin_on_grid(
+    model: Decoder,
+    weight_format: WeightFormat,
+    *,
+    rotate: bool,
+    calibration: Int[Tensor, "n s"],
+) -> None:
+    """Replace the matrices of `model` by what `gptq` makes of them, as a start for training.
+
+    Rounding to the nearest integers finds most of these again, so that the training begins with the
+    loss of `gptq` and not with that of `nearest`. A tied head stays the embedding.
+
+    Args:
+        model: Decoder in float32, changed in place.
+        weight_format: Bits and groups.
+        rotate: Turn the weights before rounding, and back after it.
+        calibration: Token ids of training text.
+    """
+    method = Rounding.gptq
+    rounded = round_decoder(model, weight_format, method, rotate=rotate, calibration=calibration)
+    changes = turns(model) if rotate else {}
+    tied = {"lm_head"} if model.spec.tie_embeddings else set()
+    for name, module in rounded.named_modules():
+        if isinstance(module, nn.Linear) and name not in tied:
+            weight = module.weight.data.dequantize()
+            original = model.get_submodule(name).weight
+            assert isinstance(original, Tensor)
+            original.copy_(changes.get(name, Turn()).inverse(weight))
+
+
+@torch.no_grad()
 def round_embedding(
     model: Decoder, weight_format: WeightFormat, *, mse: bool, rotate: bool
 ) -> nn.Embedding:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from flash.arch import ArchSpec, count_parameters
 from flash.errors import InputError, under
 from flash.model.backbone import Backbone
@@ -17,6 +19,7 @@ from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
+from flash.rounding.decoder import begin_on_grid
 from flash.rounding.fake import fake_quantize
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
 from flash.tracking.backend import JobType, RunInfo
@@ -258,6 +261,14 @@ def _train(
     data, runs = workspace.data, workspace.runs
     model = initial_model(spec, workspace, recipe, settings.start)
     if recipe.qat:
+        if recipe.qat_calibration_tokens:
+            batches = data.calibration_batches(recipe.qat_calibration_tokens)
+            begin_on_grid(
+                model,
+                recipe.qat_format,
+                rotate=recipe.qat_rotate,
+                calibration=torch.cat(list(batches)),
+            )
         # Both held-out losses are those of the fake-quantized model.
         fake_quantize(model, recipe.qat_format, rotate=recipe.qat_rotate)
     teacher = teacher_of(workspace.backbone, data, recipe, settings.trainer, runs)

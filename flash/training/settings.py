@@ -131,6 +131,9 @@ class RecipeSettings:
     """Bits of a weight of the embedding, as `device.lowering.embedding_bits`."""
     qat_rotate: bool = True
     """Turn the weights before they are rounded, as `device.lowering.rotate`."""
+    qat_calibration_tokens: int = 8192
+    """Training tokens for `gptq`, from whose weights `qat` begins; 0 begins with the weights as
+    they are."""
     lr_reference: LrReference = dataclasses.field(default_factory=LrReference)
     """Width and batch that `lr` was found at, to scale it to others; by default `lr` is taken as it
     is."""
@@ -167,6 +170,8 @@ class RecipeSettings:
         size, bits = self.qat_group_size, self.qat_embedding_bits
         require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
+        tokens = self.qat_calibration_tokens
+        require(tokens >= 0, "qat_calibration_tokens", tokens, "0 or more")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
     @property
@@ -180,7 +185,7 @@ class RecipeSettings:
         `inherit` is not among them, as keys of results name the first weights instead. Without
         `qat` neither are those that came after results without them.
         """
-        left_out = {"inherit"} if self.qat else {"inherit", "qat_rotate"}
+        left_out = {"inherit"} if self.qat else {"inherit", "qat_rotate", "qat_calibration_tokens"}
         return {key: value for key, value in plain(self).items() if key not in left_out}
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:

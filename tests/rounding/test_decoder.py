@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash.compat.torchao import is_quantized
-from flash.rounding.decoder import round_decoder, round_nearest
+from flash.rounding.decoder import begin_on_grid, round_decoder, round_nearest
 from flash.rounding.fake import fake_quantize, head_operands
 from flash.rounding.settings import Rounding, WeightFormat
 from tests.lowering.conftest import toy_model
@@ -56,6 +56,27 @@ def test_calibration_loses_less_and_changes_no_input(text, rotate):
 
     assert loss(Rounding.gptq) < 0.5 * loss(Rounding.nearest)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_training_begins_with_the_loss_of_calibration(text, tied, rotate):
+    model = model_with_gains() if tied else toy_model("FS-", tie_embeddings=False)
+    exact = model(text[None])
+    calibration = text.view(4, -1)
+
+    def loss(decoder):
+        return (decoder(text[None]) - exact).square().mean()
+
+    nearest, gptq = (
+        loss(round_decoder(model, WeightFormat(), method, rotate=rotate, calibration=calibration))
+        for method in (Rounding.nearest, Rounding.gptq)
+    )
+    begin_on_grid(model, WeightFormat(), rotate=rotate, calibration=calibration)
+    begun = loss(round_decoder(model, WeightFormat(), Rounding.nearest, rotate=rotate))
+    # A tied head is rounded to the nearest, as it stays the embedding.
+    assert begun - gptq < (0.7 if tied else 0.2) * (nearest - gptq), (nearest, gptq, begun)
 
 
 def test_what_is_rounded_stays_as_it_is(text):
