@@ -1,5 +1,6 @@
 """Exact parameter counts, FLOPs and bytes of an architecture, computed without building a model."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
@@ -105,8 +106,29 @@ def training_flops_per_token(spec: ArchSpec, seq_len: int) -> float:
     return 3 * (_linear_flops_per_token(spec) + head + attention)
 
 
+def linear_parts(spec: ArchSpec) -> dict[str, tuple[int, int]]:
+    """Weights and rows of the matrices of each part of a decoder, the embedding left out.
+
+    A part is an attention half (`layers.0.self_attn`), an FFN half (`layers.0.mlp`) or `lm_head`.
+    """
+    q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    width, hidden = spec.model_dim, spec.ffn_dim
+    attention = (width * (2 * q_dim + 2 * kv_dim), q_dim + 2 * kv_dim + width)
+    ffn = (3 * width * hidden, 2 * hidden + width)
+    parts = {}
+    for i, kind in enumerate(spec.layer_types):
+        if kind.attends:
+            parts[f"layers.{i}.self_attn"] = attention
+        parts[f"layers.{i}.mlp"] = ffn
+    return {**parts, "lm_head": (spec.vocab_size * width, spec.vocab_size)}
+
+
 def weight_bytes(
-    spec: ArchSpec, quantization: Quantization, group_size: int = GROUP, embedding_bits: int = 4
+    spec: ArchSpec,
+    quantization: Quantization,
+    group_size: int = GROUP,
+    embedding_bits: int = 4,
+    eight_bit: Collection[str] = (),
 ) -> int:
     """Bytes of all weights as the lowering stores them.
 
@@ -114,27 +136,28 @@ def weight_bytes(
     operators, each with a packed copy of its own in the .pte (seen in ExecuTorch 1.5).
 
     With 8da4w, a weight of a linear takes half a byte, and each group adds a bf16 scale; XNNPACK
-    stores no zero points. A weight of the embedding takes half a byte, and each group adds a
-    float32 scale and an int8 zero point. With `embedding_bits=8` it takes one byte, and each row
-    adds these two instead.
+    stores no zero points. In 8 bits it takes one byte, and each row adds a float32 scale. A weight
+    of the embedding takes half a byte, and each group adds a float32 scale and an int8 zero point.
+    With `embedding_bits=8` it takes one byte, and each row adds these two instead.
 
     Args:
         spec: Architecture of the weights.
         quantization: Format of the weights.
         group_size: Weights that share a scale in 8da4w.
         embedding_bits: Bits per weight of the embedding in 8da4w, 4 or 8.
+        eight_bit: Names of the `linear_parts` with 8 bits in 8da4w.
     """
     counts = count_parameters(spec)
     table = spec.vocab_size * spec.model_dim
-    linear = counts.attention + counts.ffn + table
     if quantization is Quantization.fp32:
-        return 4 * (linear + table + counts.vectors)
-    packed = linear // 2 + linear // group_size * 2
+        return 4 * (counts.attention + counts.ffn + 2 * table + counts.vectors)
+    packed = 4 * counts.vectors
+    for name, (weights, rows) in linear_parts(spec).items():
+        wide = name in eight_bit
+        packed += weights + 4 * rows if wide else weights // 2 + weights // group_size * 2
     if embedding_bits == 4:
-        packed += table // 2 + table // group_size * 5
-    else:
-        packed += table + spec.vocab_size * 5
-    return packed + 4 * counts.vectors
+        return packed + table // 2 + table // group_size * 5
+    return packed + table + spec.vocab_size * 5
 
 
 def kv_cache_bytes(spec: ArchSpec, full_slots: int, sliding_slots: int, cache: CacheFormat) -> int:

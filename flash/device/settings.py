@@ -119,6 +119,8 @@ class DeviceSettings:
         lowering, workload = values.pop("lowering"), values.pop("workload")
         lowering["skip_unread"] = lowering.pop("prefill_last_only")
         lowering = {key: value for key, value in lowering.items() if key not in OF_WEIGHTS}
+        if not lowering["eight_bit"]:
+            del lowering["eight_bit"]
         return {**values, **lowering, **workload, "backend": "xnnpack"}
 
     @property

@@ -15,9 +15,11 @@ from flash.device.base import Device
 from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
+from flash.export.mixed import check_mixed
 from flash.export.result import ExportResult, device_conditions, exports
 from flash.export.rounding import RoundingChoice, warn_of_other_rounding
 from flash.export.settings import ExportFormat, ExportSettings
+from flash.lowering.settings import LoweringSettings
 from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
@@ -80,6 +82,11 @@ class ExportJob:
         if self.spec == backbone.spec:
             return None
         return _reference(self.workspace.runs, backbone, self.device)
+
+    @property
+    def lowering(self) -> LoweringSettings:
+        """Formats and lengths of the program."""
+        return self.settings.device.lowering
 
     @cached_property
     def rounding(self) -> RoundingChoice:
@@ -148,6 +155,7 @@ class ExportJob:
         require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
         if ExportFormat.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
+            check_mixed(settings.mixed, settings.device.lowering, self.spec)
         self.workspace.check_data()
         for kind in settings.format:
             self._stored(kind)
@@ -224,7 +232,8 @@ def _reference(runs: Runs, backbone: Backbone, device: Device) -> ExportResult |
 
     One with the same settings comes first, then the one with the backbone's name.
     """
-    conditions, needed = device_conditions(device), device.settings.workload.context
+    settings = device.settings
+    conditions, needed = device_conditions(device, settings), settings.workload.context
     found = [
         result
         for result in exports(runs)
@@ -264,6 +273,7 @@ def _keys(
         "device": workspace.device.identity(),
         "device_settings": settings.device.identity(),
         "rounding": [str(rounding), settings.device.lowering.calibration_tokens],
+        "mixed": None if settings.mixed.off else plain(settings.mixed),
         "gate": plain(settings.gate),
         "precision": settings.trainer.precision.value,
         "text": [settings.prompt, settings.new_tokens],

@@ -122,7 +122,10 @@ def measure_shape(name: str, shape: Shape, device: Device, runs: Runs) -> ShapeR
         CheckFailed: ExecuTorch's export failed.
         DeviceError: A process on the device died or took too long.
     """
-    settings, conditions = _for_shape(shape, device.settings), device_conditions(device)
+    settings, conditions = (
+        _for_shape(shape, device.settings),
+        device_conditions(device, device.settings),
+    )
     _check(shape, settings.lowering)
     # The seed of the weights, which is always the same, has been a part of the key.
     key = digest({"shape": shape.to_dict(), "conditions": conditions, "seed": 0})
@@ -167,7 +170,7 @@ def shape_results(runs: Runs, device: Device) -> list[ShapeResult]:
     Raises:
         InputError: A file is damaged.
     """
-    conditions = device_conditions(device)
+    conditions = device_conditions(device, device.settings)
     found = map(ShapeResult.read, sorted(_folder(runs, device.settings).glob("*.json")))
     return [result for result in found if result.conditions == conditions]
 

@@ -11,6 +11,7 @@ from typing import Any
 from flash.arch import ArchSpec
 from flash.device.base import Device
 from flash.device.measurement import Measurement
+from flash.device.settings import DeviceSettings
 from flash.errors import InputError
 from flash.paths import Runs
 from flash.provenance import provenance
@@ -131,9 +132,9 @@ class ExportResult:
         return cls(**{"provenance": {}, **values, **nested})
 
 
-def device_conditions(device: Device) -> str:
+def device_conditions(device: Device, settings: DeviceSettings) -> str:
     """Hash device, runtime and settings; latencies with the same hash are comparable."""
-    return digest({"device": device.identity(), "settings": device.settings.identity()})
+    return digest({"device": device.identity(), "settings": settings.identity()})
 
 
 def exports(runs: Runs) -> Iterator[ExportResult]:

@@ -14,6 +14,7 @@ from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed, InputError
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
+from flash.export.mixed import cost_table, mixed_lowering
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult, ProgramQuality, device_conditions
@@ -145,10 +146,12 @@ def _export(job: ExportJob) -> ExportResult:
     predicted = predicted_latencies(workspace.runs, job.device, job.spec)
     model = load_checkpoint(job.weights)
     log.info("%s: %s for %s, rounding by %s", name, model.spec, settings.device.name, job.rounding)
+    key = job.key  # by the settings as they were given
+    job = _choose_parts(job, model)
     rounded, rounding = _round(job, model)
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
-    lowering = settings.device.lowering
+    lowering = job.lowering
     with stages(f"{name}: lowering"):
         program = lower(rounded, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
@@ -181,10 +184,31 @@ def _export(job: ExportJob) -> ExportResult:
         completion=tokenizer.decode(ids),
         device=job.device.identity(),
         lower_s=lower_s,
-        key=job.key,
+        key=key,
         weights=fingerprint(job.weights),
-        conditions=device_conditions(job.device),
+        conditions=device_conditions(job.device, job.settings.device),
     )
+
+
+def _choose_parts(job: ExportJob, model: Decoder) -> ExportJob:
+    """Name the parts in 8 bits, if a limit of `mixed` asks for the choice."""
+    settings = job.settings
+    if settings.mixed.off or job.lowering.quantization is Quantization.fp32:
+        return job
+    lowering, costs = mixed_lowering(
+        model,
+        job.lowering,
+        settings.mixed,
+        job.rounding,
+        job.calibration,
+        job.device,
+        job.workspace.runs.lowered,
+    )
+    log.info("%s: mixed precision\n%s", job.name, cost_table(costs, lowering.eight_bit))
+    costs_path = job.folder / "mixed.json"
+    write_json(costs_path, {"parts": plain(costs), "eight_bit": lowering.eight_bit})
+    device = dataclasses.replace(settings.device, lowering=lowering)
+    return dataclasses.replace(job, settings=dataclasses.replace(settings, device=device))
 
 
 def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | None]:
@@ -193,7 +217,7 @@ def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | Non
     Raises:
         CheckFailed: They differ too much; says where, what other roundings lose, and what to do.
     """
-    lowering, gate, choice = job.settings.device.lowering, job.settings.gate, job.rounding
+    lowering, gate, choice = job.lowering, job.settings.gate, job.rounding
     if lowering.quantization is Quantization.fp32:
         return model, None
     calibration = job.calibration
@@ -229,7 +253,7 @@ def _run_gate(
     Raises:
         CheckFailed: The gate failed; names the stage and the first bad part of the model.
     """
-    lowering, gate = job.settings.device.lowering, job.settings.gate
+    lowering, gate = job.lowering, job.settings.gate
     path = job.folder / "gate.json"
     report = check_parity(rounded, lowering, job.texts[0], gate, program=program)
     report = dataclasses.replace(report, rounding=rounding)

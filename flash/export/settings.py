@@ -56,6 +56,30 @@ class FormatSettings:
 
 
 @dataclass(kw_only=True)
+class MixedSettings:
+    """Limits under which parts of the program get 8 bits, those first that save most loss.
+
+    Without a limit all parts have 4 bits, but for those of `device.lowering.eight_bit`.
+    """
+
+    max_weight_mib: float | None = None
+    """Largest size of all weights [MiB]."""
+    max_decode_ms: float | None = None
+    """Longest decode step at the first of `device.workload.contexts`, as the sum of all parts, each
+    measured alone on the device [ms]."""
+
+    @property
+    def off(self) -> bool:
+        """True without any limit."""
+        return self.max_weight_mib is None and self.max_decode_ms is None
+
+    def __post_init__(self) -> None:
+        for name in ("max_weight_mib", "max_decode_ms"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "a positive number or null")
+
+
+@dataclass(kw_only=True)
 class ExportSettings:
     """Settings of `flash export`."""
 
@@ -71,6 +95,8 @@ class ExportSettings:
     """Destination of the figures."""
     gate: GateSettings = field(default_factory=GateSettings)
     """Largest accepted difference after each stage of the lowering."""
+    mixed: MixedSettings = field(default_factory=MixedSettings)
+    """Limits under which parts of the program get 8 bits; off by default."""
     format: list[ExportFormat] = field(default_factory=lambda: [ExportFormat.executorch])
     """Formats to write, such as [executorch,hf,gguf]."""
     formats: FormatSettings = field(default_factory=FormatSettings)

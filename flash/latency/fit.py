@@ -253,10 +253,9 @@ def make_profiler(
     half = backbone.as_program().replace(
         layer_types=(Attention.full_attention,) * max(1, backbone.num_layers // 2)
     )
-    weights = lowering.weight_bytes(backbone)
     return Profiler(
         reference=Subject(spec=half),
-        flush_mib=min(weights // BYTES_PER_MIB, _MOST_FLUSH_MIB),
+        flush_mib=flushed_mib(backbone, lowering),
         device=device,
         workload=workload,
         lowering=lowering,
@@ -264,6 +263,11 @@ def make_profiler(
         store=store,
         cache_dir=cache_dir,
     )
+
+
+def flushed_mib(spec: ArchSpec, lowering: LoweringSettings) -> int:
+    """Memory to read between two calls of a block, as the rest of a model would [MiB]."""
+    return min(lowering.weight_bytes(spec) // BYTES_PER_MIB, _MOST_FLUSH_MIB)
 
 
 def whole_models(space: SearchSpace, backbone: ArchSpec, num: int, seed: int) -> list[ArchSpec]:

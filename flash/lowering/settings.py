@@ -1,7 +1,8 @@
 """Settings of a lowered program (formats, lengths) and of the gate that proves it."""
 
 import dataclasses
-from dataclasses import dataclass
+import fnmatch
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -11,6 +12,7 @@ from flash.arch import (
     CacheFormat,
     Quantization,
     kv_cache_bytes,
+    linear_parts,
     weight_bytes,
 )
 from flash.errors import require
@@ -65,6 +67,9 @@ class LoweringSettings:
     has 32."""
     embedding_bits: int = 4
     """int8da4w: bits of a weight of the embedding: 4 in groups, or 8 with a scale a row."""
+    eight_bit: list[str] = field(default_factory=list)
+    """int8da4w: parts of the model whose weights have 8 bits with a scale a row, by name or
+    pattern, such as [layers.0.self_attn,"layers.*.mlp",lm_head]; see also `mixed`."""
     rounding: Rounding | None = None
     """int8da4w: choice of the integers. Null: `nearest` for weights that were trained for it
     (`recipe.qat`), else `gptq`."""
@@ -119,7 +124,7 @@ class LoweringSettings:
     @property
     def weight_format(self) -> WeightFormat:
         """Integers of int8da4w."""
-        return WeightFormat(self.group_size, self.embedding_bits)
+        return WeightFormat(self.group_size, self.embedding_bits, tuple(self.eight_bit))
 
     @property
     def chunk(self) -> int:
@@ -131,12 +136,13 @@ class LoweringSettings:
     def identity(self) -> dict[str, Any]:
         """Plain values that decide a program, by the names that measurement stores use.
 
-        Those that only decide the weights are not among them.
+        Those that only decide the weights are not among them, nor is what came later and is not
+        used.
         """
         values = {
             key: value.value if isinstance(value, Enum) else value
             for key, value in dataclasses.asdict(self).items()
-            if key not in OF_WEIGHTS
+            if key not in OF_WEIGHTS and (key != "eight_bit" or value)
         }
         skip_unread = values.pop("prefill_last_only")
         return {**values, "prefill_chunk": self.chunk, "skip_unread": skip_unread}
@@ -163,10 +169,21 @@ class LoweringSettings:
             self.group_size,
             f"a divisor of model_dim, ffn_dim and num_heads * head_dim, which are {widths}",
         )
+        parts = list(linear_parts(spec))
+        for pattern in self.eight_bit:
+            require(
+                bool(fnmatch.filter(parts, pattern)),
+                "device.lowering.eight_bit",
+                pattern,
+                f"a name or pattern of parts of the model, such as {', '.join(parts[:2])} or "
+                "lm_head",
+            )
 
     def weight_bytes(self, spec: ArchSpec) -> int:
         """Bytes of all weights of a program of `spec`."""
-        return weight_bytes(spec, self.quantization, self.group_size, self.embedding_bits)
+        parts = linear_parts(spec)
+        wide = {part for pattern in self.eight_bit for part in fnmatch.filter(parts, pattern)}
+        return weight_bytes(spec, self.quantization, self.group_size, self.embedding_bits, wide)
 
     def cache_bytes(self, spec: ArchSpec) -> int:
         """Bytes of all KV caches that a program of `spec` allocates."""

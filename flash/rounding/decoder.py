@@ -15,17 +15,20 @@ from flash.rounding.fake import NORMS_OF_HEADS, round_activations
 from flash.rounding.gptq import gptq, inverse_factor
 from flash.rounding.grid import Grid, round_to_grid
 from flash.rounding.rotation import Turn, turns
-from flash.rounding.settings import LINEAR_BITS, Rounding, WeightFormat
+from flash.rounding.settings import Rounding, WeightFormat
 
 Matrix = nn.Linear | nn.Embedding
 
 
 @torch.no_grad()
 def round_nearest(root: nn.Module, weight_format: WeightFormat) -> None:
-    """Round all linears and embeddings of `root` in place that are still in floating point."""
-    for module in root.modules():
+    """Round all linears and embeddings of `root` in place that are still in floating point.
+
+    Patterns of `weight_format.eight_bit` match the names of the modules below `root`.
+    """
+    for name, module in root.named_modules():
         if isinstance(module, Matrix) and not is_quantized(module.weight):
-            _store(module, _nearest(module, weight_format, mse=False))
+            _store(module, _nearest(name, module, weight_format, mse=False))
 
 
 @torch.no_grad()
@@ -63,10 +66,10 @@ def round_decoder(
             change = changes.get(name, Turn())
             if by_outputs is None:
                 _turn(linear, change)
-                _store(linear, _nearest(linear, weight_format, mse=mse))
+                _store(linear, _nearest(name, linear, weight_format, mse=mse))
                 bar.update()
             else:
-                by_outputs.await_input(linear, change, bar.update)
+                by_outputs.await_input(name, linear, change, bar.update)
         if by_outputs is not None:
             assert calibration is not None
             # The head alone, as the logits of all positions would be gigabytes.
@@ -119,7 +122,7 @@ def round_embedding(
     """
     embedding = nn.Embedding.from_pretrained(model.model.embed_tokens.weight.detach())
     _turn(embedding, turns(model)["model.embed_tokens"] if rotate else Turn())
-    _store(embedding, _nearest(embedding, weight_format, mse=mse))
+    _store(embedding, _nearest("", embedding, weight_format, mse=mse))
     return embedding
 
 
@@ -142,30 +145,34 @@ class _ByOutputs:
     """
 
     def __init__(self, weight_format: WeightFormat) -> None:
-        self._group_size = weight_format.group_size
-        self._waiting: dict[nn.Linear, Callable[[], None]] = {}
+        self._format = weight_format
+        self._waiting: dict[nn.Linear, Callable[[], int]] = {}
         self._inputs: Tensor | None = None
         self._factor: Tensor | None = None
 
-    def await_input(self, linear: nn.Linear, change: Turn, done: Callable[[], Any]) -> None:
+    def await_input(
+        self, name: str, linear: nn.Linear, change: Turn, done: Callable[[], Any]
+    ) -> None:
         """Round a linear at its first call, or by `round`; then call `done`."""
 
-        def prepare() -> None:
+        def prepare() -> int:
             hook.remove()
             _turn(linear, change)
             done()
+            return self._format.linear_bits(name)
 
         hook = linear.register_forward_pre_hook(lambda module, inputs: self.round(linear, *inputs))
         self._waiting[linear] = prepare
 
     def round(self, linear: nn.Linear, inputs: Float[Tensor, "n s c"]) -> None:
         """Round a linear that waits for these inputs."""
-        self._waiting.pop(linear)()
+        bits = self._waiting.pop(linear)()
         if inputs is not self._inputs:  # the same for queries, keys and values
             rows = round_activations(inputs).flatten(0, -2)
             self._inputs, self._factor = inputs, inverse_factor(rows.T @ rows)
         assert self._factor is not None
-        _store(linear, gptq(linear.weight, self._factor, self._group_size, LINEAR_BITS))
+        group = self._format.group(bits, linear.in_features)
+        _store(linear, gptq(linear.weight, self._factor, group, bits))
 
 
 def untie(model: Decoder) -> Decoder:
@@ -189,12 +196,11 @@ def _turn(module: Matrix, change: Turn) -> None:
         module.bias = _frozen(change.bias(module.bias))
 
 
-def _nearest(module: Matrix, weight_format: WeightFormat, *, mse: bool) -> Grid:
-    weight, group_size, bits = module.weight, weight_format.group_size, LINEAR_BITS
-    if isinstance(module, nn.Embedding):
-        group_size = weight_format.embedding_group(weight.shape[1])
-        bits = weight_format.embedding_bits
-    return round_to_grid(weight, group_size, bits, mse=mse)
+def _nearest(name: str, module: Matrix, weight_format: WeightFormat, *, mse: bool) -> Grid:
+    is_embedding = isinstance(module, nn.Embedding)
+    bits = weight_format.embedding_bits if is_embedding else weight_format.linear_bits(name)
+    group_size = weight_format.group(bits, module.weight.shape[1])
+    return round_to_grid(module.weight, group_size, bits, mse=mse)
 
 
 def _store(module: Matrix, grid: Grid) -> None:

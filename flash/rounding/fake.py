@@ -52,7 +52,7 @@ class FakeQuantizedEmbedding(nn.Embedding):
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.weight = embedding.weight
         self.turn, self.bits = turn, weight_format.embedding_bits
-        self.group_size = weight_format.embedding_group(self.embedding_dim)
+        self.group_size = weight_format.group(self.bits, self.embedding_dim)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows, turn and round them."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 
 from flash.arch import GROUP
 
@@ -23,16 +24,30 @@ class Rounding(Enum):
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Integers of a rounded decoder: 4 bits in groups, and those of the embedding.
+    """Integers of a rounded decoder: 4 bits in groups, but for the parts named here.
 
     Attributes:
-        group_size: Weights of a row that share a scale.
-        embedding_bits: Bits of a weight of the embedding: 4 in groups, or 8 with a scale a row.
+        group_size: Weights of a row that share a scale in 4 bits; in 8 bits the whole row does.
+        embedding_bits: Bits of a weight of the embedding, 4 or 8.
+        eight_bit: Parts whose weights have 8 bits, as patterns of names such as `layers.0.mlp`.
     """
 
     group_size: int = GROUP
     embedding_bits: int = 4
+    eight_bit: tuple[str, ...] = ()
 
-    def embedding_group(self, model_dim: int) -> int:
-        """Weights of the embedding that share a scale."""
-        return self.group_size if self.embedding_bits == 4 else model_dim
+    def linear_bits(self, module: str) -> int:
+        """Bits of a weight of the linear with this name, such as `model.layers.0.mlp.up_proj`."""
+        part = part_of(module)
+        wide = any(fnmatchcase(part, pattern) for pattern in self.eight_bit)
+        return 8 if wide else LINEAR_BITS
+
+    def group(self, bits: int, columns: int) -> int:
+        """Weights of a row of `columns` weights that share a scale."""
+        return self.group_size if bits == 4 else columns
+
+
+def part_of(module: str) -> str:
+    """Name of the part of a decoder that a linear belongs to, as in `flash.arch.linear_parts`."""
+    name = module.removeprefix("model.")
+    return name if name == "lm_head" else name.rpartition(".")[0]

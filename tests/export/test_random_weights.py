@@ -269,7 +269,7 @@ def test_contexts_are_checked_before_lowering(tmp_path, no_work):
 
 def test_results_of_other_devices_and_settings_do_not_mix(tmp_path):
     runs = Runs(tmp_path)
-    conditions = shapes.device_conditions(device())
+    conditions = shapes.device_conditions(device(), device().settings)
     mine = dataclasses.replace(result("mine", prefill_20=1.0), conditions=conditions)
     for each in (mine, result("other", prefill_20=1.0)):
         each.write(each.path(runs, device().settings))

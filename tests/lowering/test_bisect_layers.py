@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flash.arch import linear_parts
 from flash.lowering.bisect_layers import first_layers, locate_failure
 from flash.lowering.depth_profile import describe_costs, part_costs
 from flash.lowering.gate import ParityStage
@@ -26,13 +27,14 @@ def test_the_layer_that_quantizes_badly_is_found(toy, settings, text, layer, rot
         mlp.up_proj.weight[::32] *= 1000
         mlp.down_proj.weight[:, ::32] /= 1000
     costs = _costs(model, settings(), text, rotate)
-    assert list(costs) == ["embedding", *(f"layer {i}" for i in range(4)), "head"]
-    assert max(costs, key=costs.get) == f"layer {layer}"
+    assert list(costs) == ["embedding", *linear_parts(model.spec)]
+    assert max(costs, key=costs.get) == f"layers.{layer}.mlp"
     assert describe_costs(costs).startswith(f"layer {layer} alone costs ")
 
 
 def test_costs_that_no_part_stands_out_of_are_summed_over_the_depth(toy, settings, text):
-    costs = dict.fromkeys(["embedding", *(f"layer {i}" for i in range(7)), "head"], 0.1)
+    parts = ["embedding", *(f"layers.{i}.mlp" for i in range(7)), "lm_head"]
+    costs = dict.fromkeys(parts, 0.1)
     assert describe_costs(costs) == (
         "no part stands out: embedding 11 %, layers 0 to 2 33 %, layers 3 to 5 33 %, layer 6 11 %, "
         "head 11 %"

@@ -1,0 +1,125 @@
+"""Mixed precision: an exact choice of parts under limits, and programs of both formats."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash.arch import linear_parts
+from flash.errors import InputError
+from flash.export.mixed import PartCost, check_mixed, choose_parts, cost_table
+from flash.export.settings import MixedSettings
+from flash.lowering.gate import check_parity
+from flash.lowering.lower import lower
+from flash.lowering.settings import GateSettings, LoweringSettings
+from flash.rounding.decoder import round_decoder
+from flash.rounding.settings import Rounding, WeightFormat
+from tests.lowering.conftest import toy_model
+
+SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
+LOWERING = LoweringSettings(max_context=64)
+
+
+def costs_of(seed: int, count: int = 9) -> list[PartCost]:
+    numbers = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        PartCost(
+            name=f"p{i}",
+            kl=kl,
+            kl_eight=kl_eight * 0.9,
+            extra_bytes=round(1000 * size),
+            extra_ms=ms,
+        )
+        for i, (kl, kl_eight, size, ms) in enumerate(numbers)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("limits", [(1500.0, None), (None, 1.2), (2500.0, 0.9), (0.0, None)])
+def test_no_choice_within_the_limits_saves_more(seed, limits):
+    costs = costs_of(seed)
+    room_bytes, room_ms = limits
+
+    def saved(chosen):
+        return sum(cost.saved for cost in chosen)
+
+    best = 0.0
+    for take in itertools.product([False, True], repeat=len(costs)):
+        chosen = list(itertools.compress(costs, take))
+        fits = room_bytes is None or sum(c.extra_bytes for c in chosen) <= room_bytes
+        if fits and (room_ms is None or sum(c.extra_ms or 0 for c in chosen) <= room_ms):
+            best = max(best, saved(chosen))
+    names = choose_parts(costs, room_bytes, room_ms)
+    chosen = [cost for cost in costs if cost.name in names]
+    assert saved(chosen) == pytest.approx(best)
+    if room_bytes is not None:
+        assert sum(c.extra_bytes for c in chosen) <= room_bytes
+
+
+def test_a_part_that_8_bits_do_not_help_stays_in_4():
+    worse = PartCost(name="x", kl=0.1, kl_eight=0.2, extra_bytes=1, extra_ms=0.0)
+    assert choose_parts([worse], 1e9, None) == []
+    assert "x" in cost_table([worse], [])
+
+
+def test_the_bytes_of_a_mixed_program_are_those_of_its_file():
+    model = toy_model("F-", vocab_size=512, ffn_dim=512)
+    mixed = replace(LOWERING, eight_bit=["layers.1.mlp", "lm_head"])
+    sizes = []
+    for lowering in (LOWERING, mixed):
+        rounded = round_decoder(model, lowering.weight_format, Rounding.nearest, rotate=False)
+        sizes.append(len(lower(rounded, lowering)))
+    counted = mixed.weight_bytes(model.spec) - LOWERING.weight_bytes(model.spec)
+    assert sizes[1] - sizes[0] == pytest.approx(counted, rel=0.05)
+
+
+@torch.no_grad()
+def test_a_mixed_program_runs_as_in_eager_mode_and_loses_less():
+    text = torch.randint(0, 96, (64,), generator=torch.Generator().manual_seed(1))
+    model = toy_model("F-")
+    exact = model(text[None])
+    losses = []
+    for parts in ([], ["layers.*", "lm_head"]):
+        lowering = replace(LOWERING, eight_bit=parts)
+        lowering.check_fits(model.spec)
+        rounded = round_decoder(model, lowering.weight_format, Rounding.nearest, rotate=True)
+        report = check_parity(rounded, lowering, text, SHORT)
+        assert report.passed, report
+        losses.append((rounded(text[None]) - exact).square().mean())
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_patterns_name_parts():
+    weight_format = WeightFormat(eight_bit=("layers.*.mlp", "lm_head"))
+    assert weight_format.linear_bits("model.layers.3.mlp.up_proj") == 8
+    assert weight_format.linear_bits("model.layers.3.self_attn.q_proj") == 4
+    assert weight_format.linear_bits("lm_head") == 8
+    spec = toy_model("F-").spec
+    assert list(linear_parts(spec)) == [
+        "layers.0.self_attn",
+        "layers.0.mlp",
+        "layers.1.mlp",
+        "lm_head",
+    ]
+    with pytest.raises(InputError, match=r"eight_bit=layers\.1\.self_attn: expected a name or"):
+        replace(LOWERING, eight_bit=["layers.1.self_attn"]).check_fits(spec)
+
+
+def test_limits_that_cannot_be_met_are_refused():
+    spec = toy_model("F-").spec
+    check_mixed(MixedSettings(), LOWERING, spec)
+    check_mixed(MixedSettings(max_weight_mib=1.0), LOWERING, spec)
+    with pytest.raises(InputError, match=r"mixed\.max_weight_mib=0\.001: expected at least 0\.0"):
+        check_mixed(MixedSettings(max_weight_mib=0.001), LOWERING, spec)
+    named = replace(LOWERING, eight_bit=["lm_head"])
+    with pytest.raises(InputError, match=r"eight_bit=\[lm_head\]: expected \[\] with a limit"):
+        check_mixed(MixedSettings(max_weight_mib=1.0), named, spec)
+    with pytest.raises(InputError, match="max_decode_ms=0"):
+        MixedSettings(max_decode_ms=0)
+
+
+def test_results_of_before_keep_their_names():
+    """What came later and is not used is no part of the identity of a program."""
+    assert not {"eight_bit", "rounding", "rotate", "calibration_tokens"} & set(LOWERING.identity())
+    assert replace(LOWERING, eight_bit=["lm_head"]).identity()["eight_bit"] == ["lm_head"]
