@@ -115,7 +115,7 @@ class AttentionHalf(nn.Module):
             x, y, cos, sin, length = x[:, -1:], y[:, -1:], cos[-1:], sin[-1:], 1
         q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
         out = self.attend(self.cache, _rotate(q, cos, sin), k, v, call)
-        return x + self.o_proj(out.reshape(1, length, -1))
+        return x + self.o_proj(out)
 
 
 class FfnHalf(nn.Module):
