@@ -46,7 +46,7 @@ class FloatKVCache(nn.Module):
 
     def first_as_float(self, name: str, count: int) -> Tensor:
         """The first `count` slots of "keys" or "values" in float32 `[kv heads, count, d]`."""
-        return self.contents(name)[0].narrow(1, 0, count).squeeze(2).to(torch.float32)
+        return _first_slots(self.contents(name)[0], count).to(torch.float32)
 
     def attend(
         self, q: Encoded, keys: Encoded, values: Encoded, start: int, mask: Tensor | None
@@ -86,7 +86,7 @@ class Int8KVCache(nn.Module):
 
     def first_as_float(self, name: str, count: int) -> Tensor:
         """The first `count` slots of "keys" or "values" in float32 `[kv heads, count, d]`."""
-        value, scale, zero = (x.narrow(1, 0, count).squeeze(2) for x in self.contents(name))
+        value, scale, zero = (_first_slots(x, count) for x in self.contents(name))
         # The operator subtracts in the zero point's type.
         return torch.ops.quantized_decomposed.dequantize_per_token(
             value, scale, zero.to(torch.int64), -128, 127, torch.int8, torch.float32
@@ -105,6 +105,12 @@ class Int8KVCache(nn.Module):
         return torch.ops.llama.custom_quantized_sdpa(
             q[0], keys[0], values[0], *position, None, *scales
         )
+
+
+def _first_slots(cache: Tensor, count: int) -> Tensor:
+    """The first `count` slots of `[kv heads, l, 1, d]` as `[kv heads, count, d]`."""
+    # Of all ways to drop a dimension, only ExecuTorch's view does not copy.
+    return cache.narrow(1, 0, count).view(cache.shape[0], count, cache.shape[3])
 
 
 KVCache = FloatKVCache | Int8KVCache
@@ -152,18 +158,20 @@ def attend_causal(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRan
     """Attend to every position up to the query; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
     plan, kv_heads = call.leading, k.shape[2]
+    _, length, heads, size = q.shape
     if plan is None or _is_single_query(q):
         start = call.start + k.shape[1] - 1 if _is_single_query(q) else call.start
         return _attend_all(cache, _split_by_key_head(q, kv_heads), start, None)
     leading = _matmul_attention(
-        q[0].narrow(0, 0, plan.num_queries),
+        q.view(length, heads, size).narrow(0, 0, plan.num_queries),
         cache.first_as_float("keys", plan.num_keys),
         cache.first_as_float("values", plan.num_keys),
         plan.causal_bias,
     )
     last_query = _split_by_key_head(q[:, -1:], kv_heads)
     last = _attend_all(cache, last_query, call.start + k.shape[1] - 1, None)
-    return torch.cat([leading, last[0]]).index_select(0, plan.output_order)[None]
+    rows = torch.cat([leading, last.view(1, heads * size)]).index_select(0, plan.output_order)
+    return rows.view(1, length, heads * size)
 
 
 def _attend_all(cache: KVCache, q: Tensor, start: int, mask: Tensor | None) -> Tensor:
