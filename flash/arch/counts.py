@@ -19,6 +19,7 @@ class CacheFormat(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    """float32 rounded to 8 significant bits."""
     int8 = "int8"
     """One scale and zero point per token and head, as in ExecuTorch's quantized cache."""
 
