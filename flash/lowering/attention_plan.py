@@ -65,9 +65,9 @@ class RingPlan(NamedTuple):
 class LeadingPlan(NamedTuple):
     """Attention by matrix products of all queries of a call but the last, the leading ones.
 
-    The last query, the only one in decoding, goes through `custom_sdpa`: XNNPACK would first copy
-    the keys, which takes longer than one query's attention. A call without leading queries computes
-    one query over one key, as in `RingPlan`.
+    The last query, the only one in decoding, goes through `custom_sdpa`, which reads the keys where
+    they are: XNNPACK works on a copy of them, which takes longer than the attention of one query. A
+    call without leading queries computes one query over one key, as in `RingPlan`.
     """
 
     num_queries: int

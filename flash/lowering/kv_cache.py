@@ -34,11 +34,11 @@ class FloatKVCache(nn.Module):
         shape = (spec.num_kv_heads, slots, 1, spec.head_dim)
         for name in ("keys", "values"):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype), persistent=False)
-        self.dtype = dtype
+        self.kv_heads, self.dtype = spec.num_kv_heads, dtype
 
     def encode(self, x: Tensor) -> Encoded:
-        """Convert keys, values or queries to the format of the cache."""
-        return (x.to(self.dtype),)
+        """Convert keys, values or queries `[1, s, n, d]` to the format of the cache."""
+        return (_split_by_key_head(x, self.kv_heads).to(self.dtype),)
 
     def contents(self, name: str) -> Encoded:
         """All slots of "keys" or "values"."""
@@ -72,10 +72,12 @@ class Int8KVCache(nn.Module):
             scales = torch.ones((*shape[:3], 1))
             self.register_buffer(f"{name}_scale", scales, persistent=False)
             self.register_buffer(f"{name}_zero", scales.to(torch.int8), persistent=False)
+        self.kv_heads = spec.num_kv_heads
 
     def encode(self, x: Tensor) -> Encoded:
-        """Convert to int8 values, float scales and int8 zero points of each token and head."""
+        """Convert `[1, s, n, d]` to int8 values, float scales and int8 zero points of each row."""
         ops = torch.ops.quantized_decomposed
+        x = _split_by_key_head(x, self.kv_heads)
         scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
         value = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
         return value, scale.to(torch.float32), zero.to(torch.int8)
@@ -107,9 +109,17 @@ class Int8KVCache(nn.Module):
         )
 
 
+def _split_by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Keys, values or queries `[1, s, n, d]` as `[kv heads, s, n / kv heads, d]`."""
+    _, length, heads, size = x.shape
+    shared = heads // kv_heads
+    rows = x.view(length, kv_heads, shared * size).transpose(0, 1).contiguous()
+    return rows.view(kv_heads, length, shared, size)
+
+
 def _first_slots(cache: Tensor, count: int) -> Tensor:
     """The first `count` slots of `[kv heads, l, 1, d]` as `[kv heads, count, d]`."""
-    # Of all ways to drop a dimension, only ExecuTorch's view does not copy.
+    # ExecuTorch's other operators that drop a dimension, such as squeeze, copy.
     return cache.narrow(1, 0, count).view(cache.shape[0], count, cache.shape[3])
 
 
@@ -138,15 +148,6 @@ def make_attention(
     return cache, attend_masked if slots == lowering.max_context else attend_masked_ring
 
 
-def _split_by_key_head(x: Tensor, kv_heads: int) -> Tensor:
-    """Keys, values or queries `[1, s, n, d]` as `[kv heads, s, n / kv heads, d]`."""
-    _, length, heads, size = x.shape
-    shared = heads // kv_heads
-    # Of three dimensions: XNNPACK does not take four whose lengths are symbols.
-    rows = x.view(length, kv_heads, shared * size).transpose(0, 1).contiguous()
-    return rows.view(kv_heads, length, shared, size)
-
-
 def _join_key_heads(out: Tensor) -> Tensor:
     """Attention `[kv heads, s, g, d]` as `[1, s, h * d]`."""
     kv_heads, length, shared, size = out.shape
@@ -157,25 +158,23 @@ def _join_key_heads(out: Tensor) -> Tensor:
 def attend_causal(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
     """Attend to every position up to the query; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
-    plan, kv_heads = call.leading, k.shape[2]
-    _, length, heads, size = q.shape
+    plan, length = call.leading, q.shape[1]
+    heads, size = q.shape[2:]
     if plan is None or _is_single_query(q):
-        start = call.start + k.shape[1] - 1 if _is_single_query(q) else call.start
-        return _attend_all(cache, _split_by_key_head(q, kv_heads), start, None)
+        return _attend_all(cache, q, call.start + k.shape[1] - length, None)
     leading = _matmul_attention(
         q.view(length, heads, size).narrow(0, 0, plan.num_queries),
         cache.first_as_float("keys", plan.num_keys),
         cache.first_as_float("values", plan.num_keys),
         plan.causal_bias,
     )
-    last_query = _split_by_key_head(q[:, -1:], kv_heads)
-    last = _attend_all(cache, last_query, call.start + k.shape[1] - 1, None)
+    last = _attend_all(cache, q[:, -1:], call.start + length - 1, None)
     rows = torch.cat([leading, last.view(1, heads * size)]).index_select(0, plan.output_order)
     return rows.view(1, length, heads * size)
 
 
 def _attend_all(cache: KVCache, q: Tensor, start: int, mask: Tensor | None) -> Tensor:
-    """Attention of q `[kv heads, s, g, d]` to the slots of the cache `[1, s, h * d]`."""
+    """Attention of q `[1, s, h, d]` to the slots of the cache `[1, s, h * d]`."""
     keys, values = cache.contents("keys"), cache.contents("values")
     return _join_key_heads(cache.attend(cache.encode(q), keys, values, start, mask))
 
@@ -202,7 +201,7 @@ def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def attend_masked(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
     """Attend to the slots that the mask shows; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
-    return _attend_all(cache, _split_by_key_head(q, k.shape[2]), call.start, _mask(q, call))
+    return _attend_all(cache, q, call.start, _mask(q, call))
 
 
 def _mask(q: Tensor, call: CallRange) -> Tensor:
@@ -213,8 +212,7 @@ def _mask(q: Tensor, call: CallRange) -> Tensor:
 def _write_contiguous(cache: KVCache, k: Tensor, v: Tensor, start: int) -> None:
     """Write k and v to neighbouring slots, the first of them `start`."""
     for name, new in (("keys", k), ("values", v)):
-        encoded = cache.encode(_split_by_key_head(new, k.shape[2]))
-        for value, slots in zip(encoded, cache.contents(name), strict=True):
+        for value, slots in zip(cache.encode(new), cache.contents(name), strict=True):
             torch.ops.llama.update_cache(value, slots, start)
 
 
@@ -224,10 +222,9 @@ def attend_masked_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: Ca
     This is ExecuTorch's own ring buffer.
     """
     assert call.slots is not None
-    for name, new in (("keys", k), ("values", v)):
-        encoded = cache.encode(_split_by_key_head(new, k.shape[2]))
-        _write(cache, name, encoded, call.start, call.slots)
-    return _attend_all(cache, _split_by_key_head(q, k.shape[2]), 0, _mask(q, call))
+    _write(cache, "keys", cache.encode(k), call.start, call.slots)
+    _write(cache, "values", cache.encode(v), call.start, call.slots)
+    return _attend_all(cache, q, 0, _mask(q, call))
 
 
 def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
@@ -239,7 +236,7 @@ def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange
     assert call.slots is not None
     assert call.ring_plan is not None
     plan, start, slots = call.ring_plan, call.start, call.slots
-    queries, keys, values = (cache.encode(_split_by_key_head(x, k.shape[2])) for x in (q, k, v))
+    queries, keys, values = cache.encode(q), cache.encode(k), cache.encode(v)
     cached_keys, cached_values = cache.contents("keys"), cache.contents("values")
     if _is_single_query(q):
         _write(cache, "keys", keys, start, slots)
@@ -255,7 +252,7 @@ def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange
         0,
         plan.block_mask,
     )
-    in_blocks = in_blocks.view(k.shape[2], -1, *in_blocks.shape[2:])
+    in_blocks = in_blocks.view(cache.kv_heads, -1, *in_blocks.shape[2:])
 
     causal_slots = _after(in_blocks, slots.narrow(1, 0, plan.num_causal))
     _write(cache, "keys", _narrow(keys, 0, plan.num_causal), start, causal_slots)

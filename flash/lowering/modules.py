@@ -2,8 +2,9 @@
 
 The modules mirror those of the decoder (flash/model/decoder.py) and share its tensors. They differ
 where a device needs it: a KV cache is updated in place at `input_pos`, `llama::custom_sdpa` attends
-to it (grouped queries without expanding the keys), and the output head runs on the last position
-only. A layer is split into an attention half and an FFN half, which are the units of latency.
+to it (query heads share a key head without copies of it), and the output head runs on the last
+position only. A layer is split into an attention half and an FFN half, which are the units of
+latency.
 
 Shapes: s tokens of this call, l cache slots, h heads, d head size, c channels (d_model).
 """
