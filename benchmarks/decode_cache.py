@@ -2,38 +2,43 @@
 
 The model has four layers of flash_350m's widths, three of them with attention, and a small
 vocabulary, so that attention is a visible share of a decode step. Weights are random, in 8da4w with
-groups of 32. Cases are `<program>/<point>`. `ms` is the smallest time of a fresh process; the
-processes of all programs alternate. `speedup_vs_fp32` and `speedup_vs_stock` are the other
-program's time divided by this one's, turn by turn. `fp32` and `bf16` are our programs in calls of
-256 tokens, `stock` is ExecuTorch's `export_llm` of the same shape (fp32 cache) in calls of 1,024,
-each its best.
+groups of 32. `fp32` and `bf16` are our programs in calls of 256 tokens; `stock` is ExecuTorch's
+`export_llm` of the same shape, fp32 cache, in calls of 1,024: each its best.
+
+Cases are `<program>/<point>`. All programs are loaded in one process of one thread and take turns
+at each prompt and at each decode step. `ms` is time of the processor, which other work on the
+machine disturbs less than the clock. `speedup_vs_fp32` and `speedup_vs_stock` are the other
+program's time divided by this one's, turn by turn.
 
 `python benchmarks/decode_cache.py smoke` runs everything at a small size and keeps no results.
 """
 
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from record import Recorder
+import torch
+from record import Recorder, alternate
 
 import conf
 from flash.arch import ArchSpec, CacheFormat, parse_pattern
-from flash.device.host import HostDevice
-from flash.device.measurement import Program
-from flash.device.settings import DeviceSettings
-from flash.device.workload import Workload
+from flash.device.runner import prepare
+from flash.device.workload import Phase, Point, Workload
 from flash.interop.baselines import to_stock_model
 from flash.interop.export_llm import lower_stock
-from flash.lowering.lower import lower, write
+from flash.lowering.gate import Step, load_runtime_step
+from flash.lowering.lower import lower
 from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
 
 PATTERN, VOCABULARY = "FF-F", 16_384
-WORKLOAD = Workload(prompts=[512, 2048], contexts=[128, 1024, 2048], decode_tokens=32)
-SMOKE = Workload(prompts=[16, 32], contexts=[8, 32], decode_tokens=4)
-TURNS = 7
-WAYS = {
+WORKLOAD = Workload(prompts=[512, 2048], contexts=[128, 1024, 2048])
+SMOKE = Workload(prompts=[16, 32], contexts=[8, 32])
+TURNS = {Phase.prefill: 9, Phase.decode: 60}
+FORMS = {
     "fp32": (CacheFormat.fp32, AttentionForm.matmul),
     "bf16": (CacheFormat.bf16, AttentionForm.matmul),
     "stock": (CacheFormat.fp32, AttentionForm.sdpa),
@@ -43,62 +48,63 @@ PAIRS = (("bf16", "fp32"), ("fp32", "stock"), ("bf16", "stock"))
 """Programs whose times are compared."""
 
 
-def device(way: str, workload: Workload) -> HostDevice:
-    cache, attention = WAYS[way]
-    context = max(*workload.prompts, *workload.contexts) + workload.decode_tokens
-    lowering = LoweringSettings(cache=cache, attention=attention, max_context=context)
-    return HostDevice(
-        DeviceSettings(
-            name="host", processes=1, warmups=1, runs=2, lowering=lowering, workload=workload
-        )
-    )
+def settings(name: str, workload: Workload) -> LoweringSettings:
+    cache, attention = FORMS[name]
+    context = max(*workload.prompts, *workload.contexts) + 32
+    return LoweringSettings(cache=cache, attention=attention, max_context=context)
 
 
-def program(way: str, spec: ArchSpec, host: HostDevice, folder: Path) -> Program:
-    path = folder / f"{way}.pte"
-    if way == "stock":
-        lower_stock(to_stock_model(spec), host.settings.lowering, path)
-    else:
-        write(path, lower(Decoder(spec), host.settings.lowering))
-    return Program(name=way, path=path, vocab_size=spec.vocab_size)
-
-
-def compare(record: Recorder, spec: ArchSpec, workload: Workload, turns: int) -> None:
-    hosts = {way: device(way, workload) for way in WAYS}
-    found: dict[str, dict[str, list[float]]] = {
-        way: {point.name: [] for point in workload.points} for way in WAYS
-    }
+def load(name: str, spec: ArchSpec, lowering: LoweringSettings) -> Step:
+    if name != "stock":
+        return load_runtime_step(lower(Decoder(spec), lowering))
     with tempfile.TemporaryDirectory() as folder:
-        programs = {way: program(way, spec, host, Path(folder)) for way, host in hosts.items()}
-        for _ in range(turns):
-            for way, host in hosts.items():
-                [measured] = host.measure([programs[way]], workload)
-                for point, latency in measured.latencies.items():
-                    found[way][point].append(latency.ms)
-    for way, host in hosts.items():
-        mib = host.settings.lowering.cache_bytes(spec) / 2**20
-        record.add(way, "cache_mib", [mib], "MiB")
-        for point, times in found[way].items():
-            record.add(f"{way}/{point}", "ms", times, "ms")
-    for way, other in PAIRS:
-        for point, times in found[way].items():
-            pairs = zip(found[other][point], times, strict=True)
+        path = Path(folder, "stock.pte")
+        lower_stock(to_stock_model(spec), lowering, path)
+        return load_runtime_step(path.read_bytes())
+
+
+def milliseconds(step: Step, chunk: int, vocabulary: int, point: Point) -> float:
+    """Time a prompt, or the step at a position of the cache, whose content does not matter."""
+    first = point.tokens if point.phase is Phase.decode else 0
+    end = first + 1 if point.phase is Phase.decode else point.tokens
+    text = torch.randint(0, vocabulary, (1, end))
+    begin = time.process_time()
+    for start in range(first, end, chunk):
+        step(text[:, start : min(start + chunk, end)], torch.tensor([start]))
+    return 1e3 * (time.process_time() - begin)
+
+
+def compare(record: Recorder, spec: ArchSpec, workload: Workload, turns: dict[Phase, int]) -> None:
+    prepare(threads=1)
+    formats = {name: settings(name, workload) for name in FORMS}
+    steps = {name: load(name, spec, formats[name]) for name in FORMS}
+    for name, lowering in formats.items():
+        record.add(name, "cache_mib", [lowering.cache_bytes(spec) / 2**20], "MiB")
+    for point in workload.points:
+        runs: dict[str, Callable[[], float]] = {
+            name: partial(milliseconds, step, formats[name].chunk, spec.vocab_size, point)
+            for name, step in steps.items()
+        }
+        alternate(runs, rounds=1)
+        found = alternate(runs, turns[point.phase])
+        for name, times in found.items():
+            record.add(f"{name}/{point}", "ms", times, "ms")
+        for name, other in PAIRS:
+            pairs = zip(found[other], found[name], strict=True)
             speedups = [theirs / ours for theirs, ours in pairs]
-            record.add(f"{way}/{point}", f"speedup_vs_{other}", speedups, "ratio")
+            record.add(f"{name}/{point}", f"speedup_vs_{other}", speedups, "ratio")
 
 
 def main() -> None:
     """Run all cases; `smoke` at a small size."""
-    record = Recorder("decode_cache")
+    record, spec = Recorder("decode_cache"), conf.winner("flash_350m")
     if sys.argv[1:] == ["smoke"]:
-        spec = conf.winner("flash_350m").replace(
+        spec = spec.replace(
             layer_types=parse_pattern("F"), model_dim=128, ffn_dim=128, vocab_size=512
         )
-        compare(record, spec, SMOKE, turns=1)
+        compare(record, spec, SMOKE, dict.fromkeys(Phase, 2))
         return
-    spec = conf.winner("flash_350m").replace(
-        layer_types=parse_pattern(PATTERN), vocab_size=VOCABULARY
-    )
+    spec = spec.replace(layer_types=parse_pattern(PATTERN), vocab_size=VOCABULARY)
     compare(record, spec, WORKLOAD, TURNS)
     record.close()
 
