@@ -19,6 +19,8 @@ class CacheFormat(Enum):
     """KV-cache formats that the lowering writes."""
 
     fp32 = "fp32"
+    bf16 = "bf16"
+    """float32 rounded to 8 significant bits."""
     int8 = "int8"
     """One scale and zero point per token and head, as in ExecuTorch's quantized cache."""
 
@@ -171,7 +173,11 @@ def kv_cache_bytes(spec: ArchSpec, full_slots: int, sliding_slots: int, cache: C
         sliding_slots: Tokens that the cache of a sliding layer holds.
         cache: Format of keys and values.
     """
-    per_head = 4 * spec.head_dim if cache is CacheFormat.fp32 else spec.head_dim + 4 + 1
+    per_head = {
+        CacheFormat.fp32: 4 * spec.head_dim,
+        CacheFormat.bf16: 2 * spec.head_dim,
+        CacheFormat.int8: spec.head_dim + 4 + 1,
+    }[cache]
     count = spec.layer_types.count
     slots = (
         count(Attention.full_attention) * full_slots

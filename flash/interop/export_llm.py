@@ -78,9 +78,16 @@ def check_stock(model: StockModel, lowering: LoweringSettings) -> None:
     """Check that ExecuTorch's exporter can lower `model`; this takes no noticeable time.
 
     Raises:
-        InputError: The group size does not divide the model's widths, the sliding layers are not
-            in the stock form, or a prefill chunk is longer than the ring buffers.
+        InputError: The cache is in bfloat16, the group size does not divide the model's widths, the
+            sliding layers are not in the stock form, or a prefill chunk is longer than the ring
+            buffers.
     """
+    require(
+        lowering.cache is not CacheFormat.bf16,
+        "device.lowering.cache",
+        lowering.cache.value,
+        f"fp32 or int8 for {model.name}, which ExecuTorch's own stack lowers",
+    )
     require(
         lowering.quantization is Quantization.fp32
         or all(width % lowering.group_size == 0 for width in model.widths),

@@ -62,38 +62,22 @@ class RingPlan(NamedTuple):
     """Row of (causal, block, last) results for each of the s queries `[s]`."""
 
 
-class LastQueryPlan(NamedTuple):
-    """Split of a call into leading queries and its last query, which is grouped by key heads.
+class LeadingPlan(NamedTuple):
+    """Attention by matrix products of all queries of a call but the last, the leading ones.
 
-    The last query is the only one in decoding. Its g query heads that share a key head read the
-    keys together: they are passed to `custom_sdpa` as g queries that see the same n keys.
-    `custom_sdpa` takes n from the start position of the first of these g queries. That position
-    cannot be negative, so up to position g - 2 the last query is computed with the leading ones.
-
-    The leading queries go through `custom_sdpa`, or through matrix products if there is a
-    `causal_bias`. A kind without queries computes one query over one key, as in `RingPlan`.
+    The last query, the only one in decoding, goes through `custom_sdpa`, which reads the keys where
+    they are: XNNPACK works on a copy of them, which takes longer than the attention of one query. A
+    call without leading queries computes one query over one key, as in `RingPlan`.
     """
 
-    num_leading: int
+    num_queries: int
     """Number of leading queries, counted from the first of the call; at least 1."""
-    leading_start: int
-    """Position of the first leading query."""
-    grouped_start: int
-    """Start position that makes `custom_sdpa` show all n keys to the g grouped queries."""
-    output_order: Tensor
-    """Row of (leading, grouped last) results for each of the s queries `[s]`."""
-    ungrouped_position: int
-    """Position at which a layer that computes only the last query computes it ungrouped.
-
-    This is the query's own position while grouping is impossible, else 0: the ungrouped result is
-    then not used and 0 is the cheapest position.
-    """
-    last_row: Tensor
-    """Row of (ungrouped, grouped) results that holds the last query `[1]`: 1 if it is grouped."""
     num_keys: int
     """Number of keys, counted from position 0, that the leading queries see; at least 1."""
-    causal_bias: Tensor | None
-    """`[g * num_leading, num_keys]`, added to the scores of one key head: 0 or `MASKED_SCORE`."""
+    causal_bias: Tensor
+    """`[g * num_queries, num_keys]`, added to the scores of one key head: 0 or `MASKED_SCORE`."""
+    output_order: Tensor
+    """Row of (leading, last) results for each of the s queries `[s]`."""
 
 
 class CallRange(NamedTuple):
@@ -108,11 +92,11 @@ class CallRange(NamedTuple):
     mask: Tensor | None = None
     """Additive mask of sliding layers in the stock form `[s, l]`: 0 or -inf."""
     slots: Tensor | None = None
-    """Slot of each new token in a ring `[1, s]`; None for caches with a slot per position."""
+    """Slot of each new token in a ring `[kv heads, s]`; None for caches with a slot a position."""
     ring_plan: RingPlan | None = None
     """Plan of sliding layers in the ring form."""
-    last_query: LastQueryPlan | None = None
-    """Plan of full attention with matrix products, or with several query heads a key head."""
+    leading: LeadingPlan | None = None
+    """Plan of full attention with matrix products."""
 
 
 class CallPlan(nn.Module):
@@ -145,11 +129,10 @@ class CallPlan(nn.Module):
         covered = window_covers_context(spec, lowering)
         self.window = spec.sliding_window if has_sliding and not covered else None
         self.ring_planner = None
-        group = spec.num_heads // spec.num_kv_heads
         full = Attention.full_attention in spec.layer_types or covered
-        matmul = lowering.attention is AttentionForm.matmul
-        splits = full and group <= lowering.max_context and (matmul or group > 1)
-        self.last_query_planner = _LastQueryPlanner(group, lowering) if splits else None
+        matmul = full and lowering.attention is AttentionForm.matmul
+        self.leading_planner = _LeadingPlanner(spec, lowering) if matmul else None
+        self.kv_heads = spec.num_kv_heads
         self.num_slots = lowering.slots(spec.sliding_window)
         if self.window is None:
             return
@@ -168,20 +151,18 @@ class CallPlan(nn.Module):
         assume(start + length <= self.max_context)
         cos = self.cos.narrow(0, start, length)
         sin = self.sin.narrow(0, start, length)
-        planner = self.last_query_planner
-        last_query = planner(start, length) if planner is not None else None
+        planner = self.leading_planner
+        leading = planner(start, length) if planner is not None else None
         if self.window is None:
-            return CallRange(start, cos, sin, last_query=last_query)
+            return CallRange(start, cos, sin, leading=leading)
         slots = None
         if self.num_slots < self.max_context:
-            slots = self.slot_of_position.narrow(0, start, length)[None]
+            slots = self.slot_of_position.narrow(0, start, length).repeat(self.kv_heads, 1)
         if self.ring_planner is not None:
             ring_plan = self.ring_planner(start, length)
-            return CallRange(
-                start, cos, sin, slots=slots, ring_plan=ring_plan, last_query=last_query
-            )
+            return CallRange(start, cos, sin, slots=slots, ring_plan=ring_plan, leading=leading)
         mask = self._window_mask(start, length, self.window, is_ring=slots is not None)
-        return CallRange(start, cos, sin, mask=mask, slots=slots, last_query=last_query)
+        return CallRange(start, cos, sin, mask=mask, slots=slots, leading=leading)
 
     def _window_mask(self, start: int, length: int, window: int, is_ring: bool) -> Tensor:
         """Additive mask `[s, l]` that shows each query the `window` positions up to its own."""
@@ -227,41 +208,30 @@ def _as_bounded_symbol(number: int, most: int) -> int:
     return symbol
 
 
-class _LastQueryPlanner(nn.Module):
-    """Computation of a call's `LastQueryPlan` for `group` query heads a key head."""
+class _LeadingPlanner(nn.Module):
+    """Computation of a call's `LeadingPlan`."""
 
     indices: Tensor
     float_indices: Tensor
 
-    def __init__(self, group: int, lowering: LoweringSettings) -> None:
+    def __init__(self, spec: ArchSpec, lowering: LoweringSettings) -> None:
         super().__init__()
-        self.group, self.chunk = group, lowering.chunk
-        self.matmul = lowering.attention is AttentionForm.matmul
+        self.group, self.chunk = spec.num_heads // spec.num_kv_heads, lowering.chunk
         indices = torch.arange(lowering.max_context)
         self.register_buffer("indices", indices, persistent=False)
-        if self.matmul:
-            self.register_buffer("float_indices", indices.float(), persistent=False)
+        self.register_buffer("float_indices", indices.float(), persistent=False)
 
-    def forward(self, start: int, length: int) -> LastQueryPlan:
-        last = start + length - 1
-        grouped = _sym_min(_sym_max(last - (self.group - 2), 0), 1)  # 1 if grouping is possible
-        num_leading = _sym_max(length - grouped, 1)
-        leading_start = start * _sym_min(length - grouped, 1)
-        num_keys, bias = leading_start + num_leading, None
-        if self.matmul:
-            num_keys = _as_bounded_symbol(num_keys, len(self.float_indices))
-            num_leading = _as_bounded_symbol(num_leading, self.chunk)
-            bias = self._causal_bias(leading_start, num_leading, num_keys)
+    def forward(self, start: int, length: int) -> LeadingPlan:
+        num_queries = _sym_max(length - 1, 1)
+        start = start * _sym_min(length - 1, 1)
+        num_keys = _as_bounded_symbol(start + num_queries, len(self.float_indices))
+        num_queries = _as_bounded_symbol(num_queries, self.chunk)
         query = self.indices.narrow(0, 0, length)
-        return LastQueryPlan(
-            num_leading=num_leading,
-            leading_start=leading_start,
-            grouped_start=_sym_max(last - (self.group - 1), 0),
-            output_order=torch.where(query < length - grouped, query, num_leading),
-            ungrouped_position=last * (1 - grouped),
-            last_row=torch.full((1,), grouped, dtype=torch.long),
+        return LeadingPlan(
+            num_queries=num_queries,
             num_keys=num_keys,
-            causal_bias=bias,
+            causal_bias=self._causal_bias(start, num_queries, num_keys),
+            output_order=torch.where(query < length - 1, query, num_queries),
         )
 
     def _causal_bias(self, start: int, num_queries: int, num_keys: int) -> Tensor:

@@ -7,7 +7,9 @@ one of four functions: `attend_causal`, `attend_masked`, `attend_masked_ring` or
 Caches are buffers that custom operators change in place. An exported graph does not show such a
 change as a data dependency, so `_after` makes the order of reads and writes explicit.
 
-Shapes: s tokens of this call, l cache slots, h heads, d head size.
+Shapes: s tokens of this call, l cache slots, h query heads, g query heads that share a key head, d
+head size. Caches and operators have the key heads as a batch, so that the keys of a head lie
+together in memory: keys and values are `[kv heads, s, 1, d]`, queries `[kv heads, s, g, d]`.
 """
 
 from collections.abc import Callable
@@ -16,51 +18,47 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, CacheFormat
-from flash.lowering.attention_plan import CallRange, LastQueryPlan, window_covers_context
+from flash.lowering.attention_plan import CallRange, window_covers_context
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
 Encoded = tuple[Tensor, ...]
-"""Keys, values or queries `[b, s, h, d]` in the cache's format: the numbers, then their scales and
-zero points if the format has any."""
+"""Keys, values or queries by key head in the cache's format: numbers, then their scales and zero
+points if the format has any."""
 
 
 class FloatKVCache(nn.Module):
-    """Keys and values of one layer in float32, updated in place."""
+    """Keys and values of one layer in float32 or bfloat16, updated in place."""
 
-    def __init__(self, spec: ArchSpec, slots: int) -> None:
+    def __init__(self, spec: ArchSpec, slots: int, dtype: torch.dtype) -> None:
         super().__init__()
-        shape = (1, slots, spec.num_kv_heads, spec.head_dim)
-        self.register_buffer("keys", torch.zeros(shape), persistent=False)
-        self.register_buffer("values", torch.zeros(shape), persistent=False)
+        shape = (spec.num_kv_heads, slots, 1, spec.head_dim)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype), persistent=False)
+        self.kv_heads, self.dtype = spec.num_kv_heads, dtype
 
     def encode(self, x: Tensor) -> Encoded:
-        """Convert keys, values or queries to the format of the cache."""
-        return (x,)
+        """Convert keys, values or queries `[1, s, n, d]` to the format of the cache."""
+        return (_split_by_key_head(x, self.kv_heads).to(self.dtype),)
 
     def contents(self, name: str) -> Encoded:
         """All slots of "keys" or "values"."""
         return (getattr(self, name),)
 
     def first_as_float(self, name: str, count: int) -> Tensor:
-        """The first `count` slots of "keys" or "values" in float32 `[count, kv heads, d]`."""
-        return self.contents(name)[0].narrow(1, 0, count)[0]
+        """The first `count` slots of "keys" or "values" in float32 `[kv heads, count, d]`."""
+        return _first_slots(self.contents(name)[0], count).to(torch.float32)
 
     def attend(
-        self,
-        q: Encoded,
-        keys: Encoded,
-        values: Encoded,
-        start: int,
-        mask: Tensor | None,
-        causal: bool = True,
+        self, q: Encoded, keys: Encoded, values: Encoded, start: int, mask: Tensor | None
     ) -> Tensor:
-        """Attention of the s queries q, the first of them at position `start`.
+        """Attention of the s queries q, the first of them at position `start`, in float32.
 
         With a mask `[s, keys]` a query sees the keys that the mask shows. Without one it sees the
-        keys up to its own position if `causal`, else all `start + s` keys.
+        keys up to its own position.
         """
-        position = (start, None, 0.0, causal) if mask is None else (0, mask, 0.0, False)
-        return torch.ops.llama.custom_sdpa(q[0], keys[0], values[0], *position)
+        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
+        out = torch.ops.llama.custom_sdpa(q[0], keys[0], values[0], *position)
+        return out.to(torch.float32)
 
 
 class Int8KVCache(nn.Module):
@@ -68,16 +66,18 @@ class Int8KVCache(nn.Module):
 
     def __init__(self, spec: ArchSpec, slots: int) -> None:
         super().__init__()
-        shape = (1, slots, spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_kv_heads, slots, 1, spec.head_dim)
         for name in ("keys", "values"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int8), persistent=False)
             scales = torch.ones((*shape[:3], 1))
             self.register_buffer(f"{name}_scale", scales, persistent=False)
             self.register_buffer(f"{name}_zero", scales.to(torch.int8), persistent=False)
+        self.kv_heads = spec.num_kv_heads
 
     def encode(self, x: Tensor) -> Encoded:
-        """Convert to int8 values, float scales and int8 zero points of each token and head."""
+        """Convert `[1, s, n, d]` to int8 values, float scales and int8 zero points of each row."""
         ops = torch.ops.quantized_decomposed
+        x = _split_by_key_head(x, self.kv_heads)
         scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
         value = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
         return value, scale.to(torch.float32), zero.to(torch.int8)
@@ -87,38 +87,46 @@ class Int8KVCache(nn.Module):
         return getattr(self, name), getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
 
     def first_as_float(self, name: str, count: int) -> Tensor:
-        """The first `count` slots of "keys" or "values" in float32 `[count, kv heads, d]`."""
-        value, scale, zero = (x.narrow(1, 0, count)[0] for x in self.contents(name))
+        """The first `count` slots of "keys" or "values" in float32 `[kv heads, count, d]`."""
+        value, scale, zero = (_first_slots(x, count) for x in self.contents(name))
         # The operator subtracts in the zero point's type.
         return torch.ops.quantized_decomposed.dequantize_per_token(
             value, scale, zero.to(torch.int64), -128, 127, torch.int8, torch.float32
         )
 
     def attend(
-        self,
-        q: Encoded,
-        keys: Encoded,
-        values: Encoded,
-        start: int,
-        mask: Tensor | None,
-        causal: bool = True,
+        self, q: Encoded, keys: Encoded, values: Encoded, start: int, mask: Tensor | None
     ) -> Tensor:
-        """Attention of the s queries q, the first of them at position `start`.
+        """Attention of the s queries q, the first of them at position `start`, in float32.
 
         With a mask `[s, keys]` a query sees the keys that the mask shows. Without one it sees the
-        keys up to its own position if `causal`, else all `start + s` keys.
+        keys up to its own position.
         """
-        position = (start, None, 0.0, causal) if mask is None else (0, mask, 0.0, False)
+        position = (start, None, 0.0, True) if mask is None else (0, mask, 0.0, False)
         scales = (q[2], q[1], keys[2], keys[1], values[2], values[1])
         return torch.ops.llama.custom_quantized_sdpa(
             q[0], keys[0], values[0], *position, None, *scales
         )
 
 
+def _split_by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Keys, values or queries `[1, s, n, d]` as `[kv heads, s, n / kv heads, d]`."""
+    _, length, heads, size = x.shape
+    shared = heads // kv_heads
+    rows = x.view(length, kv_heads, shared * size).transpose(0, 1).contiguous()
+    return rows.view(kv_heads, length, shared, size)
+
+
+def _first_slots(cache: Tensor, count: int) -> Tensor:
+    """The first `count` slots of `[kv heads, l, 1, d]` as `[kv heads, count, d]`."""
+    # ExecuTorch's other operators that drop a dimension, such as squeeze, copy.
+    return cache.narrow(1, 0, count).view(cache.shape[0], count, cache.shape[3])
+
+
 KVCache = FloatKVCache | Int8KVCache
 Attend = Callable[[KVCache, Tensor, Tensor, Tensor, CallRange], Tensor]
 """A function that writes k and v `[1, s, kv heads, d]` into the cache and returns the attention of
-q `[1, s, heads, d]`, or of the last query alone if q is `[1, 1, heads, d]`."""
+q `[1, s, h, d]`, or of the last query alone if q is `[1, 1, h, d]`, as `[1, s or 1, h * d]`."""
 
 
 def make_attention(
@@ -126,8 +134,13 @@ def make_attention(
 ) -> tuple[KVCache, Attend]:
     """Create an empty cache for one layer and choose the function that attends to it."""
     slots = lowering.slots(spec.sliding_window if sliding else None)
-    cache_type = FloatKVCache if lowering.cache is CacheFormat.fp32 else Int8KVCache
-    cache = cache_type(spec, slots)
+    match lowering.cache:
+        case CacheFormat.int8:
+            cache = Int8KVCache(spec, slots)
+        case CacheFormat.bf16:
+            cache = FloatKVCache(spec, slots, torch.bfloat16)
+        case CacheFormat.fp32:
+            cache = FloatKVCache(spec, slots, torch.float32)
     if not sliding or window_covers_context(spec, lowering):
         return cache, attend_causal
     if lowering.sliding is SlidingForm.ring:
@@ -135,49 +148,35 @@ def make_attention(
     return cache, attend_masked if slots == lowering.max_context else attend_masked_ring
 
 
+def _join_key_heads(out: Tensor) -> Tensor:
+    """Attention `[kv heads, s, g, d]` as `[1, s, h * d]`."""
+    kv_heads, length, shared, size = out.shape
+    rows = out.view(kv_heads, length, shared * size).transpose(0, 1)
+    return rows.reshape(1, length, kv_heads * shared * size)
+
+
 def attend_causal(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
     """Attend to every position up to the query; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
-    queries, plan = cache.encode(q), call.last_query
-    if plan is None:
-        start = call.start + k.shape[1] - 1 if _is_single_query(q) else call.start
-        return cache.attend(queries, cache.contents("keys"), cache.contents("values"), start, None)
-    leading = _attend_leading(cache, q, queries, plan)
-    last = _attend_last_grouped(cache, queries, plan, kv_heads=k.shape[2])
-    rows = plan.last_row if _is_single_query(q) else plan.output_order
-    return torch.cat([leading, last]).index_select(0, rows)[None]
-
-
-def _attend_leading(cache: KVCache, q: Tensor, queries: Encoded, plan: LastQueryPlan) -> Tensor:
-    """Causal attention of the leading queries `[leading, h * d]`.
-
-    If q is the last query alone, this is its ungrouped attention `[1, h * d]`.
-    """
+    plan, length = call.leading, q.shape[1]
     heads, size = q.shape[2:]
-    keys, values = cache.contents("keys"), cache.contents("values")
-    if _is_single_query(q):
-        out = cache.attend(queries, keys, values, plan.ungrouped_position, None)
-        return out.view(1, heads * size)
-    if plan.causal_bias is None:
-        leading = _narrow(queries, 0, plan.num_leading)
-        out = cache.attend(leading, keys, values, plan.leading_start, None)
-        return out.view(-1, heads * size)
-    float_keys = cache.first_as_float("keys", plan.num_keys)
-    float_values = cache.first_as_float("values", plan.num_keys)
-    leading_queries = q.view(-1, heads, size).narrow(0, 0, plan.num_leading)
-    return _matmul_attention(leading_queries, float_keys, float_values, plan.causal_bias)
+    if plan is None or _is_single_query(q):
+        return _attend_all(cache, q, call.start + k.shape[1] - length, None)
+    leading = _matmul_attention(
+        q.view(length, heads, size).narrow(0, 0, plan.num_queries),
+        cache.first_as_float("keys", plan.num_keys),
+        cache.first_as_float("values", plan.num_keys),
+        plan.causal_bias,
+    )
+    last = _attend_all(cache, q[:, -1:], call.start + length - 1, None)
+    rows = torch.cat([leading, last.view(1, heads * size)]).index_select(0, plan.output_order)
+    return rows.view(1, length, heads * size)
 
 
-def _attend_last_grouped(
-    cache: KVCache, queries: Encoded, plan: LastQueryPlan, kv_heads: int
-) -> Tensor:
-    """Attention of the last query, its heads grouped by key head `[1, h * d]`."""
-    length, heads, size = queries[0].shape[1:]
-    last_query = _narrow(queries, length - 1, 1)
-    grouped = tuple(_group_by_key_head(x, kv_heads) for x in last_query)
+def _attend_all(cache: KVCache, q: Tensor, start: int, mask: Tensor | None) -> Tensor:
+    """Attention of q `[1, s, h, d]` to the slots of the cache `[1, s, h * d]`."""
     keys, values = cache.contents("keys"), cache.contents("values")
-    out = cache.attend(grouped, keys, values, plan.grouped_start, None, causal=False)
-    return out.transpose(1, 2).reshape(1, heads * size)
+    return _join_key_heads(cache.attend(cache.encode(q), keys, values, start, mask))
 
 
 def _is_single_query(q: Tensor) -> bool:
@@ -186,29 +185,23 @@ def _is_single_query(q: Tensor) -> bool:
 
 
 def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of q `[s, h, d]` to k and v `[n, kv heads, d]` in matrix products: `[s, h * d]`.
+    """Attention of q `[s, h, d]` to k and v `[kv heads, n, d]` in matrix products: `[s, h * d]`.
 
     Query heads that share a key head are further rows of one product. Tensors have at most three
     dimensions: of four, ExecuTorch asks whether they are an image, which it cannot tell while the
     lengths are symbols.
     """
     heads, size = q.shape[1:]
-    rows = (q * size**-0.5).transpose(0, 1).reshape(k.shape[1], -1, size)
-    scores = torch.bmm(rows, k.permute(1, 2, 0)) + bias
-    out = torch.bmm(torch.softmax(scores, -1), v.transpose(0, 1))
+    rows = (q * size**-0.5).transpose(0, 1).reshape(k.shape[0], -1, size)
+    scores = torch.bmm(rows, k.transpose(1, 2)) + bias
+    out = torch.bmm(torch.softmax(scores, -1), v)
     return out.view(heads, -1, size).transpose(0, 1).reshape(-1, heads * size)
-
-
-def _group_by_key_head(x: Tensor, kv_heads: int) -> Tensor:
-    """One query `[1, 1, h, d]` as h / kv_heads queries of kv_heads heads: each key is read once."""
-    return x.view(1, kv_heads, -1, x.shape[-1]).transpose(1, 2).contiguous()
 
 
 def attend_masked(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
     """Attend to the slots that the mask shows; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
-    keys, values = cache.contents("keys"), cache.contents("values")
-    return cache.attend(cache.encode(q), keys, values, call.start, _mask(q, call))
+    return _attend_all(cache, q, call.start, _mask(q, call))
 
 
 def _mask(q: Tensor, call: CallRange) -> Tensor:
@@ -231,8 +224,7 @@ def attend_masked_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: Ca
     assert call.slots is not None
     _write(cache, "keys", cache.encode(k), call.start, call.slots)
     _write(cache, "values", cache.encode(v), call.start, call.slots)
-    keys, values = cache.contents("keys"), cache.contents("values")
-    return cache.attend(cache.encode(q), keys, values, 0, _mask(q, call))
+    return _attend_all(cache, q, 0, _mask(q, call))
 
 
 def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
@@ -249,7 +241,8 @@ def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange
     if _is_single_query(q):
         _write(cache, "keys", keys, start, slots)
         _write(cache, "values", values, start, slots)
-        return cache.attend(queries, cached_keys, cached_values, plan.last_slot, None)
+        last = cache.attend(queries, cached_keys, cached_values, plan.last_slot, None)
+        return _join_key_heads(last)
 
     # Looked up first: from here on new tokens replace old ones.
     in_blocks = cache.attend(
@@ -259,7 +252,7 @@ def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange
         0,
         plan.block_mask,
     )
-    in_blocks = in_blocks.view(1, -1, *in_blocks.shape[2:])
+    in_blocks = in_blocks.view(cache.kv_heads, -1, *in_blocks.shape[2:])
 
     causal_slots = _after(in_blocks, slots.narrow(1, 0, plan.num_causal))
     _write(cache, "keys", _narrow(keys, 0, plan.num_causal), start, causal_slots)
@@ -272,7 +265,8 @@ def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange
     _write(cache, "values", values, start, slots)
     last_query = _narrow(queries, q.shape[1] - 1, 1)
     last = cache.attend(last_query, cached_keys, cached_values, plan.last_slot, None)
-    return torch.cat([causal, in_blocks, last], dim=1).index_select(1, plan.output_order)
+    out = torch.cat([causal, in_blocks, last], dim=1).index_select(1, plan.output_order)
+    return _join_key_heads(out)
 
 
 def _after(read: Tensor, slots: Tensor) -> Tensor:
@@ -301,7 +295,8 @@ def _append(ring: Encoded, new: Encoded, num_old_slots: int) -> Encoded:
 
 
 def _gather_blocks(encoded: Encoded, indices: Tensor) -> Encoded:
-    """Rows of the sequence as a batch of blocks `[blocks, length, h, d]`."""
+    """Rows of the sequence as a batch of blocks `[kv heads * blocks, length, g or 1, d]`."""
     return tuple(
-        x.index_select(1, indices.flatten()).view(*indices.shape, *x.shape[2:]) for x in encoded
+        x.index_select(1, indices.flatten()).view(-1, indices.shape[1], *x.shape[2:])
+        for x in encoded
     )

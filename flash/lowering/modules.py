@@ -2,8 +2,9 @@
 
 The modules mirror those of the decoder (flash/model/decoder.py) and share its tensors. They differ
 where a device needs it: a KV cache is updated in place at `input_pos`, `llama::custom_sdpa` attends
-to it (grouped queries without expanding the keys), and the output head runs on the last position
-only. A layer is split into an attention half and an FFN half, which are the units of latency.
+to it (query heads share a key head without copies of it), and the output head runs on the last
+position only. A layer is split into an attention half and an FFN half, which are the units of
+latency.
 
 Shapes: s tokens of this call, l cache slots, h heads, d head size, c channels (d_model).
 """
@@ -115,7 +116,7 @@ class AttentionHalf(nn.Module):
             x, y, cos, sin, length = x[:, -1:], y[:, -1:], cos[-1:], sin[-1:], 1
         q = self.q_norm(self.q_proj(y).view(1, length, *self.q_shape))
         out = self.attend(self.cache, _rotate(q, cos, sin), k, v, call)
-        return x + self.o_proj(out.reshape(1, length, -1))
+        return x + self.o_proj(out)
 
 
 class FfnHalf(nn.Module):

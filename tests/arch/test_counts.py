@@ -67,6 +67,7 @@ def test_prefill_is_the_sum_of_its_tokens():
 def test_cache_bytes_by_hand():
     # Two attending layers; the window keeps 3 of 10 tokens; 2 heads of 16 channels, k and v.
     assert kv_cache_bytes(SPEC, 10, 3, CacheFormat.fp32) == 2 * (10 + 3) * 2 * 16 * 4
+    assert kv_cache_bytes(SPEC, 10, 3, CacheFormat.bf16) == 2 * (10 + 3) * 2 * 16 * 2
     assert kv_cache_bytes(SPEC, 10, 3, CacheFormat.int8) == 2 * (10 + 3) * 2 * (16 + 4 + 1)
 
 

@@ -170,6 +170,8 @@ def test_what_the_stack_cannot_express_is_refused_before_any_work(tmp_path):
         check_stock(gemma, LoweringSettings(max_context=4096, prefill_chunk=2048))
     with pytest.raises(InputError, match=r"lowering.sliding=ring: expected stock for gemma3_270m"):
         check_stock(gemma, LoweringSettings(sliding=SlidingForm.ring))
+    with pytest.raises(InputError, match=r"lowering.cache=bf16: expected fp32 or int8 for gemma3"):
+        check_stock(gemma, LoweringSettings(cache=CacheFormat.bf16))
     with pytest.raises(InputError, match=r"lowering.group_size=256: expected a divisor"):
         check_stock(gemma, LoweringSettings(group_size=256))
     linear = TINY.replace(rope_scaling=RopeScaling(kind=RopeKind.linear, factor=2.0))

@@ -1,4 +1,4 @@
-"""KV caches against the decoder: both forms of sliding windows across ring wraps, long texts."""
+"""KV caches against the decoder: every format, sliding windows across ring wraps, long texts."""
 
 from dataclasses import replace
 
@@ -9,9 +9,12 @@ from flash.arch import CacheFormat, Quantization
 from flash.lowering.gate import check_parity, load_runtime_step
 from flash.lowering.lower import export_module, lower
 from flash.lowering.modules import ExportableDecoder
-from flash.lowering.settings import GateSettings, LoweringSettings, SlidingForm
+from flash.lowering.parity_metrics import mean_kl
+from flash.lowering.settings import AttentionForm, GateSettings, LoweringSettings, SlidingForm
 
 WINDOW = 10  # of the toy model
+CACHES = {"fp32": 2e-6, "bf16": 0.01, "int8": 0.02}
+"""Largest relative error of a logit for each format."""
 CHUNKS = [
     [4, *[1] * 40],  # a prompt shorter than the window, then decoding past several wraps
     [16, 16, *[1] * 30],  # longer than the window, several calls
@@ -52,7 +55,7 @@ def test_slots_of_each_form():
 
 
 @pytest.mark.parametrize("sliding", ["stock", "ring"])
-@pytest.mark.parametrize("cache", ["fp32", "int8"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("pattern", ["FSF", "F-S", "--", "SS-"])
 def test_cache_bytes_are_those_of_the_buffers_of_the_program(toy, sliding, cache, pattern):
     lowering = settings(sliding, cache=cache)
@@ -68,12 +71,12 @@ def test_cache_bytes_are_those_of_the_buffers_of_the_program(toy, sliding, cache
 
 @torch.no_grad()
 @pytest.mark.parametrize("sliding", ["stock", "ring"])
-@pytest.mark.parametrize("cache", ["fp32", "int8"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("prefill_last_only", [True, False])
 def test_sliding_form_equals_decoder(toy, text, sliding, cache, prefill_last_only):
     model = toy("FS")
     expected = model(text[None])[0]
-    limit = 2e-6 if cache == "fp32" else 0.02
+    limit = CACHES[cache]
     for chunks in CHUNKS:
         module = ExportableDecoder(
             model, settings(sliding, cache=cache, prefill_last_only=prefill_last_only)
@@ -83,6 +86,30 @@ def test_sliding_form_equals_decoder(toy, text, sliding, cache, prefill_last_onl
         model, settings(sliding, chunk=4, cache=cache, prefill_last_only=prefill_last_only)
     )
     assert largest_error(short, text, expected, [4, 4, 3, 4, *[1] * 20, 2, 4]) < limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("cache", "attention"), [("fp32", "matmul"), ("bf16", "matmul"), ("int8", "sdpa")]
+)
+def test_full_attention_program_equals_decoder_up_to_the_last_slot(toy, text, cache, attention):
+    model = toy("FF")  # the last one goes on with one token
+    expected = model(text[None])[0]
+    step = load_runtime_step(
+        lower(model, replace(settings("stock", cache=cache), attention=AttentionForm[attention]))
+    )
+    for chunks in ([16, 16, 16, 15, 1], [*[1] * 5, 3, 16, 16, 16, *[1] * 6, 2], [16, 16, 16, 16]):
+        assert largest_error(step, text, expected, chunks) < max(CACHES[cache], 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["FF", "SS"])
+def test_bf16_cache_hardly_moves_the_distribution(toy, text, pattern):
+    model = toy(pattern)
+    module, rows = ExportableDecoder(model, settings("stock", cache="bf16")), []
+    for position, token in enumerate(text):
+        rows.append(module(token.view(1, 1), torch.tensor([position])))
+    assert 0 < mean_kl(model(text[None])[0], torch.cat(rows)) < 1e-5
 
 
 @torch.no_grad()
@@ -96,18 +123,20 @@ def test_window_beyond_the_context_needs_no_ring(toy, text):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sliding", ["stock", "ring"])
-def test_sliding_program_equals_decoder(toy, text, sliding):
+@pytest.mark.parametrize(("cache", "limit"), [("fp32", 1e-4), ("bf16", CACHES["bf16"])])
+def test_sliding_program_equals_decoder(toy, text, sliding, cache, limit):
     model = toy("SS")  # the last one goes on with one token
-    step = load_runtime_step(lower(model, settings(sliding)))
+    step = load_runtime_step(lower(model, settings(sliding, cache=cache)))
     expected = model(text[None])[0]
     for chunks in CHUNKS:
-        assert largest_error(step, text, expected, chunks) < 1e-4
+        assert largest_error(step, text, expected, chunks) < limit
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sliding", ["stock", "ring"])
 @pytest.mark.parametrize(
-    ("quantization", "cache"), [("int8da4w", "fp32"), ("fp32", "int8"), ("int8da4w", "int8")]
+    ("quantization", "cache"),
+    [("int8da4w", "fp32"), ("int8da4w", "bf16"), ("fp32", "int8"), ("int8da4w", "int8")],
 )
 def test_sliding_program_passes_the_gate(toy, text, sliding, quantization, cache):
     formats = settings(sliding, quantization=quantization, cache=cache)

@@ -40,11 +40,10 @@ def test_module_equals_decoder_at_every_step(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("cache", "limit"), [("fp32", 2e-6), ("int8", 0.02)])
+@pytest.mark.parametrize(("cache", "limit"), [("fp32", 2e-6), ("bf16", 0.01), ("int8", 0.02)])
 @pytest.mark.parametrize("attention", AttentionForm)
 @pytest.mark.parametrize("kv_heads", [1, 4])  # of the two layers the last goes on with one token
-def test_query_heads_that_share_a_key_head(toy, settings, text, kv_heads, attention, cache, limit):
-    """Every position, since below `group - 1` the heads cannot be grouped."""
+def test_one_key_head_for_all_and_for_each(toy, settings, text, kv_heads, attention, cache, limit):
     torch.manual_seed(0)
     model = Decoder(toy("FF").spec.replace(num_kv_heads=kv_heads)).eval()
     expected = model(text[None])[0]
