@@ -41,7 +41,9 @@ def short_passes() -> Iterator[None]:
     import torch._export.pass_base as torch_passes
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
     from executorch.exir import pass_base as edge_passes
+    from executorch.exir.backend.canonical_partitioners import group_partitioner
     from torch._export.pass_infra.proxy_value import ProxyValue
+    from torch.fx.passes.infra import partitioner as torch_partitioner
 
     bases = (
         (edge_passes._ExportPassBase, edge_passes.ProxyValue),
@@ -56,6 +58,9 @@ def short_passes() -> Iterator[None]:
             interpreter = base.ExportInterpreter
             replace(interpreter, "run_node", _remember_node(interpreter.run_node))
             replace(base, "_fx", _reuse_results(base._fx, proxy_value))
+        replace(group_partitioner, "_DependencyViewer", _Reachability)
+        replace(torch_partitioner, "_DependencyViewer", _Reachability)
+        replace(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", _can_merge)
         replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
@@ -101,12 +106,26 @@ def _reuse_results(run: Callable, proxy_value: type) -> Callable:
 
 def _unchanged(node: torch.fx.Node, target: Any, args: tuple, kwargs: dict) -> bool:
     """Return True if `node` computed this target (in any dialect) from these values."""
-    if getattr(node.target, "_op", node.target) is not getattr(target, "_op", target):
+    if _operator(node.target) is not _operator(target):
         return False
-    old_args, old_kwargs = map_arg(
-        (node.args, dict(node.kwargs)), lambda source: source.meta.get("val", source)
-    )
+    old_args, old_kwargs = map_arg((node.args, dict(node.kwargs)), _value)
     return _same(tuple(old_args), tuple(args)) and _same(dict(old_kwargs), dict(kwargs))
+
+
+def _operator(target: Any) -> Any:
+    """Return the ATen operator of an operator of ExecuTorch's dialect; others as they are."""
+    from executorch.exir.dialects.edge._ops import EdgeOpOverload
+
+    return target._op if isinstance(target, EdgeOpOverload) else target
+
+
+def _value(source: torch.fx.Node) -> Any:
+    """Return what a pass hands on for a node: a delegate or a constant itself, or a fake value."""
+    if source.op == "get_attr":
+        return getattr(source.graph.owning_module, str(source.target), source)
+    value = source.meta.get("val", source)
+    constant = getattr(value, "constant", None) if source.op == "placeholder" else None
+    return value if constant is None else constant
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -186,3 +205,31 @@ def _recompile_later(recompile: Callable) -> Callable:
             )
 
     return later
+
+
+class _Reachability:
+    """The nodes behind each node of a graph, as the bits of an integer.
+
+    ExecuTorch keeps sets of nodes, which take a gigabyte for 30 layers.
+    """
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        self.bit = {node: 1 << place for place, node in enumerate(graph_module.graph.nodes)}
+        self.behind = dict.fromkeys(self.bit, 0)
+        for node in reversed(graph_module.graph.nodes):
+            for user in node.users:
+                self.behind[node] |= self.bit[user] | self.behind[user]
+
+
+def _can_merge(self: Any, first: int, second: int, partitions_by_id: dict) -> bool:
+    """`GroupBasedPartitioner._can_merge_partitions` on bits in place of sets."""
+    from torch.fx.passes.utils.fuser_utils import validate_partition
+
+    reach = self.dependency_viewer
+    nodes = [*partitions_by_id[first].nodes, *partitions_by_id[second].nodes]
+    members = sum({reach.bit[node] for node in nodes})
+    for node in nodes:
+        for user in node.users:
+            if not reach.bit[user] & members and reach.behind[user] & members:
+                return False
+    return validate_partition(nodes)
