@@ -21,6 +21,7 @@ time may be inside (`lower.ONE_AT_A_TIME`). If ExecuTorch changes under us, the 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 from unittest.mock import patch
 
@@ -58,6 +59,8 @@ def short_passes() -> Iterator[None]:
             interpreter = base.ExportInterpreter
             replace(interpreter, "run_node", _remember_node(interpreter.run_node))
             replace(base, "_fx", _reuse_results(base._fx, proxy_value))
+        base = edge_passes._ExportPassBase
+        replace(base, "call", _trace_once(base.call))
         replace(group_partitioner, "_DependencyViewer", _Reachability)
         replace(torch_partitioner, "_DependencyViewer", _Reachability)
         replace(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", _can_merge)
@@ -66,6 +69,58 @@ def short_passes() -> Iterator[None]:
         replace(ExportedProgram, "run_decompositions", once)
         replace(torch.fx.GraphModule, "recompile", _recompile_later(torch.fx.GraphModule.recompile))
         yield
+
+
+class _Contents:
+    """The nodes of a graph with their arguments and values, to see whether it was changed."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.items = [
+            item
+            for node in graph.nodes
+            for item in (
+                node,
+                node.name,
+                node.target,
+                node.args,
+                node.kwargs,
+                node.meta.get("val"),
+            )
+        ]
+
+    def same(self, other: "_Contents") -> bool:
+        """Return True if all are the same objects: each change replaces the old ones."""
+        return len(self.items) == len(other.items) and all(map(is_, self.items, other.items))
+
+
+def _trace_once(call: Callable) -> Callable:
+    """`call` of an export pass that returns a graph as it is if tracing could only copy it.
+
+    That is a graph which such a call made and which no one has changed since, in a pass that
+    treats no node in its own way.
+    """
+    from executorch.exir.pass_base import ExportPass
+    from torch.fx.passes.infra.pass_base import PassResult
+
+    checks = {"call", "requires", "ensures", "_abc_impl"}
+    ways = [name for name in dir(ExportPass) if name[:2] != "__" and name not in checks]
+
+    def once(self: Any, graph_module: torch.fx.GraphModule) -> Any:
+        graph = graph_module.graph
+        traced: _Contents | None = getattr(graph, "flash_traced", None)
+        if (
+            traced is not None
+            and isinstance(self, ExportPass)
+            and all(getattr(type(self), name) is getattr(ExportPass, name) for name in ways)
+            and traced.same(_Contents(graph))
+        ):
+            return PassResult(graph_module, True)
+        result = call(self, graph_module)
+        graph = result.graph_module.graph
+        graph.flash_traced = _Contents(graph)
+        return result
+
+    return once
 
 
 def _remember_node(run_node: Callable) -> Callable:
