@@ -22,14 +22,16 @@ time may be inside (`lower.ONE_AT_A_TIME`). If ExecuTorch changes under us, the 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import is_
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
-from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.graph import _Namespace, _PyTreeCodeGen
 from torch.fx.node import map_arg
+from torch.fx.passes.tools_common import legalize_graph
 from torch.utils import _pytree as pytree
 
 DROPPED_PASSES = ("ConvertToSDPAPass", "ConvertToUpsampleBilinear2d")
@@ -41,6 +43,7 @@ def short_passes() -> Iterator[None]:
     """Leave out the repeated work of lowering inside the `with` block; the result is the same."""
     import torch._export.pass_base as torch_passes
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
+    from executorch.exir import lowered_backend_module
     from executorch.exir import pass_base as edge_passes
     from executorch.exir.backend.canonical_partitioners import group_partitioner
     from torch._export.pass_infra.proxy_value import ProxyValue
@@ -64,6 +67,7 @@ def short_passes() -> Iterator[None]:
         replace(group_partitioner, "_DependencyViewer", _Reachability)
         replace(torch_partitioner, "_DependencyViewer", _Reachability)
         replace(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", _can_merge)
+        replace(lowered_backend_module, "legalize_graph", _sort_nodes)
         replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
@@ -288,3 +292,33 @@ def _can_merge(self: Any, first: int, second: int, partitions_by_id: dict) -> bo
             if not reach.bit[user] & members and reach.behind[user] & members:
                 return False
     return validate_partition(nodes)
+
+
+class _Order:
+    """Stand-in for the new graph of `legalize_graph`, which takes the order of its nodes only."""
+
+    def __init__(self) -> None:
+        self.nodes: list[torch.fx.Node] = []
+
+    def node_copy(self, node: torch.fx.Node, _: Callable) -> torch.fx.Node:
+        self.nodes.append(node)
+        return node
+
+
+def _sort_nodes(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`legalize_graph` that moves the nodes in place of copying them, once for each delegate."""
+    graph = graph_module.graph
+    order = SimpleNamespace(graph=graph)
+    with patch.object(torch.fx, "Graph", _Order):
+        legalize_graph(order)
+    # As in a new graph: the order of nodes and of their users, and which names are taken.
+    graph._graph_namespace = _Namespace()
+    for node in order.graph.nodes:
+        graph._root._prepend(node)
+        node.users.clear()
+        name = graph._graph_namespace.create_name(node.name, None)
+        graph._graph_namespace.associate_name_with_obj(name, node)
+        for source in node._input_nodes:
+            source.users[node] = None
+    graph_module.recompile()
+    return graph_module
