@@ -6,6 +6,8 @@ Names that ExecuTorch 1.5 does not document, and the reasons to use them:
   them registers the `llama` and `quantized_decomposed` operators of an exported decoder.
 - `EdgeCompileConfig(_check_ir_validity=False)`: the check rejects `torch.sym_max`, though
   the rest of the lowering supports it.
+- `ExecutorchProgramManager._pte_data`: the packed parts of a file. `buffer` joins them while the
+  program still holds all weights unpacked, and the joined file too.
 - `executorch.exir.backend.utils.is_same_node`: the cache of its results is never emptied and
   holds the nodes of every graph that was lowered.
 
@@ -14,10 +16,10 @@ partitioner are replaced in `flash.lowering.patches`. `flash.device.runner` uses
 directly, since only that file is copied to boards.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsBytes
 
 if TYPE_CHECKING:
-    from executorch.exir import EdgeCompileConfig
+    from executorch.exir import EdgeCompileConfig, ExecutorchProgramManager
 
 
 def register_operators() -> None:
@@ -31,6 +33,11 @@ def edge_compile_config() -> "EdgeCompileConfig":
     from executorch.exir import EdgeCompileConfig
 
     return EdgeCompileConfig(_check_ir_validity=False)
+
+
+def parts_of_file(program: "ExecutorchProgramManager") -> SupportsBytes:
+    """Return the parts of a program's file, which need nothing of `program` any more."""
+    return program._pte_data
 
 
 def clear_compared_nodes() -> None:

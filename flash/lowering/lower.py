@@ -5,9 +5,10 @@ for the parity gate and for single blocks. Export and the passes change state of
 so that one thread at a time may run them (`ONE_AT_A_TIME`).
 """
 
+import gc
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from flash.compat.executorch import clear_compared_nodes, edge_compile_config
+from flash.compat.executorch import clear_compared_nodes, edge_compile_config, parts_of_file
 from flash.compat.torch import clear_fake_tensor_caches
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
-from flash.lowering.patches.export_passes import short_passes
+from flash.lowering.patches.export_passes import short_passes, short_tracing
 from flash.lowering.patches.partitioner import delegated_symbols
 from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
@@ -59,10 +60,13 @@ def lower(
         InputError: `lowering` does not fit the architecture.
     """
     lowering.check_fits(model.spec)
-    module = quantized_module(model, lowering)
+    modules = [quantized_module(model, lowering)]
     constants = runner_constants(model, lowering, bos_id, eos_ids)
     del model  # a caller that keeps no reference has the float weights freed here
-    return serialize(export_module(module, lowering), constants=constants, fast=fast)
+    # Nothing here keeps the quantised weights: `serialize` frees them when they are packed.
+    return serialize(
+        export_module(modules.pop(), lowering, fast=fast), constants=constants, fast=fast
+    )
 
 
 def quantized_module(model: Decoder, lowering: LoweringSettings) -> ExportableDecoder:
@@ -93,7 +97,11 @@ def runner_constants(
 
 
 def export_module(
-    module: nn.Module, lowering: LoweringSettings, first_input: Tensor | None = None
+    module: nn.Module,
+    lowering: LoweringSettings,
+    first_input: Tensor | None = None,
+    *,
+    fast: bool = True,
 ) -> ExportedProgram:
     """Trace `module` with torch.export, for any number of tokens up to a chunk.
 
@@ -102,6 +110,7 @@ def export_module(
             `input_pos`.
         lowering: Bounds the number of tokens of one call.
         first_input: Example of the first input; token ids if None.
+        fast: Whether to leave out repeated work of the tracing.
     """
     length = min(8, lowering.chunk)
     if first_input is None:
@@ -109,7 +118,7 @@ def export_module(
     example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
     tokens = Dim("tokens", min=1, max=lowering.chunk)
     stage("torch.export")
-    with ONE_AT_A_TIME, torch.no_grad(), quiet():
+    with ONE_AT_A_TIME, torch.no_grad(), quiet(), short_tracing() if fast else nullcontext():
         return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
 
 
@@ -122,7 +131,8 @@ def serialize(
     """Lower exported programs to a .pte: XNNPACK runs what it can, portable kernels the rest.
 
     Args:
-        programs: One program, or several by the name of their method.
+        programs: One program, or several by the name of their method. Their weights are freed
+            before the file is put together, if the caller keeps no reference.
         constants: Values that the file returns from methods of these names.
         fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
     """
@@ -149,9 +159,11 @@ def serialize(
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             )
         )
-        data = bytes(program.buffer)
         _clear_caches([edge.exported_program(name) for name in edge.methods])
-    return data
+        parts = parts_of_file(program)
+    del programs, edge, program
+    gc.collect()  # the graphs that hold the weights refer to themselves
+    return bytes(parts)
 
 
 def _clear_caches(programs: Sequence[ExportedProgram]) -> None:

@@ -21,13 +21,14 @@ time may be inside (`lower.ONE_AT_A_TIME`). If ExecuTorch changes under us, the 
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from operator import is_
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.graph import _Namespace, _PyTreeCodeGen
 from torch.fx.node import map_arg
@@ -37,12 +38,24 @@ from torch.utils import _pytree as pytree
 DROPPED_PASSES = ("ConvertToSDPAPass", "ConvertToUpsampleBilinear2d")
 """Names of XNNPACK's pattern searches that are left out (point 3 above)."""
 
+CHUNK_WEIGHTS = 2**20
+"""Weights that are packed at a time."""
+
+
+@contextmanager
+def short_tracing() -> Iterator[None]:
+    """Let torch.export look results of torchao's operators up; the program is the same."""
+    kept = _keep_quantized(FakeTensorMode._validate_cache_key)
+    with patch.object(FakeTensorMode, "_validate_cache_key", kept):
+        yield
+
 
 @contextmanager
 def short_passes() -> Iterator[None]:
     """Leave out the repeated work of lowering inside the `with` block; the result is the same."""
     import torch._export.pass_base as torch_passes
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
+    from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
     from executorch.exir import lowered_backend_module
     from executorch.exir import pass_base as edge_passes
     from executorch.exir.backend.canonical_partitioners import group_partitioner
@@ -54,8 +67,9 @@ def short_passes() -> Iterator[None]:
         (torch_passes._ExportPassBaseDeprecatedDoNotUse, ProxyValue),
     )
     with ExitStack() as stack:
+        stack.enter_context(short_tracing())
 
-        def replace(owner: Any, name: str, new: Callable) -> None:
+        def replace(owner: Any, name: str, new: Any) -> None:
             stack.enter_context(patch.object(owner, name, new))
 
         for base, proxy_value in bases:
@@ -68,11 +82,28 @@ def short_passes() -> Iterator[None]:
         replace(torch_partitioner, "_DependencyViewer", _Reachability)
         replace(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", _can_merge)
         replace(lowered_backend_module, "legalize_graph", _sort_nodes)
+        in_rows = staticmethod(_pack_rows(NodeVisitor.convert_to_qc4w))
+        replace(NodeVisitor, "convert_to_qc4w", in_rows)
         replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
+        replace(torch.fx.traceback, "copy", SimpleNamespace(copy=copy, deepcopy=list))
         replace(torch.fx.GraphModule, "recompile", _recompile_later(torch.fx.GraphModule.recompile))
         yield
+
+
+def _keep_quantized(validate: Callable) -> Callable:
+    """`_validate_cache_key` that lets PyTorch keep the fake results of torchao's operators.
+
+    By default it computes operators of other libraries each time, since it cannot know that these
+    have no side effects.
+    """
+
+    def kept(self: Any, func: Any, args: Any, kwargs: Any) -> None:
+        if getattr(func, "namespace", None) != "torchao":
+            validate(self, func, args, kwargs)
+
+    return kept
 
 
 class _Contents:
@@ -213,6 +244,21 @@ def _layout(tensor: FakeTensor) -> tuple:
     sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
     plain = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
     return tensor.dtype, tensor.device, tensor.dim(), plain
+
+
+def _pack_rows(pack: Callable) -> Callable:
+    """`convert_to_qc4w` of some rows at a time, which holds no more copies of a whole matrix."""
+
+    def packing(weight: torch.Tensor) -> torch.Tensor:
+        if weight.dim() != 2:
+            return pack(weight)
+        packed = torch.empty(len(weight), (weight.shape[1] + 1) // 2, dtype=torch.uint8)
+        rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+        for source, target in zip(weight.split(rows), packed.split(rows), strict=True):
+            target.copy_(pack(source))
+        return packed
+
+    return packing
 
 
 def _drop_searches(init: Callable) -> Callable:
