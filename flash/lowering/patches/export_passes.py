@@ -1,20 +1,28 @@
 """`short_passes`: ExecuTorch's own lowering without its repeated work, for the same bytes.
 
 Lowering is nearly all Python. About sixty graph passes each run every node again on fake tensors
-(2-4 ms a node when the length is symbolic) although almost none changes anything. Four things are
-cut, each checked to leave the .pte byte-identical (tests/lowering/test_export_passes.py):
+(2-4 ms a node when the length is symbolic) although almost none changes anything. These are cut,
+each checked to leave the .pte byte-identical (tests/lowering/test_export_passes.py):
 
 1. A pass that meets a node with the operator and inputs it already had takes the recorded result
-   instead of computing it again.
-2. `to_edge_transform_and_lower` decomposes the graph three times; once is enough when nothing is
+   instead of computing it again. For a call of a delegate, which is a node too, that would run all
+   nodes of the delegate.
+2. A pass that could only copy a graph, since the pass before it made it and nobody changed it,
+   leaves the graph. Most of the fifteen passes over each delegate are of this kind.
+3. `to_edge_transform_and_lower` decomposes the graph three times; once is enough when nothing is
    left to decompose.
-3. XNNPACK's searches for bilinear upsampling and for a decomposed attention are left out: our
+4. XNNPACK's searches for bilinear upsampling and for a decomposed attention are left out: our
    graphs hold neither, and tracing the patterns costs seconds a process.
-4. Every pass turns the new graph into Python source and compiles it, a fifth of what is left, and
+5. Every pass turns the new graph into Python source and compiles it, a fifth of what is left, and
    no one calls it: graphs are interpreted. It is put off until someone does.
+6. PyTorch keeps the fake results of its own operators. It does so of torchao's as well
+   (`short_tracing`, which also serves torch.export).
+7. A node remembers the nodes of earlier passes that it comes from. They are shared, not copied.
+8. The graph is split into delegates in a time that does not grow with its square
+   (`flash.lowering.patches.delegates`).
 
 The libraries are as before when the block ends; graphs made inside keep the late compilation of
-point 4, each in a class of its own. The patches hold for the whole process, so that one thread at a
+point 5, each in a class of its own. The patches hold for the whole process, so that one thread at a
 time may be inside (`lower.ONE_AT_A_TIME`). If ExecuTorch changes under us, the test fails and
 `lower(..., fast=False)` still works.
 """
@@ -28,18 +36,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.fx.traceback
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx.graph import _Namespace, _PyTreeCodeGen
+from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_arg
-from torch.fx.passes.tools_common import legalize_graph
 from torch.utils import _pytree as pytree
 
-DROPPED_PASSES = ("ConvertToSDPAPass", "ConvertToUpsampleBilinear2d")
-"""Names of XNNPACK's pattern searches that are left out (point 3 above)."""
+from flash.lowering.patches.delegates import light_delegates
 
-CHUNK_WEIGHTS = 2**20
-"""Weights that are packed at a time."""
+DROPPED_PASSES = ("ConvertToSDPAPass", "ConvertToUpsampleBilinear2d")
+"""Names of XNNPACK's pattern searches that are left out (point 4 above)."""
 
 
 @contextmanager
@@ -55,12 +62,8 @@ def short_passes() -> Iterator[None]:
     """Leave out the repeated work of lowering inside the `with` block; the result is the same."""
     import torch._export.pass_base as torch_passes
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
-    from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
-    from executorch.exir import lowered_backend_module
     from executorch.exir import pass_base as edge_passes
-    from executorch.exir.backend.canonical_partitioners import group_partitioner
     from torch._export.pass_infra.proxy_value import ProxyValue
-    from torch.fx.passes.infra import partitioner as torch_partitioner
 
     bases = (
         (edge_passes._ExportPassBase, edge_passes.ProxyValue),
@@ -68,6 +71,7 @@ def short_passes() -> Iterator[None]:
     )
     with ExitStack() as stack:
         stack.enter_context(short_tracing())
+        stack.enter_context(light_delegates())
 
         def replace(owner: Any, name: str, new: Any) -> None:
             stack.enter_context(patch.object(owner, name, new))
@@ -78,12 +82,6 @@ def short_passes() -> Iterator[None]:
             replace(base, "_fx", _reuse_results(base._fx, proxy_value))
         base = edge_passes._ExportPassBase
         replace(base, "call", _trace_once(base.call))
-        replace(group_partitioner, "_DependencyViewer", _Reachability)
-        replace(torch_partitioner, "_DependencyViewer", _Reachability)
-        replace(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", _can_merge)
-        replace(lowered_backend_module, "legalize_graph", _sort_nodes)
-        in_rows = staticmethod(_pack_rows(NodeVisitor.convert_to_qc4w))
-        replace(NodeVisitor, "convert_to_qc4w", in_rows)
         replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
@@ -246,21 +244,6 @@ def _layout(tensor: FakeTensor) -> tuple:
     return tensor.dtype, tensor.device, tensor.dim(), plain
 
 
-def _pack_rows(pack: Callable) -> Callable:
-    """`convert_to_qc4w` of some rows at a time, which holds no more copies of a whole matrix."""
-
-    def packing(weight: torch.Tensor) -> torch.Tensor:
-        if weight.dim() != 2:
-            return pack(weight)
-        packed = torch.empty(len(weight), (weight.shape[1] + 1) // 2, dtype=torch.uint8)
-        rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
-        for source, target in zip(weight.split(rows), packed.split(rows), strict=True):
-            target.copy_(pack(source))
-        return packed
-
-    return packing
-
-
 def _drop_searches(init: Callable) -> Callable:
     def shorter(self: Any, program: ExportedProgram, passes: Any = None) -> None:
         init(self, program, passes)
@@ -310,61 +293,3 @@ def _recompile_later(recompile: Callable) -> Callable:
             )
 
     return later
-
-
-class _Reachability:
-    """The nodes behind each node of a graph, as the bits of an integer.
-
-    ExecuTorch keeps sets of nodes, which take a gigabyte for 30 layers.
-    """
-
-    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
-        self.bit = {node: 1 << place for place, node in enumerate(graph_module.graph.nodes)}
-        self.behind = dict.fromkeys(self.bit, 0)
-        for node in reversed(graph_module.graph.nodes):
-            for user in node.users:
-                self.behind[node] |= self.bit[user] | self.behind[user]
-
-
-def _can_merge(self: Any, first: int, second: int, partitions_by_id: dict) -> bool:
-    """`GroupBasedPartitioner._can_merge_partitions` on bits in place of sets."""
-    from torch.fx.passes.utils.fuser_utils import validate_partition
-
-    reach = self.dependency_viewer
-    nodes = [*partitions_by_id[first].nodes, *partitions_by_id[second].nodes]
-    members = sum({reach.bit[node] for node in nodes})
-    for node in nodes:
-        for user in node.users:
-            if not reach.bit[user] & members and reach.behind[user] & members:
-                return False
-    return validate_partition(nodes)
-
-
-class _Order:
-    """Stand-in for the new graph of `legalize_graph`, which takes the order of its nodes only."""
-
-    def __init__(self) -> None:
-        self.nodes: list[torch.fx.Node] = []
-
-    def node_copy(self, node: torch.fx.Node, _: Callable) -> torch.fx.Node:
-        self.nodes.append(node)
-        return node
-
-
-def _sort_nodes(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """`legalize_graph` that moves the nodes in place of copying them, once for each delegate."""
-    graph = graph_module.graph
-    order = SimpleNamespace(graph=graph)
-    with patch.object(torch.fx, "Graph", _Order):
-        legalize_graph(order)
-    # As in a new graph: the order of nodes and of their users, and which names are taken.
-    graph._graph_namespace = _Namespace()
-    for node in order.graph.nodes:
-        graph._root._prepend(node)
-        node.users.clear()
-        name = graph._graph_namespace.create_name(node.name, None)
-        graph._graph_namespace.associate_name_with_obj(name, node)
-        for source in node._input_nodes:
-            source.users[node] = None
-    graph_module.recompile()
-    return graph_module
