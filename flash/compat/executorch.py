@@ -10,6 +10,8 @@ Names that ExecuTorch 1.5 does not document, and the reasons to use them:
   program still holds all weights unpacked, and the joined file too.
 - `executorch.exir.backend.utils.is_same_node`: the cache of its results is never emptied and
   holds the nodes of every graph that was lowered.
+- `why` in the modules of XNNPACK's partitioner keeps the last node that was not delegated, and with
+  it the program.
 
 ExecuTorch takes seconds to import, so each function imports the parts that it needs. Passes and the
 partitioner are replaced in `flash.lowering.patches`. `flash.device.runner` uses the native module
@@ -45,3 +47,16 @@ def clear_compared_nodes() -> None:
     from executorch.exir.backend.utils import is_same_node
 
     is_same_node.cache_clear()
+
+
+def clear_refused_nodes() -> None:
+    """Let go of the last nodes that XNNPACK's partitioner refused, which frees their programs."""
+    from executorch.backends.xnnpack.partition.config import (
+        gemm_configs,
+        generic_node_configs,
+        node_configs,
+        xnnpack_config,
+    )
+
+    for module in (gemm_configs, generic_node_configs, node_configs, xnnpack_config):
+        module.why.node = None

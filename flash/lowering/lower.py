@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from flash.compat.executorch import clear_compared_nodes, edge_compile_config, parts_of_file
+from flash.compat.executorch import (
+    clear_compared_nodes,
+    clear_refused_nodes,
+    edge_compile_config,
+    parts_of_file,
+)
 from flash.compat.torch import clear_fake_tensor_caches
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
@@ -170,11 +175,12 @@ def _clear_caches(programs: Sequence[ExportedProgram]) -> None:
     """Clear caches of the process that would otherwise keep all weights until it ends.
 
     The fake tensors' caches are keyed by the delegates themselves; ExecuTorch's comparison of nodes
-    is keyed by the nodes of their graphs. Eleven models of the paper's size in one process took
-    24 GB.
+    is keyed by the nodes of their graphs, and its partitioner keeps the last node that it refused.
+    Eleven models of the paper's size in one process took 24 GB.
     """
     clear_fake_tensor_caches(programs)
     clear_compared_nodes()
+    clear_refused_nodes()
 
 
 def write(path: Path, data: bytes) -> None:

@@ -80,6 +80,24 @@ def test_compared_nodes_are_forgotten():
         assert not is_same_node.cache_info().currsize
 
 
+def test_refused_nodes_are_forgotten():
+    with contract(
+        "`why` in the modules of XNNPACK's partitioner",
+        "flash.compat.executorch.clear_refused_nodes",
+        "free the graphs of lowered programs",
+    ):
+        from executorch.backends.xnnpack.partition.config import gemm_configs, xnnpack_config
+
+        from flash.compat.executorch import clear_refused_nodes
+
+        node = torch.fx.Graph().placeholder("a")
+        for module in (gemm_configs, xnnpack_config):
+            module.why(node, "a test")
+            assert module.why.node is node
+        clear_refused_nodes()
+        assert gemm_configs.why.node is xnnpack_config.why.node is None
+
+
 def parameters(function):
     return list(inspect.signature(function).parameters)
 

@@ -159,7 +159,10 @@ def _trace_once(call: Callable) -> Callable:
 def _remember_node(run_node: Callable) -> Callable:
     def remembering(self: Any, node: torch.fx.Node) -> Any:
         self.callback.flash_node = node
-        return run_node(self, node)
+        try:
+            return run_node(self, node)
+        finally:
+            self.callback.flash_node = None  # some passes exist as long as the process
 
     return remembering
 
