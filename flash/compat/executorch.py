@@ -6,18 +6,22 @@ Names that ExecuTorch 1.5 does not document, and the reasons to use them:
   them registers the `llama` and `quantized_decomposed` operators of an exported decoder.
 - `EdgeCompileConfig(_check_ir_validity=False)`: the check rejects `torch.sym_max`, though
   the rest of the lowering supports it.
+- `ExecutorchProgramManager._pte_data`: the packed parts of a file. `buffer` joins them while the
+  program still holds all weights unpacked, and the joined file too.
 - `executorch.exir.backend.utils.is_same_node`: the cache of its results is never emptied and
   holds the nodes of every graph that was lowered.
+- `why` in the modules of XNNPACK's partitioner keeps the last node that was not delegated, and with
+  it the program.
 
 ExecuTorch takes seconds to import, so each function imports the parts that it needs. Passes and the
 partitioner are replaced in `flash.lowering.patches`. `flash.device.runner` uses the native module
 directly, since only that file is copied to boards.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsBytes
 
 if TYPE_CHECKING:
-    from executorch.exir import EdgeCompileConfig
+    from executorch.exir import EdgeCompileConfig, ExecutorchProgramManager
 
 
 def register_operators() -> None:
@@ -33,8 +37,26 @@ def edge_compile_config() -> "EdgeCompileConfig":
     return EdgeCompileConfig(_check_ir_validity=False)
 
 
+def parts_of_file(program: "ExecutorchProgramManager") -> SupportsBytes:
+    """Return the parts of a program's file, which need nothing of `program` any more."""
+    return program._pte_data
+
+
 def clear_compared_nodes() -> None:
     """Empty the cache of `is_same_node`, which frees the graphs of its nodes."""
     from executorch.exir.backend.utils import is_same_node
 
     is_same_node.cache_clear()
+
+
+def clear_refused_nodes() -> None:
+    """Let go of the last nodes that XNNPACK's partitioner refused, which frees their programs."""
+    from executorch.backends.xnnpack.partition.config import (
+        gemm_configs,
+        generic_node_configs,
+        node_configs,
+        xnnpack_config,
+    )
+
+    for module in (gemm_configs, generic_node_configs, node_configs, xnnpack_config):
+        module.why.node = None

@@ -149,6 +149,7 @@ def _export(job: ExportJob) -> ExportResult:
     key = job.key  # by the settings as they were given
     job = _choose_parts(job, model)
     rounded, rounding = _round(job, model)
+    del model  # memory peaks in the lowering
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
     lowering = job.lowering
@@ -163,6 +164,7 @@ def _export(job: ExportJob) -> ExportResult:
     ExportResult.remove(job.folder)  # a result is never beside another program
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s", name, len(program) / 2**20, lower_s)
+    model = load_checkpoint(job.weights)
     texts = text_device(job.device)
     quality = program_quality(model, path, texts, job.texts)
     _check_program(job, quality)

@@ -5,9 +5,10 @@ for the parity gate and for single blocks. Export and the passes change state of
 so that one thread at a time may run them (`ONE_AT_A_TIME`).
 """
 
+import gc
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from flash.arch import Quantization
-from flash.compat.executorch import clear_compared_nodes, edge_compile_config
+from flash.compat.executorch import (
+    clear_compared_nodes,
+    clear_refused_nodes,
+    edge_compile_config,
+    parts_of_file,
+)
 from flash.compat.torch import clear_fake_tensor_caches
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
-from flash.lowering.patches.export_passes import short_passes
+from flash.lowering.patches.export_passes import short_passes, short_tracing
 from flash.lowering.patches.partitioner import delegated_symbols
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
@@ -49,8 +55,8 @@ def lower(
     Its method is `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
 
     Args:
-        model: Decoder, which `round_decoder` has rounded, or in float32: then its weights are
-            rounded to the nearest integers. Not changed. Weights are freed before the passes, where
+        model: Decoder, which `round_decoder` has rounded, or in float32 or bfloat16: then its
+            weights are rounded to the nearest integers. Not changed. Weights are freed before the passes, where
             memory peaks, if the caller keeps no reference: `lower(load(), lowering)`.
         lowering: Formats and lengths.
         bos_id: Beginning-of-text token, which the file states for ExecuTorch's own runners.
@@ -61,10 +67,13 @@ def lower(
         InputError: `lowering` does not fit the architecture.
     """
     lowering.check_fits(model.spec)
-    module = quantized_module(model, lowering)
+    modules = [quantized_module(model, lowering)]
     constants = runner_constants(model, lowering, bos_id, eos_ids)
     del model  # a caller that keeps no reference has the float weights freed here
-    return serialize(export_module(module, lowering), constants=constants, fast=fast)
+    # Nothing here keeps the quantised weights: `serialize` frees them when they are packed.
+    return serialize(
+        export_module(modules.pop(), lowering, fast=fast), constants=constants, fast=fast
+    )
 
 
 def quantized_module(model: Decoder, lowering: LoweringSettings) -> ExportableDecoder:
@@ -73,6 +82,9 @@ def quantized_module(model: Decoder, lowering: LoweringSettings) -> ExportableDe
     if lowering.quantization is not Quantization.fp32:
         stage("rounding")
         round_nearest(module, lowering.weight_format)
+    for parameter in module.parameters():  # programs compute in float32
+        if parameter.dtype is torch.bfloat16:
+            parameter.data = parameter.data.float()
     return module
 
 
@@ -97,7 +109,11 @@ def runner_constants(
 
 
 def export_module(
-    module: nn.Module, lowering: LoweringSettings, first_input: Tensor | None = None
+    module: nn.Module,
+    lowering: LoweringSettings,
+    first_input: Tensor | None = None,
+    *,
+    fast: bool = True,
 ) -> ExportedProgram:
     """Trace `module` with torch.export, for any number of tokens up to a chunk.
 
@@ -106,6 +122,7 @@ def export_module(
             `input_pos`.
         lowering: Bounds the number of tokens of one call.
         first_input: Example of the first input; token ids if None.
+        fast: Whether to leave out repeated work of the tracing.
     """
     length = min(8, lowering.chunk)
     if first_input is None:
@@ -113,7 +130,7 @@ def export_module(
     example = (first_input[:, :length], torch.zeros(1, dtype=torch.long))
     tokens = Dim("tokens", min=1, max=lowering.chunk)
     stage("torch.export")
-    with ONE_AT_A_TIME, torch.no_grad(), quiet():
+    with ONE_AT_A_TIME, torch.no_grad(), quiet(), short_tracing() if fast else nullcontext():
         return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
 
 
@@ -126,7 +143,8 @@ def serialize(
     """Lower exported programs to a .pte: XNNPACK runs what it can, portable kernels the rest.
 
     Args:
-        programs: One program, or several by the name of their method.
+        programs: One program, or several by the name of their method. Their weights are freed
+            before the file is put together, if the caller keeps no reference.
         constants: Values that the file returns from methods of these names.
         fast: Whether to leave out work of ExecuTorch's passes that changes nothing.
     """
@@ -153,20 +171,23 @@ def serialize(
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             )
         )
-        data = bytes(program.buffer)
         _clear_caches([edge.exported_program(name) for name in edge.methods])
-    return data
+        parts = parts_of_file(program)
+    del programs, edge, program
+    gc.collect()  # the graphs that hold the weights refer to themselves
+    return bytes(parts)
 
 
 def _clear_caches(programs: Sequence[ExportedProgram]) -> None:
     """Clear caches of the process that would otherwise keep all weights until it ends.
 
     The fake tensors' caches are keyed by the delegates themselves; ExecuTorch's comparison of nodes
-    is keyed by the nodes of their graphs. Eleven models of the paper's size in one process took
-    24 GB.
+    is keyed by the nodes of their graphs, and its partitioner keeps the last node that it refused.
+    Eleven models of the paper's size in one process took 24 GB.
     """
     clear_fake_tensor_caches(programs)
     clear_compared_nodes()
+    clear_refused_nodes()
 
 
 def write(path: Path, data: bytes) -> None:

@@ -80,6 +80,24 @@ def test_compared_nodes_are_forgotten():
         assert not is_same_node.cache_info().currsize
 
 
+def test_refused_nodes_are_forgotten():
+    with contract(
+        "`why` in the modules of XNNPACK's partitioner",
+        "flash.compat.executorch.clear_refused_nodes",
+        "free the graphs of lowered programs",
+    ):
+        from executorch.backends.xnnpack.partition.config import gemm_configs, xnnpack_config
+
+        from flash.compat.executorch import clear_refused_nodes
+
+        node = torch.fx.Graph().placeholder("a")
+        for module in (gemm_configs, xnnpack_config):
+            module.why(node, "a test")
+            assert module.why.node is node
+        clear_refused_nodes()
+        assert gemm_configs.why.node is xnnpack_config.why.node is None
+
+
 def parameters(function):
     return list(inspect.signature(function).parameters)
 
@@ -101,6 +119,7 @@ def test_passes_can_be_shortened():
             assert parameters(base.ExportInterpreter.run_node) == ["self", "n"]
             assert "callback" in base.ExportInterpreter.__init__.__code__.co_names
             assert callable(base.ExportTracer.set_metadata)
+        assert parameters(edge_passes._ExportPassBase.call) == ["self", "graph_module"]
         for value in (edge_passes.ProxyValue, ProxyValue):
             assert parameters(value) == ["data", "proxy"]
     with contract("torch.fx's late code generation", user, "put off compiling graphs"):
@@ -117,6 +136,82 @@ def test_passes_can_be_shortened():
     with contract("ExportedProgram.run_decompositions", user, "decompose once"):
         names = parameters(torch.export.ExportedProgram.run_decompositions)
         assert names[:2] == ["self", "decomp_table"]
+
+
+def test_fake_results_of_torchao_can_be_kept():
+    user = "flash.lowering.patches.export_passes"
+    with contract("PyTorch's cache of fake results", user, "look up torchao's operators"):
+        from torch._subclasses import FakeTensorMode
+
+        names = parameters(FakeTensorMode._validate_cache_key)
+        assert names == ["self", "func", "args", "kwargs"]
+    with contract("torch.fx.traceback.NodeSource", user, "share the sources of nodes"):
+        import torch.fx.traceback
+
+        copies = ("deepcopy", "copy")
+        assert not set(copies).isdisjoint(torch.fx.traceback.NodeSource.__init__.__code__.co_names)
+
+
+def test_graphs_can_be_split_with_less_work():
+    """Check the names that `light_delegates` replaces."""
+    user = "flash.lowering.patches.delegates"
+    with contract("ExecuTorch's partitioner by groups", user, "hold reachable nodes in bits"):
+        from executorch.exir.backend.canonical_partitioners import group_partitioner
+        from torch.fx.passes.infra import partitioner as torch_partitioner
+
+        from flash.lowering.patches.delegates import _Reachability
+
+        class Chain(torch.nn.Module):
+            def forward(self, x):
+                y = torch.relu(x)
+                return y + torch.sin(y), torch.cos(x)
+
+        module = torch.fx.symbolic_trace(Chain())
+        reach = _Reachability(module)
+        for place in (group_partitioner, torch_partitioner):
+            viewer = place._DependencyViewer(module)
+            for node in module.graph.nodes:
+                assert reach.downstreams_of(node) == viewer.downstreams_of(node)
+        names = parameters(group_partitioner.GroupBasedPartitioner._can_merge_partitions)
+        assert names == ["self", "p1", "p2", "partitions_by_id"]
+    with contract("torch.fx's legalize_graph", user, "sort the nodes of a graph in place"):
+        from executorch.exir import lowered_backend_module
+        from torch.fx.passes.tools_common import legalize_graph
+
+        from flash.lowering.patches.delegates import _sort_nodes
+
+        assert lowered_backend_module.legalize_graph is legalize_graph
+        copied, moved = (torch.fx.symbolic_trace(Chain()) for _ in range(2))
+        for module, sort in ((copied, legalize_graph), (moved, _sort_nodes)):
+            first, *_, last = module.graph.nodes
+            first.prepend(last.prev)  # the cosine comes before its input
+            sort(module)
+            module.graph.lint()
+        for old, new in zip(copied.graph.nodes, moved.graph.nodes, strict=True):
+            assert (old.name, list(map(str, old.users))) == (new.name, list(map(str, new.users)))
+    with contract("XNNPACK's convert_to_qc4w", user, "pack 4-bit weights in rows"):
+        from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
+
+        from flash.lowering.patches.delegates import CHUNK_WEIGHTS, _pack_rows
+
+        stock = NodeVisitor.convert_to_qc4w
+        weight = torch.randint(-8, 8, (5, CHUNK_WEIGHTS // 2 + 1), dtype=torch.int8)
+        assert torch.equal(_pack_rows(stock)(weight), stock(weight))
+
+
+def test_the_parts_of_a_file_outlive_the_program():
+    with contract(
+        "ExecutorchProgramManager._pte_data",
+        "flash.compat.executorch.parts_of_file",
+        "free the weights before the file is put together",
+    ):
+        from executorch.exir import to_edge_transform_and_lower
+
+        from flash.compat.executorch import parts_of_file
+
+        program = torch.export.export(torch.nn.ReLU(), (torch.ones(1),))
+        lowered = to_edge_transform_and_lower(program).to_executorch()
+        assert bytes(parts_of_file(lowered)) == lowered.buffer
 
 
 def test_searches_of_xnnpack_can_be_dropped():

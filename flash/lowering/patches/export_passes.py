@@ -1,38 +1,60 @@
 """`short_passes`: ExecuTorch's own lowering without its repeated work, for the same bytes.
 
 Lowering is nearly all Python. About sixty graph passes each run every node again on fake tensors
-(2-4 ms a node when the length is symbolic) although almost none changes anything. Four things are
-cut, each checked to leave the .pte byte-identical (tests/lowering/test_export_passes.py):
+(2-4 ms a node when the length is symbolic) although almost none changes anything. These are cut,
+each checked to leave the .pte byte-identical (tests/lowering/test_export_passes.py):
 
 1. A pass that meets a node with the operator and inputs it already had takes the recorded result
-   instead of computing it again.
-2. `to_edge_transform_and_lower` decomposes the graph three times; once is enough when nothing is
+   instead of computing it again. For a call of a delegate, which is a node too, that would run all
+   nodes of the delegate.
+2. A pass that could only copy a graph, since the pass before it made it and nobody changed it,
+   leaves the graph. Most of the fifteen passes over each delegate are of this kind.
+3. `to_edge_transform_and_lower` decomposes the graph three times; once is enough when nothing is
    left to decompose.
-3. XNNPACK's searches for bilinear upsampling and for a decomposed attention are left out: our
+4. XNNPACK's searches for bilinear upsampling and for a decomposed attention are left out: our
    graphs hold neither, and tracing the patterns costs seconds a process.
-4. Every pass turns the new graph into Python source and compiles it, a fifth of what is left, and
+5. Every pass turns the new graph into Python source and compiles it, a fifth of what is left, and
    no one calls it: graphs are interpreted. It is put off until someone does.
+6. PyTorch keeps the fake results of its own operators. It does so of torchao's as well
+   (`short_tracing`, which also serves torch.export).
+7. A node remembers the nodes of earlier passes that it comes from. They are shared, not copied.
+8. The graph is split into delegates in a time that does not grow with its square
+   (`flash.lowering.patches.delegates`).
 
 The libraries are as before when the block ends; graphs made inside keep the late compilation of
-point 4, each in a class of its own. The patches hold for the whole process, so that one thread at a
+point 5, each in a class of its own. The patches hold for the whole process, so that one thread at a
 time may be inside (`lower.ONE_AT_A_TIME`). If ExecuTorch changes under us, the test fails and
 `lower(..., fast=False)` still works.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from operator import is_
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses import FakeTensor
+import torch.fx.traceback
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from flash.lowering.patches.delegates import light_delegates
+
 DROPPED_PASSES = ("ConvertToSDPAPass", "ConvertToUpsampleBilinear2d")
-"""Names of XNNPACK's pattern searches that are left out (point 3 above)."""
+"""Names of XNNPACK's pattern searches that are left out (point 4 above)."""
+
+
+@contextmanager
+def short_tracing() -> Iterator[None]:
+    """Let torch.export look results of torchao's operators up; the program is the same."""
+    kept = _keep_quantized(FakeTensorMode._validate_cache_key)
+    with patch.object(FakeTensorMode, "_validate_cache_key", kept):
+        yield
 
 
 @contextmanager
@@ -48,25 +70,99 @@ def short_passes() -> Iterator[None]:
         (torch_passes._ExportPassBaseDeprecatedDoNotUse, ProxyValue),
     )
     with ExitStack() as stack:
+        stack.enter_context(short_tracing())
+        stack.enter_context(light_delegates())
 
-        def replace(owner: Any, name: str, new: Callable) -> None:
+        def replace(owner: Any, name: str, new: Any) -> None:
             stack.enter_context(patch.object(owner, name, new))
 
         for base, proxy_value in bases:
             interpreter = base.ExportInterpreter
             replace(interpreter, "run_node", _remember_node(interpreter.run_node))
             replace(base, "_fx", _reuse_results(base._fx, proxy_value))
+        base = edge_passes._ExportPassBase
+        replace(base, "call", _trace_once(base.call))
         replace(XNNPACKPassManager, "__init__", _drop_searches(XNNPACKPassManager.__init__))
         once = _decompose_once(ExportedProgram.run_decompositions)
         replace(ExportedProgram, "run_decompositions", once)
+        replace(torch.fx.traceback, "copy", SimpleNamespace(copy=copy, deepcopy=list))
         replace(torch.fx.GraphModule, "recompile", _recompile_later(torch.fx.GraphModule.recompile))
         yield
+
+
+def _keep_quantized(validate: Callable) -> Callable:
+    """`_validate_cache_key` that lets PyTorch keep the fake results of torchao's operators.
+
+    By default it computes operators of other libraries each time, since it cannot know that these
+    have no side effects.
+    """
+
+    def kept(self: Any, func: Any, args: Any, kwargs: Any) -> None:
+        if getattr(func, "namespace", None) != "torchao":
+            validate(self, func, args, kwargs)
+
+    return kept
+
+
+class _Contents:
+    """The nodes of a graph with their arguments and values, to see whether it was changed."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.items = [
+            item
+            for node in graph.nodes
+            for item in (
+                node,
+                node.name,
+                node.target,
+                node.args,
+                node.kwargs,
+                node.meta.get("val"),
+            )
+        ]
+
+    def same(self, other: "_Contents") -> bool:
+        """Return True if all are the same objects: each change replaces the old ones."""
+        return len(self.items) == len(other.items) and all(map(is_, self.items, other.items))
+
+
+def _trace_once(call: Callable) -> Callable:
+    """`call` of an export pass that returns a graph as it is if tracing could only copy it.
+
+    That is a graph which such a call made and which no one has changed since, in a pass that
+    treats no node in its own way.
+    """
+    from executorch.exir.pass_base import ExportPass
+    from torch.fx.passes.infra.pass_base import PassResult
+
+    checks = {"call", "requires", "ensures", "_abc_impl"}
+    ways = [name for name in dir(ExportPass) if name[:2] != "__" and name not in checks]
+
+    def once(self: Any, graph_module: torch.fx.GraphModule) -> Any:
+        graph = graph_module.graph
+        traced: _Contents | None = getattr(graph, "flash_traced", None)
+        if (
+            traced is not None
+            and isinstance(self, ExportPass)
+            and all(getattr(type(self), name) is getattr(ExportPass, name) for name in ways)
+            and traced.same(_Contents(graph))
+        ):
+            return PassResult(graph_module, True)
+        result = call(self, graph_module)
+        graph = result.graph_module.graph
+        graph.flash_traced = _Contents(graph)
+        return result
+
+    return once
 
 
 def _remember_node(run_node: Callable) -> Callable:
     def remembering(self: Any, node: torch.fx.Node) -> Any:
         self.callback.flash_node = node
-        return run_node(self, node)
+        try:
+            return run_node(self, node)
+        finally:
+            self.callback.flash_node = None  # some passes exist as long as the process
 
     return remembering
 
@@ -101,12 +197,26 @@ def _reuse_results(run: Callable, proxy_value: type) -> Callable:
 
 def _unchanged(node: torch.fx.Node, target: Any, args: tuple, kwargs: dict) -> bool:
     """Return True if `node` computed this target (in any dialect) from these values."""
-    if getattr(node.target, "_op", node.target) is not getattr(target, "_op", target):
+    if _operator(node.target) is not _operator(target):
         return False
-    old_args, old_kwargs = map_arg(
-        (node.args, dict(node.kwargs)), lambda source: source.meta.get("val", source)
-    )
+    old_args, old_kwargs = map_arg((node.args, dict(node.kwargs)), _value)
     return _same(tuple(old_args), tuple(args)) and _same(dict(old_kwargs), dict(kwargs))
+
+
+def _operator(target: Any) -> Any:
+    """Return the ATen operator of an operator of ExecuTorch's dialect; others as they are."""
+    from executorch.exir.dialects.edge._ops import EdgeOpOverload
+
+    return target._op if isinstance(target, EdgeOpOverload) else target
+
+
+def _value(source: torch.fx.Node) -> Any:
+    """Return what a pass hands on for a node: a delegate or a constant itself, or a fake value."""
+    if source.op == "get_attr":
+        return getattr(source.graph.owning_module, str(source.target), source)
+    value = source.meta.get("val", source)
+    constant = getattr(value, "constant", None) if source.op == "placeholder" else None
+    return value if constant is None else constant
 
 
 def _same(a: Any, b: Any) -> bool:
