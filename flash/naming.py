@@ -13,7 +13,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from flash.compat.hydra import Job, compose, overrides_of_groups
-from flash.errors import InputError
+from flash.errors import InputError, shown
 from flash.paths import name_of_model
 from flash.records import digest, plain
 from flash.training.settings import TRAINER_UNCOUNTED
@@ -164,9 +164,15 @@ def complete_names(verb: str, job: Job) -> None:
     weights, named = config.backbone.weights, config.backbone.name != chosen.config.backbone.name
     if weights is not None and weights != chosen.config.backbone.weights and not named:
         config.backbone.name = name_of_path(weights)
-    if verb in _UNCOUNTED_OF and config.name is None:
+    if verb not in _UNCOUNTED_OF:
+        return
+    given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))["name"]
+    if given is None:
         default = compose(verb, overrides_of_groups(job, {"arch", "experiment"}))
         config.name = _result_name(verb, job, default, chosen)
+    else:  # omegaconf puts in a choice as `CacheFormat.fp32`
+        values = lambda found: shown(OmegaConf.select(config, found[1]))  # noqa: E731
+        config.name = re.sub(r"\$\{([\w.]+)\}", values, given)
 
 
 def require_own_names(verb: str, jobs: Sequence[Any]) -> None:

@@ -70,6 +70,7 @@ def settings_of(monkeypatch, tmp_path):
         ("evaluate suite=paper_chat limit=10", "tiny-limit_10"),
         ("evaluate +arch=tiny_12_a3f9 format=program", "tiny_12_a3f9"),
         ("train 'name=n_${arch.ffn_dim}_${recipe.name}' +arch.ffn_dim=384", "n_384_distill"),
+        ("export 'name=c_${device.lowering.cache}' device.lowering.cache=int8", "c_int8"),
     ],
 )
 def test_a_name_says_what_made_the_result(settings_of, line, name):

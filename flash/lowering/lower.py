@@ -56,8 +56,8 @@ def lower(
 
     Args:
         model: Decoder, which `round_decoder` has rounded, or in float32 or bfloat16: then its
-            weights are rounded to the nearest integers. Not changed. Weights are freed before the passes, where
-            memory peaks, if the caller keeps no reference: `lower(load(), lowering)`.
+            weights are rounded to the nearest integers. Not changed. Weights are freed before the
+            passes, where memory peaks, if the caller keeps no reference: `lower(load(), lowering)`.
         lowering: Formats and lengths.
         bos_id: Beginning-of-text token, which the file states for ExecuTorch's own runners.
         eos_ids: Tokens at which ExecuTorch's own runners stop.

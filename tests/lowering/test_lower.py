@@ -1,5 +1,6 @@
 """`lower`: errors, memory, and the bytes it writes; test_modules.py checks the mathematics."""
 
+import copy
 import gc
 import importlib
 import weakref
@@ -21,6 +22,13 @@ def test_lowering_leaves_the_decoder_as_it_was(toy, settings):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "int8da4w"])
+def test_weights_in_bfloat16_give_the_program_of_their_values(toy, settings, quantization):
+    narrow = toy("F", qkv_bias=True).bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    assert lower(narrow, settings(quantization)) == lower(wide, settings(quantization))
 
 
 def test_float_weights_that_no_one_keeps_are_freed_before_the_passes(toy, settings, monkeypatch):
