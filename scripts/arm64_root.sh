@@ -71,13 +71,14 @@ install_wheels() {
     platforms+=(--platform "manylinux_2_${minor}_aarch64")
   done
   local pip=(
-    "$python" -m pip install --quiet --disable-pip-version-check --no-compile --target "$target"
-    --only-binary=:all: --implementation cp --python-version "${version#python}" "${platforms[@]}"
+    "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile
+    --target "$target" --only-binary=:all: --implementation cp --python-version "${version#python}" "${platforms[@]}"
     -c "$here/../constraints.txt"
   )
   rm -rf "$target"
   # Most of what executorch asks for serves the export of models, which a board does not do.
   "${pip[@]}" --no-deps executorch
+  rm -rf "$target/bin"  # tools for export, which pip would not replace
   "${pip[@]}" torch numpy
 }
 

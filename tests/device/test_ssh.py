@@ -122,7 +122,9 @@ def test_python_without_executorch_or_none_at_all(board, connect):
     with pytest.raises(InputError, match=r"device\.ssh\.python=no such: no such program"):
         connect(board, board.settings(python="no such")).identity()
     board.tool("bare", f'exec {sys.executable} -I -S "$@"\n')
-    with pytest.raises(InputError, match=r"bare: has no executorch .* -m pip install"):
+    with pytest.raises(
+        InputError, match=r"bare: has no executorch with torch on .* -m pip install"
+    ):
         connect(board, board.settings(python="bare")).identity()
 
 
