@@ -72,7 +72,8 @@ install_wheels() {
   done
   local pip=(
     "$python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile
-    --target "$target" --only-binary=:all: --implementation cp --python-version "${version#python}" "${platforms[@]}"
+    --target "$target" --only-binary=:all: --implementation cp
+    --python-version "${version#python}" "${platforms[@]}"
     -c "$here/../constraints.txt"
   )
   rm -rf "$target"
