@@ -18,13 +18,11 @@ needs Chrome or Chromium); without names it draws all:
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flash_space
 import numpy as np
 import plotly.graph_objects as go
 import stopping
-import torch
 from optuna.trial import TrialState
 from readme_figure import note
 from record import RESULTS
@@ -33,7 +31,6 @@ from scipy import stats
 
 import conf
 from flash.arch import GROUP, ArchSpec
-from flash.compat.torchao import tensor_parts
 from flash.device.workload import Point
 from flash.latency.blocks import BlockPredictor
 from flash.latency.composition import FFN, BlockTable
@@ -41,10 +38,10 @@ from flash.latency.drift import comparable
 from flash.latency.fit import grid_subjects, make_grid
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
-from flash.lowering.quantize import quantize
-from flash.lowering.settings import LoweringSettings
 from flash.model.checkpoint import load
 from flash.report.style import BLUE, GRAY, GREEN, INK, ORANGE, layout
+from flash.rounding.grid import round_to_grid
+from flash.rounding.settings import LINEAR_BITS
 from flash.search.loop import frontier
 from flash.search.pareto import choose_winners
 from flash.search.pruner import LossPrediction
@@ -266,11 +263,9 @@ def blocks() -> go.Figure:
 def rounding() -> go.Figure:
     decoder = load(conf.ROOT / "backbones" / "tiny")
     row = decoder.model.layers[2].mlp.gate_proj.weight.detach()[7:8, : 2 * GROUP]
-    linear = torch.nn.Linear(2 * GROUP, 1, bias=False)
-    linear.weight = torch.nn.Parameter(row.clone())
-    quantized: Any = quantize(torch.nn.Sequential(linear), LoweringSettings())[0].weight
-    scales = tensor_parts(quantized)["scale"].flatten().tolist()
-    weights, rounded = row[0].numpy(), quantized.dequantize()[0].detach().numpy()
+    grid = round_to_grid(row, GROUP, LINEAR_BITS)
+    scales = grid.scales.flatten().tolist()
+    weights, rounded = row[0].numpy(), grid.weight()[0].numpy()
     figure = go.Figure()
     for group, scale in enumerate(scales):
         x = np.arange(group * GROUP, (group + 1) * GROUP)

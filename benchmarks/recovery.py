@@ -25,9 +25,9 @@ from flash.data.corpus import PackedData
 from flash.data.settings import DataSettings
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
-from flash.model.quantization import fake_quantize
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
+from flash.rounding.fake import fake_quantize
 from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.result import TrainResult
 from flash.training.run import train

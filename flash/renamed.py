@@ -15,6 +15,8 @@ KEYS = {
             "sliding",
             "max_context",
             "prefill_chunk",
+            "rounding",
+            "rotate",
         )
     },
     "device.skip_unread": "device.lowering.prefill_last_only",

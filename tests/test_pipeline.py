@@ -233,7 +233,8 @@ def test_the_export_proves_and_measures_the_program(common, winner):
     result = json.loads((folder / "export.json").read_text())
     assert (folder / "model.pte").stat().st_size == result["pte_bytes"]
     assert result["gate"]["passed"]
-    assert [s["stage"] for s in result["gate"]["stages"]] == ["quantized", "exported", "runtime"]
+    assert [s["stage"] for s in result["gate"]["stages"]] == ["cached", "exported", "runtime"]
+    assert result["gate"]["rounding"]["passed"]
     assert result["measurement"]["latencies"]["prefill_32"]["ms"] > 0
     assert result["measurement"]["samples"]
     assert result["reference"] == "small"
@@ -285,9 +286,13 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     trained = Runs(Path(common["runs"])).model(name) / "checkpoint"
     strict = dataclasses.replace(GATE, max_kl_quantized=1e-12)
     settings = _export_settings(common, "strict", arch, gate=strict, model=str(trained))
-    where = "strict: the parity gate failed at stage quantized, layer 0, the embedding or the head;"
-    with pytest.raises(CheckFailed, match=where):
+    where = r"(?s)strict: the parity gate failed before the lowering, .* costs|no part stands out"
+    with pytest.raises(CheckFailed, match=where) as failed:
         export(settings)
+    told = str(failed.value)
+    assert f"recipe=qat start={trained} name=strict-qat" in told
+    rows = ("float", "rotate + gptq", "nearest", "rotate + gptq, embedding in 8 bits")
+    assert all(f"\n{row}  " in told for row in rows), told
     folder = Runs(Path(common["runs"])).export("strict")
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "gate.json", "wandb.json"]
 

@@ -32,6 +32,7 @@ ORDER = [
     "model",
     "data",  # streams text of a backbone's tokenizer
     "prune",
+    "rounding",
     "lowering",
     "interop",
     "device",

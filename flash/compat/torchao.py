@@ -1,37 +1,40 @@
-"""torchao: parts of a quantized tensor, and fake quantizers of a prepared linear layer.
+"""torchao: the quantized tensor that ExecuTorch lowers.
 
-Names that torchao 0.18 does not document, and the reasons to use them:
-
-- `tensor_data_names` and `tensor_attribute_names` of its tensor subclasses: a weight is quantized
-  a few rows at a time, and the parts are then joined.
-- `weight_fake_quantizer` and `activation_fake_quantizer` of the linears that `QATStep.PREPARE`
-  creates: the loss needs the quantized operands of the logits, since the logits are too large.
+Names that torchao 0.18 does not document, and the reasons to use them: the constructor of
+`IntxUnpackedToInt8Tensor` and its kinds of activation quantization. Integers and scales come from
+`flash.rounding`, which torchao's own functions cannot take.
 """
 
-from typing import Any
+from importlib import import_module
 
-from torch import Tensor, nn
-
-
-def tensor_parts(quantized: Any) -> dict[str, Tensor]:
-    """Return the plain tensors of a quantized tensor, by name; rows are their first axis."""
-    return {name: getattr(quantized, name) for name in quantized.tensor_data_names}
+import torch
+from torch import Tensor
 
 
-def with_parts(quantized: Any, parts: dict[str, Tensor]) -> Any:
-    """Return a quantized tensor with other `tensor_parts` and the same attributes."""
-    attributes = {name: getattr(quantized, name) for name in quantized.tensor_attribute_names}
-    return type(quantized)(**parts, **attributes)
-
-
-def linear_operands(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return input and weight as `linear` multiplies them: rounded if it is fake-quantized.
+def quantized_tensor(integers: Tensor, scales: Tensor, bits: int, *, round_inputs: bool) -> Tensor:
+    """Make a tensor that computes as a float one and is lowered as the integers.
 
     Args:
-        linear: A `torch.nn.Linear`, prepared for quantization-aware training or not.
-        x: Its input `[..., in_features]`.
+        integers: Signed integers `(rows, columns)` in int8.
+        scales: Scale of each group of neighboring columns, `(rows, groups)`.
+        bits: Bits of an integer.
+        round_inputs: True for a linear layer whose inputs are rounded to 8 bits for each token.
     """
-    module: Any = linear
-    if not hasattr(module, "weight_fake_quantizer"):
-        return x, module.weight
-    return module.activation_fake_quantizer(x), module.weight_fake_quantizer(module.weight)
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    module = import_module(IntxUnpackedToInt8Tensor.__init__.__module__)
+    kinds = module.IntxUnpackedToInt8TensorActivationQuantization
+    return IntxUnpackedToInt8Tensor(
+        integers,
+        scales,
+        torch.zeros_like(scales, dtype=torch.int8),
+        getattr(torch, f"int{bits}"),
+        (1, integers.shape[1] // scales.shape[1]),
+        torch.float32,
+        kinds.INT8_ASYM_PER_TOKEN if round_inputs else None,
+    )
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Return True for a tensor of `quantized_tensor`."""
+    return type(tensor.data).__name__ == "IntxUnpackedToInt8Tensor"

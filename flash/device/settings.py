@@ -9,7 +9,7 @@ from typing import Any
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.workload import Workload
 from flash.errors import require
-from flash.lowering.settings import LoweringSettings
+from flash.lowering.settings import OF_WEIGHTS, LoweringSettings
 from flash.records import plain
 
 
@@ -114,10 +114,11 @@ class DeviceSettings:
         require(self.threads <= len(cpus), "threads", self.threads, f"1 to the {len(cpus)} cores")
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that decide a result, by the names that keys of results have always had."""
+        """Plain values that decide a latency, by the names that keys of results have always had."""
         values = plain(self)
         lowering, workload = values.pop("lowering"), values.pop("workload")
         lowering["skip_unread"] = lowering.pop("prefill_last_only")
+        lowering = {key: value for key, value in lowering.items() if key not in OF_WEIGHTS}
         return {**values, **lowering, **workload, "backend": "xnnpack"}
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from flash.arch import ArchSpec, count_parameters
@@ -15,14 +16,13 @@ from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.export.formats import FILES, FormatResult, check_formats
 from flash.export.result import ExportResult, device_conditions, exports
+from flash.export.rounding import RoundingChoice, warn_of_other_rounding
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
 from flash.training.checkpoints import find_checkpoint
-from flash.training.result import TrainResult
-from flash.training.settings import RecipeSettings
 from flash.workspace import Workspace, result_name
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,20 @@ class ExportJob:
         return _reference(self.workspace.runs, backbone, self.device)
 
     @cached_property
+    def rounding(self) -> RoundingChoice:
+        """Rounding of the weights of the program."""
+        return RoundingChoice.of(self.settings.device.lowering, self.weights)
+
+    @property
+    def calibration(self) -> Tensor:
+        """Token ids of training text `(n, seq_len)` for the rounding."""
+        tokens = self.settings.device.lowering.calibration_tokens
+        return torch.cat(list(self.workspace.data.calibration_batches(tokens)))
+
+    @cached_property
     def keys(self) -> dict[ExportFormat, str]:
         """For each format a hash of all inputs and settings that affect its result."""
-        return _keys(self.settings, self.weights, self.workspace)
+        return _keys(self.settings, self.weights, self.workspace, self.rounding)
 
     @property
     def device(self) -> Device:
@@ -154,7 +165,7 @@ class ExportJob:
         settings.gate.check_fits(tokens, settings.device.lowering)
         if ExportFormat.executorch in settings.format:
             self._check_prompt()
-            self._compare_rounding()
+            warn_of_other_rounding(self.name, settings.device.lowering, self.weights)
         tokenizer = self.workspace.tokenizer
         check_formats(settings.format, settings.formats, self.spec, tokenizer)
         self.check_kept()
@@ -179,23 +190,6 @@ class ExportJob:
             f"at most {room}, which device.lowering.max_context={limit} leaves after the "
             f"{len(self.prompt)} tokens of the prompt",
         )
-
-    def _compare_rounding(self) -> None:
-        """Warn if the weights were trained for another quantization than the device's."""
-        trained = TrainResult.read(self.weights.parent)
-        if trained is None or not trained.settings["recipe"]["qat"]:
-            return
-        for key in ("group_size", "embedding_bits"):
-            ours = getattr(self.settings.device.lowering, key)
-            theirs = trained.settings["recipe"].get(
-                f"qat_{key}", getattr(RecipeSettings, f"qat_{key}")
-            )
-            if ours != theirs:
-                log.warning(
-                    "%s was trained with recipe.qat_%s=%d, not with device.lowering.%s=%d: the "
-                    "program loses part of the benefit of that training",
-                    *(self.name, key, theirs, key, ours),
-                )
 
     def _stored(self, kind: ExportFormat) -> ExportResult | FormatResult | None:
         program = kind is ExportFormat.executorch
@@ -257,6 +251,7 @@ def _keys(
     settings: ExportSettings,
     weights: Path,
     workspace: Workspace,
+    rounding: RoundingChoice,
 ) -> dict[ExportFormat, str]:
     text = [workspace.data.identity, settings.perplexity_tokens]
     tokenizer = workspace.tokenizer
@@ -268,6 +263,7 @@ def _keys(
     program = {
         "device": workspace.device.identity(),
         "device_settings": settings.device.identity(),
+        "rounding": [str(rounding), settings.device.lowering.calibration_tokens],
         "gate": plain(settings.gate),
         "precision": settings.trainer.precision.value,
         "text": [settings.prompt, settings.new_tokens],

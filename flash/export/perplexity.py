@@ -1,5 +1,6 @@
 """Loss of a .pte on held-out text, computed by its runtime and not by the eager model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,12 +8,14 @@ from torch import Tensor
 
 from flash.device.base import Device
 from flash.export.result import ProgramQuality
+from flash.lowering.rounding_check import LossChange
 from flash.model.decoder import Decoder
+from flash.progress import progress
 
 
 @torch.no_grad()
 def program_quality(
-    model: Decoder, program: Path, device: Device, sequences: list[Tensor]
+    model: Decoder, program: Path, device: Device, sequences: Sequence[Tensor]
 ) -> ProgramQuality:
     """Compute both losses on `sequences` of token ids `(s,)`, each from an empty cache.
 
@@ -21,14 +24,20 @@ def program_quality(
     Raises:
         DeviceError: A process on the device died or took too long.
     """
-    float_sum, pte_sum, tokens, same = 0.0, 0.0, 0, 0
-    for sequence in sequences:
+    losses: list[list[Tensor]] = [[], []]
+    same = 0
+    for sequence in progress(sequences, f"perplexity of {program.name}"):
         logits = model(sequence[None, :-1])[0].double()
-        likelihoods = torch.log_softmax(logits, -1).gather(1, sequence[1:, None])
-        float_sum -= float(likelihoods.sum())
+        losses[0].append(-torch.log_softmax(logits, -1).gather(1, sequence[1:, None])[:, 0])
         answer = device.score(program, sequence.tolist(), prefill=1)
-        pte_sum -= sum(answer["log_likelihoods"])
+        losses[1].append(-torch.tensor(answer["log_likelihoods"], dtype=torch.float64))
         same += sum(map(int.__eq__, answer["choices"], logits.argmax(-1).tolist()))
-        tokens += len(sequence) - 1
         assert len(answer["choices"]) == len(sequence) - 1
-    return ProgramQuality(float_sum / tokens, pte_sum / tokens, tokens, same / tokens)
+    change = LossChange.of(*(torch.cat(found) for found in losses))
+    return ProgramQuality(
+        float_loss=change.float_loss,
+        pte_loss=change.loss,
+        tokens=change.tokens,
+        agreement=same / change.tokens,
+        se=change.se,
+    )

@@ -30,17 +30,24 @@ class ProgramQuality:
         pte_loss: Mean loss of the program on the device [nats a token].
         tokens: Number of predicted tokens.
         agreement: Share of positions with the same likeliest token in both.
+        se: Standard error of the difference of the losses [nats]; NaN in results of older versions.
     """
 
     float_loss: float
     pte_loss: float
     tokens: int
     agreement: float
+    se: float = math.nan
 
     @property
     def change_pct(self) -> float:
         """Change of perplexity from the float decoder to the program [%]."""
         return 100 * math.expm1(self.pte_loss - self.float_loss)
+
+    @property
+    def change_se_pct(self) -> float:
+        """Standard error of that change [%]."""
+        return 100 * math.exp(self.pte_loss - self.float_loss) * self.se
 
 
 @dataclass(frozen=True)

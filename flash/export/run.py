@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flash.arch import ArchSpec, count_parameters
+from flash.arch import ArchSpec, Quantization, count_parameters
 from flash.commands import command
 from flash.device.base import Device
 from flash.device.factory import open_device, text_device
@@ -16,7 +16,8 @@ from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
-from flash.export.result import ExportResult, device_conditions
+from flash.export.result import ExportResult, ProgramQuality, device_conditions
+from flash.export.rounding import FailedRounding, rounded_decoder
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.export.summary import describe, describe_format, one_line
 from flash.export.table6 import table6
@@ -26,6 +27,7 @@ from flash.latency.store import MeasurementStore
 from flash.lowering.bisect_layers import locate_failure
 from flash.lowering.gate import GateReport, check_parity
 from flash.lowering.lower import lower, write
+from flash.lowering.rounding_check import RoundingCheck, check_rounding
 from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
 from flash.outcome import note
@@ -142,29 +144,33 @@ def _export(job: ExportJob) -> ExportResult:
     settings, name, workspace = job.settings, job.name, job.workspace
     predicted = predicted_latencies(workspace.runs, job.device, job.spec)
     model = load_checkpoint(job.weights)
-    log.info("%s: lowering %s for %s", name, model.spec, settings.device.name)
+    log.info("%s: %s for %s, rounding by %s", name, model.spec, settings.device.name, job.rounding)
+    rounded, rounding = _round(job, model)
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
     lowering = settings.device.lowering
     with stages(f"{name}: lowering"):
-        program = lower(model, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
+        program = lower(rounded, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
     with stages(f"{name}: parity gate"):
-        report = _run_gate(job, model, program)
+        report = _run_gate(job, rounded, rounding, program)
     log.info("%s: parity gate\n%s", name, report)
+    del rounded
     path = job.folder / "model.pte"
     ExportResult.remove(job.folder)  # a result is never beside another program
     write(path, program)
-    log.info("%s: %.1f MiB in %.0f s, measuring", name, len(program) / 2**20, lower_s)
-    measurement, speedups = _measure(job, model, lower_s)
+    log.info("%s: %.1f MiB in %.0f s", name, len(program) / 2**20, lower_s)
     texts = text_device(job.device)
+    quality = program_quality(model, path, texts, job.texts)
+    _check_program(job, quality)
+    measurement, speedups = _measure(job, model, lower_s)
     ids = texts.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
     return ExportResult(
         name=name,
         spec=model.spec,
         parameters=count_parameters(model.spec).total,
         quality=validate(model, workspace.data, settings.trainer.precision),
-        program_quality=program_quality(model, path, texts, job.texts),
+        program_quality=quality,
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,
@@ -181,25 +187,78 @@ def _export(job: ExportJob) -> ExportResult:
     )
 
 
-def _run_gate(job: ExportJob, model: Decoder, program: bytes) -> GateReport:
-    """Run the parity gate and store its report as gate.json.
+def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | None]:
+    """Round the weights, and compare the rounded decoder with the float one before the lowering.
+
+    Raises:
+        CheckFailed: They differ too much; says where, what other roundings lose, and what to do.
+    """
+    lowering, gate, choice = job.settings.device.lowering, job.settings.gate, job.rounding
+    if lowering.quantization is Quantization.fp32:
+        return model, None
+    calibration = job.calibration
+    rounded = rounded_decoder(model, lowering, choice, calibration)
+    check = check_rounding(model, rounded, job.texts, gate)
+    log.info("%s: %s", job.name, check)
+    if check.passed:
+        return rounded, check
+    failed = FailedRounding(
+        model=model,
+        rounded=rounded,
+        lowering=lowering,
+        choice=choice,
+        check=check,
+        texts=job.texts,
+        gate=gate,
+        calibration=calibration,
+    )
+    path, where = job.folder / "gate.json", failed.where()
+    write_json(path, GateReport(stages=[], rounding=check, where=where).to_dict())
+    qat = f"{command('train')} recipe=qat start={job.weights} name={job.name}-qat"
+    raise CheckFailed(
+        f"{job.name}: the parity gate failed before the lowering, {where}; nothing was published, "
+        f"see {path}\n{check}\n{failed.remedy(qat)}"
+    )
+
+
+def _run_gate(
+    job: ExportJob, rounded: Decoder, rounding: RoundingCheck | None, program: bytes
+) -> GateReport:
+    """Run the parity gate of the program and store its report as gate.json.
 
     Raises:
         CheckFailed: The gate failed; names the stage and the first bad part of the model.
     """
     lowering, gate = job.settings.device.lowering, job.settings.gate
     path = job.folder / "gate.json"
-    report = check_parity(model, lowering, job.texts[0], gate, program=program)
+    report = check_parity(rounded, lowering, job.texts[0], gate, program=program)
+    report = dataclasses.replace(report, rounding=rounding)
     write_json(path, report.to_dict())
     stage = report.first_failure
     if stage is None:
         return report
-    where = locate_failure(model, lowering, job.texts[0], gate, stage)
+    where = locate_failure(rounded, lowering, job.texts[0], gate, stage)
     report = dataclasses.replace(report, where=where)
     write_json(path, report.to_dict())
     raise CheckFailed(
         f"{job.name}: the parity gate failed at stage {stage.value}, {where}; nothing was "
         f"published, see {path}\n{report}"
+    )
+
+
+def _check_program(job: ExportJob, quality: ProgramQuality) -> None:
+    """Judge the perplexity of the file as that of the rounded decoder was.
+
+    Raises:
+        CheckFailed: It is beyond the limit.
+    """
+    most = job.settings.gate.perplexity_limit(count_parameters(job.spec).total)
+    if quality.change_pct <= most:  # NaN is not
+        return
+    raise CheckFailed(
+        f"{job.name}: as .pte, perplexity is {quality.change_pct:+.1f} +- "
+        f"{quality.change_se_pct:.1f} % on {quality.tokens} tokens, though the rounded decoder's "
+        f"was within gate.max_perplexity_increase_pct={most:g}; the file is kept without a result"
     )
 
 

@@ -88,8 +88,9 @@ class ExportSettings:
     """Text that the exported program continues."""
     new_tokens: int = 48
     """Length of the continuation [tokens]."""
-    perplexity_tokens: int = 512
-    """Number of held-out tokens on which the loss of the program is computed."""
+    perplexity_tokens: int = 2048
+    """Number of held-out tokens on which the rounded decoder and the program are compared with the
+    float decoder."""
     overwrite: bool = False
     """Replace an export of the same name that has other weights or settings."""
     seed: int = 0

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from flash.lowering.gate import ParityStage, check_parity
 from flash.lowering.settings import GateSettings, LoweringSettings
-from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ def locate_failure(
     For a stage after the first, each step of the search lowers a model again.
 
     Args:
-        model: The decoder in float32 whose gate failed.
+        model: The decoder whose gate failed, rounded as it was lowered.
         lowering: Formats and lengths of the program.
         text: Token ids that the gate runs on.
         gate: Lengths and limits of the gate.
@@ -72,11 +71,15 @@ def first_failing_layer(model: Decoder, passes: Callable[[Decoder], bool]) -> st
 
 @torch.no_grad()
 def first_layers(model: Decoder, depth: int) -> Decoder:
-    """Build a decoder of the first `depth` layers that shares the memory of `model`."""
+    """Build a decoder of the first `depth` layers on the weights of `model`, rounded or not."""
     spec = model.spec.replace(layer_types=model.spec.layer_types[:depth])
+    with torch.device("meta"):
+        part = Decoder(spec.replace(tie_embeddings=False))
     kept = {
         name: weight.detach()
         for name, weight in model.state_dict().items()
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < depth
     }
-    return build(spec, kept).eval()
+    part.load_state_dict(kept, assign=True)
+    part.spec = spec
+    return part.requires_grad_(False).eval()

@@ -11,14 +11,13 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from flash.arch import ArchSpec, Attention
-from flash.log_filters import quiet
+from flash.arch import ArchSpec, Attention, Quantization
 from flash.lowering.attention_plan import CallPlan
 from flash.lowering.lower import export_module, serialize
 from flash.lowering.modules import AttentionHalf, FfnHalf, Head, load_custom_ops
-from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
+from flash.rounding.decoder import round_nearest
 
 
 class BlockKind(Enum):
@@ -106,8 +105,9 @@ def lower_block(block: Block, lowering: LoweringSettings) -> bytes:
     Its method is `forward(x, input_pos [1])`, with x activations `[1, s, model_dim]` in float32, or
     tokens `[1, s]` for the ends; s is dynamic.
     """
-    with quiet():
-        module = quantize(block_module(block, lowering), lowering)
+    module = block_module(block, lowering)
+    if lowering.quantization is not Quantization.fp32:
+        round_nearest(module, lowering.weight_format)
     length = min(8, lowering.chunk)
     example = None if block.takes_tokens else torch.randn(1, length, block.spec.model_dim)
     return serialize(export_module(module, lowering, example))

@@ -1,4 +1,4 @@
-"""Lowering of a decoder: quantise, export with torch.export, delegate to XNNPACK, serialize.
+"""Lowering of a decoder: round, export with torch.export, delegate to XNNPACK, serialize.
 
 `lower` runs all steps and returns the bytes of a .pte file. The steps are functions of their own
 for the parity gate and for single blocks. Export and the passes change state of the whole process,
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
+from flash.arch import Quantization
 from flash.compat.executorch import clear_compared_nodes, edge_compile_config
 from flash.compat.torch import clear_fake_tensor_caches
 from flash.log_filters import quiet
 from flash.lowering.modules import ExportableDecoder
 from flash.lowering.patches.export_passes import short_passes
 from flash.lowering.patches.partitioner import delegated_symbols
-from flash.lowering.quantize import quantize
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
 from flash.progress import stage
 from flash.records import atomic_write
+from flash.rounding.decoder import round_nearest
 
 METHOD = "forward"
 """Name of the only method of a program."""
@@ -48,8 +49,9 @@ def lower(
     Its method is `forward(tokens [1, s], input_pos [1]) -> logits [1, vocab]`.
 
     Args:
-        model: Weights in float32; not changed. They are freed before the passes, where memory
-            peaks, if the caller keeps no reference: `lower(load(), lowering)`.
+        model: Decoder, which `round_decoder` has rounded, or in float32: then its weights are
+            rounded to the nearest integers. Not changed. Weights are freed before the passes, where
+            memory peaks, if the caller keeps no reference: `lower(load(), lowering)`.
         lowering: Formats and lengths.
         bos_id: Beginning-of-text token, which the file states for ExecuTorch's own runners.
         eos_ids: Tokens at which ExecuTorch's own runners stop.
@@ -66,10 +68,12 @@ def lower(
 
 
 def quantized_module(model: Decoder, lowering: LoweringSettings) -> ExportableDecoder:
-    """Build the module that gets exported: exportable, with quantised weights, runnable eagerly."""
-    stage("quantization")
-    with quiet():
-        return quantize(ExportableDecoder(model, lowering), lowering)
+    """Build the module that gets exported, runnable in eager mode; it rounds what is in float."""
+    module = ExportableDecoder(model, lowering)
+    if lowering.quantization is not Quantization.fp32:
+        stage("rounding")
+        round_nearest(module, lowering.weight_format)
+    return module
 
 
 def runner_constants(

@@ -39,6 +39,11 @@ class ParityLimits:
         share = self.min_agreement
         require(0 <= share <= 1, "limits.min_agreement", share, "a share from 0 to 1")
 
+    def accept(self, error: float, kl: float, agreement: float) -> bool:
+        """Return True if all differences are within the limits, which NaN never is."""
+        within = (error <= self.max_error, kl <= self.max_kl, agreement >= self.min_agreement)
+        return all(within)
+
     @property
     def rule(self) -> str:
         """The limits in words."""
@@ -131,7 +136,6 @@ def compare(
     """
     error, kl = max_relative_error(reference, logits), mean_kl(reference, logits)
     agreement = float((reference.argmax(-1) == logits.argmax(-1)).float().mean())
-    passed = error <= limits.max_error and kl <= limits.max_kl and agreement >= limits.min_agreement
     return FormatCheck(
         format=name,
         error=error,
@@ -140,7 +144,7 @@ def compare(
         float_loss=next_token_loss(reference, text),
         file_loss=next_token_loss(logits, text),
         tokens=len(text) - 1,
-        passed=passed,
+        passed=limits.accept(error, kl, agreement),
         rule=limits.rule,
     )
 

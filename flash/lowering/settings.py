@@ -14,6 +14,7 @@ from flash.arch import (
     weight_bytes,
 )
 from flash.errors import require
+from flash.rounding.settings import Rounding, WeightFormat
 
 
 class AttentionForm(Enum):
@@ -49,6 +50,10 @@ class SlidingForm(Enum):
     and in decoding, overlapping blocks of queries for the rest of a prompt."""
 
 
+OF_WEIGHTS = ("rounding", "rotate", "calibration_tokens")
+"""Settings that change the weights of a program but not its operators, and so not its latency."""
+
+
 @dataclass(kw_only=True)  # not frozen: omegaconf would refuse overrides
 class LoweringSettings:
     """Formats and lengths of a program."""
@@ -60,6 +65,14 @@ class LoweringSettings:
     has 32."""
     embedding_bits: int = 4
     """int8da4w: bits of a weight of the embedding: 4 in groups, or 8 with a scale a row."""
+    rounding: Rounding | None = None
+    """int8da4w: choice of the integers. Null: `nearest` for weights that were trained for it
+    (`recipe.qat`), else `gptq`."""
+    rotate: bool | None = None
+    """int8da4w: spread outliers over all channels before rounding; the logits in float stay the
+    same. Null: as in the training for `recipe.qat`, else with `gptq` only."""
+    calibration_tokens: int = 8192
+    """Tokens of training text on which `gptq` judges the outputs of a matrix."""
     cache: CacheFormat = CacheFormat.fp32
     """Key and value format; int8 is for phones, on x86 its attention kernel is 5 times slower."""
     attention: AttentionForm = AttentionForm.matmul
@@ -89,6 +102,12 @@ class LoweringSettings:
             self.max_context,
             "an integer of at least 2",
         )
+        require(
+            type(self.calibration_tokens) is int and self.calibration_tokens > 0,
+            "calibration_tokens",
+            self.calibration_tokens,
+            "a positive integer",
+        )
         chunk = self.prefill_chunk
         require(
             chunk is None or (type(chunk) is int and 2 <= chunk <= self.max_context),
@@ -98,6 +117,11 @@ class LoweringSettings:
         )
 
     @property
+    def weight_format(self) -> WeightFormat:
+        """Integers of int8da4w."""
+        return WeightFormat(self.group_size, self.embedding_bits)
+
+    @property
     def chunk(self) -> int:
         """Most tokens of one prefill call [tokens]."""
         if self.prefill_chunk is not None:
@@ -105,10 +129,14 @@ class LoweringSettings:
         return min(self.max_context, LARGEST_CHUNK[self.attention])
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that decide a program, by the names that measurement stores use."""
+        """Plain values that decide a program, by the names that measurement stores use.
+
+        Those that only decide the weights are not among them.
+        """
         values = {
             key: value.value if isinstance(value, Enum) else value
             for key, value in dataclasses.asdict(self).items()
+            if key not in OF_WEIGHTS
         }
         skip_unread = values.pop("prefill_last_only")
         return {**values, "prefill_chunk": self.chunk, "skip_unread": skip_unread}
@@ -155,20 +183,25 @@ class LoweringSettings:
 
 @dataclass(kw_only=True)
 class GateSettings:
-    """Config of the parity gate: how much text, and how large a difference each stage may make."""
+    """Config of the parity gate: lengths of its text, and the largest accepted differences."""
 
     prefill_tokens: int = 32
-    """Prompt length; it goes through in two chunks [tokens]."""
+    """Prompt length of the comparison of logits; it goes through in two chunks [tokens]."""
     decode_tokens: int = 16
     """Teacher-forced single steps after the prompt."""
+    max_perplexity_increase_pct: float | None = None
+    """Largest increase of held-out perplexity by rounding, of the decoder and of the .pte [%].
+    Null: 15 below 200M parameters, 10 below 1B, else 6, as small models lose more."""
+    max_kl_quantized: float = 0.25
+    """Rounded decoder against float: mean KL [nats]."""
+    min_agreement_quantized: float = 0.6
+    """Rounded decoder against float: share of positions with the same likeliest token."""
     max_error_fp32: float = 1e-4
     """Any stage without quantisation of weights or cache: largest difference over largest logit."""
-    max_kl_quantized: float = 0.5
-    """Quantised against float: mean KL [nats]; a tiny model loses far more than a large one."""
-    min_agreement_quantized: float = 0.5
-    """Quantised against float: share of positions with the same likeliest token."""
+    max_kl_cache: float = 0.1
+    """Module with a KV cache against the decoder without one: mean KL [nats]; for int8 caches."""
     max_error_exported: float = 1e-4
-    """Exported against quantised eager: the same arithmetic in the same library."""
+    """Exported against eager: the same arithmetic in the same library."""
     max_kl_runtime: float = 0.02
     """Quantised .pte against exported: mean KL [nats]. XNNPACK sums and rounds in another order
     than torchao, which moves single activations by one 8-bit step: 4e-6 was seen on small random
@@ -183,15 +216,27 @@ class GateSettings:
         for name in ("min_agreement_quantized", "min_agreement_runtime"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "a share from 0 to 1")
-        limits = ("max_error_fp32", "max_error_exported", "max_kl_quantized", "max_kl_runtime")
+        limits = (
+            *("max_error_fp32", "max_error_exported"),
+            *("max_kl_quantized", "max_kl_cache", "max_kl_runtime"),
+        )
         for name in limits:
             value = getattr(self, name)
             require(value > 0, name, value, "a positive number")
+        most = self.max_perplexity_increase_pct
+        valid = most is None or most > 0
+        require(valid, "max_perplexity_increase_pct", most, "a positive number or null")
 
     @property
     def tokens(self) -> int:
-        """Length of the text that the gate needs [tokens]."""
+        """Length of the text of the comparison of logits [tokens]."""
         return self.prefill_tokens + self.decode_tokens
+
+    def perplexity_limit(self, parameters: int) -> float:
+        """Largest increase of perplexity for a model of so many parameters [%]."""
+        if self.max_perplexity_increase_pct is not None:
+            return self.max_perplexity_increase_pct
+        return 15.0 if parameters < 200e6 else 10.0 if parameters < 1e9 else 6.0
 
     def check_fits(self, text_tokens: int, settings: LoweringSettings) -> None:
         """See that the gate can run; an InputError if the text or the cache is too short."""

@@ -14,7 +14,7 @@ from flash.data.teacher_cache import TeacherCache
 from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.model.losses import LossSums, Operands, TopLogProbs, linear_losses
-from flash.model.quantization import fake_quantize, head_operands
+from flash.rounding.fake import fake_quantize, head_operands
 from flash.training.distributed import full_tensor, shard
 from flash.training.settings import OnSpike, RecipeSettings, TrainerSettings
 from flash.training.stability import StepGuard, StepStatus, drop_gradients
@@ -63,7 +63,7 @@ class LanguageModeling(L.LightningModule):
         self.step_loss = float("nan")
         model.checkpoint_layers = trainer.activation_checkpointing
         if recipe.qat:
-            fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
+            fake_quantize(model, recipe.qat_format, rotate=recipe.qat_rotate)
         running = None
         if recipe.kd_weight > 0:
             running = _running_teacher(teacher, model, recipe)

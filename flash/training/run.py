@@ -6,18 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from flash.arch import ArchSpec, count_parameters
 from flash.errors import InputError, under
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build, load
 from flash.model.decoder import Decoder
-from flash.model.quantization import fake_quantize
 from flash.outcome import note
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
+from flash.rounding.decoder import begin_on_grid
+from flash.rounding.fake import fake_quantize
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
 from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import Origin, find_origin
@@ -258,8 +261,16 @@ def _train(
     data, runs = workspace.data, workspace.runs
     model = initial_model(spec, workspace, recipe, settings.start)
     if recipe.qat:
+        if recipe.qat_calibration_tokens:
+            batches = data.calibration_batches(recipe.qat_calibration_tokens)
+            begin_on_grid(
+                model,
+                recipe.qat_format,
+                rotate=recipe.qat_rotate,
+                calibration=torch.cat(list(batches)),
+            )
         # Both held-out losses are those of the fake-quantized model.
-        fake_quantize(model, recipe.qat_group_size, recipe.qat_embedding_bits)
+        fake_quantize(model, recipe.qat_format, rotate=recipe.qat_rotate)
     teacher = teacher_of(workspace.backbone, data, recipe, settings.trainer, runs)
     device = main_device(settings.trainer)
     before = None

@@ -14,6 +14,7 @@ from flash.data.settings import DataSettings
 from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
 from flash.records import plain
+from flash.rounding.settings import WeightFormat
 from flash.tracking.settings import LoggerSettings
 
 
@@ -128,6 +129,11 @@ class RecipeSettings:
     """Weights that share a scale, as `device.lowering.group_size`."""
     qat_embedding_bits: int = 4
     """Bits of a weight of the embedding, as `device.lowering.embedding_bits`."""
+    qat_rotate: bool = True
+    """Turn the weights before they are rounded, as `device.lowering.rotate`."""
+    qat_calibration_tokens: int = 8192
+    """Training tokens for `gptq`, from whose weights `qat` begins; 0 begins with the weights as
+    they are."""
     lr_reference: LrReference = dataclasses.field(default_factory=LrReference)
     """Width and batch that `lr` was found at, to scale it to others; by default `lr` is taken as it
     is."""
@@ -164,11 +170,23 @@ class RecipeSettings:
         size, bits = self.qat_group_size, self.qat_embedding_bits
         require(size > 0 and size % GROUP == 0, "qat_group_size", size, f"a multiple of {GROUP}")
         require(bits in (4, 8), "qat_embedding_bits", bits, "4 or 8")
+        tokens = self.qat_calibration_tokens
+        require(tokens >= 0, "qat_calibration_tokens", tokens, "0 or more")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
+    @property
+    def qat_format(self) -> WeightFormat:
+        """Integers that `qat` trains for."""
+        return WeightFormat(self.qat_group_size, self.qat_embedding_bits)
+
     def decisive(self) -> dict[str, Any]:
-        """Plain values of all fields but `inherit`; keys of results name the weights instead."""
-        return {key: value for key, value in plain(self).items() if key != "inherit"}
+        """Plain values of the fields that decide the weights of the result.
+
+        `inherit` is not among them, as keys of results name the first weights instead. Without
+        `qat` neither are those that came after results without them.
+        """
+        left_out = {"inherit"} if self.qat else {"inherit", "qat_rotate", "qat_calibration_tokens"}
+        return {key: value for key, value in plain(self).items() if key not in left_out}
 
     def peak_lr(self, model_dim: int, seq_len: int) -> float:
         """Highest learning rate for a model of this width."""

@@ -9,8 +9,8 @@ from flash.data.batch import collate
 from flash.data.corpus import MAX_BATCH, PackedData
 from flash.model.decoder import Decoder
 from flash.model.losses import Operands, linear_losses
-from flash.model.quantization import head_operands
 from flash.progress import progress
+from flash.rounding.fake import head_operands
 from flash.training.result import ValidationMetrics
 from flash.training.settings import Precision
 

@@ -1,0 +1,183 @@
+"""Rounding of the weights of an export, and its check before the lowering."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from flash.arch import Quantization
+from flash.errors import shown
+from flash.lowering.depth_profile import describe_costs, part_costs
+from flash.lowering.rounding_check import RoundingCheck, check_rounding
+from flash.lowering.settings import GateSettings, LoweringSettings
+from flash.model.decoder import Decoder
+from flash.rounding.decoder import round_decoder, round_embedding
+from flash.rounding.settings import Rounding, WeightFormat
+from flash.terminal import table
+from flash.training.result import TrainResult
+from flash.training.settings import RecipeSettings
+
+log = logging.getLogger(__name__)
+
+PROFILE_TOKENS = 256
+"""Tokens on which the cost of each part is compared after a failed check."""
+
+
+@dataclass(frozen=True)
+class RoundingChoice:
+    """Rounding of one export.
+
+    Attributes:
+        method: Choice of the integers.
+        rotate: True if the weights are turned first.
+        trained: True if the weights were trained for this rounding.
+    """
+
+    method: Rounding
+    rotate: bool
+    trained: bool
+
+    @classmethod
+    def of(cls, lowering: LoweringSettings, weights: Path) -> "RoundingChoice":
+        """Choose what the settings leave open by the training of a checkpoint folder."""
+        recipe = _qat_recipe(weights)
+        method, rotate = lowering.rounding, lowering.rotate
+        if recipe is not None:
+            method = method or Rounding.nearest
+            rotate = recipe.get("qat_rotate", False) if rotate is None else rotate
+        method = method or Rounding.gptq
+        if rotate is None:
+            rotate = method is Rounding.gptq
+        return cls(method, rotate, recipe is not None and not _differences(lowering, recipe))
+
+    def __str__(self) -> str:
+        return f"{'rotate + ' if self.rotate else ''}{self.method.value}"
+
+
+def warn_of_other_rounding(name: str, lowering: LoweringSettings, weights: Path) -> None:
+    """Warn if the weights were trained for another rounding than the device's."""
+    recipe = _qat_recipe(weights)
+    for ours, theirs in _differences(lowering, recipe) if recipe is not None else ():
+        log.warning(
+            "%s was trained with recipe.qat_%s, not with device.lowering.%s: the program loses "
+            "part of the benefit of that training",
+            *(name, theirs, ours),
+        )
+
+
+def _qat_recipe(weights: Path) -> dict | None:
+    """Settings of the training that a checkpoint folder comes from, if it rounded."""
+    trained = TrainResult.read(weights.parent)
+    recipe = trained.settings["recipe"] if trained is not None else {}
+    return recipe if recipe.get("qat") else None
+
+
+def _differences(lowering: LoweringSettings, recipe: dict) -> list[tuple[str, str]]:
+    """Settings of both that differ, as `key=value`."""
+    found = []
+    if lowering.rounding not in (None, Rounding.nearest):
+        found.append((f"rounding={lowering.rounding.value}", "rounding=nearest"))
+    for key in ("group_size", "embedding_bits", "rotate"):
+        ours = getattr(lowering, key)
+        default = False if key == "rotate" else getattr(RecipeSettings, f"qat_{key}")
+        theirs = recipe.get(f"qat_{key}", default)
+        if ours is not None and ours != theirs:
+            found.append((f"{key}={ours}", f"{key}={theirs}"))
+    return found
+
+
+def rounded_decoder(
+    model: Decoder,
+    lowering: LoweringSettings,
+    choice: RoundingChoice,
+    calibration: Int[Tensor, "n s"] | None,
+) -> Decoder:
+    """Round the weights of a decoder; for a program in fp32 it stays as it is.
+
+    Args:
+        model: Decoder in float32.
+        lowering: Integers of the program.
+        choice: Rounding of this export.
+        calibration: Token ids of training text, for `gptq` only.
+    """
+    if lowering.quantization is Quantization.fp32:
+        return model
+    return round_decoder(
+        model,
+        lowering.weight_format,
+        choice.method,
+        rotate=choice.rotate,
+        calibration=calibration,
+    )
+
+
+@dataclass(frozen=True)
+class FailedRounding:
+    """A rounding beyond the limits, with what is needed to find a remedy.
+
+    Attributes:
+        model: Decoder in float32.
+        rounded: The same decoder as it was rounded.
+        lowering: Integers of the program.
+        choice: Rounding of this export.
+        check: Comparison of both decoders.
+        texts: Held-out sequences of that comparison.
+        gate: Limits of that comparison.
+        calibration: Token ids of training text.
+    """
+
+    model: Decoder
+    rounded: Decoder
+    lowering: LoweringSettings
+    choice: RoundingChoice
+    check: RoundingCheck
+    texts: Sequence[Tensor]
+    gate: GateSettings
+    calibration: Tensor
+
+    def where(self) -> str:
+        """Name the part that rounding costs most, or say how its costs spread over the depth."""
+        text = self.texts[0][:PROFILE_TOKENS]
+        return describe_costs(
+            part_costs(self.model, self.rounded, text, rotated=self.choice.rotate)
+        )
+
+    def remedy(self, qat_command: str) -> str:
+        """Compare the losses of other roundings, and word what to do.
+
+        Args:
+            qat_command: Command that trains the model for its rounding.
+        """
+        checks = {str(self.choice): (self.check, "")}
+        for method, rotate in ((Rounding.nearest, False), (Rounding.gptq, True)):
+            choice = RoundingChoice(method, rotate, trained=False)
+            if str(choice) not in checks:
+                rounded = rounded_decoder(self.model, self.lowering, choice, self.calibration)
+                keys = f"rounding={method.value} device.lowering.rotate={shown(rotate)}"
+                checks[str(choice)] = self._compare(rounded), f"device.lowering.{keys}"
+        if self.lowering.embedding_bits == 4:
+            embedding = self.rounded.model.embed_tokens
+            wide = WeightFormat(self.lowering.group_size, embedding_bits=8)
+            self.rounded.model.embed_tokens = round_embedding(
+                self.model, wide, mse=True, rotate=self.choice.rotate
+            )
+            check = self._compare(self.rounded), "device.lowering.embedding_bits=8"
+            checks[f"{self.choice}, embedding in 8 bits"] = check
+            self.rounded.model.embed_tokens = embedding
+        losses = table(
+            [["weights", "loss", "perplexity", "kl"]]
+            + [["float", f"{self.check.change.float_loss:.4f}", "", ""]]
+            + [
+                [name, f"{check.change.loss:.4f}", str(check.change), f"{check.kl:.2g}"]
+                for name, (check, _) in checks.items()
+            ]
+        )
+        enough = [keys for check, keys in checks.values() if check.passed]
+        advice = f"give {enough[0]}" if enough else f"train it for the rounding: {qat_command}"
+        return f"{losses}\n{advice}"
+
+    def _compare(self, rounded: Decoder) -> RoundingCheck:
+        return check_rounding(self.model, rounded, self.texts, self.gate)

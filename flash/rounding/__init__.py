@@ -1,0 +1,1 @@
+"""Rounding: rotation, calibration and rounding of a decoder's weights to the device's format."""

@@ -1,0 +1,133 @@
+"""Fake quantization: training with the rounding of the device in the forward pass.
+
+A fake-quantized decoder keeps its parameters, their names and ties. It turns and rounds them anew
+in each forward pass, as `flash.rounding.decoder` does once with `nearest`; gradients pass the
+rounding unchanged. Weights that leave the training are therefore ordinary ones.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flash.model.decoder import Decoder, RMSNorm
+from flash.rounding.grid import SMALLEST_SCALE, limits, unclipped_scale
+from flash.rounding.rotation import Turn, turns
+from flash.rounding.settings import LINEAR_BITS, WeightFormat
+
+NORMS_OF_HEADS = ("q_norm", "k_norm")
+"""Names of the norms that keep their gains: they are no part of the residual stream."""
+
+
+class FakeQuantizedLinear(nn.Linear):
+    """Linear layer that computes what a rounded one will, with the parameters of another.
+
+    Args:
+        linear: Layer whose parameters it takes.
+        turn: Change of its matrix before rounding.
+        group_size: Weights that share a scale.
+    """
+
+    def __init__(self, linear: nn.Linear, turn: Turn, group_size: int) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.turn, self.group_size = turn, group_size
+
+    def rounded_weight(self) -> Float[Tensor, "o i"]:
+        """Compute the weights that the device will have."""
+        return _round_through(self.turn(self.weight), self.group_size, LINEAR_BITS)
+
+    def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """Multiply rounded inputs and weights."""
+        bias = None if self.bias is None else self.turn.bias(self.bias)
+        return F.linear(round_activations(input), self.rounded_weight(), bias)
+
+
+class FakeQuantizedEmbedding(nn.Embedding):
+    """Embedding that looks up what a rounded one will, with the parameters of another."""
+
+    def __init__(self, embedding: nn.Embedding, turn: Turn, weight_format: WeightFormat) -> None:
+        super().__init__(1, 1, device="meta")
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.weight = embedding.weight
+        self.turn, self.bits = turn, weight_format.embedding_bits
+        self.group_size = weight_format.embedding_group(self.embedding_dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up rows, turn and round them."""
+        rows = self.turn(F.embedding(input, self.weight).flatten(0, -2))
+        return _round_through(rows, self.group_size, self.bits).view(*input.shape, -1)
+
+
+class _NormWithoutGain(RMSNorm):
+    """Norm whose gain the matrices behind it apply."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__(1, norm.eps)
+        self.weight = norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+def fake_quantize(
+    model: Decoder, weight_format: WeightFormat | None = None, *, rotate: bool = True
+) -> None:
+    """Make `model` compute in floating point what it will compute after `nearest` rounding.
+
+    Args:
+        model: The decoder, changed in place.
+        weight_format: Bits and groups; the defaults if None.
+        rotate: Turn the weights first, as `flash.rounding.rotation`.
+    """
+    weight_format = weight_format or WeightFormat()
+    if rotate:
+        for name, module in list(model.named_modules()):
+            if type(module) is RMSNorm and not name.endswith(NORMS_OF_HEADS):
+                _replace(model, name, _NormWithoutGain(module))
+    changes = turns(model) if rotate else {}
+    for name, module in list(model.named_modules()):  # exact types, not those that are done
+        turn = changes.get(name, Turn())
+        if type(module) is nn.Linear:
+            _replace(model, name, FakeQuantizedLinear(module, turn, weight_format.group_size))
+        elif type(module) is nn.Embedding:
+            _replace(model, name, FakeQuantizedEmbedding(module, turn, weight_format))
+
+
+def _replace(model: Decoder, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def head_operands(
+    model: Decoder, hidden: Float[Tensor, "n c"]
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "vocab c"]]:
+    """Return the two factors of the logits, rounded if `model` is fake-quantized."""
+    head = model.lm_head
+    if isinstance(head, FakeQuantizedLinear):
+        return round_activations(hidden), head.rounded_weight()
+    return hidden, head.weight
+
+
+def round_activations(x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
+    """Round to 8 bits with a scale and a zero point for each token, as XNNPACK does at run time."""
+    low, high = limits(8)
+    with torch.no_grad():
+        smallest, largest = x.aminmax(dim=-1, keepdim=True)
+        smallest, largest = smallest.clamp_max(0), largest.clamp_min(0)
+        scale = ((largest - smallest) / (high - low)).clamp_min(SMALLEST_SCALE)
+        zero = (low - (smallest / scale).round()).clamp(low, high)
+        rounded = (((x / scale).round() + zero).clamp(low, high) - zero) * scale
+    return x + (rounded - x).detach()
+
+
+def _round_through(
+    weight: Float[Tensor, "o i"], group_size: int, bits: int
+) -> Float[Tensor, "o i"]:
+    """Round to the nearest integers; gradients pass unchanged."""
+    with torch.no_grad():
+        groups = weight.unflatten(1, (-1, group_size))
+        scale = unclipped_scale(groups.float(), bits).to(weight.dtype)
+        rounded = ((groups / scale).round().clamp(*limits(bits)) * scale).flatten(1)
+    return weight + (rounded - weight).detach()
