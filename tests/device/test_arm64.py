@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -22,26 +24,28 @@ from flash.device.ssh import SshDevice
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
+from flash.rounding.decoder import turn_decoder
 from tests.device.boards import Board
 
 ROOT = os.environ.get("ARM64_ROOT", "")
 CLONE = Path(__file__).parents[2]
 TIMEOUT_S = 600.0
-TRANSFORMS = {"as_trained": lambda model: model}
-"""Changes of the weights before the lowering, by their names."""
 PHONE, LATEST = "cortex-a76", "max,pauth-impdef=on"
 """A processor of many phones, and one with all extensions, for which kernels differ."""
+FP32, INT8DA4W = Quantization.fp32, Quantization.int8da4w
 CASES = [
-    *itertools.product([PHONE], Quantization, CacheFormat, [AttentionForm.matmul]),
-    *itertools.product([PHONE], [Quantization.int8da4w], CacheFormat, [AttentionForm.sdpa]),
-    *itertools.product([LATEST], [Quantization.int8da4w], CacheFormat, [AttentionForm.matmul]),
+    *itertools.product([PHONE], [FP32, INT8DA4W], CacheFormat, [AttentionForm.matmul], [False]),
+    *itertools.product([PHONE], [INT8DA4W], CacheFormat, [AttentionForm.sdpa], [True]),
+    *itertools.product([LATEST], [INT8DA4W], CacheFormat, [AttentionForm.matmul], [True]),
 ]
-LARGEST_ERROR = {Quantization.fp32: 1e-3, Quantization.int8da4w: 5e-2}
-"""Largest difference of a logit, divided by the largest logit. Kernels sum in another order, which
-moves single activations or entries of the cache by one step where these are rounded to 8 bits: with
-fp32 weights 6e-7 was seen, with 4-bit weights 0.02."""
-TEXT = [1, *((7 * i * i + 3 * i) % 63 + 1 for i in range(30))]
-PREFILL = 20
+"""Processor, weights, cache, attention in prefill, and whether the weights are rotated."""
+SHORT = [([i, i % 7 + 1, 5], 2) for i in range(1, 25)]
+LONG = ([1, *((7 * i * i + 3 * i) % 63 + 1 for i in range(30))], 20)
+"""Texts, and how many of their tokens are fed at once."""
+SUMS, STEP = 1e-5, 0.05
+"""Largest differences of a logit, divided by the largest logit: by the order of sums, of which 6e-7
+was seen, and where that moves an activation or an entry of the cache by one step of its 8 bits. The
+latter befalls one token in eight, and all tokens after it, and 0.025 was seen."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,15 +99,22 @@ def decoder(model):
     return decoder
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+def largest_difference(answer, expected):
+    logits, known = torch.tensor(answer["logits"]), torch.tensor(expected["logits"])
+    return float((logits - known).abs().max() / known.abs().max())
+
+
 @pytest.mark.parametrize(
-    ("board", "quantization", "cache", "attention"),
+    ("board", "quantization", "cache", "attention", "rotated"),
     CASES,
-    ids=[f"{cpu.partition(',')[0]}-{q.value}-{c.value}-{a.value}" for cpu, q, c, a in CASES],
+    ids=[
+        "-".join([cpu.partition(",")[0], *(each.value for each in formats), "rotated" * rotated])
+        for cpu, *formats, rotated in CASES
+    ],
     indirect=["board"],
 )
 def test_the_same_program_gives_the_same_logits(
-    transform, quantization, cache, attention, decoder, connect, settings, tmp_path
+    quantization, cache, attention, rotated, decoder, connect, settings, tmp_path
 ):
     lowering = LoweringSettings(
         quantization=quantization,
@@ -113,18 +124,22 @@ def test_the_same_program_gives_the_same_logits(
         prefill_chunk=8,
     )
     path = tmp_path / "model.pte"
-    model = TRANSFORMS[transform](decoder)
+    model = turn_decoder(decoder) if rotated else decoder
     write(path, lower(model, lowering, bos_id=1, eos_ids=[0]))
-    there = connect().score(path, TEXT, prefill=PREFILL, keep_logits=True)
-    here = HostDevice(settings).score(path, TEXT, prefill=PREFILL, keep_logits=True)
-    logits, expected = torch.tensor(there["logits"]), torch.tensor(here["logits"])
-    error = (logits - expected).abs().max() / expected.abs().max()
-    assert error < LARGEST_ERROR[quantization]
-    assert there["choices"] == here["choices"]
+    there = connect().score_many(path, [*SHORT, LONG], keep_logits=True)
+    here = HostDevice(settings).score_many(path, [*SHORT, LONG], keep_logits=True)
+    errors = [largest_difference(*pair) for pair in zip(there, here, strict=True)]
+    print("ERRORS", cache, sorted(errors)[::6], file=sys.stderr)
+    assert statistics.median(errors) < SUMS
+    assert max(errors) < STEP
+    for one, other, error in zip(there, here, errors, strict=True):
+        if error < SUMS:
+            assert one["choices"] == other["choices"]
+            assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-4)
 
 
-def test_tools_of_a_board_read_it(connect, board):
-    device = connect(cpus=[1])
+def test_tools_of_a_board_read_it(connect):
+    device = connect()
     identity = device.identity()
     assert identity["system"] == "Linux aarch64"
     assert identity["runtime"].startswith("executorch 1.")
@@ -189,9 +204,7 @@ def test_export_measures_on_the_board(board, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(CLONE)}
     )
     assert output.returncode == 0, output.stderr
-    print(
-        sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")),
-        output.stdout,
-        output.stderr,
-        file=sys.stderr,
-    )
+    result = json.loads((tmp_path / "exports" / "mine" / "export.json").read_text())
+    assert result["device"]["system"] == "Linux aarch64"
+    assert list(result["measurement"]["latencies"]) == ["prefill_32", "decode_32"]
+    assert result["completion"]
