@@ -6,7 +6,7 @@
 # Makes what FOLDER lacks, then runs COMMAND inside, by qemu-user. Run it again after a failure;
 # steps that are done are skipped. It needs no root, a Debian of release 12 or newer with
 # qemu-user-static, and Linux 6.7 or newer, where a user namespace has a binfmt_misc of its own.
-# The wheel of torch for arm64 comes with CUDA: 3 GB are downloaded and 5 GB kept. An index of CPU
+# The wheel of torch for arm64 comes with CUDA: 2.5 GB are downloaded, 5 GB kept. An index of CPU
 # wheels in PIP_EXTRA_INDEX_URL makes it much less.
 #
 # PYTHON    a Python with pip, of any version (default: python3)
