@@ -53,7 +53,7 @@ docs: $(SITE)/mkdocs
 cluster: $(READY)
 	$(BIN)/python -m pytest -m slow -rs tests/search/test_slurm.py tests/search/test_workers.py
 
-# The programs of boards on an arm64 processor that qemu-user emulates (Debian's qemu-user-static and
+# What runs on boards, on an arm64 processor that qemu-user emulates (Debian's qemu-user-static and
 # openssh). Where the root cannot be made, that is said and the tests skip.
 arm: export ARM64_ROOT = $(CURDIR)/.venv-arm64
 arm: $(READY)
