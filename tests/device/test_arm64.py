@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -39,13 +38,13 @@ CASES = [
     *itertools.product([LATEST], [INT8DA4W], CacheFormat, [AttentionForm.matmul], [True]),
 ]
 """Processor, weights, cache, attention in prefill, and whether the weights are rotated."""
-SHORT = [([i, i % 7 + 1, 5], 2) for i in range(1, 25)]
+SHORT = [([i, 29 * i % 63 + 1], 1 + i % 2) for i in range(1, 49)]
 LONG = ([1, *((7 * i * i + 3 * i) % 63 + 1 for i in range(30))], 20)
 """Texts, and how many of their tokens are fed at once."""
-SUMS, STEP = 1e-5, 0.05
-"""Largest differences of a logit, divided by the largest logit: by the order of sums, of which 6e-7
-was seen, and where that moves an activation or an entry of the cache by one step of its 8 bits. The
-latter befalls one token in eight, and all tokens after it, and 0.025 was seen."""
+SUMS, STEP = 1e-5, 0.1
+"""Largest differences of a logit, divided by the largest logit: by the order of sums, of which 1e-6
+was seen, and where that moves an activation or an entry of the cache by one step of its 8 bits, of
+which 0.03 was seen. A layer does so to about one token in eight, and so to all tokens after it."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,9 +128,9 @@ def test_the_same_program_gives_the_same_logits(
     there = connect().score_many(path, [*SHORT, LONG], keep_logits=True)
     here = HostDevice(settings).score_many(path, [*SHORT, LONG], keep_logits=True)
     errors = [largest_difference(*pair) for pair in zip(there, here, strict=True)]
-    print("ERRORS", cache, sorted(errors)[::6], file=sys.stderr)
-    assert statistics.median(errors) < SUMS
-    assert max(errors) < STEP
+    assert sorted(errors)[len(errors) // 4] < SUMS
+    rounds = quantization is INT8DA4W or cache is not CacheFormat.fp32
+    assert max(errors) < (STEP if rounds else SUMS)
     for one, other, error in zip(there, here, errors, strict=True):
         if error < SUMS:
             assert one["choices"] == other["choices"]
