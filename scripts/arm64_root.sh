@@ -88,7 +88,7 @@ write_cpuinfo() {
 lrcpc dcpop asimddp"
   local number
   [ "$cpu" = cortex-a76 ] || features+=" sve sve2 i8mm bf16"
-  for ((number = 0; number < $(nproc); number++)); do
+  for ((number = 0; number < $(nproc --all); number++)); do
     printf 'processor\t: %s\nBogoMIPS\t: 50.00\nFeatures\t: %s\nCPU implementer\t: 0x41\n' \
       "$number" "$features"
     printf 'CPU architecture: 8\nCPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n'
