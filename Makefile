@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types cluster slow report reference docs clean
+.PHONY: demo test lint types cluster arm slow report reference docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -53,6 +53,13 @@ docs: $(SITE)/mkdocs
 cluster: $(READY)
 	$(BIN)/python -m pytest -m slow -rs tests/search/test_slurm.py tests/search/test_workers.py
 
+# What runs on boards, on an arm64 processor that qemu-user emulates (Debian's qemu-user-static and
+# openssh). Where the root cannot be made, that is said and the tests skip.
+arm: export ARM64_ROOT = $(CURDIR)/.venv-arm64
+arm: $(READY)
+	-PYTHON=$(BIN)/python nice scripts/arm64_root.sh $(ARM64_ROOT)
+	nice $(BIN)/python -m pytest -m slow -rs tests/device/test_arm64.py
+
 # Longer tests: real searches, real lowering of larger models.
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -61,4 +68,4 @@ report: $(READY)
 	$(BIN)/python -m flash report
 
 clean:
-	rm -rf runs .venv .venv-docs .venv-train site
+	rm -rf runs .venv .venv-arm64 .venv-docs .venv-train site

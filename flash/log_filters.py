@@ -15,6 +15,7 @@ from flash.terminal import COLUMNS, wrap
 NOISE = re.compile(
     r"Failed to load .*torchao"  # optional GPU kernels
     r"|cpuinfo_utils\.cpp"  # probes files that only phones have
+    r"|Resetting threadpool to"  # as the runner asks it to
     r"|No temp allocator provided"  # custom_sdpa called outside of a program
     r"|is an Enum subclass and is now natively supported by torch\.compile"
     r"|Detected no triton"

@@ -119,7 +119,7 @@ class SshDevice(RemoteDevice):
         """Ask the board's Python for processor, cores, system and runtime.
 
         Raises:
-            InputError: The board lacks that Python, or the Python lacks ExecuTorch.
+            InputError: The board lacks that Python, or the Python lacks ExecuTorch or torch.
         """
         python = self._ssh.python
         try:
@@ -129,15 +129,16 @@ class SshDevice(RemoteDevice):
         if output.code in (126, 127):
             raise InputError(
                 f"device.ssh.python={python}: no such program on {self.where}; name one of an "
-                "environment there that has executorch"
+                "environment there that has executorch and torch"
             )
         if output.code != 0:
             raise self.refused(output)
         probed = json.loads(output.out)
         if not probed["runtime"]:
             raise InputError(
-                f"device.ssh.python={python}: has no executorch on {self.where}; there run "
-                f"`{python} -m pip install executorch==1.5.1`, or name another Python"
+                f"device.ssh.python={python}: has no executorch with torch on {self.where}; there "
+                f"run `{python} -m pip install executorch==1.5.1 torch==2.13.0`, or name another "
+                "Python"
             )
         return probed
 

@@ -16,18 +16,25 @@ EXTENSIONS = (
     "avx512_vnni",
     "avx512_bf16",
     "amx_int8",
+    "asimdhp",
     "asimddp",
     "i8mm",
+    "bf16",
     "sve",
     "sve2",
+    "sme",
+    "sme2",
 )
 """Vector extensions by which XNNPACK and BLAS choose their kernels. Clouds use one name for
 processors of several generations, whose times differ severalfold; extensions tell them apart."""
 
 
 def processor():
-    """Name of the processor and its vector extensions."""
-    name, flags = "", []
+    """Name of the processor, codes of an Arm one's kinds of cores, and its vector extensions.
+
+    Kernels for Arm tell a core by the codes of its maker and its kind; few tell a name.
+    """
+    name, flags, maker, cores = "", [], "", []
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
@@ -37,16 +44,31 @@ def processor():
                     name = value.strip()
                 elif key in ("flags", "Features") and not flags:
                     flags = value.split()
+                elif key == "CPU implementer":
+                    maker = value.strip()
+                elif key == "CPU part" and maker + ":" + value.strip() not in cores:
+                    cores.append(maker + ":" + value.strip())
     except OSError:
         pass
-    name = name or platform.processor() or platform.machine()
+    name = name or board() or platform.processor() or platform.machine()
+    name = " ".join([name] + cores)
     known = " ".join(each for each in EXTENSIONS if each in flags)
     return f"{name} ({known})" if known else name
 
 
-def runtime():
-    """Version of the installed ExecuTorch, or "" if it is not installed."""
+def board():
+    """Name of a board in the device tree of its kernel, or "" if there is none."""
     try:
+        with open("/proc/device-tree/model") as file:
+            return file.read().strip("\0 \n")
+    except OSError:
+        return ""
+
+
+def runtime():
+    """Version of the installed ExecuTorch, or "" if it or torch, which it needs, is missing."""
+    try:
+        version("torch")
         return "executorch " + version("executorch")
     except PackageNotFoundError:
         return ""

@@ -15,7 +15,7 @@ import torch
 
 from flash.device import system_info
 from flash.device.factory import open_device
-from flash.device.host import HostDevice, run_process
+from flash.device.host import RUNNER, HostDevice, run_process
 from flash.device.measurement import Measurement, Program
 from flash.device.workload import Workload
 from flash.errors import DeviceError, InputError
@@ -154,6 +154,11 @@ def test_dead_and_slow_processes_are_errors_with_a_name():
     dies = "import sys; print('boom', file=sys.stderr); sys.exit(3)"
     with pytest.raises(DeviceError, match="model a: the runner exited with code 3: boom"):
         run_process([sys.executable, "-c", dies], 1, 60.0, "model a")
+    # The runtime's own lines are no reason.
+    silent = f"import os, sys; sys.path.insert(0, {str(RUNNER.parent)!r}); import runner; "
+    silent += "runner.prepare(1); os._exit(4)"
+    with pytest.raises(DeviceError, match="runner exited with code 4: it printed nothing"):
+        run_process([sys.executable, "-c", silent], 1, 60.0, "model a")
     killed = "import os; os.kill(os.getpid(), 9)"
     with pytest.raises(
         DeviceError, match=r"model c: .* device's memory was full; lower latency\.g"
@@ -226,6 +231,26 @@ def test_a_processor_is_told_from_others_of_its_name(monkeypatch, tmp_path):
     known.write_text(lines)
     monkeypatch.setattr("builtins.open", lambda path: known.open())
     assert system_info.processor() == "AMD EPYC (avx2 avx512f)"
+
+
+def test_an_arm_processor_is_told_by_its_board_and_cores(monkeypatch, tmp_path):
+    # As an arm64 kernel writes it: no line has a name.
+    core = (
+        "processor\t: {}\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: {}\n"
+    )
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "\n".join([core.format(0, "0xd05"), core.format(1, "0xd05"), core.format(2, "0xd0b")])
+    )
+    model = tmp_path / "model"
+    real = open
+    files = {"/proc/cpuinfo": cpuinfo, "/proc/device-tree/model": model}
+    monkeypatch.setattr("builtins.open", lambda path: real(files[path]))
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert system_info.processor() == "aarch64 0x41:0xd05 0x41:0xd0b (asimddp)"
+    model.write_text("A Board Rev 1.0\0")
+    assert system_info.processor() == "A Board Rev 1.0 0x41:0xd05 0x41:0xd0b (asimddp)"
 
 
 def test_identity_holds_what_changes_times(settings):
