@@ -39,6 +39,7 @@ def round_decoder(
     *,
     rotate: bool,
     calibration: Int[Tensor, "n s"] | None = None,
+    keep: Callable[[str, Grid], None] = lambda name, grid: None,
 ) -> Decoder:
     """Make a decoder with rounded weights, whose forward pass also rounds activations.
 
@@ -52,6 +53,7 @@ def round_decoder(
         method: Choice of integers and scales.
         rotate: Turn the weights first, as `flash.rounding.rotation`.
         calibration: Token ids, for `gptq` only.
+        keep: Called by `gptq` with the name of each linear and its rounded matrix.
     """
     rounded = untie(model)
     changes = turns(model) if rotate else {}
@@ -59,7 +61,7 @@ def round_decoder(
         _drop_gains(rounded)
     mse = method is not Rounding.nearest
     rounded.model.embed_tokens = round_embedding(model, weight_format, mse=mse, rotate=rotate)
-    by_outputs = _ByOutputs(weight_format) if method is Rounding.gptq else None
+    by_outputs = _ByOutputs(weight_format, keep) if method is Rounding.gptq else None
     linears = {n: m for n, m in rounded.named_modules() if isinstance(m, nn.Linear)}
     with progress_bar("rounding", len(linears), "matrix") as bar:
         for name, linear in linears.items():
@@ -78,34 +80,48 @@ def round_decoder(
 
 
 @torch.no_grad()
-def begin_on_grid(
+def begin_by_outputs(
     model: Decoder,
     weight_format: WeightFormat,
     *,
     rotate: bool,
     calibration: Int[Tensor, "n s"],
-) -> None:
-    """Replace the matrices of `model` by what `gptq` makes of them, as a start for training.
+) -> dict[str, Tensor]:
+    """Give `model` the weights and scales of `gptq`, as a start for training.
 
-    Rounding to the nearest integers finds most of these again, so that the training begins with the
-    loss of `gptq` and not with that of `nearest`. A tied head stays the embedding.
+    Each matrix gets the weights that were rounded, not the rounded ones: those lie where training
+    moves one as easily as another to the next integer. A tied head stays the embedding.
 
     Args:
         model: Decoder in float32, changed in place.
         weight_format: Bits and groups.
         rotate: Turn the weights before rounding, and back after it.
         calibration: Token ids of training text.
+
+    Returns:
+        Scales `(rows, groups)` of each changed matrix, by the name of its module.
     """
-    method = Rounding.gptq
-    rounded = round_decoder(model, weight_format, method, rotate=rotate, calibration=calibration)
     changes = turns(model) if rotate else {}
-    tied = {"lm_head"} if model.spec.tie_embeddings else set()
-    for name, module in rounded.named_modules():
-        if isinstance(module, nn.Linear) and name not in tied:
-            weight = module.weight.data.dequantize()
-            original = model.get_submodule(name).weight
-            assert isinstance(original, Tensor)
-            original.copy_(changes.get(name, Turn()).inverse(weight))
+    scales: dict[str, Tensor] = {}
+
+    def keep(name: str, grid: Grid) -> None:
+        if not (name == "lm_head" and model.spec.tie_embeddings):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            assert grid.targets is not None
+            # Its former values are not needed any more: they have been rounded.
+            linear.weight.copy_(changes.get(name, Turn()).inverse(grid.targets))
+            scales[name] = grid.scales
+
+    round_decoder(
+        model,
+        weight_format,
+        Rounding.gptq,
+        rotate=rotate,
+        calibration=calibration,
+        keep=keep,
+    )
+    return scales
 
 
 @torch.no_grad()
@@ -144,9 +160,9 @@ class _ByOutputs:
     They come from the rounded matrices before it, so that it makes up for some of their errors.
     """
 
-    def __init__(self, weight_format: WeightFormat) -> None:
-        self._format = weight_format
-        self._waiting: dict[nn.Linear, Callable[[], int]] = {}
+    def __init__(self, weight_format: WeightFormat, keep: Callable[[str, Grid], None]) -> None:
+        self._format, self._keep = weight_format, keep
+        self._waiting: dict[nn.Linear, Callable[[], str]] = {}
         self._inputs: Tensor | None = None
         self._factor: Tensor | None = None
 
@@ -155,24 +171,27 @@ class _ByOutputs:
     ) -> None:
         """Round a linear at its first call, or by `round`; then call `done`."""
 
-        def prepare() -> int:
+        def prepare() -> str:
             hook.remove()
             _turn(linear, change)
             done()
-            return self._format.linear_bits(name)
+            return name
 
         hook = linear.register_forward_pre_hook(lambda module, inputs: self.round(linear, *inputs))
         self._waiting[linear] = prepare
 
     def round(self, linear: nn.Linear, inputs: Float[Tensor, "n s c"]) -> None:
         """Round a linear that waits for these inputs."""
-        bits = self._waiting.pop(linear)()
+        name = self._waiting.pop(linear)()
         if inputs is not self._inputs:  # the same for queries, keys and values
             rows = round_activations(inputs).flatten(0, -2)
             self._inputs, self._factor = inputs, inverse_factor(rows.T @ rows)
         assert self._factor is not None
+        bits = self._format.linear_bits(name)
         group = self._format.group(bits, linear.in_features)
-        _store(linear, gptq(linear.weight, self._factor, group, bits))
+        grid = gptq(linear.weight, self._factor, group, bits)
+        _store(linear, grid)
+        self._keep(name, grid)
 
 
 def untie(model: Decoder) -> Decoder:

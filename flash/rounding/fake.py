@@ -2,8 +2,11 @@
 
 A fake-quantized decoder keeps its parameters, their names and ties. It turns and rounds them anew
 in each forward pass, as `flash.rounding.decoder` does once with `nearest`; gradients pass the
-rounding unchanged. Weights that leave the training are therefore ordinary ones.
+rounding unchanged. `settle` at the end of a training leaves ordinary weights, which `nearest`
+rounds as they were rounded in it.
 """
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +29,23 @@ class FakeQuantizedLinear(nn.Linear):
         linear: Layer whose parameters it takes.
         turn: Change of its matrix before rounding.
         group_size: Weights that share a scale.
+        scales: Scales of all groups `(rows, groups)`; None takes those that clip nothing.
     """
 
-    def __init__(self, linear: nn.Linear, turn: Turn, group_size: int) -> None:
+    scales: Tensor | None
+
+    def __init__(
+        self, linear: nn.Linear, turn: Turn, group_size: int, scales: Tensor | None = None
+    ) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.turn, self.group_size = turn, group_size
+        self.register_buffer("scales", scales, persistent=False)
 
     def rounded_weight(self) -> Float[Tensor, "o i"]:
         """Compute the weights that the device will have."""
-        return _round_through(self.turn(self.weight), self.group_size, LINEAR_BITS)
+        return _round_through(self.turn(self.weight), self.group_size, LINEAR_BITS, self.scales)
 
     def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """Multiply rounded inputs and weights."""
@@ -72,7 +81,11 @@ class _NormWithoutGain(RMSNorm):
 
 
 def fake_quantize(
-    model: Decoder, weight_format: WeightFormat | None = None, *, rotate: bool = True
+    model: Decoder,
+    weight_format: WeightFormat | None = None,
+    *,
+    rotate: bool = True,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Make `model` compute in floating point what it will compute after `nearest` rounding.
 
@@ -80,6 +93,7 @@ def fake_quantize(
         model: The decoder, changed in place.
         weight_format: Bits and groups; the defaults if None.
         rotate: Turn the weights first, as `flash.rounding.rotation`.
+        scales: Scales of linears by name, which then stay the same; others clip nothing.
     """
     weight_format = weight_format or WeightFormat()
     if rotate:
@@ -90,9 +104,19 @@ def fake_quantize(
     for name, module in list(model.named_modules()):  # exact types, not those that are done
         turn = changes.get(name, Turn())
         if type(module) is nn.Linear:
-            _replace(model, name, FakeQuantizedLinear(module, turn, weight_format.group_size))
+            fixed = scales.get(name) if scales is not None else None
+            linear = FakeQuantizedLinear(module, turn, weight_format.group_size, fixed)
+            _replace(model, name, linear)
         elif type(module) is nn.Embedding:
             _replace(model, name, FakeQuantizedEmbedding(module, turn, weight_format))
+
+
+@torch.no_grad()
+def settle(model: Decoder) -> None:
+    """Replace the weights whose scales are fixed by the rounded ones, turned back."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantizedLinear) and module.scales is not None:
+            module.weight.copy_(module.turn.inverse(module.rounded_weight()))
 
 
 def _replace(model: Decoder, name: str, module: nn.Module) -> None:
@@ -123,11 +147,11 @@ def round_activations(x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
 
 
 def _round_through(
-    weight: Float[Tensor, "o i"], group_size: int, bits: int
+    weight: Float[Tensor, "o i"], group_size: int, bits: int, scales: Tensor | None = None
 ) -> Float[Tensor, "o i"]:
     """Round to the nearest integers; gradients pass unchanged."""
     with torch.no_grad():
         groups = weight.unflatten(1, (-1, group_size))
-        scale = unclipped_scale(groups.float(), bits).to(weight.dtype)
+        scale = unclipped_scale(groups, bits) if scales is None else scales[..., None]
         rounded = ((groups / scale).round().clamp(*limits(bits)) * scale).flatten(1)
     return weight + (rounded - weight).detach()

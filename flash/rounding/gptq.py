@@ -42,6 +42,9 @@ def gptq(
         factor: `inverse_factor` of its inputs.
         group_size: Columns that share a scale; a divisor of all columns.
         bits: Bits of an integer.
+
+    Returns:
+        The rounded matrix; its `targets` are the weights that made up for the errors before them.
     """
     # Columns are contiguous in the transpose: a step touches few cache lines.
     rest = weight.detach().float().T.contiguous()
@@ -63,4 +66,4 @@ def gptq(
             error = errors[i - start] = (rest[i] - rounded * scale) / factor[i, i]
             rest[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
         rest[stop:] -= factor[start:stop, stop:].T @ errors
-    return Grid(integers.T.contiguous(), scales.T.contiguous(), bits)
+    return Grid(integers.T.contiguous(), scales.T.contiguous(), bits, targets=rest.T)

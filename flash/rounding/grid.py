@@ -16,6 +16,10 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 MSE_RATIOS = torch.linspace(1.0, 0.6, 17).tolist()
 """Scales that `mse` tries, as shares of the scale that clips nothing."""
 
+OFF_GRID = 0.1
+"""Largest distance from a grid, in steps, of weights that lie on it: storage in bfloat16 moves them
+by about 0.01."""
+
 CHUNK_WEIGHTS = 2**18
 """Weights that are rounded at a time: 1 MB of float32, which stays in a core's cache."""
 
@@ -28,11 +32,13 @@ class Grid:
         integers: Integers, `(rows, columns)` in int8.
         scales: Scale of each group, `(rows, groups)`.
         bits: Bits of an integer.
+        targets: Weights that were rounded to these, if they are not those of the matrix.
     """
 
     integers: Int[Tensor, "rows columns"]
     scales: Float[Tensor, "rows groups"]
     bits: int
+    targets: Float[Tensor, "rows columns"] | None = None
 
     def weight(self) -> Float[Tensor, "rows columns"]:
         """Compute the weights that the integers stand for."""
@@ -80,6 +86,22 @@ def mse_scale(
     return best
 
 
+def present_scale(groups: Float[Tensor, "*n g"], bits: int) -> Float[Tensor, "*n 1"]:
+    """Scale of the groups that lie on a grid already, and `unclipped_scale` of all others.
+
+    Rounding leaves weights as they are that come from a training for rounding, though the largest
+    of a group need not be on an end of its grid.
+    """
+    low, high = limits(bits)
+    scale = unclipped_scale(groups, bits)
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
+    for steps in range(-low, -low // 2, -1):
+        steps_of = groups * (steps / largest)
+        off = (steps_of - steps_of.round().clamp(low, high)).abs().amax(-1, keepdim=True)
+        scale = torch.where(off < OFF_GRID, largest / steps, scale)
+    return scale
+
+
 @torch.no_grad()
 def round_to_grid(
     weight: Float[Tensor, "rows columns"], group_size: int, bits: int, *, mse: bool = False
@@ -90,7 +112,7 @@ def round_to_grid(
         weight: Matrix to round.
         group_size: Columns that share a scale; a divisor of all columns.
         bits: Bits of an integer.
-        mse: Take the scales of `mse_scale`, else those of `unclipped_scale`.
+        mse: Take the scales of `mse_scale`, else those of `present_scale`.
     """
     rows, columns = weight.shape
     integers = torch.empty(rows, columns, dtype=torch.int8)
@@ -99,7 +121,7 @@ def round_to_grid(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         groups = weight[part].float().unflatten(1, (-1, group_size))
-        scale = mse_scale(groups, bits) if mse else unclipped_scale(groups, bits)
+        scale = mse_scale(groups, bits) if mse else present_scale(groups, bits)
         integers[part] = (groups / scale).round().clamp(*limits(bits)).flatten(1)
         scales[part] = scale[..., 0]
     return Grid(integers, scales, bits)

@@ -19,8 +19,8 @@ from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
-from flash.rounding.decoder import begin_on_grid
-from flash.rounding.fake import fake_quantize
+from flash.rounding.decoder import begin_by_outputs
+from flash.rounding.fake import fake_quantize, settle
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
 from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import Origin, find_origin
@@ -261,16 +261,18 @@ def _train(
     data, runs = workspace.data, workspace.runs
     model = initial_model(spec, workspace, recipe, settings.start)
     if recipe.qat:
+        scales = None
         if recipe.qat_calibration_tokens:
-            batches = data.calibration_batches(recipe.qat_calibration_tokens)
-            begin_on_grid(
+            scales = begin_by_outputs(
                 model,
                 recipe.qat_format,
                 rotate=recipe.qat_rotate,
-                calibration=torch.cat(list(batches)),
+                calibration=torch.cat(
+                    list(data.calibration_batches(recipe.qat_calibration_tokens))
+                ),
             )
         # Both held-out losses are those of the fake-quantized model.
-        fake_quantize(model, recipe.qat_format, rotate=recipe.qat_rotate)
+        fake_quantize(model, recipe.qat_format, rotate=recipe.qat_rotate, scales=scales)
     teacher = teacher_of(workspace.backbone, data, recipe, settings.trainer, runs)
     device = main_device(settings.trainer)
     before = None
@@ -295,6 +297,7 @@ def _train(
         )
         if before is None:
             return None
+        settle(model)
         after = validate(model.to(device), data, precision)
         _warn_if_worse(name, recipe.lr, done.tokens, before.loss, after.loss)
         parameters = count_parameters(spec).total
