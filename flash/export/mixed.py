@@ -19,7 +19,7 @@ from flash.device.workload import Phase
 from flash.errors import InputError, shown
 from flash.export.rounding import RoundingChoice
 from flash.export.settings import MixedSettings
-from flash.latency.fit import flushed_mib
+from flash.latency.profiler import flushed_mib
 from flash.latency.programs import Subject, cached_program
 from flash.lowering.blocks import Block, BlockKind
 from flash.lowering.depth_profile import part_costs

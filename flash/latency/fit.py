@@ -21,7 +21,7 @@ from flash.latency.drift import comparable
 from flash.latency.gp import GaussianProcess
 from flash.latency.power_law import PowerLaw
 from flash.latency.prediction import Predictor, Scores, cross_predict, score
-from flash.latency.profiler import Profiler
+from flash.latency.profiler import Profiler, flushed_mib
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore, StoredLatency
@@ -32,9 +32,6 @@ from flash.terminal import table
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_MIB = 2**20
-_MOST_FLUSH_MIB = 64
-"""Upper limit of the flushed memory [MiB]: twice the largest cache expected for one core."""
 _LEAST_JUDGED = 6
 """Least number of whole models for an estimate of the error."""
 _MOST_BEYOND = 0.05
@@ -263,11 +260,6 @@ def make_profiler(
         store=store,
         cache_dir=cache_dir,
     )
-
-
-def flushed_mib(spec: ArchSpec, lowering: LoweringSettings) -> int:
-    """Memory to read between two calls of a block, as the rest of a model would [MiB]."""
-    return min(lowering.weight_bytes(spec) // BYTES_PER_MIB, _MOST_FLUSH_MIB)
 
 
 def whole_models(space: SearchSpace, backbone: ArchSpec, num: int, seed: int) -> list[ArchSpec]:

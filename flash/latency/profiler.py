@@ -31,6 +31,8 @@ disturbed. On a busy machine it was 2.3 in all processes of a group, so that a c
 processes with each other showed nothing."""
 _MIN_MODELS_TO_TRANSFER = 8
 """Least number of whole models for a predictor that is transferred to another device."""
+_MOST_FLUSH_MIB = 64
+"""Upper limit of the flushed memory [MiB]: twice the largest cache expected for one core."""
 _SHARED = 0.25
 """Processor time of other programs, as a share of the wall time, from which a warning is logged:
 even on another core they take memory bandwidth and space in shared caches."""
@@ -322,6 +324,11 @@ class Profiler:
                 result={**of_point(measured, point), "reference": reference, "lower_s": lower_s},
             )
             self.store.append(row)
+
+
+def flushed_mib(spec: ArchSpec, lowering: LoweringSettings) -> int:
+    """Memory to read between two calls of a block, as the rest of a model would [MiB]."""
+    return min(lowering.weight_bytes(spec) // 2**20, _MOST_FLUSH_MIB)
 
 
 def subject_key(subject: Subject) -> str:
