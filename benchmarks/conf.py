@@ -25,10 +25,15 @@ def group(name: str, schema: type[Group]) -> Group:
     return settings
 
 
+def shape_of(backbone: str) -> ArchSpec:
+    """Return the architecture that the file of a backbone holds."""
+    text = (ROOT / "conf" / "backbone" / f"{backbone}.yaml").read_text("utf-8")
+    return ArchSpec.from_dict(yaml.safe_load(text)["arch"])
+
+
 def flash_backbone() -> ArchSpec:
     """Return the backbone of the paper."""
-    text = (ROOT / "conf" / "backbone" / "mobilellm_pro_shallow.yaml").read_text("utf-8")
-    return ArchSpec.from_dict(yaml.safe_load(text)["arch"])
+    return shape_of("mobilellm_pro_shallow")
 
 
 def winner(name: str) -> ArchSpec:

@@ -1,11 +1,12 @@
-"""Our programs compared with ExecuTorch's own export of the same shape: prefill and decode at 2k.
+"""Our programs compared with ExecuTorch's own export of the same shape: prefill and decode.
 
-The models are flash_350m and flash_650m with random weights in 8da4w with groups of 32, a 4-bit
-embedding and a float cache (the faster of the two caches of the stock exporter on x86). A prompt of
-2,048 tokens is processed in the chunks that suit each best: 1,024 tokens in the stock program, 256
-in ours. Fresh processes of both alternate. `prefill_speedup` and `decode_speedup` are the stock
-time divided by ours, pair by pair; `peak_rss_mib` is the peak memory of the measuring process,
-Python and torch included.
+The models are flash_350m, flash_650m and the shape of SmolLM2-135M with random weights, in 8da4w
+with groups of 32 and a 4-bit embedding. Ours have a cache in fp32 or bf16, the stock program one in
+fp32 (the faster of its two caches on x86). A prompt is processed in the chunks that suit each best:
+1,024 tokens in the stock program, 256 in ours. Fresh processes of all alternate. `prefill_speedup`
+and `decode_speedup` are the stock time divided by ours, pair by pair, at prompts and contexts of
+512, 1,024 and 2,048 tokens; `peak_rss_mib` is the peak memory of the measuring process, Python and
+torch included.
 
 Programs are kept in runs/serving, so a second run only measures.
 `python benchmarks/serving.py [--threads N] [MODEL ...]`; without models it keeps the results.
@@ -14,11 +15,13 @@ Programs are kept in runs/serving, so a second run only measures.
 import argparse
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 from record import Recorder
 
 import conf
+from flash.arch import ArchSpec, CacheFormat
 from flash.device.host import HostDevice
 from flash.device.measurement import Measurement, Program
 from flash.device.settings import DeviceSettings
@@ -29,14 +32,25 @@ from flash.lowering.lower import lower, write
 from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
 
-MODELS = ("flash_350m", "flash_650m")
-CONTEXT, DECODE, TURNS = 2048, 16, 3
-FORMS = {"ours": AttentionForm.matmul, "stock": AttentionForm.sdpa}
-"""Form of attention of each program; the default chunk follows from it."""
+MODELS = ("flash_350m", "flash_650m", "smollm2_135m")
+LENGTHS, DECODE, TURNS = [512, 1024, 2048], 16, 3
+WAYS = {
+    "ours": (AttentionForm.matmul, CacheFormat.fp32),
+    "ours_bf16": (AttentionForm.matmul, CacheFormat.bf16),
+    "stock": (AttentionForm.sdpa, CacheFormat.fp32),
+}
+"""Form of attention and cache of each program; the default chunk follows from the former."""
 FOLDER = Path("runs/serving")
 
 
+def spec_of(model: str) -> ArchSpec:
+    """Return the shape of a winner of the paper, or of a backbone."""
+    return conf.winner(model) if model.startswith("flash") else conf.shape_of(model)
+
+
 def device(threads: int, way: str) -> HostDevice:
+    attention, cache = WAYS[way]
+    context = max(LENGTHS) + 2 * DECODE
     return HostDevice(
         DeviceSettings(
             name="host",
@@ -45,15 +59,15 @@ def device(threads: int, way: str) -> HostDevice:
             warmups=1,
             runs=1,
             run_timeout_s=600.0,
-            lowering=LoweringSettings(attention=FORMS[way], max_context=CONTEXT + 2 * DECODE),
-            workload=Workload(prompts=[CONTEXT], contexts=[CONTEXT], decode_tokens=DECODE),
+            lowering=LoweringSettings(attention=attention, cache=cache, max_context=context),
+            workload=Workload(prompts=LENGTHS, contexts=LENGTHS, decode_tokens=DECODE),
         )
     )
 
 
 def lower_one(way: str, model: str, path: Path) -> None:
     """Write one program; must run in its own process, whose end frees the memory."""
-    spec, settings = conf.winner(model), device(1, way).settings.lowering
+    spec, settings = spec_of(model), device(1, way).settings.lowering
     if way == "stock":
         lower_stock(to_stock_model(spec), settings, path)
     else:
@@ -65,7 +79,7 @@ def program(way: str, model: str) -> Program:
     if not path.is_file():
         command = [sys.executable, __file__, "--lower", way, model, str(path)]
         subprocess.run(command, check=True)
-    return Program(name=way, path=path, vocab_size=conf.winner(model).vocab_size)
+    return Program(name=way, path=path, vocab_size=spec_of(model).vocab_size)
 
 
 def least(measured: Measurement, point: str) -> float:
@@ -76,20 +90,25 @@ def least(measured: Measurement, point: str) -> float:
 
 
 def compare(record: Recorder, model: str, threads: int) -> None:
-    hosts = {way: device(threads, way) for way in FORMS}
-    programs = {way: program(way, model) for way in FORMS}
-    found: dict[str, list[Measurement]] = {way: [] for way in FORMS}
+    hosts = {way: device(threads, way) for way in WAYS}
+    programs = {way: program(way, model) for way in WAYS}
+    found: dict[str, list[Measurement]] = {way: [] for way in WAYS}
     for _ in range(TURNS):
         for way, host in hosts.items():
             found[way] += host.measure([programs[way]], host.settings.workload)
-    for name, point in (("prefill", f"prefill_{CONTEXT}"), ("decode", f"decode_{CONTEXT}")):
-        times = {way: [least(each, point) for each in all_] for way, all_ in found.items()}
-        speedups = [b / a for a, b in zip(times["ours"], times["stock"], strict=True)]
-        record.add(model, f"{name}_speedup", speedups, "ratio")
-        for way in FORMS:
-            record.add(f"{model}/{way}", f"{name}_ms", times[way], "ms")
+    for phase, length in product(("prefill", "decode"), LENGTHS):
+        times = {
+            way: [least(each, f"{phase}_{length}") for each in measured]
+            for way, measured in found.items()
+        }
+        for way, all_ms in times.items():
+            case = f"{model}/{way}/{length}"
+            record.add(case, f"{phase}_ms", all_ms, "ms")
+            if way != "stock":
+                speedups = [b / a for a, b in zip(all_ms, times["stock"], strict=True)]
+                record.add(case, f"{phase}_speedup", speedups, "ratio")
     record.add(model, "threads", [threads], "")
-    for way in FORMS:
+    for way in WAYS:
         size = programs[way].path.stat().st_size / 2**20
         record.add(f"{model}/{way}", "program_mib", [size], "MiB")
         peaks = [each.peak_rss_mib for each in found[way]]
