@@ -33,12 +33,10 @@ class RoundingChoice:
     Attributes:
         method: Choice of the integers.
         rotate: True if the weights are turned first.
-        trained: True if the weights were trained for this rounding.
     """
 
     method: Rounding
     rotate: bool
-    trained: bool
 
     @classmethod
     def of(cls, lowering: LoweringSettings, weights: Path) -> "RoundingChoice":
@@ -51,7 +49,7 @@ class RoundingChoice:
         method = method or Rounding.gptq
         if rotate is None:
             rotate = method is Rounding.gptq
-        return cls(method, rotate, recipe is not None and not _differences(lowering, recipe))
+        return cls(method, rotate)
 
     def __str__(self) -> str:
         return f"{'rotate + ' if self.rotate else ''}{self.method.value}"
@@ -62,8 +60,8 @@ def warn_of_other_rounding(name: str, lowering: LoweringSettings, weights: Path)
     recipe = _qat_recipe(weights)
     for ours, theirs in _differences(lowering, recipe) if recipe is not None else ():
         log.warning(
-            "%s was trained with recipe.qat_%s, not with device.lowering.%s: the program loses "
-            "part of the benefit of that training",
+            "%s was trained with %s, not with device.lowering.%s: the program loses part of the "
+            "benefit of that training",
             *(name, theirs, ours),
         )
 
@@ -76,16 +74,16 @@ def _qat_recipe(weights: Path) -> dict | None:
 
 
 def _differences(lowering: LoweringSettings, recipe: dict) -> list[tuple[str, str]]:
-    """Settings of both that differ, as `key=value`."""
+    """Settings of the lowering that differ, as `key=value`, and those of the training."""
     found = []
     if lowering.rounding not in (None, Rounding.nearest):
-        found.append((f"rounding={lowering.rounding.value}", "rounding=nearest"))
+        found.append((f"rounding={lowering.rounding.value}", "the rounding nearest"))
     for key in ("group_size", "embedding_bits", "rotate"):
         ours = getattr(lowering, key)
         default = False if key == "rotate" else getattr(RecipeSettings, f"qat_{key}")
         theirs = recipe.get(f"qat_{key}", default)
         if ours is not None and ours != theirs:
-            found.append((f"{key}={ours}", f"{key}={theirs}"))
+            found.append((f"{key}={shown(ours)}", f"recipe.qat_{key}={shown(theirs)}"))
     return found
 
 
@@ -153,7 +151,7 @@ class FailedRounding:
         """
         checks = {str(self.choice): (self.check, "")}
         for method, rotate in ((Rounding.nearest, False), (Rounding.gptq, True)):
-            choice = RoundingChoice(method, rotate, trained=False)
+            choice = RoundingChoice(method, rotate)
             if str(choice) not in checks:
                 rounded = rounded_decoder(self.model, self.lowering, choice, self.calibration)
                 keys = f"rounding={method.value} device.lowering.rotate={shown(rotate)}"

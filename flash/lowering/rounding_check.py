@@ -16,6 +16,7 @@ from torch import Tensor
 from flash.arch import count_parameters
 from flash.lowering.settings import GateSettings
 from flash.model.decoder import Decoder
+from flash.progress import progress
 
 HEAD_POSITIONS = 256
 """Positions whose logits are in memory at once: 200 MB for a vocabulary of 202,048."""
@@ -101,7 +102,7 @@ def check_rounding(
     """
     losses: list[list[Tensor]] = [[], []]
     kl, same = [], []
-    for text in texts:
+    for text in progress(texts, "perplexity of the rounded weights"):
         tokens, targets = text[None, :-1].long(), text[1:, None].long()
         hidden = [m.hidden(tokens)[0].split(HEAD_POSITIONS) for m in (model, rounded)]
         for one, other, target in zip(*hidden, targets.split(HEAD_POSITIONS), strict=True):
