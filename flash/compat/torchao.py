@@ -5,8 +5,6 @@ Names that torchao 0.18 does not document, and the reasons to use them: the cons
 `flash.rounding`, which torchao's own functions cannot take.
 """
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
@@ -21,9 +19,9 @@ def quantized_tensor(integers: Tensor, scales: Tensor, bits: int, *, round_input
         round_inputs: True for a linear layer whose inputs are rounded to 8 bits for each token.
     """
     from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor
 
-    module = import_module(IntxUnpackedToInt8Tensor.__init__.__module__)
-    kinds = module.IntxUnpackedToInt8TensorActivationQuantization
+    kinds = intx_unpacked_to_int8_tensor.IntxUnpackedToInt8TensorActivationQuantization
     return IntxUnpackedToInt8Tensor(
         integers,
         scales,

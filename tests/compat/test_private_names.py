@@ -16,7 +16,7 @@ COMPAT = {
     "hydra": {"hydra", "omegaconf"},
     "executorch_llm": {"executorch", "torch"},
     "submitit": {"hydra", "hydra_plugins", "omegaconf", "submitit"},
-    "torchao": {"torch"},
+    "torchao": {"torch", "torchao"},
     "wandb_workspaces": {"wandb", "wandb_workspaces"},
 }
 """Packages that a module of flash.compat may import; by default the one it is named after."""
