@@ -43,12 +43,9 @@ class RoundingChoice:
         """Choose what the settings leave open by the training of a checkpoint folder."""
         recipe = _qat_recipe(weights)
         method, rotate = lowering.rounding, lowering.rotate
-        if recipe is not None:
-            method = method or Rounding.nearest
-            rotate = recipe.get("qat_rotate", False) if rotate is None else rotate
-        method = method or Rounding.gptq
         if rotate is None:
-            rotate = method is Rounding.gptq
+            trained = recipe.get("qat_rotate", False) if recipe is not None else None
+            rotate = method is Rounding.gptq if trained is None else trained
         return cls(method, rotate)
 
     def __str__(self) -> str:
@@ -76,8 +73,6 @@ def _qat_recipe(weights: Path) -> dict | None:
 def _differences(lowering: LoweringSettings, recipe: dict) -> list[tuple[str, str]]:
     """Settings of the lowering that differ, as `key=value`, and those of the training."""
     found = []
-    if lowering.rounding not in (None, Rounding.nearest):
-        found.append((f"rounding={lowering.rounding.value}", "the rounding nearest"))
     for key in ("group_size", "embedding_bits", "rotate"):
         ours = getattr(lowering, key)
         default = False if key == "rotate" else getattr(RecipeSettings, f"qat_{key}")

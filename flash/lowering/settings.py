@@ -70,9 +70,9 @@ class LoweringSettings:
     eight_bit: list[str] = field(default_factory=list)
     """int8da4w: parts of the model whose weights have 8 bits with a scale a row, by name or
     pattern, such as [layers.0.self_attn,"layers.*.mlp",lm_head]; see also `mixed`."""
-    rounding: Rounding | None = None
-    """int8da4w: choice of the integers. Null: `nearest` for weights that were trained for it
-    (`recipe.qat`), else `gptq`."""
+    rounding: Rounding = Rounding.gptq
+    """int8da4w: choice of the integers. Weights that were trained for rounding (`recipe.qat`) stay
+    as they are with any of them."""
     rotate: bool | None = None
     """int8da4w: spread outliers over all channels before rounding; the logits in float stay the
     same. Null: as in the training for `recipe.qat`, else with `gptq` only."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flash.model.decoder import Decoder, RMSNorm
-from flash.rounding.grid import SMALLEST_SCALE, limits, unclipped_scale
+from flash.rounding.grid import SMALLEST_SCALE, limits, mse_scale, unclipped_scale
 from flash.rounding.rotation import Turn, turns
 from flash.rounding.settings import LINEAR_BITS, WeightFormat
 
@@ -30,22 +30,32 @@ class FakeQuantizedLinear(nn.Linear):
         turn: Change of its matrix before rounding.
         group_size: Weights that share a scale.
         scales: Scales of all groups `(rows, groups)`; None takes those that clip nothing.
+        rounded: False rounds the inputs alone.
     """
 
     scales: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, turn: Turn, group_size: int, scales: Tensor | None = None
+        self,
+        linear: nn.Linear,
+        turn: Turn,
+        group_size: int,
+        scales: Tensor | None = None,
+        *,
+        rounded: bool = True,
     ) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.turn, self.group_size = turn, group_size
+        self.turn, self.group_size, self.rounded = turn, group_size, rounded
         self.register_buffer("scales", scales, persistent=False)
 
     def rounded_weight(self) -> Float[Tensor, "o i"]:
         """Compute the weights that the device will have."""
-        return _round_through(self.turn(self.weight), self.group_size, LINEAR_BITS, self.scales)
+        weight = self.turn(self.weight)
+        if not self.rounded:
+            return weight
+        return _round_through(weight, self.group_size, LINEAR_BITS, self.scales)
 
     def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """Multiply rounded inputs and weights."""
@@ -54,19 +64,32 @@ class FakeQuantizedLinear(nn.Linear):
 
 
 class FakeQuantizedEmbedding(nn.Embedding):
-    """Embedding that looks up what a rounded one will, with the parameters of another."""
+    """Embedding that looks up what a rounded one will, with the parameters of another.
 
-    def __init__(self, embedding: nn.Embedding, turn: Turn, weight_format: WeightFormat) -> None:
+    Args:
+        embedding: Embedding whose parameters it takes.
+        turn: Change of its matrix before rounding.
+        weight_format: Bits and groups.
+        mse: Take the scales of least squared error, else those that clip nothing.
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, turn: Turn, weight_format: WeightFormat, *, mse: bool
+    ) -> None:
         super().__init__(1, 1, device="meta")
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.weight = embedding.weight
-        self.turn, self.bits = turn, weight_format.embedding_bits
+        self.turn, self.bits, self.mse = turn, weight_format.embedding_bits, mse
         self.group_size = weight_format.group(self.bits, self.embedding_dim)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows, turn and round them."""
         rows = self.turn(F.embedding(input, self.weight).flatten(0, -2))
-        return _round_through(rows, self.group_size, self.bits).view(*input.shape, -1)
+        with torch.no_grad():
+            groups = rows.unflatten(1, (-1, self.group_size))
+            scale = mse_scale(groups, self.bits) if self.mse else unclipped_scale(groups, self.bits)
+        rounded = _round_through(rows, self.group_size, self.bits, scale[..., 0])
+        return rounded.view(*input.shape, -1)
 
 
 class _NormWithoutGain(RMSNorm):
@@ -93,7 +116,9 @@ def fake_quantize(
         model: The decoder, changed in place.
         weight_format: Bits and groups; the defaults if None.
         rotate: Turn the weights first, as `flash.rounding.rotation`.
-        scales: Scales of linears by name, which then stay the same; others clip nothing.
+        scales: Scales of linears by name, which then stay the same. A linear without one, a tied
+            head, is not rounded: an export rounds it by `gptq`, which loses far less than a
+            rounding here could. None rounds all to the nearest with scales that clip nothing.
     """
     weight_format = weight_format or WeightFormat()
     if rotate:
@@ -105,10 +130,13 @@ def fake_quantize(
         turn = changes.get(name, Turn())
         if type(module) is nn.Linear:
             fixed = scales.get(name) if scales is not None else None
-            linear = FakeQuantizedLinear(module, turn, weight_format.group_size, fixed)
+            rounded = scales is None or fixed is not None
+            size = weight_format.group_size
+            linear = FakeQuantizedLinear(module, turn, size, fixed, rounded=rounded)
             _replace(model, name, linear)
         elif type(module) is nn.Embedding:
-            _replace(model, name, FakeQuantizedEmbedding(module, turn, weight_format))
+            mse = scales is not None
+            _replace(model, name, FakeQuantizedEmbedding(module, turn, weight_format, mse=mse))
 
 
 @torch.no_grad()

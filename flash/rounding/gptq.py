@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flash.rounding.grid import Grid, limits, mse_scale
+from flash.errors import CheckFailed
+from flash.rounding.grid import Grid, keep_present, limits, mse_scale
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it, as in the paper, so that the inverse is well
@@ -18,7 +19,15 @@ def inverse_factor(hessian: Float[Tensor, "c c"]) -> Float[Tensor, "c c"]:
 
     Args:
         hessian: `x.T @ x` of the inputs x of a matrix.
+
+    Raises:
+        CheckFailed: It is not finite, as weights before the matrix are not, or as they overflow.
     """
+    if not hessian.isfinite().all():
+        raise CheckFailed(
+            "the activations are not finite, so that nothing can be calibrated; the weights hold "
+            "NaN or inf, or are absurdly large"
+        )
     damped = hessian.double()
     diagonal = damped.diagonal()
     diagonal += DAMPING * diagonal.mean()
@@ -59,7 +68,8 @@ def gptq(
             if i % group_size == 0:
                 group = rest[i : i + group_size].T.contiguous()
                 counts = factor.diagonal()[i : i + group_size] ** -2
-                scales[i // group_size] = mse_scale(group, bits, counts)[:, 0]
+                scale = mse_scale(group, bits, counts)
+                scales[i // group_size] = keep_present(group, scale, bits)[:, 0]
             scale = scales[i // group_size]
             rounded = (rest[i] / scale).round_().clamp_(*limits(bits))
             integers[i] = rounded

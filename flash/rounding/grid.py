@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flash.rounding.settings import LINEAR_BITS
+
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 """Scale of a group of zeros: XNNPACK refuses 0, and torchao has the same bound."""
 
@@ -86,16 +88,22 @@ def mse_scale(
     return best
 
 
-def present_scale(groups: Float[Tensor, "*n g"], bits: int) -> Float[Tensor, "*n 1"]:
-    """Scale of the groups that lie on a grid already, and `unclipped_scale` of all others.
+def keep_present(
+    groups: Float[Tensor, "*n g"], scale: Float[Tensor, "*n 1"], bits: int
+) -> Float[Tensor, "*n 1"]:
+    """Replace the scales of groups that lie on a grid already by those of their grids.
 
-    Rounding leaves weights as they are that come from a training for rounding, though the largest
-    of a group need not be on an end of its grid.
+    So rounding changes no weights that come from a training for rounding, though the largest of a
+    group need not be on an end of its grid.
+
+    Args:
+        groups: Weights; a row is a group.
+        scale: Scales for weights that lie on no grid.
+        bits: Bits of an integer.
     """
     low, high = limits(bits)
-    scale = unclipped_scale(groups, bits)
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
-    for steps in range(-low, -low // 2, -1):
+    for steps in range(-low, -low // 2 - 1, -1):
         steps_of = groups * (steps / largest)
         off = (steps_of - steps_of.round().clamp(low, high)).abs().amax(-1, keepdim=True)
         scale = torch.where(off < OFF_GRID, largest / steps, scale)
@@ -112,7 +120,7 @@ def round_to_grid(
         weight: Matrix to round.
         group_size: Columns that share a scale; a divisor of all columns.
         bits: Bits of an integer.
-        mse: Take the scales of `mse_scale`, else those of `present_scale`.
+        mse: Take the scales of `mse_scale`, else those of `unclipped_scale`.
     """
     rows, columns = weight.shape
     integers = torch.empty(rows, columns, dtype=torch.int8)
@@ -121,7 +129,9 @@ def round_to_grid(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         groups = weight[part].float().unflatten(1, (-1, group_size))
-        scale = mse_scale(groups, bits) if mse else present_scale(groups, bits)
+        scale = mse_scale(groups, bits) if mse else unclipped_scale(groups, bits)
+        if bits == LINEAR_BITS:
+            scale = keep_present(groups, scale, bits)
         integers[part] = (groups / scale).round().clamp(*limits(bits)).flatten(1)
         scales[part] = scale[..., 0]
     return Grid(integers, scales, bits)
