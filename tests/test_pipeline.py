@@ -286,15 +286,21 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     trained = Runs(Path(common["runs"])).model(name) / "checkpoint"
     strict = dataclasses.replace(GATE, max_kl_quantized=1e-12)
     settings = _export_settings(common, "strict", arch, gate=strict, model=str(trained))
-    where = r"(?s)strict: the parity gate failed before the lowering, .* costs|no part stands out"
+    where = r"strict: the parity gate failed before the lowering, (no part stands|.* alone costs)"
     with pytest.raises(CheckFailed, match=where) as failed:
         export(settings)
     told = str(failed.value)
-    assert f"recipe=qat start={trained} name=strict-qat" in told
+    assert f"recipe=qat start={trained} name=strict-qat recipe.qat_group_size=32" in told
     rows = ("float", "rotate + gptq", "nearest", "rotate + gptq, embedding in 8 bits")
     assert all(f"\n{row}  " in told for row in rows), told
     folder = Runs(Path(common["runs"])).export("strict")
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "gate.json", "wandb.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "gate_failed.json",
+        "wandb.json",
+    ]
+    report = json.loads((folder / "gate_failed.json").read_text())
+    assert not report["passed"]
 
 
 def test_a_finished_export_is_replaced_only_when_told(common, winner):
@@ -332,7 +338,7 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
     cases = [
         ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
         ({"new_tokens": 64}, r"new_tokens=64: expected at most \d+, which device\.lowering\.max"),
-        ({"perplexity_tokens": 4}, r"gate\.text=4: expected at least"),
+        ({"perplexity_tokens": 4}, r"perplexity_tokens=4: expected at least"),
         ({"device": device}, r"lowering\.group_size=96: expected a divisor of model_dim"),
     ]
     for changes, message in cases:

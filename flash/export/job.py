@@ -272,7 +272,7 @@ def _keys(
     program = {
         "device": workspace.device.identity(),
         "device_settings": settings.device.identity(),
-        "rounding": [str(rounding), settings.device.lowering.calibration_tokens],
+        "rounding": rounding.identity(settings.device.lowering),
         "mixed": None if settings.mixed.off else plain(settings.mixed),
         "gate": plain(settings.gate),
         "precision": settings.trainer.precision.value,

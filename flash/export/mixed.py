@@ -5,6 +5,7 @@ choice is exact: it saves the most loss of all choices within the limits, with c
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from flash.arch import ArchSpec, linear_parts
+from flash.arch import ArchSpec, Quantization, linear_parts
 from flash.device.base import Device
 from flash.device.workload import Phase
 from flash.errors import InputError, shown
@@ -106,6 +107,11 @@ def check_mixed(settings: MixedSettings, lowering: LoweringSettings, spec: ArchS
     """
     if settings.off:
         return
+    if lowering.quantization is Quantization.fp32:
+        raise InputError(
+            "device.lowering.quantization=fp32: expected int8da4w with a limit of mixed; leave out "
+            "one of them"
+        )
     if lowering.eight_bit:
         raise InputError(
             f"device.lowering.eight_bit={shown(lowering.eight_bit)}: expected [] with a limit of "
@@ -113,8 +119,9 @@ def check_mixed(settings: MixedSettings, lowering: LoweringSettings, spec: ArchS
         )
     least = lowering.weight_bytes(spec) / 2**20
     if settings.max_weight_mib is not None and settings.max_weight_mib < least:
+        rounded_up = math.ceil(100 * least) / 100
         raise InputError(
-            f"mixed.max_weight_mib={settings.max_weight_mib:g}: expected at least {least:.2f}, "
+            f"mixed.max_weight_mib={settings.max_weight_mib:g}: expected at least {rounded_up}, "
             "which the weights take with all parts in 4 bits"
         )
 
@@ -144,12 +151,6 @@ def mixed_lowering(
         DeviceError: A process on the device died or took too long.
     """
     wide = replace(lowering, eight_bit=ALL_EIGHT)
-    costs = []
-    for each, method in ((lowering, choice.method), (wide, Rounding.nearest)):
-        rounded = round_decoder(
-            model, each.weight_format, method, rotate=choice.rotate, calibration=calibration
-        )
-        costs.append(part_costs(model, rounded, calibration[0], rotated=choice.rotate))
     extra_ms, room_ms = dict.fromkeys(linear_parts(model.spec)), None
     if settings.max_decode_ms is not None:
         extra_ms, total = _decode_ms(model.spec, lowering, wide, device, programs)
@@ -157,8 +158,15 @@ def mixed_lowering(
         if room_ms < 0:
             raise InputError(
                 f"mixed.max_decode_ms={settings.max_decode_ms:g}: expected at least {total:.3g}, "
-                "the sum of all parts with 4 bits on this device"
+                "the sum of all parts with 4 bits, each measured alone on this device (a whole "
+                "model takes less)"
             )
+    costs = []
+    for each, method in ((lowering, choice.method), (wide, Rounding.nearest)):
+        rounded = round_decoder(
+            model, each.weight_format, method, rotate=choice.rotate, calibration=calibration
+        )
+        costs.append(part_costs(model, rounded, calibration[0], rotated=choice.rotate))
     spec = model.spec
     base = lowering.weight_bytes(spec)
     found = [

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -47,6 +48,13 @@ class RoundingChoice:
             trained = recipe.get("qat_rotate", False) if recipe is not None else None
             rotate = method is Rounding.gptq if trained is None else trained
         return cls(method, rotate)
+
+    def identity(self, lowering: LoweringSettings) -> list[Any]:
+        """Plain values that decide the integers; empty for a program in fp32."""
+        if lowering.quantization is Quantization.fp32:
+            return []
+        calibrated = self.method is Rounding.gptq
+        return [str(self), lowering.calibration_tokens if calibrated else None]
 
     def __str__(self) -> str:
         return f"{'rotate + ' if self.rotate else ''}{self.method.value}"
@@ -138,11 +146,12 @@ class FailedRounding:
             part_costs(self.model, self.rounded, text, rotated=self.choice.rotate)
         )
 
-    def remedy(self, qat_command: str) -> str:
+    def remedy(self, qat_command: str, trained: str) -> str:
         """Compare the losses of other roundings, and word what to do.
 
         Args:
             qat_command: Command that trains the model for its rounding.
+            trained: Name of the model that this command makes.
         """
         checks = {str(self.choice): (self.check, "")}
         for method, rotate in ((Rounding.nearest, False), (Rounding.gptq, True)):
@@ -169,8 +178,12 @@ class FailedRounding:
             ]
         )
         enough = [keys for check, keys in checks.values() if check.passed]
-        advice = f"give {enough[0]}" if enough else f"train it for the rounding: {qat_command}"
-        return f"{losses}\n{advice}"
+        if enough:
+            return f"{losses}\n{self.check.rule}: give {enough[0]}"
+        return (
+            f"{losses}\n{self.check.rule}: train it for the rounding, with the backbone and the "
+            f"data of this command, and export model={trained}:\n  {qat_command}"
+        )
 
     def _compare(self, rounded: Decoder) -> RoundingCheck:
         return check_rounding(self.model, rounded, self.texts, self.gate)

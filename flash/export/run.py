@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def _export(job: ExportJob) -> ExportResult:
     settings, name, workspace = job.settings, job.name, job.workspace
     predicted = predicted_latencies(workspace.runs, job.device, job.spec)
     model = load_checkpoint(job.weights)
-    log.info("%s: %s for %s, rounding by %s", name, model.spec, settings.device.name, job.rounding)
+    log.info("%s: %s for %s", name, model.spec, settings.device.name)
     key = job.key  # by the settings as they were given
     job = _choose_parts(job, model)
     rounded, rounding = _round(job, model)
@@ -162,6 +163,9 @@ def _export(job: ExportJob) -> ExportResult:
     del rounded
     path = job.folder / "model.pte"
     ExportResult.remove(job.folder)  # a result is never beside another program
+    (job.folder / "gate_failed.json").unlink(missing_ok=True)
+    if settings.mixed.off:
+        (job.folder / "mixed.json").unlink(missing_ok=True)
     write(path, program)
     log.info("%s: %.1f MiB in %.0f s", name, len(program) / 2**20, lower_s)
     model = load_checkpoint(job.weights)
@@ -195,7 +199,7 @@ def _export(job: ExportJob) -> ExportResult:
 def _choose_parts(job: ExportJob, model: Decoder) -> ExportJob:
     """Name the parts in 8 bits, if a limit of `mixed` asks for the choice."""
     settings = job.settings
-    if settings.mixed.off or job.lowering.quantization is Quantization.fp32:
+    if settings.mixed.off:
         return job
     lowering, costs = mixed_lowering(
         model,
@@ -223,6 +227,7 @@ def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | Non
     if lowering.quantization is Quantization.fp32:
         return model, None
     calibration = job.calibration
+    log.info("%s: rounding by %s", job.name, choice)
     rounded = rounded_decoder(model, lowering, choice, calibration)
     check = check_rounding(model, rounded, job.texts, gate)
     log.info("%s: %s", job.name, check)
@@ -238,31 +243,38 @@ def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | Non
         gate=gate,
         calibration=calibration,
     )
-    path, where = job.folder / "gate.json", failed.where()
+    path, where = job.folder / "gate_failed.json", failed.where()
     write_json(path, GateReport(stages=[], rounding=check, where=where).to_dict())
-    qat = f"{command('train')} recipe=qat start={job.weights} name={job.name}-qat"
+    name = f"{job.name}-qat"
+    words = [
+        *("recipe=qat", f"start={job.weights}", f"name={name}"),
+        f"recipe.qat_group_size={lowering.group_size}",
+        f"recipe.qat_embedding_bits={lowering.embedding_bits}",
+    ]
+    qat = f"{command('train')} {shlex.join(words)}"
     raise CheckFailed(
         f"{job.name}: the parity gate failed before the lowering, {where}; nothing was published, "
-        f"see {path}\n{check}\n{failed.remedy(qat)}"
+        f"see {path}\n{failed.remedy(qat, name)}"
     )
 
 
 def _run_gate(
     job: ExportJob, rounded: Decoder, rounding: RoundingCheck | None, program: bytes
 ) -> GateReport:
-    """Run the parity gate of the program and store its report as gate.json.
+    """Run the parity gate of the program and store its report as gate.json or gate_failed.json.
 
     Raises:
         CheckFailed: The gate failed; names the stage and the first bad part of the model.
     """
     lowering, gate = job.lowering, job.settings.gate
-    path = job.folder / "gate.json"
     report = check_parity(rounded, lowering, job.texts[0], gate, program=program)
     report = dataclasses.replace(report, rounding=rounding)
-    write_json(path, report.to_dict())
     stage = report.first_failure
     if stage is None:
+        write_json(job.folder / "gate.json", report.to_dict())
         return report
+    path = job.folder / "gate_failed.json"
+    write_json(path, report.to_dict())  # the search for the layer takes minutes
     where = locate_failure(rounded, lowering, job.texts[0], gate, stage)
     report = dataclasses.replace(report, where=where)
     write_json(path, report.to_dict())

@@ -1,5 +1,6 @@
 """Cost of rounding, part by part: each rounded part alone takes its place in the float decoder."""
 
+import math
 from collections.abc import Mapping
 from statistics import median
 
@@ -58,6 +59,8 @@ def describe_costs(costs: Mapping[str, float]) -> str:
         place = f"layer {name.split('.')[1]}" if "." in name else name
         by_place[place] = by_place.get(place, 0.0) + cost
     total = sum(by_place.values())
+    if not 0 < total < math.inf:
+        return "no part alone shows it"
     worst = max(by_place, key=lambda place: by_place[place])
     if by_place[worst] > max(STANDS_OUT * median(by_place.values()), total / 2):
         return f"{worst} alone costs {by_place[worst]:.2g} of {total:.2g} nats"

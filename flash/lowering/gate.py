@@ -80,8 +80,9 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        """True if every stage that ran is within its limits."""
-        return self.first_failure is None
+        """True if the rounding and every stage that ran are within their limits."""
+        rounding = self.rounding is None or self.rounding.passed
+        return rounding and self.first_failure is None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -259,7 +259,11 @@ class GateSettings:
     def check_fits(self, text_tokens: int, settings: LoweringSettings) -> None:
         """See that the gate can run; an InputError if the text or the cache is too short."""
         require(
-            text_tokens >= self.tokens, "gate.text", text_tokens, f"at least {self.tokens} tokens"
+            text_tokens >= self.tokens,
+            "perplexity_tokens",
+            text_tokens,
+            f"at least {self.tokens} held-out tokens in a sequence, which gate.prefill_tokens and "
+            "gate.decode_tokens take",
         )
         require(
             settings.max_context >= self.tokens,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash.arch import linear_parts
+from flash.arch import Quantization, linear_parts
 from flash.errors import InputError
 from flash.export.mixed import PartCost, check_mixed, choose_parts, cost_table
 from flash.export.settings import MixedSettings
@@ -110,8 +110,13 @@ def test_limits_that_cannot_be_met_are_refused():
     spec = toy_model("F-").spec
     check_mixed(MixedSettings(), LOWERING, spec)
     check_mixed(MixedSettings(max_weight_mib=1.0), LOWERING, spec)
-    with pytest.raises(InputError, match=r"mixed\.max_weight_mib=0\.001: expected at least 0\.0"):
+    with pytest.raises(
+        InputError, match=r"mixed\.max_weight_mib=0\.001: expected at least 0\.0[1-9]"
+    ):
         check_mixed(MixedSettings(max_weight_mib=0.001), LOWERING, spec)
+    fp32 = replace(LOWERING, quantization=Quantization.fp32)
+    with pytest.raises(InputError, match="quantization=fp32: expected int8da4w with a limit of"):
+        check_mixed(MixedSettings(max_weight_mib=1000.0), fp32, spec)
     named = replace(LOWERING, eight_bit=["lm_head"])
     with pytest.raises(InputError, match=r"eight_bit=\[lm_head\]: expected \[\] with a limit"):
         check_mixed(MixedSettings(max_weight_mib=1.0), named, spec)

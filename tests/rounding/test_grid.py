@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flash.errors import CheckFailed
 from flash.rounding import grid
 from flash.rounding.gptq import gptq, inverse_factor
 from flash.rounding.grid import limits, mse_scale, round_to_grid, unclipped_scale
@@ -26,6 +27,29 @@ def test_nearest_is_what_torchao_computes_and_rounds_once(group_size, bits):
     torch.testing.assert_close(ours.weight(), theirs.dequantize())
     again = round_to_grid(ours.weight(), group_size, bits)
     assert torch.equal(again.integers, ours.integers)
+
+
+@pytest.mark.parametrize("largest", [-8, -7, -4, 4, 5, 6, 7])
+@pytest.mark.parametrize("method", ["nearest", "mse", "gptq"])
+def test_weights_on_a_grid_stay_as_they_are(largest, method):
+    generator = torch.Generator().manual_seed(largest + 8)
+    most = abs(largest) - 1
+    integers = torch.randint(-most, most + 1, (50, 64), generator=generator)
+    integers[:, ::32] = largest
+    integers[:, 1::32] = 1  # not all multiples of one number
+    scales = torch.rand(50, 1, generator=generator) + 0.1
+    weight = (integers * scales).bfloat16().float()  # as they are stored
+    x = _correlated(200, 64)
+    if method == "gptq":
+        rounded = gptq(weight, inverse_factor(x.T @ x), 32, bits=4)
+    else:
+        rounded = round_to_grid(weight, 32, 4, mse=method == "mse")
+    assert torch.equal(rounded.integers.long(), integers)
+
+
+def test_inputs_that_are_not_finite_are_named():
+    with pytest.raises(CheckFailed, match="the weights hold NaN or inf"):
+        inverse_factor(torch.full((4, 4), torch.nan))
 
 
 def test_no_scale_has_a_smaller_squared_error_than_that_of_mse():
