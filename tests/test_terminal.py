@@ -71,7 +71,7 @@ def test_help_on_a_group_explains_all_its_options_and_settings(verb, folder):
         for name in options(verb, group):
             assert re.search(rf"^ [ *]{name}\b", text, re.MULTILINE)
     assert "recipe.lr=0.0015  (float)\n      Peak learning rate." in help_text("train", ["recipe"])
-    assert "recipe.lr=0.0003" in help_text("train", ["recipe=qat", "--help", "recipe"])
+    assert "recipe.lr=5e-05" in help_text("train", ["recipe=qat", "--help", "recipe"])
     nested = help_text("search", ["--help", "device.lowering"])
     assert "device.lowering.group_size=32" in nested
     assert "device.threads" not in nested
