@@ -1,7 +1,7 @@
 """Losses by rounding to 8da4w: nearest, mse and gptq, rotated or not, with 4- and 8-bit embeddings.
 
-- `perplexity_increase_pct` (its spread is the standard error), `kl` and `agreement` compare the
-  rounded decoder with the float one on held-out text, as the gate of an export does.
+- `perplexity_increase_pct` with `perplexity_se_pct`, `kl` and `agreement` compare the rounded
+  decoder with the float one on held-out text, as the gate of an export does.
 - The case `float/rotate` is the rotation alone, `.../g128` are groups of 128 weights.
 - The cases `qat/...` are after quantization-aware training of 65,536 tokens (recipe=qat), rounded
   as their export is.
@@ -113,7 +113,7 @@ class Rounded:
             )
             self.add("rotate+gptq/g128", rounded)
 
-    def train(self) -> None:
+    def train(self, calibration: Tensor) -> None:
         """Train for the rounding, and round as an export does."""
         recipe = dataclasses.replace(
             conf.group("recipe/qat", RecipeSettings), tokens=QAT_TOKENS, batch_size=4
@@ -131,7 +131,9 @@ class Rounded:
             )
         )
         trained = load(Runs(self.runs).model(name) / "checkpoint")
-        rounded = round_decoder(trained, recipe.qat_format, Rounding.nearest, rotate=True)
+        rounded = round_decoder(
+            trained, recipe.qat_format, Rounding.gptq, rotate=True, calibration=calibration
+        )
         self.add("qat/embedding_4", rounded)
 
 
@@ -144,9 +146,10 @@ def main(arguments: list[str]) -> None:
         for name, folder in [("tiny", Path()), *(("smollm2", folder) for folder in folders)]:
             backbone, data = settings_of(name, folder, Path(texts))
             rounded = Rounded(record, name, backbone, data, 512 if smoke else HELD_OUT)
-            rounded.compare(rounded.calibration(1024 if smoke else CALIBRATION))
+            calibration = rounded.calibration(1024 if smoke else CALIBRATION)
+            rounded.compare(calibration)
             if "qat" in arguments:
-                rounded.train()
+                rounded.train(calibration)
     if not smoke and folders and "qat" in arguments:
         record.close()
 
