@@ -78,6 +78,8 @@ def _wrong_value(key: str, text: str) -> str:
         if typed in renamed.VALUES:
             return f"{typed}: renamed to {renamed.VALUES[typed]}"
         return f"{typed}: expected one of {found[2]}"
+    if re.match(r"Invalid value assigned: \w+ is not a ListConfig", text):
+        return f"{key}: expected a list in brackets, such as '{key}=[A,B]', also of one item"
     if found := re.match(r"Value '(.*)' is not a valid bool", text):
         return f"{key}={found[1]}: expected {_KINDS['Boolean']}"
     if re.match(r"Key '.*' is not in struct", text):

@@ -218,6 +218,8 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ("train", "foo", "foo: expected key=value"),
         ("train", "data.end_of_text=<|x|>", """'data.end_of_text="VALUE"'"""),
         ("train", "data.x=[1", "data.x=[1: expected key=value"),
+        ("export", "device.lowering.eight_bit=lm_head", "eight_bit: expected a list in brackets"),
+        ("export", "device.workload.prompts=64", "such as 'device.workload.prompts=[A,B]', also"),
         ("train", "data.begin_of_text=maybe", "begin_of_text=maybe: expected true or false"),
         ("train", "arch.ffn_dim=64", "arch.ffn_dim: is not set so far; write +arch.ffn_dim=VALUE"),
         ("train", "data=null", "a config group is null: expected the name of one of its options"),
