@@ -155,7 +155,7 @@ class ExportJob:
         require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
         if ExportFormat.executorch in settings.format:
             settings.device.lowering.check_fits(self.spec)
-            check_mixed(settings.mixed, settings.device.lowering, self.spec)
+            check_mixed(settings.mixed, settings.device, self.spec)
         self.workspace.check_data()
         for kind in settings.format:
             self._stored(kind)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flash.arch import ArchSpec, Quantization, linear_parts
 from flash.device.base import Device
+from flash.device.settings import DeviceKind, DeviceSettings
 from flash.device.workload import Phase
 from flash.errors import InputError, shown
 from flash.export.rounding import RoundingChoice
@@ -99,14 +100,21 @@ def choose_parts(
     return [cost.name for cost, take in zip(costs, found.x, strict=True) if take > 0.5]
 
 
-def check_mixed(settings: MixedSettings, lowering: LoweringSettings, spec: ArchSpec) -> None:
+def check_mixed(settings: MixedSettings, device: DeviceSettings, spec: ArchSpec) -> None:
     """See that the limits can be met.
 
     Raises:
-        InputError: The weights exceed the limit in 4 bits already, or parts are named as well.
+        InputError: The weights exceed the limit in 4 bits already, parts are named as well, or the
+            device cannot time parts.
     """
     if settings.off:
         return
+    lowering = device.lowering
+    if settings.max_decode_ms is not None and device.kind is DeviceKind.android:
+        raise InputError(
+            f"mixed.max_decode_ms={settings.max_decode_ms:g}: expected null for a phone, which "
+            "times whole models only; give mixed.max_weight_mib"
+        )
     if lowering.quantization is Quantization.fp32:
         raise InputError(
             "device.lowering.quantization=fp32: expected int8da4w with a limit of mixed; leave out "

@@ -15,7 +15,7 @@ from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed, InputError
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
-from flash.export.mixed import cost_table, mixed_lowering
+from flash.export.mixed import PartCost, cost_table, mixed_lowering
 from flash.export.perplexity import program_quality
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult, ProgramQuality, device_conditions
@@ -148,7 +148,7 @@ def _export(job: ExportJob) -> ExportResult:
     model = load_checkpoint(job.weights)
     log.info("%s: %s for %s", name, model.spec, settings.device.name)
     key = job.key  # by the settings as they were given
-    job = _choose_parts(job, model)
+    job, costs = _choose_parts(job, model)
     rounded, rounding = _round(job, model)
     del model  # memory peaks in the lowering
     start = time.perf_counter()
@@ -164,9 +164,11 @@ def _export(job: ExportJob) -> ExportResult:
     path = job.folder / "model.pte"
     ExportResult.remove(job.folder)  # a result is never beside another program
     (job.folder / "gate_failed.json").unlink(missing_ok=True)
-    if settings.mixed.off:
-        (job.folder / "mixed.json").unlink(missing_ok=True)
+    (job.folder / "mixed.json").unlink(missing_ok=True)
     write(path, program)
+    if costs:
+        parts = {"parts": plain(costs), "eight_bit": lowering.eight_bit}
+        write_json(job.folder / "mixed.json", parts)
     log.info("%s: %.1f MiB in %.0f s", name, len(program) / 2**20, lower_s)
     model = load_checkpoint(job.weights)
     texts = text_device(job.device)
@@ -196,11 +198,11 @@ def _export(job: ExportJob) -> ExportResult:
     )
 
 
-def _choose_parts(job: ExportJob, model: Decoder) -> ExportJob:
-    """Name the parts in 8 bits, if a limit of `mixed` asks for the choice."""
+def _choose_parts(job: ExportJob, model: Decoder) -> tuple[ExportJob, list[PartCost]]:
+    """Name the parts in 8 bits, if a limit of `mixed` asks for the choice, and return all costs."""
     settings = job.settings
     if settings.mixed.off:
-        return job
+        return job, []
     lowering, costs = mixed_lowering(
         model,
         job.lowering,
@@ -211,10 +213,8 @@ def _choose_parts(job: ExportJob, model: Decoder) -> ExportJob:
         job.workspace.runs.lowered,
     )
     log.info("%s: mixed precision\n%s", job.name, cost_table(costs, lowering.eight_bit))
-    costs_path = job.folder / "mixed.json"
-    write_json(costs_path, {"parts": plain(costs), "eight_bit": lowering.eight_bit})
     device = dataclasses.replace(settings.device, lowering=lowering)
-    return dataclasses.replace(job, settings=dataclasses.replace(settings, device=device))
+    return dataclasses.replace(job, settings=dataclasses.replace(settings, device=device)), costs
 
 
 def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | None]:

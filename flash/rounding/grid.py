@@ -94,13 +94,16 @@ def keep_present(
     """Replace the scales of groups that lie on a grid already by those of their grids.
 
     So rounding changes no weights that come from a training for rounding, though the largest of a
-    group need not be on an end of its grid.
+    group need not be on an end of its grid. Training makes grids of `LINEAR_BITS` only; scales of
+    other bits stay as they are.
 
     Args:
         groups: Weights; a row is a group.
         scale: Scales for weights that lie on no grid.
         bits: Bits of an integer.
     """
+    if bits != LINEAR_BITS:
+        return scale
     low, high = limits(bits)
     largest = groups.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
     for steps in range(-low, -low // 2 - 1, -1):
@@ -130,8 +133,7 @@ def round_to_grid(
         part = slice(start, start + step)
         groups = weight[part].float().unflatten(1, (-1, group_size))
         scale = mse_scale(groups, bits) if mse else unclipped_scale(groups, bits)
-        if bits == LINEAR_BITS:
-            scale = keep_present(groups, scale, bits)
+        scale = keep_present(groups, scale, bits)
         integers[part] = (groups / scale).round().clamp(*limits(bits)).flatten(1)
         scales[part] = scale[..., 0]
     return Grid(integers, scales, bits)

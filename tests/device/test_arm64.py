@@ -148,7 +148,7 @@ def test_tools_of_a_board_read_it(connect):
     there = thermal.parse(device._ask(thermal.SCRIPT))
     here = thermal.parse(
         subprocess.run(
-            thermal.SCRIPT, shell=True, capture_output=True, text=True, check=True
+            ["sh", "-c", thermal.SCRIPT], capture_output=True, text=True, check=True
         ).stdout
     )
     assert (there.sensor, set(there.max_khz)) == (here.sensor, set(here.max_khz))

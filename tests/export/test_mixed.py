@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from flash.arch import Quantization, linear_parts
+from flash.device.settings import DeviceKind, DeviceSettings
+from flash.device.workload import Workload
 from flash.errors import InputError
 from flash.export.mixed import PartCost, check_mixed, choose_parts, cost_table
 from flash.export.settings import MixedSettings
@@ -19,6 +21,7 @@ from tests.lowering.conftest import toy_model
 
 SHORT = GateSettings(prefill_tokens=24, decode_tokens=8)
 LOWERING = LoweringSettings(max_context=64)
+SHORT_WORK = Workload(prompts=[16], contexts=[16])
 
 
 def costs_of(seed: int, count: int = 9) -> list[PartCost]:
@@ -108,23 +111,27 @@ def test_patterns_name_parts():
 
 def test_limits_that_cannot_be_met_are_refused():
     spec = toy_model("F-").spec
-    check_mixed(MixedSettings(), LOWERING, spec)
-    check_mixed(MixedSettings(max_weight_mib=1.0), LOWERING, spec)
+    host = DeviceSettings(lowering=LOWERING, workload=SHORT_WORK)
+    check_mixed(MixedSettings(), host, spec)
+    check_mixed(MixedSettings(max_weight_mib=1.0), host, spec)
     with pytest.raises(
         InputError, match=r"mixed\.max_weight_mib=0\.001: expected at least 0\.0[1-9]"
     ):
-        check_mixed(MixedSettings(max_weight_mib=0.001), LOWERING, spec)
+        check_mixed(MixedSettings(max_weight_mib=0.001), host, spec)
     fp32 = replace(LOWERING, quantization=Quantization.fp32)
     with pytest.raises(InputError, match="quantization=fp32: expected int8da4w with a limit of"):
-        check_mixed(MixedSettings(max_weight_mib=1000.0), fp32, spec)
+        check_mixed(MixedSettings(max_weight_mib=1000.0), replace(host, lowering=fp32), spec)
     named = replace(LOWERING, eight_bit=["lm_head"])
     with pytest.raises(InputError, match=r"eight_bit=\[lm_head\]: expected \[\] with a limit"):
-        check_mixed(MixedSettings(max_weight_mib=1.0), named, spec)
+        check_mixed(MixedSettings(max_weight_mib=1.0), replace(host, lowering=named), spec)
+    phone = replace(host, kind=DeviceKind.android, name="phone")
+    with pytest.raises(InputError, match="max_decode_ms=5: expected null for a phone"):
+        check_mixed(MixedSettings(max_decode_ms=5.0), phone, spec)
     with pytest.raises(InputError, match="max_decode_ms=0"):
         MixedSettings(max_decode_ms=0)
 
 
 def test_results_of_before_keep_their_names():
-    """What came later and is not used is no part of the identity of a program."""
+    """Settings that came later are no part of a program's identity while they are not used."""
     assert not {"eight_bit", "rounding", "rotate", "calibration_tokens"} & set(LOWERING.identity())
     assert replace(LOWERING, eight_bit=["lm_head"]).identity()["eight_bit"] == ["lm_head"]
