@@ -16,7 +16,9 @@ from flash.model.checkpoint import load, save, state_to_save
 from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
+from flash.rounding.decoder import turn_decoder
 from flash.rounding.fake import fake_quantize
+from flash.rounding.grid import round_to_grid
 from flash.training.fit import fit
 from flash.training.result import TrainResult
 from flash.training.run import train
@@ -144,6 +146,18 @@ def test_quantization_aware_training_is_of_the_rounded_model(settings):
     assert result.after.loss < result.before.loss
     plain = load(Path(settings.runs) / "models" / "qat" / "checkpoint")
     assert {type(m) for m in plain.modules()} == {type(m) for m in model.modules()}
+
+
+def test_quantization_aware_training_leaves_weights_on_their_grid(settings):
+    train(settings)
+    cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
+    recipe = dataclasses.replace(RECIPE, qat=True, lr=1e-4)
+    train(dataclasses.replace(settings, start=str(cut), name="qat", recipe=recipe))
+    trained = turn_decoder(load(Path(settings.runs) / "models" / "qat" / "checkpoint"))
+    for layer in trained.model.layers:
+        weight = layer.mlp.down_proj.weight
+        rounded = round_to_grid(weight, 32, 4).weight()
+        assert (rounded - weight).abs().max() < 0.05 * weight.std()  # as bfloat16 keeps it
 
 
 def test_a_start_brings_its_own_tokenizer(settings, corpus):
