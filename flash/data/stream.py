@@ -228,7 +228,8 @@ class Mixture:
         """Read the next documents; fewer than `count` only at the end of an epoch."""
         if source not in self._readers:
             epoch, file_slice, row = self.state[source, 1:].tolist()
-            self._readers[source] = self._documents(source, (epoch, file_slice, row))
+            start = (epoch, file_slice, row)
+            self._readers[source] = _documents(self.sequences, self.shard, source, start)
         rows: list[Row] = []
         for position, row in self._readers[source]:
             self.state[source, 1:] = position
@@ -258,52 +259,61 @@ class Mixture:
             "or more: lower data.logical_shards, or give more documents"
         )
 
-    def _documents(self, source: int, start: Position) -> "Iterator[tuple[Position, Row | None]]":
-        """Read documents from a position on, each with the position after it.
 
-        None in place of a document marks the end of an epoch.
-        """
-        opened = self.sequences.sources[source]
-        slices = FileSlices(opened.num_files, self.shard, self.sequences.logical_shards)
-        epoch, first_slice, first_row = start
-        with opened.first_epoch():
-            yield from self._epoch(source, slices, epoch, first_slice, first_row)
-        while True:
-            epoch += 1
-            yield (epoch, 0, 0), None
-            yield from self._epoch(source, slices, epoch, 0, 0)
+def _documents(
+    sequences: StreamedSequences, shard: int, source: int, start: Position
+) -> "Iterator[tuple[Position, Row | None]]":
+    """Read documents of a logical shard from a position on, each with the position after it.
 
-    def _epoch(
-        self, source: int, slices: FileSlices, epoch: int, first_slice: int, first_row: int
-    ) -> "Iterator[tuple[Position, Row]]":
-        """Read the documents of an epoch from a position on, each with the position after it."""
-        opened = self.sequences.sources[source]
-        seed = (self.sequences.seed, source, self.shard, epoch)
-        order = np.random.default_rng(seed).permutation(len(slices))
-        for number in range(first_slice, len(slices)):
-            chosen = slices[int(order[number])]
-            for end, row in self._shuffled(opened, chosen, (*seed, number), first_row):
-                if self.sequences.reads(row, opened):
-                    yield (epoch, number, end), row
-            first_row = 0
+    None in place of a document marks the end of an epoch. These readers do not refer to the mixture
+    that holds them: one that is dropped ends at once, and not when circles are collected.
+    """
+    epoch, first_slice, first_row = start
+    with sequences.sources[source].first_epoch():
+        yield from _epoch(sequences, shard, source, epoch, first_slice, first_row)
+    while True:
+        epoch += 1
+        yield (epoch, 0, 0), None
+        yield from _epoch(sequences, shard, source, epoch, 0, 0)
 
-    @staticmethod
-    def _shuffled(
-        source: "TextSource", file_slice: FileSlice, seed: tuple[int, ...], start: int
-    ) -> "Iterator[tuple[int, Row]]":
-        """Read the rows of a slice from `start` on, shuffled block by block.
 
-        Each comes with the number of rows read after it. The order of rows is a function of
-        their block alone, so that a checkpoint need not contain any of it.
-        """
-        number = start // _SHUFFLE_BLOCK
-        rows = source.rows(*file_slice, number * _SHUFFLE_BLOCK)
-        skip = start - number * _SHUFFLE_BLOCK
-        while block := list(islice(rows, _SHUFFLE_BLOCK)):
-            order = np.random.default_rng((*seed, number)).permutation(len(block))
-            for i in range(skip, len(block)):
-                yield number * _SHUFFLE_BLOCK + i + 1, block[order[i]]
-            number, skip = number + 1, 0
+def _epoch(
+    sequences: StreamedSequences,
+    shard: int,
+    source: int,
+    epoch: int,
+    first_slice: int,
+    first_row: int,
+) -> "Iterator[tuple[Position, Row]]":
+    """Read the documents of an epoch from a position on, each with the position after it."""
+    opened = sequences.sources[source]
+    slices = FileSlices(opened.num_files, shard, sequences.logical_shards)
+    seed = (sequences.seed, source, shard, epoch)
+    order = np.random.default_rng(seed).permutation(len(slices))
+    for number in range(first_slice, len(slices)):
+        chosen = slices[int(order[number])]
+        for end, row in _shuffled(opened, chosen, (*seed, number), first_row):
+            if sequences.reads(row, opened):
+                yield (epoch, number, end), row
+        first_row = 0
+
+
+def _shuffled(
+    source: "TextSource", file_slice: FileSlice, seed: tuple[int, ...], start: int
+) -> "Iterator[tuple[int, Row]]":
+    """Read the rows of a slice from `start` on, shuffled block by block.
+
+    Each comes with the number of rows read after it. The order of rows is a function of their
+    block alone, so that a checkpoint need not contain any of it.
+    """
+    number = start // _SHUFFLE_BLOCK
+    rows = source.rows(*file_slice, number * _SHUFFLE_BLOCK)
+    skip = start - number * _SHUFFLE_BLOCK
+    while block := list(islice(rows, _SHUFFLE_BLOCK)):
+        order = np.random.default_rng((*seed, number)).permutation(len(block))
+        for i in range(skip, len(block)):
+            yield number * _SHUFFLE_BLOCK + i + 1, block[order[i]]
+        number, skip = number + 1, 0
 
 
 class LogicalShard:
