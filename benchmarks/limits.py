@@ -1,8 +1,10 @@
 """Speed of a program relative to the limits of the machine and to llama.cpp on the same shape.
 
 The shape is flash_350m without QK-norm (for the sake of llama.cpp) with random weights. Our program
-is in 8da4w with a 4-bit embedding and a float cache, that of llama.cpp in q4_0, both in groups of
-32 and with the same number of threads. Each of several fresh processes times one, then the other.
+is in 8da4w with a 4-bit embedding, that of llama.cpp in q4_0, both in groups of 32 and with the
+same number of threads. Caches are in fp32 in both, or in bf16 in ours and in fp16 in llama.cpp,
+which has flash attention or not: the faster of the two counts at each point. Fresh processes of all
+six take turns.
 
 - `prefill_int8_share`: operations per second of the linear layers, relative to the fastest int8
   matrix product of torch (a 1024-cube with each engine, such as FBGEMM and oneDNN). `torch._int_mm`
@@ -17,6 +19,7 @@ it only the shares are measured, with a message. Files are kept in runs/limits.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -44,6 +47,8 @@ from flash.model.decoder import Decoder
 
 PROMPT, CONTEXTS, STEPS, PROCESSES = 512, (128, 2048), 16, 3
 SETTINGS = LoweringSettings(max_context=2080)
+CACHES = {CacheFormat.fp32: 0, CacheFormat.bf16: 1}
+"""Cache of our program, and type of llama.cpp's: float32 or float16."""
 FOLDER = Path("runs/limits")
 
 
@@ -52,14 +57,13 @@ def spec() -> ArchSpec:
     return conf.winner("flash_350m").replace(qk_norm=False)
 
 
-def files() -> tuple[Path, Path]:
-    """Return our program and that of llama.cpp; each is made in its own process if missing."""
+def file(name: str) -> Path:
+    """Return our program, named by its cache, or llama.cpp's file; made in its own process."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    paths = FOLDER / "ours.pte", FOLDER / "theirs.gguf"
-    for path in paths:
-        if not path.is_file():
-            subprocess.run([sys.executable, __file__, "--make", str(path)], check=True)
-    return paths
+    path = FOLDER / name
+    if not path.is_file():
+        subprocess.run([sys.executable, __file__, "--make", str(path)], check=True)
+    return path
 
 
 def make(path: Path) -> None:
@@ -67,10 +71,10 @@ def make(path: Path) -> None:
     torch.manual_seed(0)
     model = Decoder(spec())
     if path.suffix == ".pte":
-        write(path, lower(model, SETTINGS))
+        cache = CacheFormat(path.stem)
+        write(path, lower(model, dataclasses.replace(SETTINGS, cache=cache)))
         return
-    form = GgufFormat.q4_0
-    write_gguf(path, model, tokenizer=None, weight_format=form)
+    write_gguf(path, model, tokenizer=None, weight_format=GgufFormat.q4_0)
 
 
 def fastest(run: Callable[[], object], rounds: int = 5) -> float:
@@ -122,7 +126,7 @@ def ours(path: Path, threads: int) -> dict[str, float]:
     return {name: latency.ms / 1e3 for name, latency in measured.latencies.items()}
 
 
-def theirs(path: Path, threads: int) -> dict[str, float]:
+def theirs(path: Path, threads: int, cache: int, flash_attention: bool) -> dict[str, float]:
     """Measure the same with llama.cpp; must be called in a fresh process."""
     import llama_cpp
 
@@ -133,8 +137,9 @@ def theirs(path: Path, threads: int) -> dict[str, float]:
         n_ubatch=PROMPT,
         n_threads=threads,
         n_threads_batch=threads,
-        type_k=0,  # float32, as ours
-        type_v=0,
+        type_k=cache,
+        type_v=cache,
+        flash_attn=flash_attention,
         verbose=False,
     )
     tokens = torch.randint(0, spec().vocab_size, (max(CONTEXTS),)).tolist()
@@ -156,44 +161,62 @@ def theirs(path: Path, threads: int) -> dict[str, float]:
     return found
 
 
+def best_of_theirs(gguf: Path, threads: int, cache: CacheFormat) -> dict[str, float]:
+    """Measure llama.cpp with and without flash attention, and keep the faster at each point."""
+    settings = str(gguf), str(threads), str(CACHES[cache])
+    both = [in_fresh_process(__file__, "--theirs", *settings, way) for way in ("plain", "flash")]
+    return {point: min(way[point] for way in both) for point in both[0]}
+
+
+def report(
+    record: Recorder, case: str, own: list[dict[str, float]], other: list[dict[str, float]]
+) -> None:
+    """Report our milliseconds, those of llama.cpp and their ratios; `other` may be empty."""
+    for point in own[0]:
+        record.add(f"ours/{case}/{point}", "ms", [1e3 * run[point] for run in own], "ms")
+        if other:
+            record.add(f"llama.cpp/{case}/{point}", "ms", [1e3 * run[point] for run in other], "ms")
+            ratios = [b[point] / a[point] for a, b in zip(own, other, strict=True)]
+            phase = point.split("_")[0]
+            record.add(f"flash_350m/{case}/{point}", f"{phase}_ratio_vs_llama_cpp", ratios, "ratio")
+
+
 def main(threads: int) -> None:
-    program, gguf = files()
+    programs = {cache: file(f"{cache.value}.pte") for cache in CACHES}
     record = Recorder("limits")
     has_llama = importlib.util.find_spec("llama_cpp") is not None
     if not has_llama:
         print("llama-cpp-python is not installed: only the shares are measured", file=sys.stderr)
-    runs: dict[str, list[dict[str, float]]] = {"machine": [], "ours": [], "theirs": []}
+    limits: list[dict[str, float]] = []
+    own: dict[CacheFormat, list[dict[str, float]]] = {cache: [] for cache in CACHES}
+    other: dict[CacheFormat, list[dict[str, float]]] = {cache: [] for cache in CACHES}
     for _ in range(PROCESSES):
-        runs["machine"].append(in_fresh_process(__file__, "--machine", str(threads)))
-        runs["ours"].append(ours(program, threads))
-        if has_llama:
-            runs["theirs"].append(in_fresh_process(__file__, "--theirs", str(gguf), str(threads)))
+        limits.append(in_fresh_process(__file__, "--machine", str(threads)))
+        for cache, program in programs.items():
+            own[cache].append(ours(program, threads))
+            if has_llama:
+                other[cache].append(best_of_theirs(file("theirs.gguf"), threads, cache))
     shape = spec()
     count = count_parameters(shape)
     linear = 2 * PROMPT * (count.attention + count.ffn)
-    pairs = list(zip(runs["ours"], runs["machine"], strict=True))
-    shares = [linear / own[f"prefill_{PROMPT}"] / limit["int8_per_s"] for own, limit in pairs]
-    record.add(f"flash_350m/{PROMPT}", "prefill_int8_share", shares, "ratio")
     # A decode step reads the whole output head, but only one row of the embedding.
     embedding = shape.vocab_size * shape.model_dim * (1 / 2 + 5 / 32)
-    for context in CONTEXTS:
-        moved = (
-            SETTINGS.weight_bytes(shape)
-            - embedding
-            + kv_cache_bytes(shape, context, min(context, shape.sliding_window), CacheFormat.fp32)
-        )
-        shares = [moved / own[f"decode_{context}"] / limit["bytes_per_s"] for own, limit in pairs]
-        record.add(f"flash_350m/{context}", "decode_bandwidth_share", shares, "ratio")
-    for point in runs["ours"][0]:
-        record.add(f"ours/{point}", "ms", [1e3 * own[point] for own in runs["ours"]], "ms")
-        if has_llama:
-            both = list(zip(runs["ours"], runs["theirs"], strict=True))
-            record.add(f"llama.cpp/{point}", "ms", [1e3 * b[point] for _, b in both], "ms")
-            phase = point.split("_")[0]
-            ratios = [b[point] / a[point] for a, b in both]
-            record.add(f"flash_350m/{point}", f"{phase}_ratio_vs_llama_cpp", ratios, "ratio")
+    for cache, runs in own.items():
+        pairs = list(zip(runs, limits, strict=True))
+        case = f"flash_350m/{cache.value}"
+        shares = [linear / run[f"prefill_{PROMPT}"] / limit["int8_per_s"] for run, limit in pairs]
+        record.add(f"{case}/{PROMPT}", "prefill_int8_share", shares, "ratio")
+        for context in CONTEXTS:
+            window = min(context, shape.sliding_window)
+            kept = kv_cache_bytes(shape, context, window, cache)
+            moved = SETTINGS.weight_bytes(shape) - embedding + kept
+            shares = [
+                moved / run[f"decode_{context}"] / limit["bytes_per_s"] for run, limit in pairs
+            ]
+            record.add(f"{case}/{context}", "decode_bandwidth_share", shares, "ratio")
+        report(record, cache.value, runs, other[cache])
     for name, unit in (("bytes_per_s", "bytes/s"), ("int8_per_s", "operations/s")):
-        record.add("limits", name, [limit[name] for limit in runs["machine"]], unit)
+        record.add("limits", name, [limit[name] for limit in limits], unit)
     record.add("limits", "threads", [threads], "")
     record.close()
 
@@ -204,8 +227,10 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--machine"]:
         Path(sys.argv[3]).write_text(json.dumps(machine(int(sys.argv[2]))), "utf-8")
     elif sys.argv[1:2] == ["--theirs"]:
-        os.environ["OMP_NUM_THREADS"] = sys.argv[3]
-        Path(sys.argv[4]).write_text(json.dumps(theirs(Path(sys.argv[2]), int(sys.argv[3]))))
+        gguf, threads, cache, attention, result = sys.argv[2:]
+        os.environ["OMP_NUM_THREADS"] = threads
+        found = theirs(Path(gguf), int(threads), int(cache), attention == "flash")
+        Path(result).write_text(json.dumps(found), "utf-8")
     else:
         parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
         parser.add_argument("--threads", type=int, default=1)

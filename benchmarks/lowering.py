@@ -3,11 +3,10 @@
 - `lower_s_per_layer`: our path and the stock passes on the same model, alternated in one process
   after a warm-up. Lowering takes a fixed time and a time per layer; the latter is the difference
   between a deep and a shallow model divided by the difference of depths.
-- `flash_650m`: one fresh process for each path with random weights, timed from its start to its end
-  with the program in a file. The stock path is the unmodified `export_llm` of ExecuTorch on the
-  same
-  shape: 8da4w in groups of 32, 4-bit embedding, fp32 cache, context 2048. It takes about 15 minutes
-  and 4 GB.
+- `flash_650m`, `smollm2_135m`: one fresh process for each path with random weights in bf16, timed
+  from its start to its end with the program in a file. The stock path is the unmodified
+  `export_llm` of ExecuTorch on the same shape: 8da4w in groups of 32, 4-bit embedding, fp32 cache,
+  context 2048. It takes about 15 minutes and 4 GB.
 
 `python benchmarks/lowering.py smoke` runs everything at a small size and keeps no results.
 """
@@ -75,7 +74,10 @@ def _write_program(way: str, spec: Path, path: Path) -> None:
     arch = ArchSpec.from_dict(json.loads(spec.read_text("utf-8")))
     settings = LoweringSettings(max_context=CONTEXT)
     if way == "ours":
-        write(path, lower(Decoder(arch), settings))
+        torch.set_default_dtype(torch.bfloat16)
+        model = Decoder(arch)
+        torch.set_default_dtype(torch.float32)
+        write(path, lower(model, settings))
     else:
         lower_stock(to_stock_model(arch), settings, path, fast=False)
 
@@ -115,6 +117,7 @@ def main() -> None:
         whole_model(record, "smoke", _spec(1))
         per_layer(record, rounds=1, deep=SHALLOW + 1)
         return
+    whole_model(record, "smollm2_135m", conf.shape_of("smollm2_135m"))
     whole_model(record, "flash_650m", conf.winner("flash_650m"))
     per_layer(record, ROUNDS, DEEP)
     record.close()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import MISSING
 
-from flash.arch import Attention, Choices, SpaceSettings
+from flash.arch import Attention, CacheFormat, Choices, SpaceSettings
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
@@ -20,8 +20,9 @@ from flash.errors import CheckFailed, DeviceError, InputError
 from flash.evaluation.run import EvaluatedModel, program_of
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.export.job import ExportJob
+from flash.export.predicted import predicted_latencies
 from flash.export.result import ExportResult
-from flash.export.run import export, predicted_latencies
+from flash.export.run import export
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
@@ -379,15 +380,18 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
 def test_a_damaged_frontier_costs_only_its_own_predictions(common, searched, tmp_path, caplog):
     runs = Runs(Path(shutil.copytree(Path(common["runs"], "studies"), tmp_path / "studies").parent))
     device, spec = HostDevice(DEVICE), SMALL.as_program()
-    found = predicted_latencies(runs, device, spec)
-    assert found == searched["backbone"]["predicted"]
+    found = predicted_latencies(runs, device, DEVICE.lowering, spec)
+    assert found is not None
+    assert found.by_point == searched["backbone"]["predicted"]
     broken = runs.study("a") / "frontier.json"
     broken.parent.mkdir()
     broken.write_text('{"device": null', "utf-8")
-    assert predicted_latencies(runs, device, spec) == found
+    assert predicted_latencies(runs, device, DEVICE.lowering, spec) == found
     assert "a/frontier.json: damaged" in caplog.text
+    other = dataclasses.replace(DEVICE.lowering, cache=CacheFormat.int8)
+    assert predicted_latencies(runs, device, other, spec) is None
     shutil.rmtree(runs.study("t"))
-    assert predicted_latencies(runs, device, spec) is None
+    assert predicted_latencies(runs, device, DEVICE.lowering, spec) is None
 
 
 def test_the_report_shows_backbone_and_winner(common, winner):

@@ -92,6 +92,19 @@ class Measurement:
         """Time of one decode step at the headline context."""
         return self._first(Phase.decode)
 
+    @property
+    def reference_ms(self) -> dict[str, float]:
+        """Latency of the reference in the accepted processes, by name of the point [ms].
+
+        Empty if no reference was timed.
+        """
+        kept = [
+            conditions.get("reference_ms", {})
+            for conditions, sample in zip(self.conditions, self.samples, strict=True)
+            if sample["accepted"]
+        ]
+        return {name: min(each[name] for each in kept) for name in kept[0]}
+
     def _first(self, phase: Phase) -> Latency:
         names = (name for name in self.latencies if Point.parse(name).phase is phase)
         return self.latencies[next(names)]

@@ -68,8 +68,9 @@ class ExportResult:
             there was none.
         speedups: Latency of the reference divided by this program's at each point, both from the
             same processes; empty without a reference.
-        predicted: Latencies that stage 1 predicted, with intervals; None for an architecture that
-            no search found.
+        predicted: Latencies that stage 1 predicted, with intervals, for the state of the machine
+            during the measurement (`flash.export.predicted`); None for an architecture that no
+            search found.
         prompt: Text that the program continued.
         completion: Continuation by the program.
         device: Identity of the device.

@@ -5,18 +5,17 @@ import logging
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
-from flash.arch import ArchSpec, Quantization, count_parameters
+from flash.arch import Quantization, count_parameters
 from flash.commands import command
-from flash.device.base import Device
 from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
-from flash.errors import CheckFailed, InputError
+from flash.errors import CheckFailed
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
 from flash.export.mixed import PartCost, cost_table, mixed_lowering
 from flash.export.perplexity import program_quality
+from flash.export.predicted import predicted_latencies
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult, ProgramQuality, device_conditions
 from flash.export.rounding import FailedRounding, rounded_decoder
@@ -36,7 +35,7 @@ from flash.outcome import note
 from flash.paths import Runs
 from flash.progress import stages
 from flash.prune.importance import fingerprint
-from flash.records import digest, plain, read_json, write_json
+from flash.records import digest, plain, write_json
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
 from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.origin import find_origin
@@ -144,7 +143,6 @@ def _publish(job: ExportJob, kinds: list[ExportFormat], tracker: Tracker) -> Non
 
 def _export(job: ExportJob) -> ExportResult:
     settings, name, workspace = job.settings, job.name, job.workspace
-    predicted = predicted_latencies(workspace.runs, job.device, job.spec)
     model = load_checkpoint(job.weights)
     log.info("%s: %s for %s", name, model.spec, settings.device.name)
     key = job.key  # by the settings as they were given
@@ -154,6 +152,7 @@ def _export(job: ExportJob) -> ExportResult:
     start = time.perf_counter()
     tokenizer = workspace.tokenizer
     lowering = job.lowering
+    predicted = predicted_latencies(workspace.runs, job.device, lowering, job.spec)
     with stages(f"{name}: lowering"):
         program = lower(rounded, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
@@ -174,7 +173,9 @@ def _export(job: ExportJob) -> ExportResult:
     texts = text_device(job.device)
     quality = program_quality(model, path, texts, job.texts)
     _check_program(job, quality)
-    measurement, speedups = _measure(job, model, lower_s)
+    measurement = _measure(job, model, lower_s)
+    reference, conditions = job.reference, device_conditions(job.device, job.settings.device)
+    alike = reference.spec if reference and reference.conditions == conditions else None
     ids = texts.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
     return ExportResult(
         name=name,
@@ -185,16 +186,19 @@ def _export(job: ExportJob) -> ExportResult:
         pte_bytes=len(program),
         gate=report.to_dict(),
         measurement=measurement,
-        reference=job.reference.name if job.reference else None,
-        speedups=speedups,
-        predicted=predicted,
+        reference=reference.name if reference else None,
+        speedups={
+            point: ms / measurement.latencies[point].ms
+            for point, ms in measurement.reference_ms.items()
+        },
+        predicted=predicted and predicted.at(alike, measurement.reference_ms),
         prompt=settings.prompt,
         completion=tokenizer.decode(ids),
         device=job.device.identity(),
         lower_s=lower_s,
         key=key,
         weights=fingerprint(job.weights),
-        conditions=device_conditions(job.device, job.settings.device),
+        conditions=conditions,
     )
 
 
@@ -300,10 +304,8 @@ def _check_program(job: ExportJob, quality: ProgramQuality) -> None:
     )
 
 
-def _measure(
-    job: ExportJob, model: Decoder, lower_s: float
-) -> tuple[Measurement, dict[str, float]]:
-    """Measure latencies, and speedups over the reference program in the same processes."""
+def _measure(job: ExportJob, model: Decoder, lower_s: float) -> Measurement:
+    """Measure latencies, and those of the reference program in the same processes."""
     settings, runs = job.settings, job.workspace.runs
     vocab_size = model.spec.vocab_size
     reference = None
@@ -319,40 +321,7 @@ def _measure(
         cache_dir=runs.lowered,
     )
     program = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    measured = profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
-    if reference is None:
-        return measured, {}
-    kept = [c for c, s in zip(measured.conditions, measured.samples, strict=True) if s["accepted"]]
-    speedups = {
-        name: min(conditions["reference_ms"][name] for conditions in kept) / latency.ms
-        for name, latency in measured.latencies.items()
-    }
-    return measured, speedups
-
-
-def predicted_latencies(runs: Runs, device: Device, spec: ArchSpec) -> dict[str, Any] | None:
-    """Find the latencies that a search on this device predicted for an architecture."""
-    identity, wanted = plain(device.identity()), plain(spec.to_dict())
-
-    def prediction(found: dict[str, Any]) -> dict[str, Any] | None:
-        if found["device"] != identity:
-            return None
-        by_number = {trial["number"]: trial["spec"] for trial in found["trials"]}
-        for number, values in found["predicted"].items():
-            if by_number[int(number)] == wanted:
-                return values
-        backbone = found["backbone"]
-        return backbone["predicted"] if backbone["spec"] == wanted else None
-
-    for path in sorted((runs.root / "studies").glob("*/frontier.json")):
-        try:
-            found = read_json(path, prediction, f"run {command('search')} again")
-        except InputError as error:  # an export only looks at it
-            log.warning("%s; no prediction is taken from it", error)
-            continue
-        if found is not None:
-            return found
-    return None
+    return profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
 
 
 def _open_tracker(job: ExportJob) -> Tracker:

@@ -10,6 +10,8 @@ from flash.terminal import wrap
 
 ENDS = ("mean", "low", "high")
 """Keys of a predicted latency: its mean and the ends of its interval."""
+_NOTABLE = 0.01
+"""Change of the machine's speed since the search that is said."""
 
 
 def describe_format(name: str, kind: ExportFormat, result: FormatResult, folder: Path) -> None:
@@ -58,6 +60,9 @@ def describe(result: ExportResult, folder: Path) -> None:
         if result.predicted is not None and name in result.predicted:
             mean, low, high = (result.predicted[name][f"{end}_ms"] for end in ENDS)
             text += f"; predicted {mean:.3g} [{low:.3g}, {high:.3g}] ms"
+            slowdown = result.predicted[name].get("slowdown", 1.0)
+            if abs(slowdown - 1) > _NOTABLE:
+                text += f", as the machine now takes {slowdown:.2f} times as long as in the search"
         row(text)
     quality = result.program_quality
     row(

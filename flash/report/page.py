@@ -72,7 +72,8 @@ CAPTIONS = {
     ),
     "predicted_against_measured": (
         "Predicted against measured latency",
-        "Bars are 90 % intervals, predicted before the program was exported.",
+        "Bars are 90 % intervals, predicted before the program was exported, for the speed that "
+        "the machine then had: that of the backbone in the same processes.",
     ),
     "recovery": (
         "Recovery of the winners",

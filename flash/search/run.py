@@ -8,6 +8,7 @@ from typing import Any
 from flash.arch import ArchSpec, count_parameters
 from flash.errors import InputError, require, shown
 from flash.latency.fit import LatencyModel
+from flash.latency.programs import lowering_values
 from flash.latency.store import MeasurementStore
 from flash.outcome import note
 from flash.paths import Runs
@@ -345,6 +346,7 @@ def _write(
                 "count_slots": job.space.count_slots(),
             },
             "device": job.workspace.device.identity(),
+            "lowering": lowering_values(settings.device.lowering),
             "workload": plain(settings.device.workload),
             "settings": plain(settings),
             "provenance": provenance(),
