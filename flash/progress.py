@@ -1,9 +1,10 @@
 """Progress for terminals and for logs: bars with the time left, and stages of long work."""
 
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -74,13 +75,15 @@ def listening(listener: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def stages(label: str) -> Iterator[None]:
+def stages(label: str, shares: Mapping[str, float] | None = None) -> Iterator[None]:
     """Show each stage of the block in a line with its time, which counts on a terminal.
 
     Args:
         label: Text in front of the stages.
+        shares: Usual share of the whole time by stage, from which the time left is estimated once
+            one of these has ended; other stages are not counted. A terminal shows it.
     """
-    shown, ended = _Stages(label), threading.Event()
+    shown, ended = _Stages(label, shares or {}), threading.Event()
 
     def count() -> None:
         while not ended.wait(1.0):
@@ -99,10 +102,12 @@ def stages(label: str) -> Iterator[None]:
 class _Stages:
     """The stage that runs, and its line."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, shares: Mapping[str, float]) -> None:
         self._label, self._name, self._began = label, "", 0.0
+        self._shares = shares
+        self._ended_s: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._start = "\r" if sys.stderr.isatty() else ""
+        self._clear = "\r\x1b[K" if sys.stderr.isatty() else ""
 
     def begin(self, name: str) -> None:
         self.end()
@@ -112,16 +117,32 @@ class _Stages:
     def count(self) -> None:
         with self._lock:
             if self._name:
-                print(f"\r{self._line()}", end="", file=sys.stderr, flush=True)
+                self._print(self._line() + self._left(), "")
 
     def end(self) -> None:
         with self._lock:
             if self._name:
-                print(f"{self._start}{self._line()}", file=sys.stderr, flush=True)
+                self._print(self._line(), "\n")
+                if self._name in self._shares:
+                    self._ended_s[self._name] = time.perf_counter() - self._began
             self._name = ""
+
+    def _print(self, line: str, end: str) -> None:
+        if self._clear:  # a line that the terminal breaks could not be cleared
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(f"{self._clear}{line}", end=end, file=sys.stderr, flush=True)
 
     def _line(self) -> str:
         return f"{self._label}: {self._name}, {time.perf_counter() - self._began:.0f} s"
+
+    def _left(self) -> str:
+        """Estimate the time left of all stages; empty if it is not known, or is over."""
+        if not self._ended_s or self._name not in self._shares:
+            return ""
+        ended_s = sum(self._ended_s.values())
+        whole_s = ended_s / sum(self._shares[name] for name in self._ended_s)
+        left_s = whole_s - ended_s - (time.perf_counter() - self._began)
+        return f", about {left_s:.0f} s left" if left_s > 0 else ""
 
 
 def _length(items: Iterable[object]) -> int | None:

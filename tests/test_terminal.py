@@ -259,3 +259,35 @@ def test_stages_are_lines_with_their_times(capsys):
         progress.stage("file")
     assert capsys.readouterr().err == "x: lowering: export, 0 s\nx: lowering: file, 0 s\n"
     progress.stage("nobody listens")
+
+
+def test_the_time_left_is_known_once_a_stage_has_ended(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    shown = progress._Stages("x", {"export": 0.2, "delegates": 0.7, "file": 0.1})
+    shown.begin("rounding")
+    now = 50.0  # not counted
+    shown.begin("export")
+    now = 55.0
+    shown.count()
+    now = 60.0
+    shown.begin("delegates")
+    now = 75.0
+    shown.count()
+    now = 95.0
+    shown.begin("file")
+    shown.count()
+    now = 110.0
+    shown.count()
+    shown.end()
+    assert capsys.readouterr().err.split("\r\x1b[K")[1:] == [
+        "x: rounding, 50 s\n",
+        "x: export, 5 s",
+        "x: export, 10 s\n",
+        "x: delegates, 15 s, about 25 s left",
+        "x: delegates, 35 s\n",
+        "x: file, 0 s, about 5 s left",
+        "x: file, 15 s",  # longer than usual
+        "x: file, 15 s\n",
+    ]

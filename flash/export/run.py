@@ -27,7 +27,7 @@ from flash.latency.programs import Subject
 from flash.latency.store import MeasurementStore
 from flash.lowering.bisect_layers import locate_failure
 from flash.lowering.gate import GateReport, check_parity
-from flash.lowering.lower import lower, write
+from flash.lowering.lower import STAGE_SHARES, lower, write
 from flash.lowering.rounding_check import RoundingCheck, check_rounding
 from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
@@ -153,7 +153,7 @@ def _export(job: ExportJob) -> ExportResult:
     tokenizer = workspace.tokenizer
     lowering = job.lowering
     predicted = predicted_latencies(workspace.runs, job.device, lowering, job.spec)
-    with stages(f"{name}: lowering"):
+    with stages(f"{name}: lowering", STAGE_SHARES):
         program = lower(rounded, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
     lower_s = time.perf_counter() - start
     with stages(f"{name}: parity gate"):

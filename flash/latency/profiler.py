@@ -19,6 +19,7 @@ from flash.latency.programs import Subject, cached_program, recorded_lower_s
 from flash.latency.rows import conditions_of, joined, of_point
 from flash.latency.settings import LatencySettings
 from flash.latency.store import Conditions, MeasurementStore, StoredLatency, SubjectKind
+from flash.lowering.lower import STAGE_SHARES
 from flash.lowering.settings import LoweringSettings
 from flash.progress import listening, progress_bar, stages
 from flash.records import digest
@@ -190,7 +191,7 @@ class Profiler:
         def announce(subject: Subject) -> None:
             logger.info("%s: lowering, minutes for a large model", subject)
 
-        with stages(f"{subject}: lowering"):
+        with stages(f"{subject}: lowering", STAGE_SHARES):
             return cached_program(subject, self.lowering, self.cache_dir, announce)
 
     def _alone(self, subject: Subject, point: Point) -> list[StoredLatency]:
