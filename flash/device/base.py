@@ -51,6 +51,8 @@ class Device(ABC):
         """
         if self._identity is None:
             self._identity = self._identify()
+            if self.settings.huge_pages:
+                self._identity |= {"huge_pages": 1}
         return self._identity
 
     @abstractmethod

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,16 @@ class HostDevice(Device):
             job_path.write_text(json.dumps(job), encoding="utf-8")
             command = [sys.executable, str(RUNNER), str(job_path), str(result_path)]
             label = ", ".join(program.name for program in programs)
-            run_process(command, job["threads"], self.timeout_s(job), label)
+            run_process(command, self.settings.variables, self.timeout_s(job), label)
             return check_loaded(json.loads(result_path.read_text(encoding="utf-8")))
 
 
 def run_process(
-    command: Sequence[str], threads: int, timeout_s: float, label: str, text: str = ""
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    timeout_s: float,
+    label: str,
+    text: str = "",
 ) -> tuple[str, str]:
     """Run one child process to its end and return its stdout and stderr.
 
@@ -59,7 +63,7 @@ def run_process(
 
     Args:
         command: Program and arguments.
-        threads: Size of the thread pools of BLAS and OpenMP.
+        variables: Environment variables beside our own.
         timeout_s: Time after which the child is killed [s].
         label: Name of the work in errors.
         text: Input on stdin.
@@ -67,10 +71,9 @@ def run_process(
     Raises:
         DeviceError: The child exited with a code other than 0 or took longer than `timeout_s`.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with subprocess.Popen(
         command,
-        env=environment,
+        env={**os.environ, **variables},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -89,8 +89,8 @@ class SshDevice(RemoteDevice):
         self._jobs += 1
         folder = self._path("jobs", f"{self._token}-{self._jobs}")
         job_path, result_path = f"{folder}/job.json", f"{folder}/result.json"
-        threads = job["threads"]
-        environment = ["env", f"OMP_NUM_THREADS={threads}", f"MKL_NUM_THREADS={threads}"]
+        variables = self.settings.variables
+        environment = ["env", *(f"{name}={value}" for name, value in variables.items())]
         runner_words = ["-c", WATCHDOG_SCRIPT, runner, job_path, result_path]
         command = [*environment, self._ssh.python, *runner_words]
         forget = shlex.join(["rm", "-rf", folder])

@@ -30,12 +30,13 @@ def generate_text(
         DeviceError: The runner failed or took longer than 10 minutes.
     """
     from flash.device.host import run_process
+    from flash.device.settings import thread_variables
     from flash.model.tokenizer import added_tokens, read_backend
 
     script = str(Path(__file__))
     prefix, _ = added_tokens(read_backend(tokenizer))
     command = [sys.executable, script, str(path), str(tokenizer), str(new_tokens), str(len(prefix))]
-    out, _ = run_process(command, threads, 600.0, path.name, text=prompt)
+    out, _ = run_process(command, thread_variables(threads), 600.0, path.name, text=prompt)
     text, _, statistics = out.rpartition(STATISTICS)
     return text.rstrip("\n"), json.loads(statistics)
 

@@ -11,14 +11,18 @@ None of them can mix layers with and without a sliding window.
 Source: the loaders of llama.cpp, src/llama-model.cpp and src/models/.
 """
 
-import importlib
+import importlib.util
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from jaxtyping import Float, Int
@@ -35,8 +39,8 @@ from flash.model.decoder import Decoder, rotary_frequencies
 from flash.model.tokenizer import ModelTokenizer
 from flash.records import replacing
 
-_F32 = 0
-"""Number of the cache type float32 in llama.cpp."""
+_CHILD = Path(__file__).with_name("llama_cpp_child.py")
+"""Script of the process that runs llama.cpp."""
 _FILE_TYPES = {
     GgufFormat.f32: LlamaFileType.ALL_F32,
     GgufFormat.f16: LlamaFileType.MOSTLY_F16,
@@ -126,7 +130,7 @@ def check_gguf_support(spec: ArchSpec, tokenizer: ModelTokenizer | None) -> None
     _llama_cpp_model(spec)
     if tokenizer is not None:
         read_vocabulary(tokenizer, spec.vocab_size)
-    _llama_cpp()
+    _check_llama_cpp()
 
 
 def write_gguf(
@@ -272,9 +276,6 @@ def check_gguf(
 ) -> FormatCheck:
     """Compare a file, run by llama.cpp, with the decoder that it was made from.
 
-    The first half of the text is evaluated as a prompt, the rest token by token. Keys and values
-    are cached in float32 so that only the file can differ; llama.cpp's default is float16.
-
     Args:
         path: Written by `write_gguf`.
         model: The decoder in float32.
@@ -283,29 +284,34 @@ def check_gguf(
 
     Raises:
         InputError: The text is too short or too long, or llama-cpp-python is not installed.
-        CheckFailed: llama.cpp does not load the file.
+        CheckFailed: llama.cpp does not load the file, or crashes.
     """
     require_text(text, model.spec.max_context)
-    llama_cpp = _llama_cpp()
-    try:
-        runtime = llama_cpp.Llama(
-            str(path),
-            n_ctx=len(text),
-            n_batch=len(text),
-            logits_all=True,
-            type_k=_F32,
-            type_v=_F32,
-            verbose=False,
-        )
-    except ValueError as error:
-        raise CheckFailed(f"{path}: llama.cpp does not load it ({error})") from error
-    ids = text.tolist()
-    runtime.eval(ids[: len(ids) // 2])
-    for token in ids[len(ids) // 2 :]:
-        runtime.eval([token])
-    logits = torch.from_numpy(runtime.scores[: len(ids)].copy())
-    runtime.close()
+    _check_llama_cpp()
+    logits = _logits(path, text)
     return compare("gguf", model(text[None].long())[0], logits, text, limits)
+
+
+def _logits(path: Path, text: Int[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
+    """Evaluate a file by llama.cpp in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="flash-") as folder:
+        tokens, logits = Path(folder, "tokens.npy"), Path(folder, "logits.npy")
+        np.save(tokens, text.numpy())
+        # -P: the folder of the script, with modules of our own, is not searched for imports.
+        command = [sys.executable, "-P", str(_CHILD), str(path), str(tokens), str(logits)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode == 0:
+            return torch.from_numpy(np.load(logits))
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise CheckFailed(
+            f"{path}: llama.cpp crashed ({name}); expected logits to compare. Its builds for "
+            "processors with AMX crash on 4-bit files: build it without AMX, by CMAKE_ARGS="
+            '"-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" '
+            "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        )
+    lines = done.stderr.strip().splitlines() or ["it printed nothing"]
+    raise CheckFailed(f"{path}: {lines[-1]}")
 
 
 def locate_gguf_failure(
@@ -341,16 +347,14 @@ def locate_gguf_failure(
         path.unlink(missing_ok=True)
 
 
-def _llama_cpp() -> Any:
-    """Import llama-cpp-python.
+def _check_llama_cpp() -> None:
+    """Check that llama-cpp-python is installed.
 
     Raises:
-        InputError: It is not installed.
+        InputError: It is not.
     """
-    try:
-        return importlib.import_module("llama_cpp")
-    except ImportError as error:
+    if importlib.util.find_spec("llama_cpp") is None:
         raise InputError(
             "llama_cpp: not installed, and a GGUF file is checked in it; "
             "pip install llama-cpp-python (it builds llama.cpp, about 15 minutes)"
-        ) from error
+        )

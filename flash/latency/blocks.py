@@ -1,9 +1,9 @@
 """Block predictor: the sum of measured half-blocks, calibrated on a few whole models.
 
-A block measured alone differs from a block inside a model: each program pays for a call, a small
-program stays in the caches, and each block repeats work that a model does once (the mask of the
-sliding window). On a 100M model the sum was 4 % off for prefill and up to 36 % for decode. The
-difference is nearly one factor and one overhead, which a handful of whole models determines.
+A block measured alone differs from a block inside a model: each program pays for a call, and a
+small program stays in the caches. On a 100M model the sum was 4 % off for prefill and up to 36 %
+for decode. The difference is nearly one factor and one overhead, which a handful of whole models
+determines.
 """
 
 import math
@@ -22,14 +22,10 @@ class Calibration(Enum):
 
     scale = "scale"
     """Latency = scale x sum."""
-    repeated_masks = "repeated_masks"
-    """Latency = scale x sum - saving for each sliding half beyond the first. A model builds the
-    mask of its window once, every measured sliding half builds it again. The saving is at most the
-    latency of the cheapest sliding half."""
     model_overhead = "model_overhead"
     """Latency = scale x sum + cost of a model, at least zero."""
-    part_overhead = "part_overhead"
-    """Latency = scale x sum + cost of each part. The cost may be negative, down to minus the
+    call_overhead = "call_overhead"
+    """Latency = scale x sum + cost of each call. The cost may be negative, down to minus the
     latency of the cheapest part: every measured block contains the cost of a call, which a model
     pays only once."""
 
@@ -56,9 +52,8 @@ class BlockPredictor:
     def __init__(self, table: BlockTable) -> None:
         self._table = table
         self._bounds = {
-            Calibration.repeated_masks: (-table.smallest_sliding_ms, 0.0),
             Calibration.model_overhead: (0.0, math.inf),
-            Calibration.part_overhead: (-table.smallest_ms, math.inf),
+            Calibration.call_overhead: (-table.smallest_ms, math.inf),
         }
 
     def fit(self, specs: Specs, values_ms: Values, errors_ms: Values | None = None) -> Self:
@@ -120,12 +115,10 @@ def _overhead_units(form: Calibration, sums: Composition) -> Values:
     match form:
         case Calibration.scale:
             return np.zeros_like(sums.total_ms)
-        case Calibration.repeated_masks:
-            return sums.num_repeated_masks
         case Calibration.model_overhead:
             return np.ones_like(sums.total_ms)
-        case Calibration.part_overhead:
-            return sums.num_parts
+        case Calibration.call_overhead:
+            return sums.num_calls
 
 
 def _apply(form: Calibration, coefficients: Values, sums: Composition) -> Values:

@@ -1,5 +1,9 @@
 """Sums of measured half-blocks, interpolated for any width and depth of the space.
 
+All attention halves of a kind share the plan of a call, such as a mask. One half measured alone is
+plan and half; a pair has a half more; the last half of a model, which answers for one token, is
+measured as well. From these three follow the latencies of plan, half and last half.
+
 The latency of an attention half depends on its kind and model_dim, that of an FFN half on model_dim
 and ffn_dim, that of embedding and head on model_dim. Their work is at most bilinear in these sizes
 (a matrix product costs model_dim x ffn_dim). Each is therefore measured on a small grid and
@@ -16,7 +20,8 @@ import numpy as np
 from flash.arch import ArchSpec, Attention
 from flash.device.workload import Phase, Point
 from flash.errors import InputError
-from flash.latency.cost_model import Specs, SpecTable, Values, last_half_share
+from flash.latency.cost_model import Specs, SpecTable, Values
+from flash.lowering.blocks import LAST, PAIR
 from flash.lowering.settings import LoweringSettings
 
 FIXED_SIZES = (
@@ -36,7 +41,7 @@ class BlockShape:
     """Shape of one measurable part of a decoder.
 
     Attributes:
-        name: `ends` (embedding and head), `ffn`, or the kind of an attention half.
+        name: Name of its `BlockKind`.
         model_dim: Width of the residual stream.
         ffn_dim: Hidden width of an FFN half, else None.
     """
@@ -47,6 +52,8 @@ class BlockShape:
 
 
 ENDS, FFN = "ends", "ffn"
+_PLAN = "_plan"
+"""End of the name of what halves of a kind share, with the cost of a call."""
 
 
 def grid_points(choices: Sequence[int], num: int) -> tuple[int, ...]:
@@ -66,12 +73,13 @@ class Grid:
 
     def parts(self) -> list[BlockShape]:
         """List all parts to measure."""
-        attending = [kind for kind in self.kinds if kind is not Attention.skip_attention]
+        attending = [kind.value for kind in self.kinds if kind.attends]
         return [
             *(BlockShape(name=ENDS, model_dim=d) for d in self.model_dims),
             *(
-                BlockShape(name=kind.value, model_dim=d)
+                BlockShape(name=f"{kind}{form}", model_dim=d)
                 for kind in attending
+                for form in ("", PAIR, LAST)
                 for d in self.model_dims
             ),
             *(
@@ -88,20 +96,16 @@ class Composition:
 
     Attributes:
         total_ms: Sum of the latencies of all parts [ms].
-        num_parts: Number of parts in the sum.
-        num_repeated_masks: Number of sliding halves beyond the first. A model builds the mask of
-            its window once, but each sliding half measured alone builds it again.
+        num_calls: Number of parts in the sum that contain the cost of a call: the ends, each FFN
+            half, and the plan of each kind of attention.
     """
 
     total_ms: Values
-    num_parts: Values
-    num_repeated_masks: Values
+    num_calls: Values
 
     def __getitem__(self, index: Any) -> "Composition":
         """Select some of the models."""
-        return Composition(
-            self.total_ms[index], self.num_parts[index], self.num_repeated_masks[index]
-        )
+        return Composition(self.total_ms[index], self.num_calls[index])
 
 
 class BlockTable:
@@ -126,9 +130,6 @@ class BlockTable:
         self.point, self._lowering = point, lowering
         self.grid = grid
         self.smallest_ms = min(values_ms[part] for part in grid.parts())
-        sliding = Attention.sliding_attention.value
-        masks = [values_ms[part] for part in grid.parts() if part.name == sliding]
-        self.smallest_sliding_ms = min(masks, default=0.0)
         self._fixed = tuple(getattr(base, name) for name in FIXED_SIZES)
         self._tables = {
             part.name: np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
@@ -138,6 +139,15 @@ class BlockTable:
             row = grid.model_dims.index(part.model_dim)
             column = 0 if part.ffn_dim is None else grid.ffn_dims.index(part.ffn_dim)
             self._tables[part.name][row, column] = values_ms[part]
+        for kind in grid.kinds:
+            if kind.attends:
+                self._separate(kind.value)
+
+    def _separate(self, kind: str) -> None:
+        """Separate the latencies of half, plan and last half."""
+        one, pair, last = (self._tables.pop(f"{kind}{form}") for form in ("", PAIR, LAST))
+        plan = 2 * one - pair
+        self._tables |= {kind: pair - one, f"{kind}{_PLAN}": plan, f"{kind}{LAST}": last - plan}
 
     def compose(self, specs: Specs) -> "Composition":
         """Sum the parts of each model.
@@ -154,29 +164,31 @@ class BlockTable:
         counts = _counts(table)
         total = self._interpolate(ENDS, model_dims)
         total += depths * self._interpolate(FFN, model_dims, ffn_dims)
+        num_kinds = np.zeros(len(table))
         for kind, numbers in counts.items():
-            if kind is not Attention.skip_attention and numbers.any():
+            if kind.attends and numbers.any():
+                present = numbers > 0
                 total += numbers * self._interpolate(kind.value, model_dims)
+                total += present * self._interpolate(f"{kind.value}{_PLAN}", model_dims)
+                num_kinds += present
         if self._lowering.prefill_last_only and self.point.phase is Phase.prefill:
             total -= self._unread(table, model_dims, ffn_dims)
-        num_masks = np.maximum(counts[Attention.sliding_attention] - 1, 0)
-        return Composition(total, 1 + depths + table.num_attending, num_masks)
+        return Composition(total, 1 + depths + num_kinds)
 
     def _unread(self, table: SpecTable, model_dims: Values, ffn_dims: Values) -> Values:
         """Compute the excess of the parts, measured on all tokens, over those in a model's tail.
 
-        An FFN in the tail processes one token of each call. The last attention half keeps the share
-        of its counted work that keys and values have.
+        An FFN in the tail processes one token of each call.
         """
         tokens, chunk = self.point.tokens, self._lowering.chunk
         one_token = -(-tokens // chunk) / tokens
         ffns = table.column("num_tail") * self._interpolate(FFN, model_dims, ffn_dims)
         unread = (1 - one_token) * ffns
-        kept = last_half_share(table, self.point, self._lowering)
         for kind in (Attention.full_attention, Attention.sliding_attention):
             last = table.column(f"last_{kind.value.removesuffix('_attention')}")
             if last.any():
-                unread += last * (1 - kept) * self._interpolate(kind.value, model_dims)
+                unread += last * self._interpolate(kind.value, model_dims)
+                unread -= last * self._interpolate(f"{kind.value}{LAST}", model_dims)
         return unread
 
     def _interpolate(self, name: str, x: Values, y: Values | None = None) -> Values:

@@ -6,7 +6,7 @@ the same specs can build the table once and pass it in place of the specs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -196,7 +196,8 @@ def nominal_work_ms(
     Source: the operators of flash/lowering/modules.py. `custom_sdpa` computes the causal triangle
     for full attention, also when the prompt is split into chunks; given a mask, it computes every
     slot of the cache. Attention by matrix products computes all keys up to the last of the call for
-    each query of the call.
+    each query of the call, or all slots of a ring. What hides keys is computed once a call for all
+    layers of a kind.
 
     Args:
         table: Architectures.
@@ -252,22 +253,35 @@ def _attention(
         read = 2 * calls * keys * table.kv_dim / _CACHE
         return 2 * pairs * table.q_dim / _ATTENTION + read
 
+    def multiply(pairs: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Time one layer by matrix products, which work on copies of the keys."""
+        rates = 2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES
+        return attend(np.array(0), keys) + pairs * rates
+
     full = attend(_pairs(np.array(last), first, tokens), np.array(last))
     # One query of each call, over all keys up to the end of the call.
     asked = np.minimum(np.arange(1, calls + 1) * chunk, tokens)
     last_full = attend(np.array(asked.sum()), np.array(asked.mean()))
-    if lowering.attention is AttentionForm.matmul and prefill:
-        pairs = float(np.diff(asked, prepend=0) @ asked)
-        full = attend(np.array(0), np.array(asked.mean()))
-        full = full + pairs * (2 * table.q_dim / _PRODUCTS + table.column("num_heads") / _SCORES)
+    products = lowering.attention is AttentionForm.matmul and prefill
+    group = table.column("num_heads") / table.column("num_kv_heads")
+    pairs, mask = np.diff(asked, prepend=0) @ asked, np.zeros(len(table))
+    if products:
+        full = multiply(pairs, np.array(asked.mean()))
+        mask = mask + (table.column("num_full") > 0) * pairs * group / _SCORES
     if lowering.sliding is SlidingForm.ring:
         seen = np.minimum(window, lowering.max_context)
         slide = attend(_pairs(seen, first, tokens), np.minimum(seen, last))
-        last_slide, mask = attend(calls * seen, seen), np.zeros(len(table))
+        last_slide = attend(calls * seen, seen)
     else:
         slots = np.minimum(lowering.max_context, 2 * np.maximum(window, lowering.chunk))
         slide, last_slide = attend(tokens * slots, slots), attend(calls * slots, slots)
-        mask = (sliding > 0) * tokens * slots / _ELEMENTS
+        hidden = tokens * slots / _ELEMENTS
+        if products:
+            ring = slots < lowering.max_context
+            seen = np.where(ring, tokens * slots, pairs)
+            slide = multiply(seen, np.where(ring, slots, asked.mean()))
+            hidden = 2 * seen * group / _SCORES  # too old, or too new
+        mask = mask + (sliding > 0) * hidden
     skips = lowering.prefill_last_only and prefill
     ends = {kind: table.column(f"last_{kind}") * skips for kind in ("full", "sliding")}
     whole = table.column("num_full") - ends["full"]
@@ -276,24 +290,6 @@ def _attention(
         "sliding": (sliding - ends["sliding"]) * (slide + elements) + ends["sliding"] * last_slide,
         "mask": mask,
     }
-
-
-def last_half_share(
-    table: SpecTable, point: Point, lowering: LoweringSettings
-) -> Float[np.ndarray, " n"]:
-    """Compute the share of the last attention half's work that a prefill still needs."""
-    names = [WORK_COLUMNS.index(name) for name in ("attention_gemm", "full", "sliding")]
-    kinds = np.stack([table.column("last_full"), table.column("last_sliding")], axis=1)
-    values = table.values.copy()
-    values[:, [_COLUMN["num_full"], _COLUMN["num_sliding"]]] = kinds  # only the last half
-    one = SpecTable(values)
-    left, whole = (
-        nominal_work_ms(one, point, replace(lowering, prefill_last_only=skip), lowering.chunk)[
-            :, names
-        ].sum(1)
-        for skip in (True, False)
-    )
-    return left / np.maximum(whole, 1e-12)
 
 
 def _rows(tokens: int, calls: int, tail: np.ndarray, all_: np.ndarray) -> np.ndarray:

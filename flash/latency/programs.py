@@ -20,7 +20,7 @@ from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
 from flash.records import digest, read_json, replacing, write_json
 
-LOWERING_VERSION = 4
+LOWERING_VERSION = 5
 """Version of the lowered programs. Raise it when flash.lowering writes other programs for the same
 spec and settings: programs in the cache and latencies in the store are then not used any more."""
 

@@ -65,7 +65,8 @@ class RingPlan(NamedTuple):
 class LeadingPlan(NamedTuple):
     """Attention by matrix products of all queries of a call but the last, the leading ones.
 
-    The last query, the only one in decoding, goes through `custom_sdpa`, which reads the keys where
+    Layers with full attention have one such plan, sliding layers of the stock form another. The
+    last query, the only one in decoding, goes through `custom_sdpa`, which reads the keys where
     they are: XNNPACK works on a copy of them, which takes longer than the attention of one query. A
     call without leading queries computes one query over one key, as in `RingPlan`.
     """
@@ -73,9 +74,10 @@ class LeadingPlan(NamedTuple):
     num_queries: int
     """Number of leading queries, counted from the first of the call; at least 1."""
     num_keys: int
-    """Number of keys, counted from position 0, that the leading queries see; at least 1."""
-    causal_bias: Tensor
-    """`[g * num_queries, num_keys]`, added to the scores of one key head: 0 or `MASKED_SCORE`."""
+    """Number of slots, counted from the first, that the leading queries are given; at least 1."""
+    bias: Tensor
+    """`[g * num_queries, num_keys]`, added to the scores of one key head: 0 or `MASKED_SCORE`, more
+    than once where two reasons hide a key."""
     output_order: Tensor
     """Row of (leading, last) results for each of the s queries `[s]`."""
 
@@ -90,25 +92,23 @@ class CallRange(NamedTuple):
     sin: Tensor
     """Rotary sines `[s, 1, head_dim / 2]`."""
     mask: Tensor | None = None
-    """Additive mask of sliding layers in the stock form `[s, l]`: 0 or -inf."""
+    """Additive mask of sliding layers in the stock form `[s, l]`, like `LeadingPlan.bias`; with a
+    `window_leading` it is the last query's `[1, l]`."""
     slots: Tensor | None = None
     """Slot of each new token in a ring `[kv heads, s]`; None for caches with a slot a position."""
     ring_plan: RingPlan | None = None
     """Plan of sliding layers in the ring form."""
     leading: LeadingPlan | None = None
     """Plan of full attention with matrix products."""
+    window_leading: LeadingPlan | None = None
+    """Plan of sliding layers in the stock form with matrix products."""
 
 
 class CallPlan(nn.Module):
-    """Computation of the `CallRange` of a call from its `input_pos` and number of tokens.
-
-    The way in which the mask of the stock form is made does not affect the time (three
-    formulations measured alike): with a mask, `custom_sdpa` computes every slot of the cache.
-    """
+    """Computation of the `CallRange` of a call from its `input_pos` and number of tokens."""
 
     cos: Tensor
     sin: Tensor
-    positions: Tensor
     slot_of_position: Tensor
 
     def __init__(self, spec: ArchSpec, lowering: LoweringSettings, has_sliding: bool) -> None:
@@ -128,7 +128,7 @@ class CallPlan(nn.Module):
         self.max_context = lowering.max_context
         covered = window_covers_context(spec, lowering)
         self.window = spec.sliding_window if has_sliding and not covered else None
-        self.ring_planner = None
+        self.ring_planner = self.window_planner = None
         full = Attention.full_attention in spec.layer_types or covered
         matmul = full and lowering.attention is AttentionForm.matmul
         self.leading_planner = _LeadingPlanner(spec, lowering) if matmul else None
@@ -139,7 +139,7 @@ class CallPlan(nn.Module):
         if lowering.sliding is SlidingForm.ring:
             self.ring_planner = _RingPlanner(self.window, lowering.chunk)
         else:
-            self.register_buffer("positions", positions, persistent=False)
+            self.window_planner = _WindowPlanner(spec, lowering)
         if self.num_slots < self.max_context:
             slot_of_position = positions % self.num_slots
             self.register_buffer("slot_of_position", slot_of_position, persistent=False)
@@ -161,23 +161,11 @@ class CallPlan(nn.Module):
         if self.ring_planner is not None:
             ring_plan = self.ring_planner(start, length)
             return CallRange(start, cos, sin, slots=slots, ring_plan=ring_plan, leading=leading)
-        mask = self._window_mask(start, length, self.window, is_ring=slots is not None)
-        return CallRange(start, cos, sin, mask=mask, slots=slots, leading=leading)
-
-    def _window_mask(self, start: int, length: int, window: int, is_ring: bool) -> Tensor:
-        """Additive mask `[s, l]` that shows each query the `window` positions up to its own."""
-        queries = self.positions.narrow(0, start, length)[:, None]
-        if is_ring:
-            # The newest position in each slot, once this call's tokens are in; negative if none.
-            newest = start + length - 1
-            slots = self.positions.narrow(0, 0, self.num_slots)
-            held = newest - (newest - slots) % self.num_slots
-            distance = queries - held[None, :]
-            hidden = (distance < 0) | (distance >= window) | (held < 0)[None, :]
-        else:
-            distance = queries - self.positions[None, :]
-            hidden = (distance < 0) | (distance >= window)
-        return torch.zeros(()).masked_fill(hidden, float("-inf"))
+        assert self.window_planner is not None
+        mask, window_leading = self.window_planner(start, length)
+        return CallRange(
+            start, cos, sin, mask=mask, slots=slots, leading=leading, window_leading=window_leading
+        )
 
 
 def window_covers_context(spec: ArchSpec, lowering: LoweringSettings) -> bool:
@@ -209,7 +197,7 @@ def _as_bounded_symbol(number: int, most: int) -> int:
 
 
 class _LeadingPlanner(nn.Module):
-    """Computation of a call's `LeadingPlan`."""
+    """Computation of a call's `LeadingPlan` for full attention."""
 
     indices: Tensor
     float_indices: Tensor
@@ -226,21 +214,89 @@ class _LeadingPlanner(nn.Module):
         start = start * _sym_min(length - 1, 1)
         num_keys = _as_bounded_symbol(start + num_queries, len(self.float_indices))
         num_queries = _as_bounded_symbol(num_queries, self.chunk)
-        query = self.indices.narrow(0, 0, length)
+        queries = _grouped(self.float_indices.narrow(0, start, num_queries), self.group)
+        keys = self.float_indices.narrow(0, 0, num_keys)[None, :]
         return LeadingPlan(
             num_queries=num_queries,
             num_keys=num_keys,
-            causal_bias=self._causal_bias(start, num_queries, num_keys),
-            output_order=torch.where(query < length - 1, query, num_queries),
+            bias=_where_positive(keys - queries),
+            output_order=_leading_then_last(self.indices, length, num_queries),
         )
 
-    def _causal_bias(self, start: int, num_queries: int, num_keys: int) -> Tensor:
-        """Bias `[g * num_queries, num_keys]` that hides the keys after each query."""
-        queries = self.float_indices.narrow(0, start, num_queries)
-        queries = queries.expand(self.group, -1).reshape(-1, 1)
-        keys = self.float_indices.narrow(0, 0, num_keys)[None, :]
-        # Only operators that XNNPACK has; it has no comparisons.
-        return (keys - queries).clamp(0, 1) * MASKED_SCORE
+
+class _WindowPlanner(nn.Module):
+    """Computation of the mask of sliding layers in the stock form, or of their `LeadingPlan`.
+
+    With products a prompt's queries see all slots of a ring buffer, which holds the new tokens
+    already; of a full cache they see those up to the last of them.
+    """
+
+    indices: Tensor
+    float_indices: Tensor
+
+    def __init__(self, spec: ArchSpec, lowering: LoweringSettings) -> None:
+        super().__init__()
+        self.group, self.chunk = spec.num_heads // spec.num_kv_heads, lowering.chunk
+        self.window, self.num_slots = spec.sliding_window, lowering.slots(spec.sliding_window)
+        self.is_ring = self.num_slots < lowering.max_context
+        self.matmul = lowering.attention is AttentionForm.matmul
+        indices = torch.arange(lowering.max_context)
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("float_indices", indices.float(), persistent=False)
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, LeadingPlan | None]:
+        """Return the mask of the queries for `custom_sdpa`, and the plan of the others."""
+        held = self._held(start, length)[None, :]
+        queries = self.float_indices.narrow(0, start, length)
+        if not self.matmul:
+            return self._bias(queries[:, None], held), None
+        last = queries[-1:]
+        num_queries, leads = _sym_max(length - 1, 1), _sym_min(length - 1, 1)
+        start = start * leads
+        num_keys = leads * (self.num_slots - 1) + 1 if self.is_ring else start + num_queries
+        num_keys = _as_bounded_symbol(num_keys, self.num_slots)
+        num_queries = _as_bounded_symbol(num_queries, self.chunk)
+        queries = _grouped(self.float_indices.narrow(0, start, num_queries), self.group)
+        leading = LeadingPlan(
+            num_queries=num_queries,
+            num_keys=num_keys,
+            bias=self._bias(queries, held.narrow(1, 0, num_keys)),
+            output_order=_leading_then_last(self.indices, length, num_queries),
+        )
+        return self._bias(last[:, None], held), leading
+
+    def _held(self, start: int, length: int) -> Tensor:
+        """Position of the newest token in each slot `[l]`, once this call's tokens are in."""
+        if not self.is_ring:
+            return self.float_indices
+        newest = start + length - 1
+        slots = self.indices.narrow(0, 0, self.num_slots)
+        held = (newest - (newest - slots) % self.num_slots).float()
+        return held - held.clamp(-1, 0) * MASKED_SCORE  # an empty slot is too old for everyone
+
+    def _bias(self, queries: Tensor, held: Tensor) -> Tensor:
+        """Hide the keys `[1, n]` that come after a query `[m, 1]` or before its window."""
+        distance = queries - held
+        return _where_positive(-distance) + _where_positive(distance - (self.window - 1))
+
+
+def _grouped(positions: Tensor, group: int) -> Tensor:
+    """Positions of the queries of all heads that share a key head `[g * n, 1]`."""
+    return positions.expand(group, -1).reshape(-1, 1)
+
+
+def _where_positive(x: Tensor) -> Tensor:
+    """`MASKED_SCORE` where whole numbers are above 0, else 0.
+
+    Only of operators that XNNPACK has; it has no comparisons.
+    """
+    return x.clamp(0, 1) * MASKED_SCORE
+
+
+def _leading_then_last(indices: Tensor, length: int, num_queries: int) -> Tensor:
+    """Row of (leading, last) results for each of the queries of a call `[s]`."""
+    query = indices.narrow(0, 0, length)
+    return torch.where(query < length - 1, query, num_queries)
 
 
 class _RingPlanner(nn.Module):

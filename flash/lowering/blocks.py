@@ -3,6 +3,10 @@
 An architecture is a multiset of blocks: one attention half for each layer that attends, one FFN
 half for each layer, and its two ends (embedding and head). A space of billions of architectures
 has few distinct blocks, so each of these is lowered and measured only once.
+
+Attention halves come in three blocks of each kind: one half, a pair, and the last half of a model,
+which answers for one token alone. A half of its own contains the plan of a call, such as masks,
+which all halves of a model share; the pair shows what one more half takes.
 """
 
 from dataclasses import dataclass
@@ -19,18 +23,35 @@ from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import FeedForward, RMSNorm, SelfAttention
 from flash.rounding.decoder import round_nearest
 
+PAIR, LAST = "_pair", "_last"
+"""Ends of the names of blocks with two halves, and with the last half of a model."""
+_ATTENTION = {kind.value: kind for kind in Attention if kind.attends}
+
 
 class BlockKind(Enum):
     """Computation of a block."""
 
     full_attention = "full_attention"
     """Attention half of a layer with full attention."""
+    full_attention_pair = "full_attention_pair"
+    """Two of them, one after the other."""
+    full_attention_last = "full_attention_last"
+    """The last of a model: keys and values of all tokens, the rest of the last token."""
     sliding_attention = "sliding_attention"
     """Attention half of a layer with a sliding window."""
+    sliding_attention_pair = "sliding_attention_pair"
+    """Two of them, one after the other."""
+    sliding_attention_last = "sliding_attention_last"
+    """The last of a model: keys and values of all tokens, the rest of the last token."""
     ffn = "ffn"
     """FFN half of a layer."""
     ends = "ends"
     """Embedding of all tokens, then final norm and output head of the last position."""
+
+    @property
+    def attention(self) -> Attention | None:
+        """Kind of the attention halves; None for a block without any."""
+        return _ATTENTION.get(self.value.removesuffix(PAIR).removesuffix(LAST))
 
 
 @dataclass(frozen=True)
@@ -67,9 +88,10 @@ class Block:
                 return cls(kind, plain.replace(ffn_dim=spec.ffn_dim))
             case BlockKind.ends:
                 return cls(kind, plain.replace(vocab_size=spec.vocab_size))
-        sliding = kind is BlockKind.sliding_attention
+        assert kind.attention is not None
+        sliding = kind.attention is Attention.sliding_attention
         attention = plain.replace(
-            layer_types=(Attention[kind.value],),
+            layer_types=(kind.attention,) * (2 if kind.value.endswith(PAIR) else 1),
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -91,10 +113,8 @@ class Block:
                 return f"ffn d{spec.model_dim} f{spec.ffn_dim}"
             case BlockKind.ends:
                 return f"ends d{spec.model_dim} v{spec.vocab_size}"
-            case BlockKind.sliding_attention:
-                window = f" w{spec.sliding_window}"
-            case _:
-                window = ""
+        sliding = self.kind.attention is Attention.sliding_attention
+        window = f" w{spec.sliding_window}" if sliding else ""
         heads = f"h{spec.num_heads}/{spec.num_kv_heads}x{spec.head_dim}"
         return f"{self.kind.value} d{spec.model_dim} {heads}{window}"
 
@@ -128,21 +148,35 @@ def block_module(block: Block, lowering: LoweringSettings) -> nn.Module:
             case BlockKind.ends:
                 return _Ends(block.spec).eval()
             case _:
-                return _Attention(block.spec, lowering).eval()
+                last = block.kind.value.endswith(LAST)
+                return _Attention(block.spec, lowering, last_token_only=last).eval()
     finally:
         torch.set_rng_state(generator_state)
 
 
 class _Attention(nn.Module):
-    def __init__(self, spec: ArchSpec, lowering: LoweringSettings) -> None:
+    def __init__(
+        self, spec: ArchSpec, lowering: LoweringSettings, *, last_token_only: bool
+    ) -> None:
         super().__init__()
         kind = spec.layer_types[0]
         self.call_plan = CallPlan(spec, lowering, kind is Attention.sliding_attention)
-        norm = RMSNorm(spec.model_dim, spec.norm_eps)
-        self.half_layer = AttentionHalf(norm, SelfAttention(spec, kind), spec, lowering)
+        self.halves = nn.ModuleList(
+            AttentionHalf(
+                RMSNorm(spec.model_dim, spec.norm_eps),
+                SelfAttention(spec, kind),
+                spec,
+                lowering,
+                last_token_only=last_token_only,
+            )
+            for _ in spec.layer_types
+        )
 
     def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
-        return self.half_layer(x, self.call_plan(input_pos, x.shape[1]))
+        call = self.call_plan(input_pos, x.shape[1])
+        for half in self.halves:
+            x = half(x, call)
+        return x
 
 
 class _Ffn(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flash.arch import ArchSpec, CacheFormat
-from flash.lowering.attention_plan import CallRange, window_covers_context
+from flash.lowering.attention_plan import CallRange, LeadingPlan, window_covers_context
 from flash.lowering.settings import LoweringSettings, SlidingForm
 
 Encoded = tuple[Tensor, ...]
@@ -158,17 +158,25 @@ def _join_key_heads(out: Tensor) -> Tensor:
 def attend_causal(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
     """Attend to every position up to the query; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
-    plan, length = call.leading, q.shape[1]
-    heads, size = q.shape[2:]
-    if plan is None or _is_single_query(q):
+    length = q.shape[1]
+    if call.leading is None or _is_single_query(q):
         return _attend_all(cache, q, call.start + k.shape[1] - length, None)
+    last = _attend_all(cache, q[:, -1:], call.start + length - 1, None)
+    return _attend_leading(cache, q, call.leading, last)
+
+
+def _attend_leading(cache: KVCache, q: Tensor, plan: LeadingPlan, last: Tensor) -> Tensor:
+    """Attention of q `[1, s, h, d]` `[1, s, h * d]`, given that of its last query `[1, 1, h * d]`.
+
+    The keys and values of this call are in the cache.
+    """
+    length, heads, size = q.shape[1:]
     leading = _matmul_attention(
         q.view(length, heads, size).narrow(0, 0, plan.num_queries),
         cache.first_as_float("keys", plan.num_keys),
         cache.first_as_float("values", plan.num_keys),
-        plan.causal_bias,
+        plan.bias,
     )
-    last = _attend_all(cache, q[:, -1:], call.start + length - 1, None)
     rows = torch.cat([leading, last.view(1, heads * size)]).index_select(0, plan.output_order)
     return rows.view(1, length, heads * size)
 
@@ -201,12 +209,17 @@ def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def attend_masked(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:
     """Attend to the slots that the mask shows; a token's slot is its position."""
     _write_contiguous(cache, k, v, call.start)
-    return _attend_all(cache, q, call.start, _mask(q, call))
+    return _attend_window(cache, q, call)
 
 
-def _mask(q: Tensor, call: CallRange) -> Tensor:
+def _attend_window(cache: KVCache, q: Tensor, call: CallRange) -> Tensor:
+    """Attention of q `[1, s, h, d]` to the slots that the mask shows `[1, s, h * d]`."""
     assert call.mask is not None
-    return call.mask[-1:] if _is_single_query(q) else call.mask
+    if call.window_leading is None or _is_single_query(q):
+        mask = call.mask[-1:] if _is_single_query(q) else call.mask
+        return _attend_all(cache, q, 0, mask)
+    last = _attend_all(cache, q[:, -1:], 0, call.mask)
+    return _attend_leading(cache, q, call.window_leading, last)
 
 
 def _write_contiguous(cache: KVCache, k: Tensor, v: Tensor, start: int) -> None:
@@ -224,7 +237,7 @@ def attend_masked_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: Ca
     assert call.slots is not None
     _write(cache, "keys", cache.encode(k), call.start, call.slots)
     _write(cache, "values", cache.encode(v), call.start, call.slots)
-    return _attend_all(cache, q, 0, _mask(q, call))
+    return _attend_window(cache, q, call)
 
 
 def attend_ring(cache: KVCache, q: Tensor, k: Tensor, v: Tensor, call: CallRange) -> Tensor:

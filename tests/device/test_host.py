@@ -17,6 +17,7 @@ from flash.device import system_info
 from flash.device.factory import open_device
 from flash.device.host import RUNNER, HostDevice, run_process
 from flash.device.measurement import Measurement, Program
+from flash.device.settings import DeviceKind
 from flash.device.workload import Workload
 from flash.errors import DeviceError, InputError
 from flash.lowering.settings import LoweringSettings
@@ -150,22 +151,42 @@ def test_a_text_fills_the_context(program, settings):
     assert len(device.generate(program, [1] * 60, 4)) == 4
 
 
+def test_huge_pages_are_of_the_process_and_of_the_identity(settings):
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.is_file() or "[never]" in enabled.read_text("ascii"):
+        pytest.skip("the kernel gives no huge pages")
+    takes = "x = bytearray(2**26); x[::4096] = bytes(2**14); import re; print(re.search("
+    takes += "r'AnonHugePages: +(\\d+) kB', open('/proc/self/smaps_rollup').read())[1])"
+    huge = replace(settings, huge_pages=True)
+    kib = [
+        int(run_process([sys.executable, "-c", takes], each.variables, 60.0, "x")[0])
+        for each in (settings, huge)
+    ]
+    assert kib[1] - kib[0] > 2**15  # half of what it takes
+    assert "huge_pages" not in settings.identity()
+    assert settings.identity() != huge.identity()
+    identities = [HostDevice(each).identity() for each in (settings, huge)]
+    assert identities[1] == {**identities[0], "huge_pages": 1}
+    with pytest.raises(InputError, match="huge_pages=true: expected false with kind=android"):
+        replace(settings, kind=DeviceKind.android, cpus=None, huge_pages=True)
+
+
 def test_dead_and_slow_processes_are_errors_with_a_name():
     dies = "import sys; print('boom', file=sys.stderr); sys.exit(3)"
     with pytest.raises(DeviceError, match="model a: the runner exited with code 3: boom"):
-        run_process([sys.executable, "-c", dies], 1, 60.0, "model a")
+        run_process([sys.executable, "-c", dies], {}, 60.0, "model a")
     # The runtime's own lines are no reason.
     silent = f"import os, sys; sys.path.insert(0, {str(RUNNER.parent)!r}); import runner; "
     silent += "runner.prepare(1); os._exit(4)"
     with pytest.raises(DeviceError, match="runner exited with code 4: it printed nothing"):
-        run_process([sys.executable, "-c", silent], 1, 60.0, "model a")
+        run_process([sys.executable, "-c", silent], {}, 60.0, "model a")
     killed = "import os; os.kill(os.getpid(), 9)"
     with pytest.raises(
         DeviceError, match=r"model c: .* device's memory was full; lower latency\.g"
     ):
-        run_process([sys.executable, "-c", killed], 1, 60.0, "model c")
+        run_process([sys.executable, "-c", killed], {}, 60.0, "model c")
     with pytest.raises(DeviceError, match="model b: no result after 0 s"):
-        run_process([sys.executable, "-c", "import time; time.sleep(60)"], 1, 0.3, "model b")
+        run_process([sys.executable, "-c", "import time; time.sleep(60)"], {}, 0.3, "model b")
 
 
 def test_disturbed_process_is_replaced_once_and_counted(settings, monkeypatch, tmp_path):

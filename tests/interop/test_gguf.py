@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 
 from flash.arch import ArchSpec, RopeKind, RopeScaling, parse_pattern
-from flash.errors import InputError
+from flash.errors import CheckFailed, InputError
 from flash.interop import gguf as gguf_format
 from flash.interop.gguf import check_gguf, locate_gguf_failure, write_gguf
 from flash.interop.gguf_tokenizer import pre_tokenizer_name
@@ -433,4 +433,12 @@ def test_the_search_for_a_bad_layer_writes_the_first_layers(tmp_path, text, monk
 def test_a_check_says_what_to_install(tmp_path, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(InputError, match="pip install llama-cpp-python"):
+        check_gguf(tmp_path / "a.gguf", decoder("F"), text, ParityLimits())
+
+
+def test_a_crash_of_llama_cpp_ends_only_the_check(tmp_path, text, monkeypatch):
+    (tmp_path / "child.py").write_text("import os; os.abort()", "utf-8")
+    monkeypatch.setattr(gguf_format, "_CHILD", tmp_path / "child.py")
+    monkeypatch.setattr(gguf_format, "_check_llama_cpp", lambda: None)
+    with pytest.raises(CheckFailed, match=r"a\.gguf: llama.cpp crashed \(SIGABRT\).* AMX"):
         check_gguf(tmp_path / "a.gguf", decoder("F"), text, ParityLimits())

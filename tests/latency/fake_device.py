@@ -13,12 +13,13 @@ CALL_MS = 0.05
 def block_ms(kind, spec):
     """Latency of a block in prefill [ms]; in decode the FFN has a fourth of the work."""
     d, f = spec["model_dim"], spec["ffn_dim"]
+    halves = 2 if kind.endswith("_pair") else 0.5 if kind.endswith("_last") else 1
     return {
         "ends": 0.2 + 1e-3 * d,
         "ffn": 2e-6 * d * f,
-        "full_attention": 0.2 + 3e-3 * d,
-        "sliding_attention": 0.4 + 3e-3 * d,
-    }[kind]
+        "full": halves * (0.2 + 3e-3 * d),
+        "sliding": halves * (0.4 + 3e-3 * d),
+    }[kind.split("_")[0]]
 
 
 def latency_ms(subject):

@@ -111,11 +111,16 @@ class SimulatedDevice:
                 first = start + length - asked
                 total += self._attend(spec, kind, first, asked, lowering)
             total += one if tail else ffn
+        group = spec.num_heads // spec.num_kv_heads
+        products = lowering.attention is AttentionForm.matmul and length > 1
+        if Attention.full_attention in spec.layer_types and products:
+            total += length * (start + length) * group / self.elements / 2
         if (
             Attention.sliding_attention in spec.layer_types
             and lowering.sliding is SlidingForm.stock
         ):
-            total += 3 * length * lowering.slots(spec.sliding_window) / self.elements / 5
+            hidden = length * lowering.slots(spec.sliding_window) / self.elements
+            total += hidden * group if products else 3 * hidden / 5
         return total + self._product(1, d, spec.vocab_size)
 
     def _product(self, rows, inner, outer):
@@ -129,14 +134,19 @@ class SimulatedDevice:
         window = spec.sliding_window
         sliding = kind is Attention.sliding_attention
         firsts = np.arange(start, start + length, 32)
-        if not sliding and length > 1 and lowering.attention is AttentionForm.matmul:
-            pairs = length * (start + length)
-            copied = 6 * (start + length) * spec.num_kv_heads * spec.head_dim
+        stock = lowering.sliding is SlidingForm.stock
+        matmul = length > 1 and lowering.attention is AttentionForm.matmul
+        if matmul and (not sliding or stock):
+            seen = start + length
+            if sliding and lowering.slots(window) < lowering.max_context:
+                seen = lowering.slots(window)
+            pairs = length * seen
+            copied = 6 * seen * spec.num_kv_heads * spec.head_dim
             products = 2 * pairs * spec.num_heads * spec.head_dim / self.products
             return products + pairs * spec.num_heads / self.elements + copied / self.stream
         if not sliding:
             keys = np.minimum(firsts + 32, start + length)
-        elif lowering.sliding is SlidingForm.ring:
+        elif not stock:
             keys = np.minimum(firsts + 32, 2 * window if length > 1 else window)
         else:
             keys = np.full(len(firsts), lowering.slots(window))

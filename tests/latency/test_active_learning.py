@@ -29,7 +29,7 @@ def analytical(point=PREFILL_512):
 def test_eight_chosen_models_teach_more_than_twelve_drawn_ones(point):
     # Attention is slower here than on the nominal device. Where the nominal device is accurate, as
     # in prefill on `DEVICE`, eight random models leave little but noise: selection gains nothing.
-    device = SimulatedDevice(attention=3e6, elements=2e6)
+    device = SimulatedDevice(attention=3e6, products=1e7, elements=2e6)
     errors = {"chosen": [], "drawn": [], "drawn_more": []}
     for seed in range(8):
         rng = np.random.default_rng(seed)

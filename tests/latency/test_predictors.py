@@ -65,16 +65,29 @@ def part_ms(part):
         return 0.1 + 2e-3 * d
     if part.name == "ffn":
         return 0.05 + 1e-4 * d + 2e-5 * part.ffn_dim + 1.5e-6 * d * part.ffn_dim
-    return (0.3 if part.name == FULL.value else 0.7) + 4e-3 * d
+    kind = FULL if part.name.startswith(FULL.value) else SLIDING
+    halves = 2 if part.name.endswith("_pair") else 0.4 if part.name.endswith("_last") else 1
+    return plan_ms(kind) + halves * half_ms(kind, d)
+
+
+def plan_ms(kind):
+    """Latency of what all attention halves of a kind share [ms]."""
+    return 0.2 if kind is FULL else 0.5
+
+
+def half_ms(kind, d):
+    """Latency of an attention half without the plan [ms]."""
+    return (0.3 if kind is FULL else 0.7) + 4e-3 * d
 
 
 def model_ms(spec):
     parts = [BlockShape(name="ends", model_dim=spec.model_dim)]
-    for kind in spec.layer_types:
-        parts.append(BlockShape(name="ffn", model_dim=spec.model_dim, ffn_dim=spec.ffn_dim))
-        if kind is not Attention.skip_attention:
-            parts.append(BlockShape(name=kind.value, model_dim=spec.model_dim))
-    return sum(part_ms(part) for part in parts)
+    parts += [BlockShape(name="ffn", model_dim=spec.model_dim, ffn_dim=spec.ffn_dim)] * len(
+        spec.layer_types
+    )
+    attending = [kind for kind in spec.layer_types if kind.attends]
+    attention = sum(half_ms(kind, spec.model_dim) for kind in attending)
+    return sum(map(part_ms, parts)) + attention + sum(map(plan_ms, set(attending)))
 
 
 def table(rng=None, noise=0.0):
@@ -91,7 +104,7 @@ def truth(specs):
 def test_grid_takes_both_ends_and_even_steps():
     assert grid_points(range(2048, 8193, 256), 3) == (2048, 5120, 8192)
     assert grid_points([3, 1, 2, 2], 9) == (1, 2, 3)
-    assert len(GRID.parts()) == 3 + 2 * 3 + 9
+    assert len(GRID.parts()) == 3 + 2 * 3 * 3 + 9
 
 
 def test_composition_is_exact_for_a_bilinear_device():
@@ -107,9 +120,8 @@ def test_composition_leaves_out_what_a_prompt_does_not_read():
     tailed = BACKBONE.replace(layer_types=(full, full, skip, full, skip, skip))
     [whole], [left] = (each.compose([tailed]).total_ms for each in (table(), unread))
     ffn = part_ms(BlockShape(name="ffn", model_dim=tailed.model_dim, ffn_dim=tailed.ffn_dim))
-    half = part_ms(BlockShape(name=full.value, model_dim=tailed.model_dim))
     tail = 3 * ffn * (1 - 2 / 64)  # two calls of 32 tokens, one token each
-    assert whole - tail - half < left < whole - tail - 0.3 * half
+    assert left == pytest.approx(whole - tail - 0.6 * half_ms(full, tailed.model_dim))
     decode = BlockTable(Point(Phase.decode, 64), BACKBONE, GRID, values, lowering)
     assert decode.compose([tailed]).total_ms == table().compose([tailed]).total_ms
     [nothing] = unread.compose([BACKBONE.replace(layer_types=(skip,) * 4)]).total_ms
@@ -122,12 +134,11 @@ def test_composition_goes_on_linearly_beyond_the_grid():
     np.testing.assert_allclose(table().compose([wider]).total_ms, truth([wider]), rtol=1e-12)
 
 
-def test_composition_counts_parts_and_masks():
+def test_composition_counts_calls():
     specs = [BACKBONE.replace(layer_types=kinds) for kinds in ((FULL,), (FULL, SLIDING))]
     skipping = BACKBONE.replace(layer_types=(FULL, Attention.skip_attention))
     sums = table().compose([*specs, skipping, BACKBONE.replace(layer_types=(SLIDING,) * 3)])
-    assert list(sums.num_parts) == [3, 5, 4, 7]
-    assert list(sums.num_repeated_masks) == [0, 0, 0, 2]
+    assert list(sums.num_calls) == [3, 5, 4, 5]
 
 
 def test_grid_of_one_width_is_constant_in_it():
@@ -152,12 +163,8 @@ def test_kind_without_a_measured_block_is_refused():
     ("device", "calibration"),
     [
         (lambda sums: 1.36 * sums.total_ms, Calibration.scale),
-        (
-            lambda sums: 1.1 * sums.total_ms - 0.8 * sums.num_repeated_masks,
-            Calibration.repeated_masks,
-        ),
         (lambda sums: 1.1 * sums.total_ms + 3.0, Calibration.model_overhead),
-        (lambda sums: 1.2 * sums.total_ms - 0.05 * sums.num_parts, Calibration.part_overhead),
+        (lambda sums: 1.2 * sums.total_ms - 0.05 * sums.num_calls, Calibration.call_overhead),
     ],
 )
 def test_blocks_recover_the_calibration_of_a_device_without_noise(device, calibration):

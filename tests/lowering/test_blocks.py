@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flash.arch import ArchSpec, parse_pattern
-from flash.lowering.blocks import Block, BlockKind, lower_block
+from flash.lowering.blocks import Block, BlockKind, block_module, lower_block
 
 SPEC = ArchSpec(
     model_dim=64,
@@ -20,7 +21,10 @@ SPEC = ArchSpec(
 
 
 def test_blocks_depend_only_on_what_their_program_depends_on():
-    full, sliding, ffn, ends = (Block.of(kind, SPEC) for kind in BlockKind)
+    full, sliding = (
+        Block.of(kind, SPEC) for kind in (BlockKind.full_attention, BlockKind.sliding_attention)
+    )
+    ffn, ends = (Block.of(kind, SPEC) for kind in (BlockKind.ffn, BlockKind.ends))
     other = replace(SPEC, ffn_dim=128, layer_types=parse_pattern("F"), vocab_size=128)
     assert Block.of(BlockKind.full_attention, other) == full
     assert Block.of(BlockKind.sliding_attention, other) == sliding
@@ -35,7 +39,16 @@ def test_blocks_depend_only_on_what_their_program_depends_on():
 
 
 def test_block_names_differ():
-    assert len({str(Block.of(kind, SPEC)) for kind in BlockKind}) == 4
+    assert len({str(Block.of(kind, SPEC)) for kind in BlockKind}) == len(BlockKind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BlockKind if kind.attention is not None])
+def test_a_pair_is_two_halves_and_the_last_answers_for_one_token(settings, kind):
+    module = block_module(Block.of(kind, SPEC), settings())
+    x = torch.randn(1, 6, SPEC.model_dim)
+    assert len(module.halves) == (2 if kind.value.endswith("_pair") else 1)
+    y = module(x, torch.zeros(1, dtype=torch.long))
+    assert y.shape == (1, 1 if kind.value.endswith("_last") else 6, SPEC.model_dim)
 
 
 @pytest.mark.slow
