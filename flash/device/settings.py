@@ -43,7 +43,7 @@ class DeviceSettings:
     elsewhere the system's choice."""
     huge_pages: bool = False
     """Keep weights in huge pages, on Linux with glibc (host and boards): a decode step then takes
-    about 0.87 of its time on a Xeon. Start a runner of your own with
+    0.86 of its time on a Xeon. Start a runner of your own with
     `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` for the same."""
     lowering: LoweringSettings = field(default_factory=LoweringSettings)
     """Formats and lengths of the programs for this device."""
