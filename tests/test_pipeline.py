@@ -291,7 +291,8 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     with pytest.raises(CheckFailed, match=where) as failed:
         export(settings)
     told = str(failed.value)
-    assert f"recipe=qat start={trained} name=strict-qat recipe.qat_group_size=32" in told
+    assert f"flash train recipe=qat start={trained} name=strict-qat recipe.qat_group_" in told
+    assert told.endswith("\n  flash export model=strict-qat name=strict-qat")
     rows = ("float", "rotate + gptq", "nearest", "rotate + gptq, embedding in 8 bits")
     assert all(f"\n{row}  " in told for row in rows), told
     folder = Runs(Path(common["runs"])).export("strict")

@@ -146,12 +146,11 @@ class FailedRounding:
             part_costs(self.model, self.rounded, text, rotated=self.choice.rotate)
         )
 
-    def remedy(self, qat_command: str, trained: str) -> str:
+    def remedy(self, training: Sequence[str]) -> str:
         """Compare the losses of other roundings, and word what to do.
 
         Args:
-            qat_command: Command that trains the model for its rounding.
-            trained: Name of the model that this command makes.
+            training: Commands that train the model for its rounding, and export it.
         """
         checks = {str(self.choice): (self.check, "")}
         for method, rotate in ((Rounding.nearest, False), (Rounding.gptq, True)):
@@ -177,13 +176,12 @@ class FailedRounding:
                 for name, (check, _) in checks.items()
             ]
         )
+        found = f"{losses}\n{self.check.rule}: "
         enough = [keys for check, keys in checks.values() if check.passed]
         if enough:
-            return f"{losses}\n{self.check.rule}: give {enough[0]}"
-        return (
-            f"{losses}\n{self.check.rule}: train it for the rounding, with the backbone and the "
-            f"data of this command, and export model={trained}:\n  {qat_command}"
-        )
+            return f"{found}give {enough[0]}"
+        lines = "".join(f"\n  {command}" for command in training)
+        return f"{found}train it for the rounding, and export that:{lines}"
 
     def _compare(self, rounded: Decoder) -> RoundingCheck:
         return check_rounding(self.model, rounded, self.texts, self.gate)

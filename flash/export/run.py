@@ -2,15 +2,14 @@
 
 import dataclasses
 import logging
-import shlex
 import time
 from pathlib import Path
 
 from flash.arch import Quantization, count_parameters
-from flash.commands import command
+from flash.commands import following, override
 from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
-from flash.errors import CheckFailed
+from flash.errors import CheckFailed, shown
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
 from flash.export.mixed import PartCost, cost_table, mixed_lowering
@@ -249,17 +248,31 @@ def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | Non
     )
     path, where = job.folder / "gate_failed.json", failed.where()
     write_json(path, GateReport(stages=[], rounding=check, where=where).to_dict())
-    name = f"{job.name}-qat"
-    words = [
-        *("recipe=qat", f"start={job.weights}", f"name={name}"),
+    raise CheckFailed(
+        f"{job.name}: the parity gate failed before the lowering, {where}; nothing was published, "
+        f"see {path}\n{failed.remedy(_training_commands(job))}"
+    )
+
+
+def _training_commands(job: ExportJob) -> list[str]:
+    """Return the commands that train the weights for their rounding, and export the result."""
+    lowering, name = job.lowering, f"{job.name}-qat"
+    training = [
+        "recipe=qat",
+        override("start", job.weights),
+        override("name", name),
         f"recipe.qat_group_size={lowering.group_size}",
         f"recipe.qat_embedding_bits={lowering.embedding_bits}",
     ]
-    qat = f"{command('train')} {shlex.join(words)}"
-    raise CheckFailed(
-        f"{job.name}: the parity gate failed before the lowering, {where}; nothing was published, "
-        f"see {path}\n{failed.remedy(qat, name)}"
-    )
+    if lowering.rotate is not None:
+        training.append(f"recipe.qat_rotate={shown(lowering.rotate)}")
+    shared = ("backbone", "data", "trainer", "logger", "seed", "runs")
+    own = ("device", "gate", "mixed", "format", "formats", "prompt", "new_tokens")
+    exporting = [override("model", name), override("name", name)]
+    return [
+        following("train", training, shared),
+        following("export", exporting, (*shared, *own, "perplexity_tokens", "experiment")),
+    ]
 
 
 def _run_gate(
