@@ -28,12 +28,14 @@ from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.settings import BackboneSettings
+from flash.model.weights import read_metadata
 from flash.paths import Runs
 from flash.records import file_digest
 from flash.report.page import render
 from flash.report.reading import read
 from flash.report.table import as_text, quantization_rows
 from flash.report.wandb_run import log_report
+from flash.rounding.settings import TrainedRounding
 from flash.search.objectives import Objective
 from flash.search.run import run_search
 from flash.search.settings import SearchJobSettings, SearchLimits, SearchSettings, SearchStage
@@ -365,6 +367,8 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     recipe = dataclasses.replace(RECIPE, qat=True)
     start = str(runs.model(name) / "checkpoint")
     train(TrainSettings(**common, recipe=recipe, arch=arch, name="aware", start=start))
+    metadata = read_metadata(runs.model("aware") / "checkpoint")
+    assert TrainedRounding.of_metadata(metadata) == recipe.trained_rounding
     aware = export(_export_settings(common, "aware", arch))
     assert "was trained with" not in caplog.text
     bytes_of_8 = _device(embedding_bits=8)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flash.arch import Quantization
-from flash.errors import shown
+from flash.errors import InputError, shown
 from flash.lowering.depth_profile import describe_costs, part_costs
 from flash.lowering.rounding_check import RoundingCheck, check_rounding
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.decoder import Decoder
+from flash.model.weights import read_metadata
 from flash.rounding.decoder import round_decoder, round_embedding
-from flash.rounding.settings import Rounding, WeightFormat
+from flash.rounding.settings import Rounding, TrainedRounding, WeightFormat
 from flash.terminal import table
 from flash.training.result import TrainResult
 from flash.training.settings import RecipeSettings
@@ -42,11 +43,10 @@ class RoundingChoice:
     @classmethod
     def of(cls, lowering: LoweringSettings, weights: Path) -> "RoundingChoice":
         """Choose what the settings leave open by the training of a checkpoint folder."""
-        recipe = _qat_recipe(weights)
+        trained = trained_rounding(weights)
         method, rotate = lowering.rounding, lowering.rotate
         if rotate is None:
-            trained = recipe.get("qat_rotate", False) if recipe is not None else None
-            rotate = method is Rounding.gptq if trained is None else trained
+            rotate = method is Rounding.gptq if trained is None else trained.rotate
         return cls(method, rotate)
 
     def identity(self, lowering: LoweringSettings) -> list[Any]:
@@ -62,32 +62,41 @@ class RoundingChoice:
 
 def warn_of_other_rounding(name: str, lowering: LoweringSettings, weights: Path) -> None:
     """Warn if the weights were trained for another rounding than the device's."""
-    recipe = _qat_recipe(weights)
-    for ours, theirs in _differences(lowering, recipe) if recipe is not None else ():
-        log.warning(
-            "%s was trained with %s, not with device.lowering.%s: the program loses part of the "
-            "benefit of that training",
-            *(name, theirs, ours),
-        )
-
-
-def _qat_recipe(weights: Path) -> dict | None:
-    """Settings of the training that a checkpoint folder comes from, if it rounded."""
-    trained = TrainResult.read(weights.parent)
-    recipe = trained.settings["recipe"] if trained is not None else {}
-    return recipe if recipe.get("qat") else None
-
-
-def _differences(lowering: LoweringSettings, recipe: dict) -> list[tuple[str, str]]:
-    """Settings of the lowering that differ, as `key=value`, and those of the training."""
-    found = []
-    for key in ("group_size", "embedding_bits", "rotate"):
+    trained = trained_rounding(weights)
+    for key, theirs in asdict(trained).items() if trained is not None else ():
         ours = getattr(lowering, key)
-        default = False if key == "rotate" else getattr(RecipeSettings, f"qat_{key}")
-        theirs = recipe.get(f"qat_{key}", default)
         if ours is not None and ours != theirs:
-            found.append((f"{key}={shown(ours)}", f"recipe.qat_{key}={shown(theirs)}"))
-    return found
+            log.warning(
+                "%s was trained with recipe.qat_%s=%s, not with device.lowering.%s=%s: the program "
+                "loses part of the benefit of that training",
+                *(name, key, shown(theirs), key, shown(ours)),
+            )
+
+
+def trained_rounding(weights: Path) -> TrainedRounding | None:
+    """Find the rounding that the weights of a checkpoint folder were trained for, if any.
+
+    Raises:
+        InputError: The file of weights, or the result beside an older one, is damaged.
+    """
+    metadata = read_metadata(weights)
+    try:
+        found = TrainedRounding.of_metadata(metadata)
+    except ValueError as error:
+        raise InputError(
+            f"{weights}: damaged metadata ({error}); copy the weights again"
+        ) from error
+    if found is not None:
+        return found
+    result = TrainResult.read(weights.parent)  # older checkpoints say nothing
+    recipe = result.settings["recipe"] if result is not None else {}
+    if not recipe.get("qat"):
+        return None
+    return TrainedRounding(
+        group_size=recipe.get("qat_group_size", RecipeSettings.qat_group_size),
+        embedding_bits=recipe.get("qat_embedding_bits", RecipeSettings.qat_embedding_bits),
+        rotate=recipe.get("qat_rotate", False),
+    )
 
 
 def rounded_decoder(

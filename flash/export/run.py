@@ -17,7 +17,7 @@ from flash.export.perplexity import program_quality
 from flash.export.predicted import predicted_latencies
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult, ProgramQuality, device_conditions
-from flash.export.rounding import FailedRounding, rounded_decoder
+from flash.export.rounding import FailedRounding, rounded_decoder, trained_rounding
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.export.summary import describe, describe_format, one_line
 from flash.export.table6 import table6
@@ -130,7 +130,13 @@ def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
 def _publish(job: ExportJob, kinds: list[ExportFormat], tracker: Tracker) -> None:
     """Write and check the formats other than the program."""
     model = load_checkpoint(job.weights)
-    source = ExportSource(model=model, text=job.texts[0], tokenizer=job.workspace.tokenizer)
+    trained = trained_rounding(job.weights)
+    source = ExportSource(
+        model=model,
+        text=job.texts[0],
+        tokenizer=job.workspace.tokenizer,
+        metadata=trained.to_metadata() if trained is not None else {},
+    )
     for kind in kinds:
         new = not _is_finished(job, kind)
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])

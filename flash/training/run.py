@@ -304,7 +304,9 @@ def _train(
         result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
         tracker.log(_metrics(result), done.steps)
         TrainResult.remove(folder)  # a result is never beside weights of another training
-        workspace.save_model(folder / "checkpoint", model)
+        rounding = recipe.trained_rounding
+        metadata = rounding.to_metadata() if rounding is not None else None
+        workspace.save_model(folder / "checkpoint", model, metadata)
         tracker.publish(Artifact(ArtifactKind.checkpoint, name, folder / "checkpoint"))
     return result
 
