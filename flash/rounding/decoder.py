@@ -14,7 +14,7 @@ from flash.progress import progress_bar
 from flash.rounding.fake import NORMS_OF_HEADS, round_activations
 from flash.rounding.gptq import gptq, inverse_factor
 from flash.rounding.grid import Grid, round_to_grid
-from flash.rounding.rotation import Turn, turns
+from flash.rounding.rotation import Turn, replace_small_gains, turns
 from flash.rounding.settings import Rounding, WeightFormat
 
 Matrix = nn.Linear | nn.Embedding
@@ -90,7 +90,8 @@ def begin_by_outputs(
     """Give `model` the weights and scales of `gptq`, as a start for training.
 
     Each matrix gets the weights that were rounded, not the rounded ones: those lie where training
-    moves one as easily as another to the next integer. A tied head stays the embedding.
+    moves one as easily as another to the next integer. A tied head stays the embedding. Gains near
+    0 become 1, as the weights that were rounded have values there too.
 
     Args:
         model: Decoder in float32, changed in place.
@@ -121,6 +122,7 @@ def begin_by_outputs(
         calibration=calibration,
         keep=keep,
     )
+    replace_small_gains(changes[name] for name in scales if name in changes)
     return scales
 
 

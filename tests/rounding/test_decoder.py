@@ -13,8 +13,8 @@ from tests.lowering.conftest import toy_model
 WIDE = WeightFormat(group_size=64, embedding_bits=8)
 
 
-def model_with_gains():
-    model = toy_model("FS-", qkv_bias=True, ffn_dim=128)
+def model_with_gains(**changes):
+    model = toy_model("FS-", **{"qkv_bias": True, "ffn_dim": 128, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -84,20 +84,31 @@ def test_training_begins_with_the_loss_of_calibration(text, tied, rotate):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rotate", [False, True])
-def test_settled_weights_are_rounded_as_in_their_training(text, rotate):
-    model = toy_model("FS-", tie_embeddings=False)
+@pytest.mark.parametrize("gain", [0.0, 1e-40, -1e-5])  # of a few channels of each norm
+def test_settled_weights_are_rounded_as_in_their_training(text, tied, rotate, gain):
+    model = model_with_gains(tie_embeddings=tied)
+    norms = [
+        p for name, p in model.named_parameters() if "layernorm" in name or "model.norm" in name
+    ]
+    for norm in norms:
+        norm[3:6] = gain
     scales = begin_by_outputs(model, WeightFormat(), rotate=rotate, calibration=text.view(4, -1))
     fake_quantize(model, rotate=rotate, scales=scales)
     for parameter in model.parameters():  # as training moves them
         parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
+    for norm in norms:
+        norm[7:9] = gain
+    trained = {name: model.get_submodule(name).rounded_weight() for name in scales}
+    before = model(text[None])
     settle(model)
+    torch.testing.assert_close(model(text[None]), before, atol=0.05 * float(before.std()), rtol=0)
     stored = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     plain = build(model.spec, stored)
     rounded = round_decoder(plain, WeightFormat(), Rounding.nearest, rotate=rotate)
     for name in scales:
-        weight = model.get_submodule(name).rounded_weight()
-        found = rounded.get_submodule(name).weight.dequantize()
+        found, weight = rounded.get_submodule(name).weight.dequantize(), trained[name]
         torch.testing.assert_close(found, weight, atol=0.01 * float(weight.std()), rtol=0.02)
 
 
