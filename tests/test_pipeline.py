@@ -244,7 +244,7 @@ def test_the_export_proves_and_measures_the_program(common, winner):
     assert result["speedups"]["prefill_32"] > 0
     assert result["predicted"] is not None
     quality = result["program_quality"]
-    assert abs(quality["pte_loss"] - quality["float_loss"]) < 0.5
+    assert abs(quality["change"]["loss"] - quality["change"]["float_loss"]) < 0.5
 
 
 def test_an_export_with_former_keys_is_read(common, winner, tmp_path):
@@ -378,7 +378,7 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     backbone, line = quantization_rows(read(runs).models)  # "aware" is a part of the second
     assert backbone[-2:] == ["-", "-"]
     assert line[0] == name
-    assert line[-2] == f"{aware.program_quality.pte_loss:.3f}"
+    assert line[-2] == f"{aware.program_quality.change.loss:.3f}"
     assert "Loss of quantization" in render(read(runs))
 
 

@@ -314,12 +314,13 @@ def _check_program(job: ExportJob, quality: ProgramQuality) -> None:
         CheckFailed: It is beyond the limit.
     """
     most = job.settings.gate.perplexity_limit(count_parameters(job.spec).total)
-    if quality.change_pct <= most:  # NaN is not
+    change = quality.change
+    if change.perplexity_pct <= most:  # NaN is not
         return
     raise CheckFailed(
-        f"{job.name}: as .pte, perplexity is {quality.change_pct:+.1f} +- "
-        f"{quality.change_se_pct:.1f} % on {quality.tokens} tokens, though the rounded decoder's "
-        f"was within gate.max_perplexity_increase_pct={most:g}; the file is kept without a result"
+        f"{job.name}: as .pte, perplexity is {change} on {change.tokens} tokens, though the "
+        f"rounded decoder's was within gate.max_perplexity_increase_pct={most:g}; the file is kept "
+        "without a result"
     )
 
 
@@ -382,6 +383,6 @@ def _metrics(result: ExportResult) -> dict[str, float]:
         **predicted,
         "export/pte_mib": result.pte_bytes / 2**20,
         "export/val_loss": result.quality.loss,
-        "export/perplexity_change_pct": result.program_quality.change_pct,
+        "export/perplexity_change_pct": result.program_quality.change.perplexity_pct,
         "export/top1_agreement": result.program_quality.agreement,
     }
