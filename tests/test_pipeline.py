@@ -338,12 +338,13 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
     monkeypatch.setattr("flash.export.run.load_checkpoint", pytest.fail)
     name, arch = winner
     new = {"model": str(Runs(Path(common["runs"])).model(name) / "checkpoint")}
-    device = _device(group_size=96)
+    device, many = _device(group_size=96), _device(calibration_tokens=10**12)
     cases = [
         ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
         ({"new_tokens": 64}, r"new_tokens=64: expected at most \d+, which device\.lowering\.max"),
         ({"perplexity_tokens": 4}, r"perplexity_tokens=4: expected at least"),
         ({"device": device}, r"lowering\.group_size=96: expected a divisor of model_dim"),
+        ({"device": many}, r"device\.lowering\.calibration_tokens=10{12}: expected at most \d+: "),
     ]
     for changes, message in cases:
         with pytest.raises(InputError, match=message):

@@ -49,12 +49,16 @@ class RoundingChoice:
             rotate = method is Rounding.gptq if trained is None else trained.rotate
         return cls(method, rotate)
 
+    def calibrated(self, lowering: LoweringSettings) -> bool:
+        """True if the rounding reads calibration text."""
+        rounds = lowering.quantization is not Quantization.fp32
+        return rounds and self.method is Rounding.gptq
+
     def identity(self, lowering: LoweringSettings) -> list[Any]:
         """Plain values that decide the integers; empty for a program in fp32."""
         if lowering.quantization is Quantization.fp32:
             return []
-        calibrated = self.method is Rounding.gptq
-        return [str(self), lowering.calibration_tokens if calibrated else None]
+        return [str(self), lowering.calibration_tokens if self.calibrated(lowering) else None]
 
     def __str__(self) -> str:
         return f"{'rotate + ' if self.rotate else ''}{self.method.value}"

@@ -21,7 +21,7 @@ from flash.rounding.fake import fake_quantize
 from flash.rounding.grid import round_to_grid
 from flash.training.fit import fit
 from flash.training.result import TrainResult
-from flash.training.run import train
+from flash.training.run import check, train
 from flash.training.settings import Precision, RecipeSettings, StageSettings, TrainerSettings
 from flash.training.validation import validate
 from flash.workspace import Workspace
@@ -163,6 +163,18 @@ def test_quantization_aware_training_leaves_weights_on_their_grid(settings):
         for weight in (layer.mlp.up_proj.weight, layer.mlp.down_proj.weight):
             rounded = round_to_grid(weight, 32, 4).weight()
             assert (rounded - weight).abs().max() < 0.05 * weight.std()  # as bfloat16 keeps it
+
+
+def test_calibration_that_memory_cannot_hold_is_refused_before_any_work(settings):
+    recipe = dataclasses.replace(RECIPE, qat=True, qat_calibration_tokens=10**12)
+    with pytest.raises(
+        InputError,
+        match=r"recipe\.qat_calibration_tokens=10{12}: expected at most \d+: .* GiB of memory",
+    ):
+        check(dataclasses.replace(settings, recipe=recipe))
+    stage = StageSettings(data=settings.data, recipe=recipe)
+    with pytest.raises(InputError, match=r"then\.last\.recipe\.qat_calibration_tokens=10{12}"):
+        check(dataclasses.replace(settings, then={"last": stage}))
 
 
 def test_a_start_brings_its_own_tokenizer(settings, corpus):
