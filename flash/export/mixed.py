@@ -152,7 +152,7 @@ def mixed_lowering(
         choice: Rounding of the export.
         calibration: Token ids of training text `(n, s)`; costs are those of its first sequence.
         device: Device whose decode steps are timed.
-        programs: Folder for lowered blocks.
+        programs: Folder for lowered blocks and models.
 
     Raises:
         InputError: The decode step takes longer than its limit with all parts in 4 bits already.
@@ -161,13 +161,12 @@ def mixed_lowering(
     wide = replace(lowering, eight_bit=ALL_EIGHT)
     extra_ms, room_ms = dict.fromkeys(linear_parts(model.spec)), None
     if settings.max_decode_ms is not None:
-        extra_ms, total = _decode_ms(model.spec, lowering, wide, device, programs)
-        room_ms = settings.max_decode_ms - total
+        extra_ms, step = _decode_ms(model.spec, lowering, wide, device, programs)
+        room_ms = settings.max_decode_ms - step
         if room_ms < 0:
             raise InputError(
-                f"mixed.max_decode_ms={settings.max_decode_ms:g}: expected at least {total:.3g}, "
-                "the sum of all parts with 4 bits, each measured alone on this device (a whole "
-                "model takes less)"
+                f"mixed.max_decode_ms={settings.max_decode_ms:g}: expected at least {step:.3g}, "
+                "the decode step of the model with all parts in 4 bits, as measured on this device"
             )
     costs = []
     for each, method in ((lowering, choice.method), (wide, Rounding.nearest)):
@@ -195,26 +194,37 @@ def mixed_lowering(
 def _decode_ms(
     spec: ArchSpec, narrow: LoweringSettings, wide: LoweringSettings, device: Device, folder: Path
 ) -> tuple[dict[str, float], float]:
-    """Further time of a decode step by part, and the sum of all parts in 4 bits [ms].
+    """Further time of a decode step by part, and the step with all parts in 4 bits [ms].
 
-    Equal parts are timed once, in turns with the others in the same processes.
+    A part that is timed alone takes longer than within a model, since each call has a cost of its
+    own. All times of parts are therefore scaled by one factor, with which those in 4 bits add up to
+    the step of the model. Equal parts are timed once, all in turns in the same processes.
     """
     blocks = {part: Block.of(_kind(part, spec), spec) for part in linear_parts(spec)}
-    subjects = [Subject(block=block) for block in dict.fromkeys(blocks.values())]
+    subjects = {part: Subject(block=block) for part, block in blocks.items()}
+    alone, whole = list(dict.fromkeys(subjects.values())), Subject.of(spec)
+    asked = [(each, narrow, 4) for each in [*alone, whole]] + [(each, wide, 8) for each in alone]
     flush_mib = flushed_mib(spec, narrow)
-    measured = device.measure(
-        [
-            subject.program(cached_program(subject, lowering, folder), flush_mib)
-            for lowering in (narrow, wide)
-            for subject in subjects
-        ],
-        device.settings.workload.only([device.settings.workload.first(Phase.decode)]),
-    )
-    ms = [next(iter(each.latencies.values())).ms for each in measured]
-    pairs = dict(zip(subjects, zip(ms, ms[len(subjects) :], strict=False), strict=True))
-    by_part = {part: pairs[Subject(block=block)] for part, block in blocks.items()}
-    extra = {part: max(0.0, eight - four) for part, (four, eight) in by_part.items()}
-    return extra, sum(four for four, _ in by_part.values())
+    programs = [
+        replace(
+            subject.program(cached_program(subject, lowering, folder), flush_mib),
+            name=f"{subject}, {bits} bits",
+        )
+        for subject, lowering, bits in asked
+    ]
+    workload = device.settings.workload
+    measured = device.measure(programs, workload.only([workload.first(Phase.decode)]))
+    ms = {
+        (subject, bits): next(iter(each.latencies.values())).ms
+        for (subject, _, bits), each in zip(asked, measured, strict=True)
+    }
+    step = ms[whole, 4]
+    scale = step / sum(ms[subject, 4] for subject in subjects.values())
+    log.info("decode step with all parts in 4 bits: %.3g ms", step)
+    return {
+        part: scale * max(0.0, ms[subject, 8] - ms[subject, 4])
+        for part, subject in subjects.items()
+    }, step
 
 
 def _kind(part: str, spec: ArchSpec) -> BlockKind:
