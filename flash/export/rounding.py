@@ -141,6 +141,7 @@ class FailedRounding:
         texts: Held-out sequences of that comparison.
         gate: Limits of that comparison.
         calibration: Token ids of training text.
+        mixed: True if the parts in 8 bits were chosen for this rounding.
     """
 
     model: Decoder
@@ -151,6 +152,7 @@ class FailedRounding:
     texts: Sequence[Tensor]
     gate: GateSettings
     calibration: Tensor
+    mixed: bool
 
     def where(self) -> str:
         """Name the part that rounding costs most, or say how its costs spread over the depth."""
@@ -166,21 +168,8 @@ class FailedRounding:
             training: Commands that train the model for its rounding, and export it.
         """
         checks = {str(self.choice): (self.check, "")}
-        for method, rotate in ((Rounding.nearest, False), (Rounding.gptq, True)):
-            choice = RoundingChoice(method, rotate)
-            if str(choice) not in checks:
-                rounded = rounded_decoder(self.model, self.lowering, choice, self.calibration)
-                keys = f"rounding={method.value} device.lowering.rotate={shown(rotate)}"
-                checks[str(choice)] = self._compare(rounded), f"device.lowering.{keys}"
-        if self.lowering.embedding_bits == 4:
-            embedding = self.rounded.model.embed_tokens
-            wide = WeightFormat(self.lowering.group_size, embedding_bits=8)
-            self.rounded.model.embed_tokens = round_embedding(
-                self.model, wide, mse=True, rotate=self.choice.rotate
-            )
-            check = self._compare(self.rounded), "device.lowering.embedding_bits=8"
-            checks[f"{self.choice}, embedding in 8 bits"] = check
-            self.rounded.model.embed_tokens = embedding
+        if not self.mixed:
+            checks |= self._others()
         losses = table(
             [["weights", "loss", "perplexity", "kl"]]
             + [["float", f"{self.check.change.float_loss:.4f}", "", ""]]
@@ -193,8 +182,31 @@ class FailedRounding:
         enough = [keys for check, keys in checks.values() if check.passed]
         if enough:
             return f"{found}give {enough[0]}"
+        if self.mixed:
+            found += "give a higher limit of mixed (other ways to round were not tried, as mixed "
+            found += "would choose other parts for them), or "
         lines = "".join(f"\n  {command}" for command in training)
         return f"{found}train it for the rounding, and export that:{lines}"
+
+    def _others(self) -> dict[str, tuple[RoundingCheck, str]]:
+        """Checks of other roundings, by name, with the settings that ask for them."""
+        checks = {}
+        for method, rotate in ((Rounding.nearest, False), (Rounding.gptq, True)):
+            choice = RoundingChoice(method, rotate)
+            if choice != self.choice:
+                rounded = rounded_decoder(self.model, self.lowering, choice, self.calibration)
+                keys = f"rounding={method.value} device.lowering.rotate={shown(rotate)}"
+                checks[str(choice)] = self._compare(rounded), f"device.lowering.{keys}"
+        if self.lowering.embedding_bits == 4:
+            embedding = self.rounded.model.embed_tokens
+            wide = WeightFormat(self.lowering.group_size, embedding_bits=8)
+            self.rounded.model.embed_tokens = round_embedding(
+                self.model, wide, mse=True, rotate=self.choice.rotate
+            )
+            check = self._compare(self.rounded), "device.lowering.embedding_bits=8"
+            checks[f"{self.choice}, embedding in 8 bits"] = check
+            self.rounded.model.embed_tokens = embedding
+        return checks
 
     def _compare(self, rounded: Decoder) -> RoundingCheck:
         return check_rounding(self.model, rounded, self.texts, self.gate)

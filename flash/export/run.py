@@ -251,6 +251,7 @@ def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | Non
         texts=job.texts,
         gate=gate,
         calibration=calibration,
+        mixed=not job.settings.mixed.off,
     )
     path, where = job.folder / "gate_failed.json", failed.where()
     write_json(path, GateReport(stages=[], rounding=check, where=where).to_dict())

@@ -10,9 +10,16 @@ from safetensors import safe_open
 
 from flash.errors import InputError
 from flash.export.formats import ExportSource, publish
-from flash.export.rounding import RoundingChoice, trained_rounding, warn_of_other_rounding
+from flash.export.rounding import (
+    FailedRounding,
+    RoundingChoice,
+    rounded_decoder,
+    trained_rounding,
+    warn_of_other_rounding,
+)
 from flash.export.settings import ExportFormat, FormatSettings
-from flash.lowering.settings import LoweringSettings
+from flash.lowering.rounding_check import check_rounding
+from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.checkpoint import load, save, state_to_save
 from flash.rounding.settings import Rounding, TrainedRounding
 from flash.training.settings import RecipeSettings
@@ -74,6 +81,32 @@ def test_an_older_checkpoint_is_known_by_the_result_beside_it(checkpoint, monkey
     assert trained_rounding(weights) == TrainedRounding(
         group_size=32, embedding_bits=4, rotate=False
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixed", [False, True])
+def test_other_roundings_are_no_remedy_where_parts_were_chosen_for_this_one(mixed):
+    text = torch.randint(0, 96, (64,), generator=torch.Generator().manual_seed(1))
+    model, choice = toy_model("F-"), RoundingChoice(Rounding.nearest, True)
+    lowering, gate = LoweringSettings(max_context=64), GateSettings(max_kl_quantized=1e-9)
+    calibration = text.view(4, -1)
+    rounded = rounded_decoder(model, lowering, choice, calibration)
+    failed = FailedRounding(
+        model=model,
+        rounded=rounded,
+        lowering=lowering,
+        choice=choice,
+        check=check_rounding(model, rounded, [text], gate),
+        texts=[text],
+        gate=gate,
+        calibration=calibration,
+        mixed=mixed,
+    )
+    told = failed.remedy(["first", "second"])
+    assert told.endswith("train it for the rounding, and export that:\n  first\n  second")
+    assert ("\nrotate + gptq " in told) is not mixed
+    assert ("embedding in 8 bits" in told) is not mixed
+    assert ("give a higher limit of mixed (other ways to round were not tried" in told) is mixed
 
 
 @pytest.mark.parametrize("text", ["{", json.dumps({"turned": True}), "[]"])
