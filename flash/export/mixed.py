@@ -196,35 +196,30 @@ def _decode_ms(
 ) -> tuple[dict[str, float], float]:
     """Further time of a decode step by part, and the step with all parts in 4 bits [ms].
 
-    A part that is timed alone takes longer than within a model, since each call has a cost of its
-    own. All times of parts are therefore scaled by one factor, with which those in 4 bits add up to
-    the step of the model. Equal parts are timed once, all in turns in the same processes.
+    A part that is timed alone takes another time than within a model. The further times of parts
+    are therefore scaled by one factor, with which they add up to that of the model with all parts
+    in 8 bits. Equal parts are timed once, all in turns in the same processes.
     """
     blocks = {part: Block.of(_kind(part, spec), spec) for part in linear_parts(spec)}
     subjects = {part: Subject(block=block) for part, block in blocks.items()}
-    alone, whole = list(dict.fromkeys(subjects.values())), Subject.of(spec)
-    asked = [(each, narrow, 4) for each in [*alone, whole]] + [(each, wide, 8) for each in alone]
-    flush_mib = flushed_mib(spec, narrow)
-    programs = [
-        replace(
-            subject.program(cached_program(subject, lowering, folder), flush_mib),
-            name=f"{subject}, {bits} bits",
-        )
-        for subject, lowering, bits in asked
+    whole = Subject.of(spec)
+    asked = [
+        (subject, bits) for bits in (4, 8) for subject in [*dict.fromkeys(subjects.values()), whole]
     ]
+    flush_mib = flushed_mib(spec, narrow)
+    programs = []
+    for subject, bits in asked:
+        path = cached_program(subject, narrow if bits == 4 else wide, folder)
+        name = f"{subject}, {bits} bits"
+        programs.append(replace(subject.program(path, flush_mib), name=name))
     workload = device.settings.workload
     measured = device.measure(programs, workload.only([workload.first(Phase.decode)]))
-    ms = {
-        (subject, bits): next(iter(each.latencies.values())).ms
-        for (subject, _, bits), each in zip(asked, measured, strict=True)
-    }
-    step = ms[whole, 4]
-    scale = step / sum(ms[subject, 4] for subject in subjects.values())
-    log.info("decode step with all parts in 4 bits: %.3g ms", step)
-    return {
-        part: scale * max(0.0, ms[subject, 8] - ms[subject, 4])
-        for part, subject in subjects.items()
-    }, step
+    ms = dict(zip(asked, (each.decode.ms for each in measured), strict=True))
+    log.info("decode step: %.3g ms in 4 bits, %.3g ms in 8 bits", ms[whole, 4], ms[whole, 8])
+    extra = {part: max(0.0, ms[each, 8] - ms[each, 4]) for part, each in subjects.items()}
+    total = sum(extra.values())
+    scale = max(0.0, ms[whole, 8] - ms[whole, 4]) / total if total else 0.0
+    return {part: scale * value for part, value in extra.items()}, ms[whole, 4]
 
 
 def _kind(part: str, spec: ArchSpec) -> BlockKind:

@@ -143,7 +143,7 @@ class _Device:
         assert [point.name for point in workload.points] == ["decode_16"]
         assert len({program.name for program in programs}) == len(programs)
         found = [self.ms[program.path.name] for program in programs]
-        return [SimpleNamespace(latencies={"decode_16": SimpleNamespace(ms=ms)}) for ms in found]
+        return [SimpleNamespace(decode=SimpleNamespace(ms=ms)) for ms in found]
 
 
 def test_times_of_parts_add_up_to_the_decode_step_of_the_model(monkeypatch, tmp_path):
@@ -152,25 +152,20 @@ def test_times_of_parts_add_up_to_the_decode_step_of_the_model(monkeypatch, tmp_
         return folder / f"{kind}-{8 if lowering.eight_bit else 4}"
 
     monkeypatch.setattr("flash.export.mixed.cached_program", lowered)
-    device = _Device({
-        **{"full_attention-4": 2.0, "ffn-4": 3.0, "ends-4": 4.0, "model-4": 6.0},
-        **{"full_attention-8": 2.6, "ffn-8": 4.2, "ends-8": 3.9},
-    })
-    model = toy_model("F-")
+    ms = {"full_attention-4": 2.0, "ffn-4": 3.0, "ends-4": 4.0, "model-4": 6.0}
+    ms |= {"full_attention-8": 2.6, "ffn-8": 4.2, "ends-8": 3.9, "model-8": 7.5}
+    model, device = toy_model("F-"), _Device(ms)
     text = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(1))
 
     def mixed(limit):
         limits, choice = MixedSettings(max_decode_ms=limit), RoundingChoice(Rounding.nearest, False)
         return mixed_lowering(model, LOWERING, limits, choice, text, device, tmp_path)
 
-    costs = {cost.name: cost.extra_ms for cost in mixed(6.0)[1]}
-    half = 6.0 / (2.0 + 3.0 + 3.0 + 4.0)
-    assert costs == pytest.approx({
-        **{"layers.0.self_attn": half * 0.6, "layers.0.mlp": half * 1.2},
-        **{"layers.1.mlp": half * 1.2, "lm_head": 0.0},
-    })
-    assert set(mixed(7.5)[0].eight_bit) == set(costs)
-    assert not set(mixed(6.1)[0].eight_bit) - {"lm_head"}  # which takes no more time
+    parts = {cost.name: cost.extra_ms for cost in mixed(6.0)[1]}
+    expected = {"layers.0.self_attn": 0.3, "layers.0.mlp": 0.6, "layers.1.mlp": 0.6, "lm_head": 0}
+    assert parts == pytest.approx(expected)
+    assert set(mixed(7.51)[0].eight_bit) == set(parts)
+    assert not set(mixed(6.2)[0].eight_bit) - {"lm_head"}  # which takes no more time
     with pytest.raises(InputError, match=r"max_decode_ms=5: expected at least 6, the decode step"):
         mixed(5.0)
 
