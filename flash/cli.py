@@ -103,7 +103,7 @@ def _new(arguments: Sequence[str]) -> int:
             )
         path, count = new_space(options.group, options.name, options.backbone)
         print(f"{count:,} architectures; change the file where you know better")
-        weights = shlex.quote(f"backbone.weights={options.backbone}")
+        weights = shlex.quote(commands.override("backbone.weights", options.backbone))
         following = f"{commands.command('search')} {weights} space={options.name}"
         terminal.finish([path], following)
         return 0

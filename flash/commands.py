@@ -1,9 +1,10 @@
 """Command lines for messages, as they were typed: script, `flash`, or `python -m flash`."""
 
 import os
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from flash.errors import without_secrets
@@ -14,6 +15,8 @@ SCRIPTS = ("train", "search", "export")
 _PROGRAM = "FLASH_PROGRAM"
 _VERB = "FLASH_VERB"
 _INSTALLED = "flash VERB"
+_UNQUOTED = re.compile(r"[\w./:@%+*-]+", re.ASCII)
+"""Values that Hydra reads as they are."""
 
 
 def begin(verb: str) -> None:
@@ -59,6 +62,34 @@ def this_command() -> str:
     verb = os.environ.get(_VERB)
     start = command(verb) if verb else "flash"
     return without_secrets(" ".join([start, *map(shlex.quote, sys.argv[1:])]))
+
+
+def override(key: str, value: object) -> str:
+    """Return `key=value`, quoted for Hydra where it must be, but not for a shell."""
+    text = str(value)
+    quoted = text.replace('"', '\\"')
+    return f"{key}={text}" if _UNQUOTED.fullmatch(text) else f'{key}="{quoted}"'
+
+
+def following(verb: str, words: Sequence[str], roots: Collection[str]) -> str:
+    """Return a next command, with what the running one was told and that one needs too.
+
+    Args:
+        verb: The next command.
+        words: Overrides of its own, which take the place of typed ones of the same key.
+        roots: Groups and settings whose overrides it takes from the running command, as they were
+            typed; a command that Hydra does not run has none.
+    """
+    from hydra.core.hydra_config import HydraConfig  # not at the start of commands without Hydra
+
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    carried = []
+    for word in typed:
+        key = word.lstrip("+~").partition("=")[0]
+        if re.split(r"[.@]", key)[0] in roots and key not in given:
+            carried.append(word)
+    return " ".join([command(verb), *map(shlex.quote, [*carried, *words])])
 
 
 def process_of(arguments: Sequence[str]) -> list[str]:

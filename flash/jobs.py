@@ -5,8 +5,6 @@ the import of torch.
 """
 
 import dataclasses
-import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +139,8 @@ def _prepare(settings: "PrepareSettings") -> None:
     from flash.data.prepare import prepare
 
     folder = prepare(settings)
-    terminal.finish([folder], _following("train", "data=shards", f"data.path={folder}"))
+    path = commands.override("data.path", folder)
+    terminal.finish([folder], _following("train", "data=shards", path))
 
 
 _CARRIED = ("backbone", "device", "logger", "runs")
@@ -158,21 +157,13 @@ def _following(verb: str, *words: str, also: Sequence[str] = ()) -> str:
         words: Arguments of it.
         also: Groups and settings to take from this command besides `_CARRIED`.
     """
-    from hydra.core.hydra_config import HydraConfig
-
     from flash.schemas import ROOTS
 
     # The report, which Hydra does not configure, takes `runs=` too.
     known = {field.name for field in dataclasses.fields(ROOTS[verb])} if verb in ROOTS else {"runs"}
     same = verb == commands.this_verb()  # with other settings it would be another result
-    roots = known if same else known.intersection([*_CARRIED, *also])
-    given = {word.partition("=")[0] for word in words}
-    carried = [
-        word
-        for word in HydraConfig.get().overrides.task
-        if re.split(r"[.=]", word.lstrip("+"))[0] in roots and word.partition("=")[0] not in given
-    ]
-    return " ".join([commands.command(verb), *map(shlex.quote, [*carried, *words])])
+    roots = {*known, "experiment"} if same else known.intersection([*_CARRIED, *also])
+    return commands.following(verb, words, roots)
 
 
 def _winners(study: Path) -> str:

@@ -45,7 +45,11 @@ OPTIONS = {"latency=physical": "latency=analytical"}
 VALUES = {"latency.predictor=physical": "latency.predictor=analytical"}
 """Present name of each renamed value."""
 
-RESULT_KEYS = {"artefact": "program_quality", "artefact_loss": "file_loss"}
+RESULT_KEYS = {
+    "artefact": "program_quality",
+    "artefact_loss": "file_loss",
+    "pte_loss": "loss",
+}
 """Present name of each renamed key of a result file, such as `export.json`."""
 
 

@@ -197,14 +197,22 @@ class Workspace:
         text = digest([self.data.train_identity, calibration_tokens])
         return self.runs.importance(f"{fingerprint(folder)}_{text}")
 
-    def save_model(self, folder: Path, model: Decoder) -> None:
+    def save_model(
+        self, folder: Path, model: Decoder, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write `model` in bfloat16 and its tokenizer as a Hugging Face folder.
 
         After training on conversations the tokenizer has the chat template that was taught.
+
+        Args:
+            folder: Folder to write.
+            model: The model.
+            metadata: Further facts to write into the file of weights.
         """
         tokenizer, data = self.tokenizer, self.data_settings
         if data is not None and data.kind is DataKind.chat:
             from flash.data.chat import taught  # transformers takes seconds to import
 
             tokenizer = taught(tokenizer, data.chat_template)
-        save(folder, model.spec, state_to_save(model, torch.bfloat16), tokenizer=tokenizer)
+        weights = state_to_save(model, torch.bfloat16)
+        save(folder, model.spec, weights, tokenizer=tokenizer, metadata=metadata)

@@ -1,6 +1,7 @@
 """Configuration: all options compose, and mistakes end in one line and exit code 2."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from flash import cli
 from flash.arch import ArchSpec
 from flash.bundled import CONF
-from flash.commands import begin
+from flash.commands import begin, following, override
 from flash.config import ROOTS, entry, load, register, runs_in
 from flash.device.workload import Phase
 from flash.errors import InputError
@@ -313,6 +314,29 @@ def test_a_broken_file_of_the_user_is_named(run, tmp_path):
     assert code == 2
     assert err.count("\n") == 1
     assert "broken.yaml, line " in err
+
+
+def test_the_next_command_has_what_was_typed_and_works_when_pasted(run):
+    typed = [
+        *("backbone=smollm2_135m", "backbone.weights=a/b", "data.kind=folder", "seed=3"),
+        *('data.path="a, (b) c"', "trainer.precision=fp32", "device.threads=2", "name=x"),
+    ]
+    words = ["recipe=qat", override("start", 'runs/one, "two"/checkpoint'), "name=x-qat"]
+    lines = []
+    run(
+        "export",
+        *typed,
+        job=lambda settings: lines.append(
+            following("train", words, ("backbone", "data", "trainer", "seed"))
+        ),
+    )
+    assert lines == ["python train.py " + shlex.join([*typed[:6], *words])]
+    found = []
+    code, error = run("train", *shlex.split(lines[0])[2:], job=found.append)
+    assert (code, error) == (-1, "")
+    assert found[0].start == 'runs/one, "two"/checkpoint'
+    assert (found[0].backbone.weights, found[0].backbone.arch["model_dim"]) == ("a/b", 576)
+    assert (found[0].data.path, found[0].seed, found[0].name) == ("a, (b) c", 3, "x-qat")
 
 
 def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):

@@ -28,12 +28,14 @@ from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore
 from flash.lowering.settings import GateSettings, LoweringSettings
 from flash.model.settings import BackboneSettings
+from flash.model.weights import read_metadata
 from flash.paths import Runs
 from flash.records import file_digest
 from flash.report.page import render
 from flash.report.reading import read
 from flash.report.table import as_text, quantization_rows
 from flash.report.wandb_run import log_report
+from flash.rounding.settings import TrainedRounding
 from flash.search.objectives import Objective
 from flash.search.run import run_search
 from flash.search.settings import SearchJobSettings, SearchLimits, SearchSettings, SearchStage
@@ -242,7 +244,7 @@ def test_the_export_proves_and_measures_the_program(common, winner):
     assert result["speedups"]["prefill_32"] > 0
     assert result["predicted"] is not None
     quality = result["program_quality"]
-    assert abs(quality["pte_loss"] - quality["float_loss"]) < 0.5
+    assert abs(quality["change"]["loss"] - quality["change"]["float_loss"]) < 0.5
 
 
 def test_an_export_with_former_keys_is_read(common, winner, tmp_path):
@@ -291,7 +293,8 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     with pytest.raises(CheckFailed, match=where) as failed:
         export(settings)
     told = str(failed.value)
-    assert f"recipe=qat start={trained} name=strict-qat recipe.qat_group_size=32" in told
+    assert f"flash train recipe=qat start={trained} name=strict-qat recipe.qat_group_" in told
+    assert told.endswith("\n  flash export model=strict-qat name=strict-qat")
     rows = ("float", "rotate + gptq", "nearest", "rotate + gptq, embedding in 8 bits")
     assert all(f"\n{row}  " in told for row in rows), told
     folder = Runs(Path(common["runs"])).export("strict")
@@ -335,12 +338,13 @@ def test_what_could_only_fail_later_is_refused_first(common, winner, monkeypatch
     monkeypatch.setattr("flash.export.run.load_checkpoint", pytest.fail)
     name, arch = winner
     new = {"model": str(Runs(Path(common["runs"])).model(name) / "checkpoint")}
-    device = _device(group_size=96)
+    device, many = _device(group_size=96), _device(calibration_tokens=10**12)
     cases = [
         ({"format": []}, r"format=\[\]: expected some of executorch, hf, gguf"),
         ({"new_tokens": 64}, r"new_tokens=64: expected at most \d+, which device\.lowering\.max"),
         ({"perplexity_tokens": 4}, r"perplexity_tokens=4: expected at least"),
         ({"device": device}, r"lowering\.group_size=96: expected a divisor of model_dim"),
+        ({"device": many}, r"device\.lowering\.calibration_tokens=10{12}: expected at most \d+: "),
     ]
     for changes, message in cases:
         with pytest.raises(InputError, match=message):
@@ -364,6 +368,8 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     recipe = dataclasses.replace(RECIPE, qat=True)
     start = str(runs.model(name) / "checkpoint")
     train(TrainSettings(**common, recipe=recipe, arch=arch, name="aware", start=start))
+    metadata = read_metadata(runs.model("aware") / "checkpoint")
+    assert TrainedRounding.of_metadata(metadata) == recipe.trained_rounding
     aware = export(_export_settings(common, "aware", arch))
     assert "was trained with" not in caplog.text
     bytes_of_8 = _device(embedding_bits=8)
@@ -373,7 +379,7 @@ def test_what_rounding_costs_is_reported_before_and_after_training_for_it(common
     backbone, line = quantization_rows(read(runs).models)  # "aware" is a part of the second
     assert backbone[-2:] == ["-", "-"]
     assert line[0] == name
-    assert line[-2] == f"{aware.program_quality.pte_loss:.3f}"
+    assert line[-2] == f"{aware.program_quality.change.loss:.3f}"
     assert "Loss of quantization" in render(read(runs))
 
 

@@ -116,6 +116,7 @@ class Device(ABC):
             DeviceError: A process died or took too long.
         """
         everything = [*programs] + ([reference] if reference is not None else [])
+        assert len({program.name for program in everything}) == len(everything)
         for program in everything:
             asked = f"a workload of {workload.context} tokens"
             _check_room(program.path, workload.context, asked, "lower device.workload")

@@ -7,7 +7,7 @@ it passed.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,13 @@ class ExportSource:
         model: The decoder in float32.
         text: Held-out token ids on which the formats are compared with the model.
         tokenizer: Tokenizer of the model.
+        metadata: Facts about the weights that an hf folder keeps.
     """
 
     model: Decoder
     text: Int[Tensor, " n"]
     tokenizer: ModelTokenizer
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_formats(
@@ -152,7 +154,7 @@ def publish(
 
 
 def _write_hf(path: Path, source: ExportSource, settings: FormatSettings) -> FormatCheck:
-    write_hf(path, source.model, tokenizer=source.tokenizer)
+    write_hf(path, source.model, tokenizer=source.tokenizer, metadata=source.metadata)
     return check_hf(path, source.model, source.text, settings.max_error_hf)
 
 

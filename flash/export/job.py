@@ -24,6 +24,7 @@ from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
+from flash.rounding.calibration import check_calibration
 from flash.training.checkpoints import find_checkpoint
 from flash.workspace import Workspace, result_name
 
@@ -154,7 +155,11 @@ class ExportJob:
         settings = self.settings
         require(bool(settings.format), "format", "[]", "some of executorch, hf, gguf")
         if ExportFormat.executorch in settings.format:
-            settings.device.lowering.check_fits(self.spec)
+            lowering = settings.device.lowering
+            lowering.check_fits(self.spec)
+            if self.rounding.calibrated(lowering):
+                key = "device.lowering.calibration_tokens"
+                check_calibration(key, lowering.calibration_tokens, self.spec)
             check_mixed(settings.mixed, settings.device, self.spec)
         self.workspace.check_data()
         for kind in settings.format:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash.device.base import Device
 from flash.export.result import ProgramQuality
-from flash.lowering.rounding_check import LossChange
+from flash.lowering.loss_change import LossChange
 from flash.model.decoder import Decoder
 from flash.progress import progress
 
@@ -34,10 +34,4 @@ def program_quality(
         same += sum(map(int.__eq__, answer["choices"], logits.argmax(-1).tolist()))
         assert len(answer["choices"]) == len(sequence) - 1
     change = LossChange.of(*(torch.cat(found) for found in losses))
-    return ProgramQuality(
-        float_loss=change.float_loss,
-        pte_loss=change.loss,
-        tokens=change.tokens,
-        agreement=same / change.tokens,
-        se=change.se,
-    )
+    return ProgramQuality(change=change, agreement=same / change.tokens)

@@ -13,6 +13,7 @@ from flash.device.base import Device
 from flash.device.measurement import Measurement
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
+from flash.lowering.loss_change import LossChange
 from flash.paths import Runs
 from flash.provenance import provenance
 from flash.records import digest, find_json, write_json
@@ -22,33 +23,25 @@ from flash.training.result import ValidationMetrics
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProgramQuality:
-    """Losses of the float decoder and of its program on the same tokens.
+    """Comparison of a program with the float decoder on the same tokens.
 
     Attributes:
-        float_loss: Mean loss of the float decoder [nats a token].
-        pte_loss: Mean loss of the program on the device [nats a token].
-        tokens: Number of predicted tokens.
+        change: Losses of both; the standard error is NaN in results of older versions.
         agreement: Share of positions with the same likeliest token in both.
-        se: Standard error of the difference of the losses [nats]; NaN in results of older versions.
     """
 
-    float_loss: float
-    pte_loss: float
-    tokens: int
+    change: LossChange
     agreement: float
-    se: float = math.nan
 
-    @property
-    def change_pct(self) -> float:
-        """Change of perplexity from the float decoder to the program [%]."""
-        return 100 * math.expm1(self.pte_loss - self.float_loss)
-
-    @property
-    def change_se_pct(self) -> float:
-        """Standard error of that change [%]."""
-        return 100 * math.exp(self.pte_loss - self.float_loss) * self.se
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ProgramQuality":
+        """Read it from plain values, also from those of older versions, which had one level."""
+        values = present_keys(values)
+        agreement = values.pop("agreement")
+        change = values.get("change", {"se": math.nan, **values})
+        return cls(change=LossChange(**change), agreement=agreement)
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ class ExportResult:
         nested = {
             "spec": ArchSpec.from_dict(values["spec"]),
             "quality": ValidationMetrics(**values["quality"]),
-            "program_quality": ProgramQuality(**values["program_quality"]),
+            "program_quality": ProgramQuality.from_dict(values["program_quality"]),
             "measurement": Measurement.from_dict(values["measurement"]),
         }
         return cls(**{"provenance": {}, **values, **nested})

@@ -2,15 +2,14 @@
 
 import dataclasses
 import logging
-import shlex
 import time
 from pathlib import Path
 
 from flash.arch import Quantization, count_parameters
-from flash.commands import command
+from flash.commands import following, override
 from flash.device.factory import open_device, text_device
 from flash.device.measurement import Measurement, Program
-from flash.errors import CheckFailed
+from flash.errors import CheckFailed, shown
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
 from flash.export.mixed import PartCost, cost_table, mixed_lowering
@@ -18,7 +17,7 @@ from flash.export.perplexity import program_quality
 from flash.export.predicted import predicted_latencies
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
 from flash.export.result import ExportResult, ProgramQuality, device_conditions
-from flash.export.rounding import FailedRounding, rounded_decoder
+from flash.export.rounding import FailedRounding, rounded_decoder, trained_rounding
 from flash.export.settings import ExportFormat, ExportSettings
 from flash.export.summary import describe, describe_format, one_line
 from flash.export.table6 import table6
@@ -131,7 +130,13 @@ def _measure_shape(settings: ExportSettings, runs: Runs) -> None:
 def _publish(job: ExportJob, kinds: list[ExportFormat], tracker: Tracker) -> None:
     """Write and check the formats other than the program."""
     model = load_checkpoint(job.weights)
-    source = ExportSource(model=model, text=job.texts[0], tokenizer=job.workspace.tokenizer)
+    trained = trained_rounding(job.weights)
+    source = ExportSource(
+        model=model,
+        text=job.texts[0],
+        tokenizer=job.workspace.tokenizer,
+        metadata=trained.to_metadata() if trained is not None else {},
+    )
     for kind in kinds:
         new = not _is_finished(job, kind)
         result = publish(kind, job.folder, source, job.settings.formats, job.keys[kind])
@@ -246,20 +251,35 @@ def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | Non
         texts=job.texts,
         gate=gate,
         calibration=calibration,
+        mixed=not job.settings.mixed.off,
     )
     path, where = job.folder / "gate_failed.json", failed.where()
     write_json(path, GateReport(stages=[], rounding=check, where=where).to_dict())
-    name = f"{job.name}-qat"
-    words = [
-        *("recipe=qat", f"start={job.weights}", f"name={name}"),
+    raise CheckFailed(
+        f"{job.name}: the parity gate failed before the lowering, {where}; nothing was published, "
+        f"see {path}\n{failed.remedy(_training_commands(job))}"
+    )
+
+
+def _training_commands(job: ExportJob) -> list[str]:
+    """Return the commands that train the weights for their rounding, and export the result."""
+    lowering, name = job.lowering, f"{job.name}-qat"
+    training = [
+        "recipe=qat",
+        override("start", job.weights),
+        override("name", name),
         f"recipe.qat_group_size={lowering.group_size}",
         f"recipe.qat_embedding_bits={lowering.embedding_bits}",
     ]
-    qat = f"{command('train')} {shlex.join(words)}"
-    raise CheckFailed(
-        f"{job.name}: the parity gate failed before the lowering, {where}; nothing was published, "
-        f"see {path}\n{failed.remedy(qat, name)}"
-    )
+    if lowering.rotate is not None:
+        training.append(f"recipe.qat_rotate={shown(lowering.rotate)}")
+    shared = ("backbone", "data", "trainer", "logger", "seed", "runs")
+    own = ("device", "gate", "mixed", "format", "formats", "prompt", "new_tokens")
+    exporting = [override("model", name), override("name", name)]
+    return [
+        following("train", training, shared),
+        following("export", exporting, (*shared, *own, "perplexity_tokens", "experiment")),
+    ]
 
 
 def _run_gate(
@@ -295,12 +315,13 @@ def _check_program(job: ExportJob, quality: ProgramQuality) -> None:
         CheckFailed: It is beyond the limit.
     """
     most = job.settings.gate.perplexity_limit(count_parameters(job.spec).total)
-    if quality.change_pct <= most:  # NaN is not
+    change = quality.change
+    if change.perplexity_pct <= most:  # NaN is not
         return
     raise CheckFailed(
-        f"{job.name}: as .pte, perplexity is {quality.change_pct:+.1f} +- "
-        f"{quality.change_se_pct:.1f} % on {quality.tokens} tokens, though the rounded decoder's "
-        f"was within gate.max_perplexity_increase_pct={most:g}; the file is kept without a result"
+        f"{job.name}: as .pte, perplexity is {change} on {change.tokens} tokens, though the "
+        f"rounded decoder's was within gate.max_perplexity_increase_pct={most:g}; the file is kept "
+        "without a result"
     )
 
 
@@ -363,6 +384,6 @@ def _metrics(result: ExportResult) -> dict[str, float]:
         **predicted,
         "export/pte_mib": result.pte_bytes / 2**20,
         "export/val_loss": result.quality.loss,
-        "export/perplexity_change_pct": result.program_quality.change_pct,
+        "export/perplexity_change_pct": result.program_quality.change.perplexity_pct,
         "export/top1_agreement": result.program_quality.agreement,
     }

@@ -65,8 +65,8 @@ class MixedSettings:
     max_weight_mib: float | None = None
     """Largest size of all weights [MiB]."""
     max_decode_ms: float | None = None
-    """Longest decode step at the first of `device.workload.contexts`, as the sum of all parts, each
-    measured alone on the device [ms]."""
+    """Longest decode step at the first of `device.workload.contexts` [ms]. The device measures the
+    step with all parts in 4 bits and in 8, and what each part in 8 bits adds to it."""
 
     @property
     def off(self) -> bool:

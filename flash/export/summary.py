@@ -67,7 +67,7 @@ def describe(result: ExportResult, folder: Path) -> None:
     quality = result.program_quality
     row(
         f"held-out    {result.quality.loss:.3f} nats a token; as .pte, perplexity "
-        f"{quality.change_pct:+.1f} +- {quality.change_se_pct:.1f} % and "
-        f"{100 * quality.agreement:.0f} % equal choices on {quality.tokens} tokens"
+        f"{quality.change} and {100 * quality.agreement:.0f} % equal choices on "
+        f"{quality.change.tokens} tokens"
     )
     row(f"it writes   {result.prompt!r} -> {result.completion!r}")

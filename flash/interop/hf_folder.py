@@ -6,7 +6,7 @@ the speed is not: this attention is computed, and its keys and values are cached
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -78,6 +78,7 @@ def write_hf(
     model: Decoder,
     *,
     tokenizer: ModelTokenizer | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained`, whole or not at all.
 
@@ -89,6 +90,7 @@ def write_hf(
         folder: Folder to write; replaced as a whole if it exists.
         model: The decoder.
         tokenizer: Tokenizer to put beside the weights, with special tokens and chat template.
+        metadata: Further facts to write into the file of weights.
 
     Raises:
         InputError: No transformers class can express this architecture.
@@ -97,7 +99,7 @@ def write_hf(
     weights = zero_filled_state(model, spec)
     if all(torch.equal(weight.bfloat16().float(), weight) for weight in weights.values()):
         weights = {name: weight.bfloat16() for name, weight in weights.items()}
-    save(folder, spec, weights, tokenizer=tokenizer)
+    save(folder, spec, weights, tokenizer=tokenizer, metadata=metadata)
     if tokenizer is not None and spec.qkv_bias and not is_qwen2(tokenizer.path):
         log.warning(
             "%s: AutoTokenizer would cut text as Qwen2 does and not as this tokenizer.json; "

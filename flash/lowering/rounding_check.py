@@ -4,7 +4,6 @@ It takes seconds and comes before the lowering, which takes minutes. A program i
 by its own perplexity, when its file is written.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,47 +13,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flash.arch import count_parameters
+from flash.lowering.loss_change import LossChange
 from flash.lowering.settings import GateSettings
 from flash.model.decoder import Decoder
 from flash.progress import progress
 
 HEAD_POSITIONS = 256
 """Positions whose logits are in memory at once: 200 MB for a vocabulary of 202,048."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossChange:
-    """Losses of two models on the same tokens."""
-
-    float_loss: float
-    """Mean loss of the float decoder [nats a token]."""
-    loss: float
-    """Mean loss of the other model [nats a token]."""
-    se: float
-    """Standard error of the difference, with tokens taken as independent [nats]."""
-    tokens: int
-    """Number of predicted tokens."""
-
-    @classmethod
-    def of(cls, float_losses: Tensor, losses: Tensor) -> "LossChange":
-        """Compare the losses of each token `(n,)`."""
-        change = (losses - float_losses).double()
-        se = float(change.std() / math.sqrt(len(change))) if len(change) > 1 else math.nan
-        means = float(float_losses.double().mean()), float(losses.double().mean())
-        return cls(float_loss=means[0], loss=means[1], se=se, tokens=len(change))
-
-    @property
-    def perplexity_pct(self) -> float:
-        """Increase of perplexity [%]."""
-        return 100 * math.expm1(self.loss - self.float_loss)
-
-    @property
-    def perplexity_se_pct(self) -> float:
-        """Standard error of the increase [%]."""
-        return 100 * math.exp(self.loss - self.float_loss) * self.se
-
-    def __str__(self) -> str:
-        return f"{self.perplexity_pct:+.1f} +- {self.perplexity_se_pct:.1f} %"
 
 
 @dataclass(frozen=True, kw_only=True)

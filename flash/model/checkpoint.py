@@ -99,6 +99,7 @@ def save(
     weights: Mapping[str, Tensor],
     *,
     tokenizer: ModelTokenizer | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint folder as a whole.
 
@@ -110,6 +111,7 @@ def save(
         weights: Tensors by Hugging Face name, in the dtype to store.
         tokenizer: Tokenizer to write into the folder, with its special tokens in config.json and
             generation_config.json, and its chat template.
+        metadata: Further facts to write into the file of weights.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -118,7 +120,8 @@ def save(
         token_ids = tokenizer.token_ids if tokenizer is not None else {}
         config = {**to_config(spec), **token_ids, "dtype": dtype}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        save_file(dict(weights), temporary / "model.safetensors", metadata={"format": "pt"})
+        about = {"format": "pt", **(metadata or {})}
+        save_file(dict(weights), temporary / "model.safetensors", metadata=about)
         if tokenizer is not None:
             tokenizer.write(temporary)
         for path in (path for path in temporary.rglob("*") if path.is_file()):

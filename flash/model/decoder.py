@@ -214,18 +214,11 @@ class Decoder(nn.Module):
             documents: Document of each position; positions see their own document only. Cannot be
                 combined with a cache.
         """
-        past, length = cache[0].keys.shape[2] if cache else 0, tokens.shape[1]
-        positions = torch.arange(past, past + length, device=tokens.device)
-        cos, sin = rotary_table(positions, self.spec)
-        x = self.model.embed_tokens(tokens)
-        rotary = (cos.to(x.dtype), sin.to(x.dtype))
-        mask_spec = MaskSpec(past, length, documents, tokens.device)
+        past = cache[0].keys.shape[2] if cache else 0
+        x, rotary, masks = self.layer_inputs(tokens, past, documents)
         layers = cast(Iterable[Layer], self.model.layers)
-        windows = {layer.self_attn.window for layer in layers if layer.kind.attends}
-        masks = {window: mask_spec.mask(window) for window in windows}
         slots = iter(range(len(self.spec.attention_layers)))
-        for layer in layers:
-            mask = masks[layer.self_attn.window] if layer.kind.attends else None
+        for layer, mask in zip(layers, masks, strict=True):
             if cache is not None and layer.kind.attends:
                 slot = next(slots)
                 x, cache[slot] = layer(x, rotary, mask, cache[slot])
@@ -236,6 +229,29 @@ class Decoder(nn.Module):
             else:
                 x, _ = layer(x, rotary, mask)
         return self.model.norm(x)
+
+    def layer_inputs(
+        self, tokens: Int[Tensor, "b s"], past: int = 0, documents: Int[Tensor, "b s"] | None = None
+    ) -> tuple[Float[Tensor, "b s c"], tuple[Tensor, Tensor], list[Mask | None]]:
+        """Input of the first layer, rotary table of all layers, and mask of each.
+
+        Args:
+            tokens: Token ids.
+            past: Number of positions in the cache.
+            documents: As for `hidden`.
+        """
+        length = tokens.shape[1]
+        positions = torch.arange(past, past + length, device=tokens.device)
+        cos, sin = rotary_table(positions, self.spec)
+        x = self.model.embed_tokens(tokens)
+        mask_spec = MaskSpec(past, length, documents, tokens.device)
+        layers = cast(Iterable[Layer], self.model.layers)
+        windows = {layer.self_attn.window for layer in layers if layer.kind.attends}
+        masks = {window: mask_spec.mask(window) for window in windows}
+        of_layers = [
+            masks[layer.self_attn.window] if layer.kind.attends else None for layer in layers
+        ]
+        return x, (cos.to(x.dtype), sin.to(x.dtype)), of_layers
 
     def forward(
         self, tokens: Int[Tensor, "b s"], cache: list[LayerCache] | None = None

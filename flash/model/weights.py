@@ -79,6 +79,20 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def read_metadata(folder: Path) -> dict[str, str]:
+    """Metadata of the folder's file of weights, or of the first of several.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    path = weight_files(folder)[0]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged ({error}); copy the file again") from error
+
+
 class Weights:
     """The tensors of a checkpoint folder of any family, under our names.
 

@@ -108,7 +108,7 @@ def hover_text(trial: TrialPoint) -> str:
         lines += [
             f"measured TTFT {exported.measurement.prefill.ms:.4g} ms, "
             f"decode step {exported.measurement.decode.ms:.4g} ms",
-            f"loss of the .pte {exported.program_quality.pte_loss:.3f}, "
+            f"loss of the .pte {exported.program_quality.change.loss:.3f}, "
             f"{exported.pte_bytes / 2**20:.2f} MiB",
         ]
     return "<br>".join(lines)

@@ -51,7 +51,7 @@ def _row(model: Model) -> list[str]:
             f"{1e3 / result.decode.ms:.0f}",
             f"{model.exported.pte_bytes / 2**20:.2f}",
             _speedup(model),
-            f"{model.exported.program_quality.change_pct:+.1f} %",
+            f"{model.exported.program_quality.change.perplexity_pct:+.1f} %",
         ]
     return [model.title, f"{model.parameters / 1e6:.2f}M", *loss, *bits, _ttft(model), *measured]
 
@@ -98,7 +98,7 @@ def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
         if model.exported is None:
             continue
         plain, qat = model.exported.program_quality, model.qat_exported
-        line = [model.title, f"{plain.float_loss:.3f}"]
+        line = [model.title, f"{plain.change.float_loss:.3f}"]
         if not is_qat(model.trained):
             lines.append([
                 *line,
@@ -111,7 +111,7 @@ def quantization_rows(models: Sequence[Model]) -> list[list[str]]:
 
 
 def _rounded(quality: ProgramQuality) -> list[str]:
-    return [f"{quality.pte_loss:.3f}", f"{quality.change_pct:+.1f} %"]
+    return [f"{quality.change.loss:.3f}", f"{quality.change.perplexity_pct:+.1f} %"]
 
 
 def as_text(models: Sequence[Model]) -> str:

@@ -84,7 +84,7 @@ def _results(trial: TrialPoint) -> list[str]:
     return [
         NONE if exported is None else f"{exported.measurement.prefill.ms:.1f}",
         NONE if trained is None else f"{trained.after.loss:.3f}",
-        NONE if exported is None else f"{exported.program_quality.change_pct:+.1f} %",
+        NONE if exported is None else f"{exported.program_quality.change.perplexity_pct:+.1f} %",
     ]
 
 

@@ -72,7 +72,7 @@ def _values(model: Model, runs: Runs, links: Mapping[Path, str]) -> dict[str, An
             values |= {f"{point}_ms": latency.ms, f"{point}_se_ms": latency.se_ms}
         values |= {f"{point}_speedup": value for point, value in exported.speedups.items()}
         values["pte_mib"] = exported.pte_bytes / 2**20
-        values["perplexity_change_pct"] = exported.program_quality.change_pct
+        values["perplexity_change_pct"] = exported.program_quality.change.perplexity_pct
         values["export_run"] = links.get(runs.export(model.name))
     return values
 

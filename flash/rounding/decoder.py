@@ -1,7 +1,8 @@
 """Rounding of a whole decoder: its matrices are turned and rounded one after another."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -9,15 +10,18 @@ from torch import Tensor, nn
 
 from flash.compat.torchao import is_quantized, quantized_tensor
 from flash.log_filters import quiet
-from flash.model.decoder import Decoder, RMSNorm
+from flash.model.decoder import Decoder, Layer, RMSNorm
 from flash.progress import progress_bar
 from flash.rounding.fake import NORMS_OF_HEADS, round_activations
 from flash.rounding.gptq import gptq, inverse_factor
 from flash.rounding.grid import Grid, round_to_grid
-from flash.rounding.rotation import Turn, turns
+from flash.rounding.rotation import Turn, replace_small_gains, turns
 from flash.rounding.settings import Rounding, WeightFormat
 
 Matrix = nn.Linear | nn.Embedding
+
+CHUNK_TOKENS = 8192
+"""Tokens of calibration text that pass a layer at a time."""
 
 
 @torch.no_grad()
@@ -45,7 +49,8 @@ def round_decoder(
 
     Its head is not tied to its embedding, though its `spec` says so, as each has integers of its
     own. Beside `model` and the integers, memory holds the float weights of one matrix; with `gptq`
-    also a Hessian, and the activations of one layer for all of the calibration text.
+    also a Hessian, the activations of one layer for `CHUNK_TOKENS`, and the inputs of one layer for
+    all of the calibration text.
 
     Args:
         model: Decoder in float32; not changed.
@@ -61,21 +66,19 @@ def round_decoder(
         _drop_gains(rounded)
     mse = method is not Rounding.nearest
     rounded.model.embed_tokens = round_embedding(model, weight_format, mse=mse, rotate=rotate)
-    by_outputs = _ByOutputs(weight_format, keep) if method is Rounding.gptq else None
     linears = {n: m for n, m in rounded.named_modules() if isinstance(m, nn.Linear)}
     with progress_bar("rounding", len(linears), "matrix") as bar:
-        for name, linear in linears.items():
-            change = changes.get(name, Turn())
-            if by_outputs is None:
-                _turn(linear, change)
-                _store(linear, _nearest(name, linear, weight_format, mse=mse))
-                bar.update()
-            else:
-                by_outputs.await_input(name, linear, change, bar.update)
-        if by_outputs is not None:
+        if method is Rounding.gptq:
             assert calibration is not None
-            # The head alone, as the logits of all positions would be gigabytes.
-            by_outputs.round(rounded.lm_head, rounded.hidden(calibration))
+            by_outputs = _ByOutputs(weight_format, keep)
+            for name, linear in linears.items():
+                by_outputs.await_input(name, linear, changes.get(name, Turn()), bar.update)
+            by_outputs.run(rounded, calibration)
+            return rounded
+        for name, linear in linears.items():
+            _turn(linear, changes.get(name, Turn()))
+            _store(linear, _nearest(name, linear, weight_format, mse=mse))
+            bar.update()
     return rounded
 
 
@@ -90,7 +93,8 @@ def begin_by_outputs(
     """Give `model` the weights and scales of `gptq`, as a start for training.
 
     Each matrix gets the weights that were rounded, not the rounded ones: those lie where training
-    moves one as easily as another to the next integer. A tied head stays the embedding.
+    moves one as easily as another to the next integer. A tied head stays the embedding. Gains near
+    0 become 1, as the weights that were rounded have values there too.
 
     Args:
         model: Decoder in float32, changed in place.
@@ -121,6 +125,7 @@ def begin_by_outputs(
         calibration=calibration,
         keep=keep,
     )
+    replace_small_gains(changes[name] for name in scales if name in changes)
     return scales
 
 
@@ -154,22 +159,32 @@ def turn_decoder(model: Decoder) -> Decoder:
     return turned
 
 
-class _ByOutputs:
-    """Rounding of linears by GPTQ, each when its inputs arrive.
+class _OthersFirst(Exception):
+    """End of a chunk's pass at a matrix that waits for the inputs of other chunks."""
 
-    They come from the rounded matrices before it, so that it makes up for some of their errors.
+
+class _ByOutputs:
+    """Rounding of linears by GPTQ, each when its inputs have arrived.
+
+    They come from the rounded matrices before it, so that it makes up for some of their errors. The
+    calibration text passes each layer in chunks. A matrix needs the inputs of all of them, so the
+    pass of a chunk ends there, and begins anew at the layer when the matrix is rounded.
     """
 
     def __init__(self, weight_format: WeightFormat, keep: Callable[[str, Grid], None]) -> None:
         self._format, self._keep = weight_format, keep
         self._waiting: dict[nn.Linear, Callable[[], str]] = {}
+        self._chunks: list[Tensor] = []
+        self._current = 0
+        self._arrived: set[int] = set()
+        self._hessian: Tensor | float = 0.0
         self._inputs: Tensor | None = None
         self._factor: Tensor | None = None
 
     def await_input(
         self, name: str, linear: nn.Linear, change: Turn, done: Callable[[], Any]
     ) -> None:
-        """Round a linear at its first call, or by `round`; then call `done`."""
+        """Round a linear in `run`; then call `done`."""
 
         def prepare() -> str:
             hook.remove()
@@ -177,16 +192,47 @@ class _ByOutputs:
             done()
             return name
 
-        hook = linear.register_forward_pre_hook(lambda module, inputs: self.round(linear, *inputs))
+        hook = linear.register_forward_pre_hook(lambda module, inputs: self._round(linear, *inputs))
         self._waiting[linear] = prepare
 
-    def round(self, linear: nn.Linear, inputs: Float[Tensor, "n s c"]) -> None:
-        """Round a linear that waits for these inputs."""
-        name = self._waiting.pop(linear)()
+    def run(self, model: Decoder, calibration: Int[Tensor, "n s"]) -> None:
+        """Round all linears of `model` that wait."""
+        parts = calibration.split(max(1, CHUNK_TOKENS // calibration.shape[1]))
+        self._chunks = [model.layer_inputs(part)[0] for part in parts]
+        _, rotary, masks = model.layer_inputs(parts[0])
+        for layer, mask in zip(cast(Iterable[Layer], model.model.layers), masks, strict=True):
+            self._pass_all(lambda x, layer=layer, mask=mask: layer(x, rotary, mask)[0])
+        # The head alone, as the logits of all positions would be gigabytes.
+        self._pass_all(model.model.norm)
+        for i, chunk in enumerate(self._chunks):
+            self._current = i
+            with suppress(_OthersFirst):
+                self._round(model.lm_head, chunk)
+
+    def _pass_all(self, module: Callable[[Tensor], Tensor]) -> None:
+        """Replace all chunks by the outputs of a part of the model, once it is rounded."""
+        left = list(range(len(self._chunks)))
+        while left:
+            for i in tuple(left):
+                self._current = i
+                with suppress(_OthersFirst):
+                    self._chunks[i] = module(self._chunks[i])
+                    left.remove(i)
+
+    def _round(self, linear: nn.Linear, inputs: Float[Tensor, "n s c"]) -> None:
+        """Round a linear that waits for the inputs of the current chunk, if it is the last one."""
         if inputs is not self._inputs:  # the same for queries, keys and values
-            rows = round_activations(inputs).flatten(0, -2)
-            self._inputs, self._factor = inputs, inverse_factor(rows.T @ rows)
+            if self._current not in self._arrived:
+                rows = round_activations(inputs).flatten(0, -2)
+                self._hessian = self._hessian + rows.T @ rows
+                self._arrived.add(self._current)
+            if len(self._arrived) < len(self._chunks):
+                raise _OthersFirst
+            assert isinstance(self._hessian, Tensor)
+            self._inputs, self._factor = inputs, inverse_factor(self._hessian)
+            self._arrived, self._hessian = set(), 0.0
         assert self._factor is not None
+        name = self._waiting.pop(linear)()
         bits = self._format.linear_bits(name)
         group = self._format.group(bits, linear.in_features)
         grid = gptq(linear.weight, self._factor, group, bits)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flash.model.decoder import Decoder, RMSNorm
 from flash.rounding.grid import SMALLEST_SCALE, limits, mse_scale, unclipped_scale
-from flash.rounding.rotation import Turn, turns
+from flash.rounding.rotation import Turn, replace_small_gains, turns
 from flash.rounding.settings import LINEAR_BITS, WeightFormat
 
 NORMS_OF_HEADS = ("q_norm", "k_norm")
@@ -142,9 +142,14 @@ def fake_quantize(
 @torch.no_grad()
 def settle(model: Decoder) -> None:
     """Replace the weights whose scales are fixed by the rounded ones, turned back."""
-    for module in model.modules():
-        if isinstance(module, FakeQuantizedLinear) and module.scales is not None:
-            module.weight.copy_(module.turn.inverse(module.rounded_weight()))
+    settled = [
+        module
+        for module in model.modules()
+        if isinstance(module, FakeQuantizedLinear) and module.scales is not None
+    ]
+    for module in settled:
+        module.weight.copy_(module.turn.inverse(module.rounded_weight()))
+    replace_small_gains(module.turn for module in settled)
 
 
 def _replace(model: Decoder, name: str, module: nn.Module) -> None:

@@ -25,6 +25,10 @@ from flash.model.decoder import Decoder, Layer, RMSNorm
 SEED = 0
 """Seed of the random signs. Fixed, as a program must turn the weights as their training did."""
 
+SMALLEST_GAIN = 1e-3
+"""Smallest magnitude of a gain that a matrix is divided by. At 0 its column would be lost, and near
+0 the column would be so large that the first step of a training moves it far."""
+
 
 @dataclass(frozen=True)
 class Orthogonal:
@@ -86,15 +90,31 @@ class Turn:
             return bias if self.rows is None else self.rows.turn(bias)
 
     def inverse(self, weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-        """Turn a matrix back."""
+        """Turn a matrix back; `replace_small_gains` then has to complete it."""
         if self.rows is not None:
             weight = self.rows.turn_back(weight.T).T
         if self.columns is not None:
             weight = self.columns.turn_back(weight)
-        if self.norm is None:
-            return weight
-        gain = self.norm.weight
-        return torch.where(gain == 0, 0, weight / gain)  # nothing reads a column of gain 0
+        return weight if self.norm is None else weight / _divisors(self.norm.weight)
+
+
+@torch.no_grad()
+def replace_small_gains(changes: Iterable[Turn]) -> None:
+    """Set gains near 0 to 1, as `inverse` took them for.
+
+    A rounded matrix that was turned back has values in all columns, also where the gain was 0. With
+    this gain it is turned to the same rounded matrix again.
+
+    Args:
+        changes: Changes by which all matrices that read their norms were turned back.
+    """
+    for change in changes:
+        if change.norm is not None:
+            change.norm.weight.copy_(_divisors(change.norm.weight))
+
+
+def _divisors(gain: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
+    return torch.where(gain.abs() < SMALLEST_GAIN, 1, gain)
 
 
 def turns(model: Decoder) -> dict[str, Turn]:

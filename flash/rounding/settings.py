@@ -1,6 +1,8 @@
 """Rounding of weights: methods, and the formats of 8da4w that XNNPACK has kernels for."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 
@@ -45,6 +47,38 @@ class WeightFormat:
     def group(self, bits: int, columns: int) -> int:
         """Weights of a row of `columns` weights that share a scale."""
         return self.group_size if bits == 4 else columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRounding:
+    """Rounding that weights were trained for; a checkpoint has it in its file of weights.
+
+    Attributes:
+        group_size: Weights that share a scale.
+        embedding_bits: Bits of a weight of the embedding.
+        rotate: True if the weights are turned before they are rounded.
+    """
+
+    group_size: int
+    embedding_bits: int
+    rotate: bool
+
+    def to_metadata(self) -> dict[str, str]:
+        """Metadata of a safetensors file."""
+        return {"rounding": json.dumps(asdict(self))}
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str]) -> "TrainedRounding | None":
+        """Read it from the metadata of a safetensors file; None if they have none.
+
+        Raises:
+            ValueError: The metadata are damaged.
+        """
+        text = metadata.get("rounding")
+        try:
+            return None if text is None else cls(**json.loads(text))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def part_of(module: str) -> str:

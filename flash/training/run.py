@@ -19,6 +19,7 @@ from flash.prune.importance import fingerprint
 from flash.prune.pruning import prune
 from flash.ranks import is_main_process
 from flash.records import digest, plain
+from flash.rounding.calibration import check_calibration
 from flash.rounding.decoder import begin_by_outputs
 from flash.rounding.fake import fake_quantize, settle
 from flash.tracking.artifacts import Artifact, ArtifactKind, weights_artifact
@@ -99,11 +100,14 @@ def check(settings: TrainSettings) -> None:
     """
     backbone = Backbone.open(settings.backbone)
     runs, stages = Runs(Path(settings.runs)), _stages(settings)
-    spec_of(stages[0], backbone)
+    spec = spec_of(stages[0], backbone)
     check_devices(settings.trainer)
     for key, stage in zip(["", *settings.then], stages, strict=True):
         with under(f"then.{key}") if key else nullcontext():
             settings.trainer.accumulation(stage.recipe.batch_size)  # checks that it is divisible
+            if stage.recipe.qat:
+                tokens = stage.recipe.qat_calibration_tokens
+                check_calibration("recipe.qat_calibration_tokens", tokens, spec)
             if backbone.folder is not None and stage.recipe.inherit:
                 check_top_k(stage.recipe, stage.data, backbone.spec.vocab_size)
             _workspace(stage, backbone).check_data()
@@ -304,7 +308,9 @@ def _train(
         result = TrainResult(name, spec, parameters, before, after, done, key, plain(settings))
         tracker.log(_metrics(result), done.steps)
         TrainResult.remove(folder)  # a result is never beside weights of another training
-        workspace.save_model(folder / "checkpoint", model)
+        rounding = recipe.trained_rounding
+        metadata = rounding.to_metadata() if rounding is not None else None
+        workspace.save_model(folder / "checkpoint", model, metadata)
         tracker.publish(Artifact(ArtifactKind.checkpoint, name, folder / "checkpoint"))
     return result
 

@@ -14,7 +14,7 @@ from flash.data.settings import DataSettings
 from flash.errors import InputError, check_seed, require
 from flash.model.settings import BackboneSettings
 from flash.records import plain
-from flash.rounding.settings import WeightFormat
+from flash.rounding.settings import TrainedRounding, WeightFormat
 from flash.tracking.settings import LoggerSettings
 
 
@@ -178,6 +178,17 @@ class RecipeSettings:
     def qat_format(self) -> WeightFormat:
         """Integers that `qat` trains for."""
         return WeightFormat(self.qat_group_size, self.qat_embedding_bits)
+
+    @property
+    def trained_rounding(self) -> TrainedRounding | None:
+        """Rounding that the weights are trained for; None without `qat`."""
+        if not self.qat:
+            return None
+        return TrainedRounding(
+            group_size=self.qat_group_size,
+            embedding_bits=self.qat_embedding_bits,
+            rotate=self.qat_rotate,
+        )
 
     def decisive(self) -> dict[str, Any]:
         """Plain values of the fields that decide the weights of the result.

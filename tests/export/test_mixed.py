@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from flash.arch import Quantization, linear_parts
 from flash.device.settings import DeviceKind, DeviceSettings
 from flash.device.workload import Workload
 from flash.errors import InputError
-from flash.export.mixed import PartCost, check_mixed, choose_parts, cost_table
+from flash.export.mixed import PartCost, check_mixed, choose_parts, cost_table, mixed_lowering
+from flash.export.rounding import RoundingChoice
 from flash.export.settings import MixedSettings
 from flash.lowering.gate import check_parity
 from flash.lowering.lower import lower
@@ -129,6 +131,43 @@ def test_limits_that_cannot_be_met_are_refused():
         check_mixed(MixedSettings(max_decode_ms=5.0), phone, spec)
     with pytest.raises(InputError, match="max_decode_ms=0"):
         MixedSettings(max_decode_ms=0)
+
+
+class _Device:
+    """Device on which each program takes a time of its own, and all have names of their own."""
+
+    def __init__(self, ms: dict[str, float]) -> None:
+        self.settings, self.ms = DeviceSettings(lowering=LOWERING, workload=SHORT_WORK), ms
+
+    def measure(self, programs, workload):
+        assert [point.name for point in workload.points] == ["decode_16"]
+        assert len({program.name for program in programs}) == len(programs)
+        found = [self.ms[program.path.name] for program in programs]
+        return [SimpleNamespace(decode=SimpleNamespace(ms=ms)) for ms in found]
+
+
+def test_times_of_parts_add_up_to_the_decode_step_of_the_model(monkeypatch, tmp_path):
+    def lowered(subject, lowering, folder):
+        kind = subject.block.kind.value if subject.block is not None else "model"
+        return folder / f"{kind}-{8 if lowering.eight_bit else 4}"
+
+    monkeypatch.setattr("flash.export.mixed.cached_program", lowered)
+    ms = {"full_attention-4": 2.0, "ffn-4": 3.0, "ends-4": 4.0, "model-4": 6.0}
+    ms |= {"full_attention-8": 2.6, "ffn-8": 4.2, "ends-8": 3.9, "model-8": 7.5}
+    model, device = toy_model("F-"), _Device(ms)
+    text = torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(1))
+
+    def mixed(limit):
+        limits, choice = MixedSettings(max_decode_ms=limit), RoundingChoice(Rounding.nearest, False)
+        return mixed_lowering(model, LOWERING, limits, choice, text, device, tmp_path)
+
+    parts = {cost.name: cost.extra_ms for cost in mixed(6.0)[1]}
+    expected = {"layers.0.self_attn": 0.3, "layers.0.mlp": 0.6, "layers.1.mlp": 0.6, "lm_head": 0}
+    assert parts == pytest.approx(expected)
+    assert set(mixed(7.51)[0].eight_bit) == set(parts)
+    assert not set(mixed(6.2)[0].eight_bit) - {"lm_head"}  # which takes no more time
+    with pytest.raises(InputError, match=r"max_decode_ms=5: expected at least 6, the decode step"):
+        mixed(5.0)
 
 
 def test_results_of_before_keep_their_names():

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from flash.arch import ArchSpec
 from flash.device.measurement import Latency, Measurement
 from flash.export.result import ExportResult, ProgramQuality
+from flash.lowering.loss_change import LossChange
 from flash.paths import Runs
 from flash.records import write_text
 from flash.search.frontier import write_report
@@ -132,7 +133,9 @@ def write_model(runs: Runs, name: str, spec: ArchSpec, device: str | None = None
         spec=spec,
         parameters=1,
         quality=after,
-        program_quality=ProgramQuality(2.25, 2.3, 511, 0.9),
+        program_quality=ProgramQuality(
+            change=LossChange(float_loss=2.25, loss=2.3, se=0.01, tokens=511), agreement=0.9
+        ),
         pte_bytes=2**20,
         gate={},
         measurement=measurement,

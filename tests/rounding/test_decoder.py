@@ -13,8 +13,8 @@ from tests.lowering.conftest import toy_model
 WIDE = WeightFormat(group_size=64, embedding_bits=8)
 
 
-def model_with_gains():
-    model = toy_model("FS-", qkv_bias=True, ffn_dim=128)
+def model_with_gains(**changes):
+    model = toy_model("FS-", **{"qkv_bias": True, "ffn_dim": 128, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -60,6 +60,29 @@ def test_calibration_loses_less_and_changes_no_input(text, rotate):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sequences", [1, 2, 3])  # of 4 at a time
+def test_calibration_in_chunks_is_calibration_at_once(monkeypatch, text, sequences):
+    model = model_with_gains(tie_embeddings=False)
+    exact, calibration = model(text[None]), text.view(4, -1)
+
+    def rounded():
+        return round_decoder(
+            model, WeightFormat(), Rounding.gptq, rotate=True, calibration=calibration
+        )
+
+    at_once = rounded()
+    monkeypatch.setattr("flash.rounding.decoder.CHUNK_TOKENS", sequences * 16 + 15)
+    in_chunks = rounded()
+    for name, module in at_once.model.layers[:1].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            other = in_chunks.model.layers.get_submodule(name)
+            assert torch.equal(other.weight.data.qdata, module.weight.data.qdata)
+    # Later an activation may tip over to the next integer, as sums have another order.
+    losses = [float((m(text[None]) - exact).square().mean()) for m in (at_once, in_chunks)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rotate", [False, True])
 def test_training_begins_with_the_loss_of_calibration(text, tied, rotate):
@@ -84,20 +107,31 @@ def test_training_begins_with_the_loss_of_calibration(text, tied, rotate):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rotate", [False, True])
-def test_settled_weights_are_rounded_as_in_their_training(text, rotate):
-    model = toy_model("FS-", tie_embeddings=False)
+@pytest.mark.parametrize("gain", [0.0, 1e-40, -1e-5])  # of a few channels of each norm
+def test_settled_weights_are_rounded_as_in_their_training(text, tied, rotate, gain):
+    model = model_with_gains(tie_embeddings=tied)
+    norms = [
+        p for name, p in model.named_parameters() if "layernorm" in name or "model.norm" in name
+    ]
+    for norm in norms:
+        norm[3:6] = gain
     scales = begin_by_outputs(model, WeightFormat(), rotate=rotate, calibration=text.view(4, -1))
     fake_quantize(model, rotate=rotate, scales=scales)
     for parameter in model.parameters():  # as training moves them
         parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
+    for norm in norms:
+        norm[7:9] = gain
+    trained = {name: model.get_submodule(name).rounded_weight() for name in scales}
+    before = model(text[None])
     settle(model)
+    torch.testing.assert_close(model(text[None]), before, atol=0.05 * float(before.std()), rtol=0)
     stored = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     plain = build(model.spec, stored)
     rounded = round_decoder(plain, WeightFormat(), Rounding.nearest, rotate=rotate)
     for name in scales:
-        weight = model.get_submodule(name).rounded_weight()
-        found = rounded.get_submodule(name).weight.dequantize()
+        found, weight = rounded.get_submodule(name).weight.dequantize(), trained[name]
         torch.testing.assert_close(found, weight, atol=0.01 * float(weight.std()), rtol=0.02)
 
 

@@ -21,7 +21,7 @@ from flash.rounding.fake import fake_quantize
 from flash.rounding.grid import round_to_grid
 from flash.training.fit import fit
 from flash.training.result import TrainResult
-from flash.training.run import train
+from flash.training.run import check, train
 from flash.training.settings import Precision, RecipeSettings, StageSettings, TrainerSettings
 from flash.training.validation import validate
 from flash.workspace import Workspace
@@ -151,13 +151,30 @@ def test_quantization_aware_training_is_of_the_rounded_model(settings):
 def test_quantization_aware_training_leaves_weights_on_their_grid(settings):
     train(settings)
     cut = Path(settings.runs) / "models" / "cut" / "checkpoint"
+    model = load(cut)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data[:3] = 0  # channels that nothing reads
+    tokenizer = ModelTokenizer.open(cut / "tokenizer.json")
+    save(cut, model.spec, state_to_save(model, torch.bfloat16), tokenizer=tokenizer)
     recipe = dataclasses.replace(RECIPE, qat=True, lr=1e-4)
     train(dataclasses.replace(settings, start=str(cut), name="qat", recipe=recipe))
     trained = turn_decoder(load(Path(settings.runs) / "models" / "qat" / "checkpoint"))
     for layer in trained.model.layers:
-        weight = layer.mlp.down_proj.weight
-        rounded = round_to_grid(weight, 32, 4).weight()
-        assert (rounded - weight).abs().max() < 0.05 * weight.std()  # as bfloat16 keeps it
+        for weight in (layer.mlp.up_proj.weight, layer.mlp.down_proj.weight):
+            rounded = round_to_grid(weight, 32, 4).weight()
+            assert (rounded - weight).abs().max() < 0.05 * weight.std()  # as bfloat16 keeps it
+
+
+def test_calibration_that_memory_cannot_hold_is_refused_before_any_work(settings):
+    recipe = dataclasses.replace(RECIPE, qat=True, qat_calibration_tokens=10**12)
+    with pytest.raises(
+        InputError,
+        match=r"recipe\.qat_calibration_tokens=10{12}: expected at most \d+: .* GiB of memory",
+    ):
+        check(dataclasses.replace(settings, recipe=recipe))
+    stage = StageSettings(data=settings.data, recipe=recipe)
+    with pytest.raises(InputError, match=r"then\.last\.recipe\.qat_calibration_tokens=10{12}"):
+        check(dataclasses.replace(settings, then={"last": stage}))
 
 
 def test_a_start_brings_its_own_tokenizer(settings, corpus):

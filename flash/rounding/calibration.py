@@ -1,0 +1,36 @@
+"""Memory for the calibration of `gptq`."""
+
+import os
+
+from flash.arch import ArchSpec
+from flash.errors import require
+
+GIB = 2**30
+
+
+def check_calibration(key: str, tokens: int, spec: ArchSpec) -> None:
+    """Check that memory has room for the inputs of a layer for all of the calibration text.
+
+    Everything else of the calibration needs as much memory for any number of tokens.
+
+    Args:
+        key: Setting that has the number of tokens.
+        tokens: Tokens of calibration text.
+        spec: Architecture to round.
+
+    Raises:
+        InputError: The inputs are larger than the memory of this machine.
+    """
+    each, memory = 4 * spec.model_dim, machine_memory()
+    require(
+        tokens * each <= memory,
+        key,
+        tokens,
+        f"at most {memory // each}: the inputs of a layer would take {tokens * each / GIB:.1f} "
+        f"GiB, of {memory / GIB:.1f} GiB of memory on this machine",
+    )
+
+
+def machine_memory() -> int:
+    """Memory of this machine [bytes]."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
