@@ -342,7 +342,15 @@ def _measure(job: ExportJob, model: Decoder, lower_s: float) -> Measurement:
         cache_dir=runs.lowered,
     )
     program = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    return profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
+    measured = profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
+    limit = settings.mixed.max_decode_ms
+    if limit is not None and measured.decode.ms > limit:
+        log.warning(
+            "%s: a decode step takes %.3g ms, more than mixed.max_decode_ms=%g, as times of parts "
+            "add up only roughly; a lower limit leaves more parts in 4 bits",
+            *(job.name, measured.decode.ms, limit),
+        )
+    return measured
 
 
 def _open_tracker(job: ExportJob) -> Tracker:
