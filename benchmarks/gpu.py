@@ -53,7 +53,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import Recorder, alternate
+from record import SMOKE, Recorder, alternate
 from torch import Tensor, nn
 
 import conf
@@ -530,7 +530,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file of the lines; each is written at once")
     parser.add_argument("--minutes", type=float, default=8.0, help="duration of all parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--dry-run", action="store_true", default=SMOKE, help="tiny sizes on the CPU")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     plan = Plan(given.dry_run)
