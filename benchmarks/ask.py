@@ -172,7 +172,9 @@ def main() -> None:
     record = Recorder("ask")
     two = (Objective.quality, Objective.prefill)
     for sampler in Sampler:
-        record.add(sampler.name, "ask_8_s", [ask_s(sampler, seed, *two) for seed in range(SEEDS)], "s")
+        record.add(
+            sampler.name, "ask_8_s", [ask_s(sampler, seed, *two) for seed in range(SEEDS)], "s"
+        )
     three = (*two, Objective.size)
     values = [ask_s(Sampler.flash, seed, *three) for seed in range(SEEDS)]
     record.add("flash_3_objectives", "ask_8_s", values, "s")

@@ -223,9 +223,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
     whole = space().base
     grid = [
         whole.replace(model_dim=dim, ffn_dim=ffn, layer_types=(Attention.full_attention,) * depth)
-        for depth, dim, ffn in itertools.product(
-            DEPTHS, range(128, 257, 32), range(192, 577, 32)
-        )
+        for depth, dim, ffn in itertools.product(DEPTHS, range(128, 257, 32), range(192, 577, 32))
     ]
     amounts = {
         "parameters": np.array([count_parameters(spec).total / 1e6 for spec in grid]),

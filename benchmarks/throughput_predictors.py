@@ -23,8 +23,8 @@ from flash.latency.power_law import PowerLaw
 from flash.latency.prediction import Predictor
 from flash.lowering.settings import LoweringSettings
 
+# Drawing a spec takes a tenth of a millisecond, so that few of many are distinct.
 ROUNDS, NUM_SPECS, NUM_DISTINCT = (1, 200, 50) if SMOKE else (5, 100_000, 5_000)
-# Drawing a distinct one takes a tenth of a millisecond.
 POINT = Point(Phase.prefill, 512)
 SPACE, BACKBONE = conf.space("flash"), conf.flash_backbone()
 
