@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from record import Recorder
+from record import SMOKE, Recorder
 
 import conf
 from flash.arch import ArchSpec, Quantization, SearchSpace, weight_bytes
@@ -33,7 +33,7 @@ from flash.search.settings import Sampler, SearchSettings
 from flash.search.study import Study, Trial, open_study
 from flash.training.loss_curve import Curve, Watch
 
-MANY = 10_000
+MANY, KNOWN, TRIALS, SEEDS = (20, 24, 8, 1) if SMOKE else (10_000, 200, 64, 3)
 
 
 def costs(specs: list[ArchSpec]) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = SearchSettings(study="ask", sampler=sampler)
     asked, given = problem(*objectives), conf.space("flash")
-    known = trials(given, 200, seed)
+    known = trials(given, KNOWN, seed)
     start = time.perf_counter()
     found = propose(given, known, 8, problem=asked, settings=settings, seed=seed)
     assert len(found) == 8
@@ -98,7 +98,7 @@ def ask_s(sampler: Sampler, seed: int, *objectives: Objective) -> float:
 def trial_s() -> float:
     """Measure the seconds of each trial of a search that does not train."""
     given = conf.space("flash")
-    settings = SearchSettings(study="trials", trials=64)
+    settings = SearchSettings(study="trials", trials=TRIALS)
     asked = problem(Objective.quality, Objective.prefill)
 
     def evaluate(spec: ArchSpec, number: int, watch: Watch) -> Quality:
@@ -172,11 +172,13 @@ def main() -> None:
     record = Recorder("ask")
     two = (Objective.quality, Objective.prefill)
     for sampler in Sampler:
-        record.add(sampler.name, "ask_8_s", [ask_s(sampler, seed, *two) for seed in range(3)], "s")
+        record.add(
+            sampler.name, "ask_8_s", [ask_s(sampler, seed, *two) for seed in range(SEEDS)], "s"
+        )
     three = (*two, Objective.size)
-    values = [ask_s(Sampler.flash, seed, *three) for seed in range(3)]
+    values = [ask_s(Sampler.flash, seed, *three) for seed in range(SEEDS)]
     record.add("flash_3_objectives", "ask_8_s", values, "s")
-    record.add("search", "trial_s", [trial_s() for _ in range(3)], "s")
+    record.add("search", "trial_s", [trial_s() for _ in range(SEEDS)], "s")
     record.add("study", "study_10k_s", [study_10k_s(problem(*two))], "s")
     record.close()
 

@@ -9,11 +9,8 @@ Cases are `<program>/<point>`. All programs are loaded in one process of one thr
 at each prompt and at each decode step. `ms` is time of the processor, which other work on the
 machine disturbs less than the clock. `speedup_vs_fp32` and `speedup_vs_stock` are the other
 program's time divided by this one's, turn by turn.
-
-`python benchmarks/decode_cache.py smoke` runs everything at a small size and keeps no results.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import Recorder, alternate
+from record import SMOKE, Recorder, alternate
 
 import conf
 from flash.arch import ArchSpec, CacheFormat, parse_pattern
@@ -36,8 +33,10 @@ from flash.model.decoder import Decoder
 
 PATTERN, VOCABULARY = "FF-F", 16_384
 WORKLOAD = Workload(prompts=[512, 2048], contexts=[128, 1024, 2048])
-SMOKE = Workload(prompts=[16, 32], contexts=[8, 32])
 TURNS = {Phase.prefill: 9, Phase.decode: 60}
+if SMOKE:
+    WORKLOAD = Workload(prompts=[16, 32], contexts=[8, 32])
+    TURNS = dict.fromkeys(Phase, 2)
 FORMS = {
     "fp32": (CacheFormat.fp32, AttentionForm.matmul),
     "bf16": (CacheFormat.bf16, AttentionForm.matmul),
@@ -48,9 +47,9 @@ PAIRS = (("bf16", "fp32"), ("fp32", "stock"), ("bf16", "stock"))
 """Programs whose times are compared."""
 
 
-def settings(name: str, workload: Workload) -> LoweringSettings:
+def settings(name: str) -> LoweringSettings:
     cache, attention = FORMS[name]
-    context = max(*workload.prompts, *workload.contexts) + 32
+    context = max(*WORKLOAD.prompts, *WORKLOAD.contexts) + 32
     return LoweringSettings(cache=cache, attention=attention, max_context=context)
 
 
@@ -74,19 +73,19 @@ def milliseconds(step: Step, chunk: int, vocabulary: int, point: Point) -> float
     return 1e3 * (time.process_time() - begin)
 
 
-def compare(record: Recorder, spec: ArchSpec, workload: Workload, turns: dict[Phase, int]) -> None:
+def compare(record: Recorder, spec: ArchSpec) -> None:
     prepare(threads=1)
-    formats = {name: settings(name, workload) for name in FORMS}
+    formats = {name: settings(name) for name in FORMS}
     steps = {name: load(name, spec, formats[name]) for name in FORMS}
     for name, lowering in formats.items():
         record.add(name, "cache_mib", [lowering.cache_bytes(spec) / 2**20], "MiB")
-    for point in workload.points:
+    for point in WORKLOAD.points:
         runs: dict[str, Callable[[], float]] = {
             name: partial(milliseconds, step, formats[name].chunk, spec.vocab_size, point)
             for name, step in steps.items()
         }
         alternate(runs, rounds=1)
-        found = alternate(runs, turns[point.phase])
+        found = alternate(runs, TURNS[point.phase])
         for name, times in found.items():
             record.add(f"{name}/{point}", "ms", times, "ms")
         for name, other in PAIRS:
@@ -96,16 +95,9 @@ def compare(record: Recorder, spec: ArchSpec, workload: Workload, turns: dict[Ph
 
 
 def main() -> None:
-    """Run all cases; `smoke` at a small size."""
     record, spec = Recorder("decode_cache"), conf.winner("flash_350m")
-    if sys.argv[1:] == ["smoke"]:
-        spec = spec.replace(
-            layer_types=parse_pattern("F"), model_dim=128, ffn_dim=128, vocab_size=512
-        )
-        compare(record, spec, SMOKE, dict.fromkeys(Phase, 2))
-        return
     spec = spec.replace(layer_types=parse_pattern(PATTERN), vocab_size=VOCABULARY)
-    compare(record, spec, WORKLOAD, TURNS)
+    compare(record, conf.small_spec(spec) if SMOKE else spec)
     record.close()
 
 

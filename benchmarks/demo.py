@@ -10,9 +10,44 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import Recorder
+from record import SMOKE, Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_MEASUREMENTS = [
+    "device.processes=1",
+    "device.warmups=0",
+    "device.runs=1",
+    "device.lowering.max_context=64",
+    "device.workload.prompts=[32]",
+    "device.workload.contexts=[32]",
+    "device.workload.decode_tokens=4",
+]
+OF_TEXT = [
+    "data=folder",
+    f"data.path={ROOT / 'benchmarks'}",
+    "data.pattern=*.py",
+    "data.validation_percent=20",
+    "data.validation_sequences=2",
+]
+OF_TRAINING = ["recipe.tokens=4096", "recipe.calibration_tokens=1024"]
+OF_SEARCH = [
+    "search.trials=3",
+    "search.batch=1",
+    "search.startup_trials=2",
+    "search.winners=1",
+    "latency=analytical",
+    "latency.whole_models=4",
+    "latency.group_size=4",
+    "latency.attempts=1",
+]
+OF_EXPORT = ["device.lowering.calibration_tokens=1024"]
+SMALL = {
+    "search": [*OF_TEXT, *OF_TRAINING, *OF_MEASUREMENTS, *OF_SEARCH],
+    "train": [*OF_TEXT, *OF_TRAINING],
+    "export_backbone": [*OF_TEXT, *OF_MEASUREMENTS, *OF_EXPORT],
+    "export_winners": [*OF_TEXT, *OF_MEASUREMENTS, *OF_EXPORT],
+}
+"""Settings of each stage in a smoke run."""
 
 
 def _stages(runs: Path) -> dict[str, list[str]]:
@@ -34,8 +69,9 @@ def measure(runs: Path) -> None:
         total = 0.0
         for stage in _stages(runs):
             command = _stages(runs)[stage]  # the winners are known only after the search
+            command += SMALL.get(stage, []) if SMOKE else []
             start = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+            subprocess.run([sys.executable, *command], check=True, cwd=ROOT, stdout=sys.stderr)
             seconds = time.perf_counter() - start
             total += seconds
             record.add(f"{case}/{stage}", "seconds", [seconds], "s")

@@ -15,9 +15,10 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+from record import SMOKE, Recorder, output
+
 import conf
 from flash.arch import ArchSpec
-from flash.device.base import Device
 from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point, Workload
@@ -29,6 +30,7 @@ from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
 from flash.lowering.settings import AttentionForm, LoweringSettings
 
 STORE = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
+CACHE = output(conf.ROOT / "runs" / "lowered")
 MODELS = 24
 PROGRAMS = LoweringSettings(
     attention=AttentionForm.sdpa, prefill_last_only=False, max_context=2048, prefill_chunk=1024
@@ -46,9 +48,9 @@ DEVICE = DeviceSettings(
 SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
 
 
-def models() -> list[ArchSpec]:
-    """Return the architectures of the dataset; the backbone is the last."""
-    return whole_models(conf.space("flash"), conf.flash_backbone(), MODELS, seed=0)
+def models(space: str = "flash", num: int = MODELS) -> list[ArchSpec]:
+    """Return architectures that are stratified over a space; the backbone is the last."""
+    return whole_models(conf.space(space), conf.space(space).base, num, seed=0)
 
 
 class Recorded(Profiler):
@@ -64,22 +66,26 @@ class Recorded(Profiler):
     def _rows(self) -> dict[tuple[SubjectKind, str, Point], list[StoredLatency]]:
         found: dict[tuple[SubjectKind, str, Point], list[StoredLatency]] = {}
         for row in self.store:
-            point = Point(Phase(row.conditions.point["phase"]), row.conditions.point["tokens"])
-            key = row.kind, json.dumps(row.subject, sort_keys=True), point
+            key = row.kind, json.dumps(row.subject, sort_keys=True), point_of(row)
             found.setdefault(key, []).append(row)
         return found
 
 
+def point_of(row: StoredLatency) -> Point:
+    """Return the point at which a latency was measured."""
+    return Point(Phase(row.conditions.point["phase"]), row.conditions.point["tokens"])
+
+
 def open_bench(
-    device: Device, store: Path, cache_dir: Path = conf.ROOT / "runs" / "lowered"
+    space: str, settings: DeviceSettings, latency: LatencySettings, store: Path, cache_dir: Path
 ) -> Profiler:
-    """Open a profiler over a store."""
+    """Open the profiler of a space over a store."""
     return make_profiler(
-        backbone=conf.flash_backbone(),
-        device=device,
-        workload=device.settings.workload,
-        lowering=device.settings.lowering,
-        settings=SETTINGS,
+        backbone=conf.space(space).base,
+        device=open_device(settings),
+        workload=settings.workload,
+        lowering=settings.lowering,
+        settings=latency,
         store=MeasurementStore(store),
         cache_dir=cache_dir,
     )
@@ -87,7 +93,7 @@ def open_bench(
 
 def recorded() -> Profiler:
     """Open the dataset."""
-    bench = open_bench(open_device(DEVICE), STORE)
+    bench = open_bench("flash", DEVICE, SETTINGS, STORE, CACHE)
     values = {f.name: getattr(bench, f.name) for f in dataclasses.fields(bench)}
     return Recorded(**values)
 
@@ -95,14 +101,20 @@ def recorded() -> Profiler:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models-only", action="store_true", help="leave out the blocks")
-    parser.add_argument("--cache", type=Path, default=conf.ROOT / "runs" / "lowered")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    bench = open_bench(open_device(DEVICE), STORE, arguments.cache)
-    bench.measure_missing([Subject(spec=spec) for spec in models()])
+    space, device, latency, num = "flash", DEVICE, SETTINGS, MODELS
+    if SMOKE:
+        space, device, num = "tiny", conf.small_device(DEVICE), 1
+        latency = LatencySettings(group_size=4, grid_widths=2, grid_ffn=2, attempts=1)
+    bench = open_bench(space, device, latency, output(STORE), arguments.cache)
+    bench.measure_missing([Subject(spec=spec) for spec in models(space, num)])
     if not arguments.models_only:
-        grid = make_grid(conf.space("flash"), conf.flash_backbone(), SETTINGS)
-        bench.measure_missing(grid_subjects(grid, conf.flash_backbone()))
+        backbone = conf.space(space).base
+        grid = make_grid(conf.space(space), backbone, latency)
+        bench.measure_missing(grid_subjects(grid, backbone))
+    Recorder("flash_space").add("dataset", "measurements", [len(bench.store)], "rows")
 
 
 if __name__ == "__main__":

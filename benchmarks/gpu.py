@@ -29,8 +29,8 @@ that fails or runs out of time leaves the lines that it has printed, and the nex
   `tokens_per_s` with data loading, Lightning and logging included, compiled; and the rate at which
   batches can be loaded, as `loading_ratio` to that of training.
 
-`--dry-run` does all of it on the CPU at a tiny size, to show that the script runs; its figures mean
-nothing.
+`--dry-run`, or `smoke`, does all of it on the CPU at a tiny size, to show that the script runs; its
+figures mean nothing.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import Recorder, alternate
+from record import SMOKE, Recorder, alternate
 from torch import Tensor, nn
 
 import conf
@@ -530,7 +530,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file of the lines; each is written at once")
     parser.add_argument("--minutes", type=float, default=8.0, help="duration of all parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=SMOKE, help="tiny sizes on the CPU"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     plan = Plan(given.dry_run)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from record import Recorder
+from record import SMOKE, Recorder, output
 
+import conf
 from flash.arch import ArchSpec
-from flash.data.settings import DataSettings
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build
-from flash.model.settings import BackboneSettings
 from flash.paths import Runs
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
@@ -27,8 +26,10 @@ from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 from flash.training.validation import validate
 from flash.workspace import Workspace
 
-RECIPE = RecipeSettings(name="recovery", tokens=32768, batch_size=2, lr=1e-3, warmup_ratio=0.1)
-SEEDS = (0, 1, 2)
+RECIPE = conf.short(
+    RecipeSettings(name="recovery", tokens=32768, batch_size=2, lr=1e-3, warmup_ratio=0.1)
+)
+SEEDS, CUTS = ((0,), 1) if SMOKE else ((0, 1, 2), 6)
 
 
 def _cuts(spec: ArchSpec) -> dict[str, ArchSpec]:
@@ -58,9 +59,9 @@ def _random(importance: Importance, seed: int) -> Importance:
 
 def main() -> None:
     record = Recorder("importance")
-    runs = Runs(Path("runs"))
-    backbone = Backbone.open(BackboneSettings(name="tiny", weights="backbones/tiny"))
-    data = DataSettings(name="stdlib")
+    runs = Runs(output(Path("runs")))
+    backbone = Backbone.open(conf.TINY)
+    data = conf.stdlib()
     workspace = Workspace(
         runs=runs, backbone=backbone, data_settings=data, batch_size=RECIPE.batch_size
     )
@@ -73,7 +74,7 @@ def main() -> None:
     }
     whole = validate(backbone.load(), workspace.data, Precision.bf16)
     record.add("none", "heldout_loss", [whole.loss], "nats/token")
-    for cut, spec in _cuts(backbone.spec).items():
+    for cut, spec in list(_cuts(backbone.spec).items())[:CUTS]:
         for way, choices in ways.items():
             before, after = [], []
             for choice in choices:

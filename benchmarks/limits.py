@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import Recorder, in_fresh_process
+from record import SMOKE, Recorder, in_fresh_process, output
 
 import conf
 from flash.arch import ArchSpec, CacheFormat, count_parameters, kv_cache_bytes
@@ -47,14 +47,18 @@ from flash.model.decoder import Decoder
 
 PROMPT, CONTEXTS, STEPS, PROCESSES = 512, (128, 2048), 16, 3
 SETTINGS = LoweringSettings(max_context=2080)
+if SMOKE:
+    PROMPT, CONTEXTS, STEPS, PROCESSES = 32, (16, 32), 2, 1
+    SETTINGS = LoweringSettings(max_context=64)
 CACHES = {CacheFormat.fp32: 0, CacheFormat.bf16: 1}
 """Cache of our program, and type of llama.cpp's: float32 or float16."""
-FOLDER = Path("runs/limits")
+FOLDER = output(Path("runs/limits"))
 
 
 def spec() -> ArchSpec:
     """Return the shape of flash_350m without QK-norm."""
-    return conf.winner("flash_350m").replace(qk_norm=False)
+    found = conf.winner("flash_350m").replace(qk_norm=False)
+    return conf.small_spec(found) if SMOKE else found
 
 
 def file(name: str) -> Path:

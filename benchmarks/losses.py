@@ -10,8 +10,6 @@ The case `ce` is cross-entropy; `kd` is half cross-entropy and half forward KL t
 - `time_ratio`: our time divided by the plain one; `seconds` is ours.
 - `gradient_error`: largest difference of the gradients relative to their largest value, on all
   hidden states and every 97th row of the weight.
-
-`python benchmarks/losses.py smoke` runs everything at a small size and keeps no results.
 """
 
 import json
@@ -22,28 +20,28 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import Recorder, in_fresh_process, peak_rss_mib, rss_mib
+from record import SMOKE, Recorder, in_fresh_process, peak_rss_mib, rss_mib
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flash.model.losses import Operands, linear_losses
 
-SIZES = {"full": (1280, 2048, 4096, 202_048), "smoke": (64, 96, 256, 8192)}
-ROUNDS = 3
+WIDTH, TEACHER_WIDTH, TOKENS, VOCAB, ROUNDS = (
+    (64, 96, 256, 8192, 1) if SMOKE else (1280, 2048, 4096, 202_048, 3)
+)
 KD_WEIGHT = {"ce": 0.0, "kd": 0.5}
 
 
-def inputs(case: str, size: str) -> tuple[Operands, Operands | None, Tensor]:
+def inputs(case: str) -> tuple[Operands, Operands | None, Tensor]:
     """Make student, teacher and targets."""
-    width, teacher_width, tokens, vocab = SIZES[size]
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, width).requires_grad_()
-    student = Operands(hidden, torch.empty(vocab, width).normal_(0, 0.02).requires_grad_())
+    hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
+    student = Operands(hidden, torch.empty(VOCAB, WIDTH).normal_(0, 0.02).requires_grad_())
     teacher = None
     if case == "kd":
-        table = torch.empty(vocab, teacher_width).normal_(0, 0.02)
-        teacher = Operands(torch.randn(tokens, teacher_width), table)
-    return student, teacher, torch.randint(0, vocab, (tokens,))
+        table = torch.empty(VOCAB, TEACHER_WIDTH).normal_(0, 0.02)
+        teacher = Operands(torch.randn(TOKENS, TEACHER_WIDTH), table)
+    return student, teacher, torch.randint(0, VOCAB, (TOKENS,))
 
 
 def chunked(student: Operands, teacher: Operands | None, targets: Tensor, kd: float) -> Tensor:
@@ -66,10 +64,10 @@ def plain(student: Operands, teacher: Operands | None, targets: Tensor, kd: floa
 WAYS = {"chunked": chunked, "plain": plain}
 
 
-def measure(case: str, size: str, way: str, gradients: Path) -> dict[str, float]:
+def measure(case: str, way: str, gradients: Path) -> dict[str, float]:
     """Measure seconds and peak memory above that before [MiB]; must run in a fresh process."""
     Path("/proc/self/oom_score_adj").write_text("1000", "ascii")  # the plain `kd` takes 20 GiB
-    student, teacher, targets = inputs(case, size)
+    student, teacher, targets = inputs(case)
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the recorded peak
     before, start = rss_mib(), time.perf_counter()
     WAYS[way](student, teacher, targets, KD_WEIGHT[case]).backward()
@@ -86,12 +84,12 @@ def gradient_error(ours: Path, theirs: Path) -> float:
     return float(max((a - b).abs().max() / b.abs().max() for a, b in pairs))
 
 
-def compare(record: Recorder, case: str, size: str, folder: Path) -> None:
+def compare(record: Recorder, case: str, folder: Path) -> None:
     files = {way: folder / f"{case}_{way}.safetensors" for way in WAYS}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way, path in files.items():
-            found[way].append(in_fresh_process(__file__, "measure", case, size, way, str(path)))
+            found[way].append(in_fresh_process(__file__, "measure", case, way, str(path)))
     for metric, name, unit in (("peak_mib", "peak", "MiB"), ("seconds", "time", "s")):
         ours, theirs = ([each[metric] for each in found[way]] for way in WAYS)
         record.add(case, metric, ours, unit)
@@ -103,17 +101,15 @@ def compare(record: Recorder, case: str, size: str, folder: Path) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["measure"]:
-        case, size, way, gradients, path = sys.argv[2:]
-        result = measure(case, size, way, Path(gradients))
+        case, way, gradients, path = sys.argv[2:]
+        result = measure(case, way, Path(gradients))
         Path(path).write_text(json.dumps(result), "utf-8")
         return
-    size = "smoke" if sys.argv[1:] == ["smoke"] else "full"
     record = Recorder("losses")
     with tempfile.TemporaryDirectory() as folder:
         for case in KD_WEIGHT:
-            compare(record, case, size, Path(folder))
-    if size == "full":
-        record.close()
+            compare(record, case, Path(folder))
+    record.close()
 
 
 if __name__ == "__main__":

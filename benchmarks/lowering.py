@@ -7,8 +7,6 @@
   from its start to its end with the program in a file. The stock path is the unmodified
   `export_llm` of ExecuTorch on the same shape: 8da4w in groups of 32, 4-bit embedding, fp32 cache,
   context 2048. It takes about 15 minutes and 4 GB.
-
-`python benchmarks/lowering.py smoke` runs everything at a small size and keeps no results.
 """
 
 import json
@@ -20,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import Recorder
+from record import SMOKE, Recorder
 
 import conf
 from flash.arch import ArchSpec, parse_pattern
@@ -30,8 +28,8 @@ from flash.lowering.lower import lower, write
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
 
-ROUNDS = 3
-SHALLOW, DEEP = 2, 6
+SHALLOW = 2
+DEEP, ROUNDS = (3, 1) if SMOKE else (6, 3)
 CONTEXT = 2048
 
 
@@ -111,14 +109,14 @@ def whole_model(record: Recorder, case: str, spec: ArchSpec) -> None:
 
 
 def main() -> None:
-    """Run all cases; `smoke` at a small size."""
+    """Run all cases."""
     record = Recorder("lowering")
-    if sys.argv[1:] == ["smoke"]:
-        whole_model(record, "smoke", _spec(1))
-        per_layer(record, rounds=1, deep=SHALLOW + 1)
-        return
-    whole_model(record, "smollm2_135m", conf.shape_of("smollm2_135m"))
-    whole_model(record, "flash_650m", conf.winner("flash_650m"))
+    models = {
+        "smollm2_135m": conf.shape_of("smollm2_135m"),
+        "flash_650m": conf.winner("flash_650m"),
+    }
+    for case, spec in ({"smoke": _spec(1)} if SMOKE else models).items():
+        whole_model(record, case, spec)
     per_layer(record, ROUNDS, DEEP)
     record.close()
 

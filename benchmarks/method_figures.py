@@ -25,7 +25,7 @@ import plotly.graph_objects as go
 import stopping
 from optuna.trial import TrialState
 from readme_figure import note
-from record import RESULTS
+from record import RESULTS, SMOKE, Recorder, output
 from samplers import Table
 from scipy import stats
 
@@ -49,7 +49,9 @@ from flash.search.settings import Sampler
 from flash.search.study import Trial
 from flash.search.surrogate import draw_losses
 
-FIGURES = conf.ROOT / "docs" / "figures"
+FIGURES = output(conf.ROOT / "docs" / "figures")
+TRIALS = (18, 20) if SMOKE else (24, 48)
+"""Numbers of trials after which the model of losses is shown; the search ends with the latter."""
 LATENCY, LOSS = "TTFT at 2048 tokens, counted [ms]", "held-out loss [nats/token]"
 LIGHT = "rgba(47, 111, 222, 0.12)"
 
@@ -93,7 +95,7 @@ def draw_area(figure: go.Figure, points: np.ndarray, reference: tuple[float, flo
 
 def hypervolume() -> go.Figure:
     table = Table()
-    trials = trials_of(table, table.run(Sampler.flash, 48, 0))
+    trials = trials_of(table, table.run(Sampler.flash, TRIALS[-1], 0))
     front = frontier(trials, table.problem)
     points = np.array([[t.costs["prefill_ms"], t.loss] for t in front])
     reference = table.problem.reference
@@ -137,11 +139,12 @@ def improvement() -> go.Figure:
 
 def surrogate() -> go.Figure:
     table = Table()
-    tried = table.run(Sampler.flash, 48, 0)
+    tried = table.run(Sampler.flash, TRIALS[-1], 0)
     figure = go.Figure()
     layout(figure, "loss after training", "predicted loss, 90 %")
-    panels(figure, ("after 24 trials", "after 48 trials"), ("loss after training", ""))
-    for panel, count in (("", 24), ("2", 48)):
+    first, second = (f"after {count} trials" for count in TRIALS)
+    panels(figure, (first, second), ("loss after training", ""))
+    for panel, count in zip(("", "2"), TRIALS, strict=True):
         known = tried[:count]
         rest = [spec for spec in table.loss if spec not in set(known)][::4]
         losses = [table.loss[spec] for spec in known]
@@ -160,7 +163,8 @@ def surrogate() -> go.Figure:
         tau = stats.kendalltau(middle, truth)[0]
         error = float(np.abs(middle - truth).mean())
         inside = float(((low <= truth) & (truth <= high)).mean())
-        print(f"surrogate, {count} trials: error {error:.3f}, tau {tau:.2f}, inside {inside:.2f}")
+        quality = f"error {error:.3f}, tau {tau:.2f}, inside {inside:.2f}"
+        print(f"surrogate, {count} trials: {quality}", file=sys.stderr)
     return figure
 
 
@@ -255,7 +259,7 @@ def blocks() -> go.Figure:
     ends = [float(measured.min()), float(measured.max())]
     figure.add_scatter(x=ends, y=ends, mode="lines", xaxis="x2", yaxis="y2", showlegend=False,
                        line={"color": GRAY, "dash": "dot"})  # fmt: skip
-    print(f"blocks: {fitted}")
+    print(f"blocks: {fitted}", file=sys.stderr)
     return figure.update_layout(legend={"x": 0.01, "y": 0.98, "yanchor": "top",
                                         "orientation": "v"})  # fmt: skip
 
@@ -346,8 +350,12 @@ DRAWINGS: dict[str, Callable[[], go.Figure]] = {
 
 
 def main() -> None:
+    FIGURES.mkdir(exist_ok=True)
+    record = Recorder("method_figures")
     for name in sys.argv[1:] or DRAWINGS:
-        DRAWINGS[name]().write_image(FIGURES / f"{name}.svg")
+        path = FIGURES / f"{name}.svg"
+        DRAWINGS[name]().write_image(path)
+        record.add(name, "size_kib", [path.stat().st_size / 2**10], "KiB")
 
 
 if __name__ == "__main__":

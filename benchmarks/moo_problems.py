@@ -54,23 +54,20 @@ from botorch.utils.sampling import draw_sobol_samples, manual_seed
 from gpytorch.mlls import ExactMarginalLogLikelihood, SumMarginalLogLikelihood
 from linear_operator.utils.warnings import NumericalWarning
 from numpy.typing import NDArray
-from record import Recorder
+from record import SMOKE, Recorder
 
 from flash.progress import progress
 from flash.search.acquisition import greedy_batch
 from flash.search.pareto import hypervolume
 from flash.search.surrogate import draw
 
-SEEDS = 20
-POINTS = 1024
-BATCH = 4
-BUDGETS = (16, 24, 32)
+SEEDS, POINTS, BATCH, BUDGETS = (1, 64, 16, (15, 16)) if SMOKE else (20, 1024, 4, (16, 24, 32))
 NOISE = 0.05
 """Standard deviation of the noise, as a share of the range."""
 NO_NOISE = 1e-3
 """Noise level given to BoTorch for problems without noise, as a share of the range, which keeps
 matrices regular."""
-MC_SAMPLES = 128
+MC_SAMPLES = 16 if SMOKE else 128
 """Draws of qNEHVI, as in BoTorch's tutorial."""
 
 

@@ -11,51 +11,35 @@ which the backbone shows (flash.export.predicted). `raw_error_pct` is without th
 `bias_pct` its median with its sign, and `largest_error_pct` the largest of `error_pct`.
 
 Programs and measurements of stage 1 are kept in runs/predicted, so that a killed run goes on; a
-second run fits to the same measurements of stage 1. `python benchmarks/predicted.py [--smoke]`;
-`--smoke` takes few and short measurements and keeps no results.
+second run fits to the same measurements of stage 1.
 """
 
-import argparse
 import dataclasses
 import logging
 from pathlib import Path
 
 import numpy as np
-from record import Recorder
+from record import SMOKE, Recorder, output
 
 import conf
 from flash.arch import ArchSpec
 from flash.device.factory import open_device
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
-from flash.device.workload import Workload
 from flash.export.predicted import PredictedLatencies
 from flash.latency.fit import LatencyModel, collect, make_profiler
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject, recorded_lower_s
 from flash.latency.settings import LatencySettings, PredictorKind
 from flash.latency.store import MeasurementStore
-from flash.lowering.settings import LoweringSettings
 from flash.progress import progress
 
-UNSEEN = 12
-PREDICTORS = (PredictorKind.analytical, PredictorKind.blocks)
-FOLDER = Path("runs/predicted")
+UNSEEN = 1 if SMOKE else 12
+PREDICTORS = (PredictorKind.analytical, PredictorKind.blocks)[: 1 if SMOKE else None]
+FOLDER = output(Path("runs/predicted"))
 
 
-def smoke_device() -> DeviceSettings:
-    """Return settings of measurements that take a second."""
-    return dataclasses.replace(
-        conf.host(),
-        processes=1,
-        warmups=0,
-        runs=1,
-        lowering=LoweringSettings(max_context=64),
-        workload=Workload(prompts=[32], contexts=[32], decode_tokens=4),
-    )
-
-
-def open_profiler(device: DeviceSettings, settings: LatencySettings, folder: Path) -> Profiler:
+def open_profiler(device: DeviceSettings, settings: LatencySettings) -> Profiler:
     """Open the profiler of stage 1."""
     return make_profiler(
         backbone=conf.space("tiny").base,
@@ -63,8 +47,8 @@ def open_profiler(device: DeviceSettings, settings: LatencySettings, folder: Pat
         workload=device.workload,
         lowering=device.lowering,
         settings=settings,
-        store=MeasurementStore(folder / "measurements.jsonl"),
-        cache_dir=folder / "lowered",
+        store=MeasurementStore(FOLDER / "measurements.jsonl"),
+        cache_dir=FOLDER / "lowered",
     )
 
 
@@ -139,26 +123,21 @@ def compare(
         record.add(point, "slowdown", values, "ratio")
 
 
-def main(smoke: bool) -> None:
-    device = smoke_device() if smoke else conf.host()
-    folder = FOLDER / ("smoke" if smoke else "")
+def main() -> None:
     models: dict[str, LatencyModel] = {}
-    for kind in PREDICTORS[: 1 if smoke else None]:
+    for kind in PREDICTORS:
         settings = LatencySettings(predictor=kind)
-        if smoke:
+        if SMOKE:
             settings = LatencySettings(predictor=kind, whole_models=4, attempts=1, group_size=4)
-        profiler = open_profiler(device, settings, folder)
+        profiler = open_profiler(conf.host(), settings)
         models[kind.value] = fit(profiler)
     record = Recorder("predicted")
-    compare(record, profiler, models, 1 if smoke else UNSEEN)
+    compare(record, profiler, models, UNSEEN)
     for name, model in models.items():
         record.add(name, "measured_models", [len(model.models)], "models")
-    if not smoke:
-        record.close()
+    record.close()
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="few and short measurements")
-    main(parser.parse_args().smoke)
+    main()

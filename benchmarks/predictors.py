@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import flash_space
 import numpy as np
-from record import Recorder
+from record import SMOKE, Recorder
 
 import conf
 from flash.arch import ArchSpec
@@ -68,7 +68,7 @@ def main() -> None:
     whole_s, parts_s = cost_s(bench, whole), cost_s(bench, parts)
     paper_s = whole_s / len(models) * PAPER_MODELS
 
-    for point in bench.workload.points:
+    for point in bench.workload.points[: 1 if SMOKE else None]:
         all_ms, errors = comparable(
             [bench.attempts(subject, point) for subject in (*parts, *whole)], point.phase
         )

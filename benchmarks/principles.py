@@ -31,12 +31,11 @@ import numpy as np
 import plotly.graph_objects as go
 import rows
 import tabular
-from record import Recorder
+from record import SMOKE, Recorder, output
 from scipy import stats
 
 import conf
 from flash.arch import ArchSpec, Attention, SearchSpace, count_parameters
-from flash.data.settings import DataSettings
 from flash.lowering.settings import SlidingForm
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import build
@@ -51,11 +50,14 @@ from flash.training.validation import validate
 from flash.workspace import Workspace
 
 DATA = conf.ROOT / "benchmarks" / "data" / "principles.jsonl"
-FIGURES = conf.ROOT / "docs" / "figures"
-RUNS = Runs(conf.ROOT / "runs")
+FIGURES = output(conf.ROOT / "docs" / "figures")
+RUNS = Runs(output(conf.ROOT / "runs"))
 TOKENS = 16384
-CANDIDATES = 12
 BUDGETS = (2048, 4096, 8192, TOKENS, 2 * TOKENS)
+CANDIDATES, DEPTHS, PER_RUN, SETS = 12, range(3, 9), 5, 3
+if SMOKE:
+    BUDGETS = (TOKENS, 2 * TOKENS)
+    CANDIDATES, DEPTHS, PER_RUN, SETS = 3, (7, 8), 1, 1
 
 
 @cache
@@ -71,7 +73,7 @@ def candidates() -> list[ArchSpec]:
 
 def recipe(tokens: int, start: str) -> RecipeSettings:
     """Return the recipe of a trial; from scratch with the learning rate of pretraining."""
-    return RecipeSettings(
+    recipe = RecipeSettings(
         name="principles",
         tokens=tokens,
         batch_size=2,
@@ -80,6 +82,7 @@ def recipe(tokens: int, start: str) -> RecipeSettings:
         decay_ratio=0.4,
         schedule=Schedule.wsd,
     )
+    return conf.short(recipe)
 
 
 @cache
@@ -87,7 +90,7 @@ def _workspace() -> Workspace:
     return Workspace(
         runs=RUNS,
         backbone=Backbone.open(conf.TINY),
-        data_settings=DataSettings(name="stdlib", validation_sequences=32),
+        data_settings=conf.stdlib(validation_sequences=32),
         batch_size=recipe(TOKENS, "pruned").batch_size,
     )
 
@@ -102,7 +105,8 @@ class Trained:
 
     def __init__(self) -> None:
         self._known = {
-            (row["spec"], row["start"], row["tokens"]): row["loss"] for row in rows.read(DATA)
+            (row["spec"], row["start"], row["tokens"]): row["loss"]
+            for row in rows.read(output(DATA))
         }
 
     def losses(
@@ -116,7 +120,7 @@ class Trained:
             loss, curve = self._train(spec, start, tokens)
             row = {"spec": spec.to_dict(), "start": start, "tokens": tokens, "loss": loss}
             seconds = round(time.perf_counter() - began, 1)
-            rows.append(DATA, {**row, "curve": curve, "seconds": seconds})
+            rows.append(output(DATA), {**row, "curve": curve, "seconds": seconds})
             self._known[spec, start, tokens] = loss
         return [self._known[spec, start, tokens] for spec in tied]
 
@@ -166,7 +170,7 @@ def skip_runs(trained: Trained, record: Recorder) -> go.Figure:
             spec = _replaced(whole, every[i], Attention.skip_attention)
             by_run.setdefault(spec.longest_efficient_run, []).append(spec)
         for run in sorted(by_run):
-            losses = trained.losses(by_run[run][:5])
+            losses = trained.losses(by_run[run][:PER_RUN])
             record.add(f"skip_runs/{skipped}_skipped/run_{run}", "loss", losses, "nats")
             figure.add_box(
                 x=[run] * len(losses),
@@ -190,7 +194,7 @@ def skip_sliding(trained: Trained, record: Recorder) -> go.Figure:
             for each in itertools.combinations(range(1, whole.num_layers), num)
             if all(b - a > 1 for a, b in itertools.pairwise(each))
         ]
-        sets += [every[int(i)] for i in rng.permutation(len(every))[:3]]
+        sets += [every[int(i)] for i in rng.permutation(len(every))[:SETS]]
     skipped = [_replaced(whole, each, Attention.skip_attention) for each in sets]
     sliding = [_replaced(whole, each, Attention.sliding_attention) for each in sets]
     narrower = [whole.replace(ffn_dim=dim) for dim in (192, 320, 448, 576)]
@@ -219,9 +223,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
     whole = space().base
     grid = [
         whole.replace(model_dim=dim, ffn_dim=ffn, layer_types=(Attention.full_attention,) * depth)
-        for depth, dim, ffn in itertools.product(
-            range(3, 9), range(128, 257, 32), range(192, 577, 32)
-        )
+        for depth, dim, ffn in itertools.product(DEPTHS, range(128, 257, 32), range(192, 577, 32))
     ]
     amounts = {
         "parameters": np.array([count_parameters(spec).total / 1e6 for spec in grid]),
@@ -232,7 +234,7 @@ def depth_width(trained: Trained, record: Recorder) -> go.Figure:
     for what, values in amounts.items():
         top = values[grid.index(whole)]
         for share in shares[what]:
-            chosen = [_nearest(grid, values, share * top, depth) for depth in range(3, 9)]
+            chosen = [_nearest(grid, values, share * top, depth) for depth in DEPTHS]
             specs = [spec for spec in chosen if spec is not None]
             losses = trained.losses(specs)
             for spec, loss in zip(specs, losses, strict=True):

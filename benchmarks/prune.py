@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import Recorder, in_fresh_process, peak_rss_mib, rss_mib
+from record import SMOKE, Recorder, in_fresh_process, peak_rss_mib, rss_mib
 from safetensors.torch import save_file
 
 import conf
@@ -24,9 +24,15 @@ from flash.model.families import to_config
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
 
+ROUNDS = 1 if SMOKE else 5
+
 
 def _specs() -> tuple[ArchSpec, ArchSpec]:
-    return conf.flash_backbone(), conf.winner("flash_650m")
+    backbone, winner = conf.flash_backbone(), conf.winner("flash_650m")
+    if SMOKE:
+        backbone = conf.small_spec(backbone)
+        winner = backbone.replace(model_dim=64, ffn_dim=64)
+    return backbone, winner
 
 
 def _make_backbone(folder: Path, spec: ArchSpec) -> None:
@@ -63,7 +69,7 @@ def main() -> None:
     record = Recorder("prune")
     with tempfile.TemporaryDirectory() as name:
         _make_backbone(Path(name), _specs()[0])
-        runs = [in_fresh_process(__file__, "measure", name) for _ in range(5)]
+        runs = [in_fresh_process(__file__, "measure", name) for _ in range(ROUNDS)]
     record.add("flash_650m", "prune_s", [run["prune_s"] for run in runs], "s")
     record.add("flash_650m", "peak_over_candidate", [run["ratio"] for run in runs], "ratio")
     record.add("flash_650m", "candidate_mib", [run["candidate"] for run in runs], "MiB")

@@ -13,6 +13,7 @@ import flash_space
 import numpy as np
 import plotly.graph_objects as go
 import tabular
+from record import Recorder, output
 
 import conf
 from flash.arch import ArchSpec
@@ -24,7 +25,7 @@ from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
 from flash.report.style import BLUE, GRAY, INK, ORANGE, layout
 from flash.search.pareto import non_dominated
 
-FIGURE = conf.ROOT / "docs" / "figures" / "overview.svg"
+FIGURE = output(conf.ROOT / "docs" / "figures") / "overview.svg"
 WIDTH, HEIGHT = 1000, 560
 PLOT_TOP = 0.73
 """Height at which the loop begins, as a share of the plotting area."""
@@ -76,7 +77,7 @@ def draw_frontier(figure: go.Figure) -> None:
     )  # fmt: skip
 
 
-def draw_inset(figure: go.Figure) -> None:
+def draw_inset(figure: go.Figure, record: Recorder) -> None:
     """Predicted against measured seconds, with the intervals that were promised."""
     measured, guess = predicted()
     figure.add_scatter(
@@ -91,6 +92,8 @@ def draw_inset(figure: go.Figure) -> None:
         line={"color": GRAY, "dash": "dot", "width": 1},
     )  # fmt: skip
     quality = score(guess, measured)
+    record.add("inset", "mape_pct", [quality.mape_pct], "%")
+    record.add("inset", "r2", [quality.r2], "ratio")
     small = {"title_font_size": 11, "tickfont_size": 10, "nticks": 5, "range": ends}
     figure.update_layout(
         xaxis2={"domain": [0.7, 1], "anchor": "y2", "title": "measured TTFT [s]", **small},
@@ -140,7 +143,7 @@ def main() -> None:
         figure, "TTFT at 2048 tokens, counted at nominal rates [ms]", "held-out loss [nats/token]"
     )
     draw_frontier(figure)
-    draw_inset(figure)
+    draw_inset(figure, Recorder("readme_figure"))
     draw_loop(figure)
     figure.update_layout(
         width=WIDTH, height=HEIGHT, yaxis_domain=[0, PLOT_TOP],
@@ -149,6 +152,7 @@ def main() -> None:
         margin={"l": 60, "r": 15, "t": 12, "b": 50},
         legend={"x": 0.66, "y": PLOT_TOP, "xanchor": "left", "yanchor": "top", "orientation": "v"},
     )  # fmt: skip
+    FIGURE.parent.mkdir(exist_ok=True)
     figure.write_image(FIGURE)
 
 

@@ -1,5 +1,10 @@
-"""Recording of results: JSON lines on stdout, and the last complete run in results/."""
+"""Recording of results: JSON lines on stdout, and the last complete run in results/.
 
+`python benchmarks/NAME.py smoke` runs a benchmark at tiny sizes, to show that it runs: its figures
+mean nothing, and all that it writes goes to a temporary folder.
+"""
+
+import atexit
 import json
 import os
 import platform
@@ -14,6 +19,32 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_VARIABLE = "FLASH_BENCHMARK_SMOKE"
+"""Environment variable by which the processes of a smoke run know its temporary folder."""
+
+
+def _smoke_folder() -> Path | None:
+    """Return the temporary folder of a smoke run, made by its first process, or None.
+
+    The word `smoke` is removed from the arguments, so that those of the benchmark are left.
+    """
+    if sys.argv[1:2] == ["smoke"]:
+        del sys.argv[1]
+        folder = tempfile.TemporaryDirectory(prefix="flash-smoke-", ignore_cleanup_errors=True)
+        atexit.register(folder.cleanup)
+        os.environ[_VARIABLE] = folder.name
+    name = os.environ.get(_VARIABLE)
+    return Path(name) if name else None
+
+
+_FOLDER = _smoke_folder()
+SMOKE = _FOLDER is not None
+"""True in a smoke run."""
+
+
+def output(path: Path) -> Path:
+    """Return the path to write: `path`, or its last part in the folder of a smoke run."""
+    return path if _FOLDER is None else _FOLDER / path.name
 
 
 @dataclass(frozen=True)
@@ -50,7 +81,6 @@ class Recorder:
 
     def close(self) -> None:
         """Keep the lines of a complete run."""
-        RESULTS.mkdir(exist_ok=True)
         machine = {
             "benchmark": self.benchmark,
             "case": "machine",
@@ -60,7 +90,8 @@ class Recorder:
             "n": 1,
             "spread": 0.0,
         }
-        path = RESULTS / f"{self.benchmark}.jsonl"
+        path = output(RESULTS) / f"{self.benchmark}.jsonl"
+        path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("\n".join([json.dumps(machine), *self.lines]) + "\n", "utf-8")
         temporary.replace(path)

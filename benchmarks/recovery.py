@@ -18,11 +18,10 @@ import dataclasses
 from pathlib import Path
 
 import plotly.graph_objects as go
-from record import Recorder
+from record import SMOKE, Recorder, output
 
 import conf
 from flash.data.corpus import PackedData
-from flash.data.settings import DataSettings
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.model.settings import BackboneSettings
@@ -36,10 +35,12 @@ from flash.training.validation import validate
 from flash.workspace import Workspace
 
 TOKENS, FURTHER = 131_072, 65_536
-SEEDS = range(3)
+SEEDS = range(1 if SMOKE else 3)
+RUNS = Runs(output(conf.ROOT / "runs" / "recovery"))
+FIGURES = output(conf.ROOT / "docs" / "figures")
 ARCH = {"model_dim": 224, "ffn_dim": 448, "layer_types": "F-FF-F"}
 TRAINER = TrainerSettings(precision=Precision.fp32)
-DATA = DataSettings(name="stdlib", tokenizer=str(conf.ROOT / "backbones/tiny/tokenizer.json"))
+DATA = conf.stdlib(tokenizer=str(conf.ROOT / "backbones/tiny/tokenizer.json"))
 CASES = {"scratch": "pretrain", "continue": "continue", "distill": "distill"}
 
 
@@ -62,18 +63,18 @@ def run(name: str, recipe: RecipeSettings, seed: int, start: str | None = None) 
             start=start,
             name=f"{name}_{seed}",
             seed=seed,
-            runs=str(conf.ROOT / "runs" / "recovery"),
+            runs=str(RUNS.root),
         )
     )
 
 
 def recipe_of(name: str, tokens: int) -> RecipeSettings:
     found = conf.group(f"recipe/{name}", RecipeSettings)
-    return dataclasses.replace(found, tokens=tokens, batch_size=4)
+    return conf.short(dataclasses.replace(found, tokens=tokens, batch_size=4))
 
 
 def checkpoint(name: str, seed: int) -> str:
-    return str(Runs(conf.ROOT / "runs" / "recovery").model(f"{name}_{seed}") / "checkpoint")
+    return str(RUNS.model(f"{name}_{seed}") / "checkpoint")
 
 
 def rounded_loss(name: str, seed: int, data: PackedData) -> float:
@@ -138,14 +139,15 @@ def draw(results: dict[str, list[TrainResult]]) -> None:
     figure.update_layout(template="plotly_white", width=760, height=440)
     figure.update_xaxes(title="tokens")
     figure.update_yaxes(title="loss [nats/token]: lines training, dots held out")
-    figure.write_image(conf.ROOT / "docs" / "figures" / "recovery.svg")
+    FIGURES.mkdir(exist_ok=True)
+    figure.write_image(FIGURES / "recovery.svg")
 
 
 def main() -> None:
     record = Recorder("recovery")
     results = recovery(record)
     workspace = Workspace(
-        runs=Runs(conf.ROOT / "runs" / "recovery"),
+        runs=RUNS,
         backbone=Backbone.open(conf.TINY),
         data_settings=DATA,
         batch_size=recipe_of("continue", TOKENS).batch_size,

@@ -23,69 +23,76 @@ import argparse
 import dataclasses
 import itertools
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import flash_space
-from record import Recorder
+from record import SMOKE, Recorder, output
 
 import conf
 from flash.arch import ArchSpec
-from flash.device.factory import open_device
+from flash.device.settings import DeviceSettings
 from flash.device.workload import Point
 from flash.latency.drift import comparable
-from flash.latency.fit import make_profiler, whole_models
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore, StoredLatency
 from flash.progress import progress
 
-DATA = flash_space.STORE.parent
-APART_S = 1800
-ARCHITECTURES = 10
+DATA = output(flash_space.STORE.parent)
+APART_S, ARCHITECTURES, SPACES = (0, 1, ("tiny",)) if SMOKE else (1800, 10, ("tiny", "flash"))
+ROUNDS = (1, 2) if SMOKE else ()
+"""Rounds to measure before the comparison."""
 NOISES = (1.0, 1.03, 1.06)
-SPACES = ("tiny", "flash")
 
 
 def models(space: str) -> list[ArchSpec]:
     """Draw architectures that are stratified over the space."""
-    if space == "flash":
-        return flash_space.models()[:ARCHITECTURES]
-    backbone = conf.space("tiny").base
-    return whole_models(conf.space("tiny"), backbone, ARCHITECTURES, seed=0)[:ARCHITECTURES]
+    num = flash_space.MODELS if space == "flash" else ARCHITECTURES
+    return flash_space.models(space, num)[:ARCHITECTURES]
+
+
+def device_of(space: str) -> DeviceSettings:
+    """Return the device with the workload and the protocol for a space."""
+    if space == "tiny":
+        return conf.host()
+    workload = dataclasses.replace(flash_space.DEVICE.workload, prompts=[512])
+    return dataclasses.replace(flash_space.DEVICE, workload=workload)
 
 
 def bench(space: str, store: Path) -> Profiler:
     """Open the profiler of a space."""
-    device, settings = conf.host(), LatencySettings()
+    settings = LatencySettings(attempts=1) if SMOKE else LatencySettings()
     if space == "flash":
-        workload = dataclasses.replace(flash_space.DEVICE.workload, prompts=[512])
-        device = dataclasses.replace(flash_space.DEVICE, workload=workload)
         settings = dataclasses.replace(flash_space.SETTINGS, attempts=1)
-    return make_profiler(
-        backbone=conf.space(space).base,
-        device=open_device(device),
-        workload=device.workload,
-        lowering=device.lowering,
-        settings=settings,
-        store=MeasurementStore(store),
-        cache_dir=conf.ROOT / "runs" / "lowered",
-    )
+    device = device_of(space)
+    return flash_space.open_bench(space, device, settings, store, flash_space.CACHE)
+
+
+def attempts(
+    rounds: list[MeasurementStore], spec: ArchSpec, point: Point
+) -> list[list[StoredLatency]]:
+    """Return the measurements of an architecture in each round, under the last one's conditions."""
+    subject = Subject(spec=spec).to_dict()
+    found = [
+        [row for row in each if row.subject == subject and flash_space.point_of(row) == point]
+        for each in rounds
+    ]
+    last = next((rows[-1].conditions for rows in reversed(found) if rows), None)
+    return [[row for row in rows if row.conditions == last] for rows in found]
 
 
 def compare(record: Recorder, space: str, rounds: list[Path]) -> None:
-    """Compare two rounds at every point of the workload of a space."""
-    benches = [bench(space, path) for path in rounds]
-    points = benches[0].workload.points
-    for point in points:
-        attempts = [
-            [each.attempts(Subject(spec=spec), point) for each in benches] for spec in models(space)
-        ]
-        known = [rows for of_model in attempts for rows in of_model if rows]
+    """Compare each round with the one before at every point of the workload of a space."""
+    stores = [MeasurementStore(path) for path in rounds]
+    for point in device_of(space).workload.points:
+        by_model = [attempts(stores, spec, point) for spec in models(space)]
+        known = [rows for of_model in by_model for rows in of_model if rows]
         values = dict(zip(map(id, known), comparable(known, point.phase)[0].tolist(), strict=True))
         corrected, raw = [], []
-        for of_model in attempts:
+        for of_model in by_model:
             for a, b in itertools.pairwise(of_model):
                 if a and b and min(map(_time_s, b)) - max(map(_time_s, a)) >= APART_S:
                     corrected.append(_apart_pct(values[id(a)], values[id(b)]))
@@ -145,6 +152,18 @@ def _time_s(row: StoredLatency) -> float:
     return datetime.fromisoformat(row.time_utc).timestamp()
 
 
+def measure(number: int | None, spaces: Sequence[str], *, lower_only: bool = False) -> None:
+    """Measure a round, or only lower what it needs."""
+    for space in spaces:
+        measuring = bench(space, DATA / f"repeatability_{number}.jsonl")
+        subjects = [Subject(spec=spec) for spec in models(space)]
+        assert measuring.reference is not None
+        for subject in progress([*subjects, measuring.reference], "programs"):
+            measuring.lowered(subject)
+        if not lower_only:
+            measuring.measure_missing(subjects)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--round", type=int, metavar="N", help="measure; do not compare")
@@ -153,16 +172,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.lower or arguments.round is not None:
-        store = DATA / f"repeatability_{arguments.round}.jsonl"
-        for space in arguments.space:
-            measuring = bench(space, store)
-            subjects = [Subject(spec=spec) for spec in models(space)]
-            assert measuring.reference is not None
-            for subject in progress([*subjects, measuring.reference], "programs"):
-                measuring.lowered(subject)
-            if not arguments.lower:
-                measuring.measure_missing(subjects)
+        measure(arguments.round, arguments.space, lower_only=arguments.lower)
         return
+    for number in ROUNDS:
+        measure(number, arguments.space)
     record = Recorder("repeatability")
     for space in arguments.space:
         compare(record, space, sorted(DATA.glob("repeatability_*.jsonl")))

@@ -6,11 +6,11 @@
 - The cases `qat/...` are after quantization-aware training of 65,536 tokens (recipe=qat), rounded
   as their export is.
 
-    python benchmarks/rounding.py [smollm2=FOLDER] [qat] [smoke]
+    python benchmarks/rounding.py [smollm2=FOLDER] [qat]
 
 The tiny backbone is always rounded, with the standard library as text; SmolLM2-135M-Instruct if its
 folder is given (`scripts/fetch_smollm2.sh FOLDER`), with the help texts of Python as text. `qat`
-also trains. `smoke` takes little text and keeps nothing.
+also trains.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from record import Recorder
+from record import SMOKE, Recorder, output
 from torch import Tensor
 
 import conf
@@ -40,14 +40,15 @@ from flash.training.run import train
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings, TrainSettings
 from flash.workspace import Workspace
 
-HELD_OUT, CALIBRATION, QAT_TOKENS = 4096, 8192, 65536
+QAT_TOKENS = 65536
+HELD_OUT, CALIBRATION = (512, 1024) if SMOKE else (4096, 8192)
 WAYS = [(rotate, method) for rotate in (False, True) for method in Rounding]
 
 
 def settings_of(name: str, folder: Path, texts: Path) -> tuple[BackboneSettings, DataSettings]:
     """Return a backbone and its text."""
     if name == "tiny":
-        return conf.TINY, conf.group("data/stdlib", DataSettings)
+        return conf.TINY, conf.stdlib()
     for topic, text in topics.items():
         (texts / f"{topic}.txt").write_text(text, "utf-8")
     data = DataSettings(
@@ -65,10 +66,10 @@ class Rounded:
     """One backbone, its text, and the recorder of its losses."""
 
     def __init__(
-        self, record: Recorder, name: str, backbone: BackboneSettings, data: DataSettings, held: int
+        self, record: Recorder, name: str, backbone: BackboneSettings, data: DataSettings
     ) -> None:
         self.record, self.name, self.backbone, self.data = record, name, backbone, data
-        self.runs = conf.ROOT / "runs" / "rounding"
+        self.runs = output(conf.ROOT / "runs" / "rounding")
         self.workspace = Workspace(
             runs=Runs(self.runs),
             backbone=Backbone.open(backbone),
@@ -76,7 +77,7 @@ class Rounded:
             batch_size=4,
         )
         validation = self.workspace.data.validation_set
-        count = max(1, held // data.seq_len)
+        count = max(1, HELD_OUT // data.seq_len)
         self.texts: Sequence[Tensor] = [validation[i].tokens for i in range(count)]
         self.model = self.workspace.backbone.load().eval()
 
@@ -115,9 +116,8 @@ class Rounded:
 
     def train(self, calibration: Tensor) -> None:
         """Train for the rounding, and round as an export does."""
-        recipe = dataclasses.replace(
-            conf.group("recipe/qat", RecipeSettings), tokens=QAT_TOKENS, batch_size=4
-        )
+        found = conf.group("recipe/qat", RecipeSettings)
+        recipe = conf.short(dataclasses.replace(found, tokens=QAT_TOKENS, batch_size=4))
         name = f"{self.name}-qat"
         train(
             TrainSettings(
@@ -139,20 +139,19 @@ class Rounded:
 
 def main(arguments: list[str]) -> None:
     """Run the parts that the arguments ask for."""
-    smoke = "smoke" in arguments
     folders = [Path(a.partition("=")[2]) for a in arguments if a.startswith("smollm2=")]
     record = Recorder("rounding")
     with tempfile.TemporaryDirectory() as texts:
         for name, folder in [("tiny", Path()), *(("smollm2", folder) for folder in folders)]:
             backbone, data = settings_of(name, folder, Path(texts))
-            rounded = Rounded(record, name, backbone, data, 512 if smoke else HELD_OUT)
-            calibration = rounded.calibration(1024 if smoke else CALIBRATION)
+            rounded = Rounded(record, name, backbone, data)
+            calibration = rounded.calibration(CALIBRATION)
             rounded.compare(calibration)
             if "qat" in arguments:
                 rounded.train(calibration)
-    if not smoke and folders and "qat" in arguments:
+    if folders and "qat" in arguments:
         record.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["qat"] if SMOKE else sys.argv[1:])

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from record import Recorder
+from record import SMOKE, Recorder
 
 from flash.device.host import HostDevice
 from flash.device.llama_main import STATISTICS, Prompts, parse
@@ -24,7 +24,7 @@ from flash.model.settings import BackboneSettings
 from flash.records import atomic_write
 
 BACKBONE = Path(__file__).parent.parent / "backbones" / "tiny"
-PROMPT, STEPS, PROCESSES = 512, 64, 9
+PROMPT, STEPS, PROCESSES = (32, 4, 2) if SMOKE else (512, 64, 9)
 DEVICE = DeviceSettings(
     name="host",
     processes=1,

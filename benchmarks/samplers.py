@@ -19,7 +19,7 @@ import numpy as np
 import optuna
 import tabular
 from optuna.trial import TrialState
-from record import Recorder
+from record import SMOKE, Recorder
 
 from flash.arch import ArchSpec
 from flash.progress import progress
@@ -29,9 +29,8 @@ from flash.search.sampler import largest, propose
 from flash.search.settings import Sampler, SearchSettings
 from flash.search.study import Trial
 
-SEEDS = 20
-BUDGETS = (25, 50, 100, 200)
-SETTINGS = SearchSettings(study="table", batch=4, startup_trials=16, pool_size=512)
+SEEDS, BUDGETS, POOL = (1, (17, 20), 64) if SMOKE else (20, (25, 50, 100, 200), 512)
+SETTINGS = SearchSettings(study="table", batch=4, startup_trials=16, pool_size=POOL)
 
 
 class Table:

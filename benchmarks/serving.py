@@ -18,7 +18,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from record import Recorder
+from record import SMOKE, Recorder, output
 
 import conf
 from flash.arch import ArchSpec, CacheFormat
@@ -34,18 +34,22 @@ from flash.model.decoder import Decoder
 
 MODELS = ("flash_350m", "flash_650m", "smollm2_135m")
 LENGTHS, DECODE, TURNS = [512, 1024, 2048], 16, 3
+if SMOKE:
+    MODELS = ("smollm2_135m",)
+    LENGTHS, DECODE, TURNS = [16], 4, 1
 WAYS = {
     "ours": (AttentionForm.matmul, CacheFormat.fp32),
     "ours_bf16": (AttentionForm.matmul, CacheFormat.bf16),
     "stock": (AttentionForm.sdpa, CacheFormat.fp32),
 }
 """Form of attention and cache of each program; the default chunk follows from the former."""
-FOLDER = Path("runs/serving")
+FOLDER = output(Path("runs/serving"))
 
 
 def spec_of(model: str) -> ArchSpec:
     """Return the shape of a winner of the paper, or of a backbone."""
-    return conf.winner(model) if model.startswith("flash") else conf.shape_of(model)
+    found = conf.winner(model) if model.startswith("flash") else conf.shape_of(model)
+    return conf.small_spec(found) if SMOKE else found
 
 
 def device(threads: int, way: str) -> HostDevice:

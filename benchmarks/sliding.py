@@ -11,8 +11,9 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from record import Recorder
+from record import SMOKE, Recorder
 
+import conf
 from flash.arch import ArchSpec, Attention
 from flash.device.host import HostDevice
 from flash.device.measurement import Program
@@ -40,6 +41,8 @@ DEVICE = DeviceSettings(
     workload=Workload(prompts=[2048, 512], contexts=[1536, 512]),
 )
 FLUSH_MIB = 64
+if SMOKE:
+    SPEC, DEVICE = conf.small_spec(SPEC), conf.small_device(DEVICE)
 FORMS = {
     "full": (BlockKind.full_attention, SlidingForm.stock),
     "sliding_stock": (BlockKind.sliding_attention, SlidingForm.stock),

@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from record import Recorder
+from record import SMOKE, Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "search", "export")
 TYPO = "data.seq_lenn=1"
+RUNS = 1 if SMOKE else 7
 
 
 def timed(script: str, argument: str) -> tuple[float, float]:
@@ -52,4 +53,4 @@ def main(runs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    main(int(sys.argv[1]) if sys.argv[1:] else RUNS)

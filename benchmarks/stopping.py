@@ -13,7 +13,7 @@ import principles
 import rows
 import tabular
 from optuna.trial import TrialState
-from record import Recorder
+from record import SMOKE, Recorder
 
 from flash.search.objectives import Objective, Problem
 from flash.search.pruner import TrialPruned, maybe_prune
@@ -21,7 +21,7 @@ from flash.search.study import Trial
 from flash.training.loss_curve import Curve
 
 ERRORS = (0.01, 0.05, 0.1, 0.2)
-ORDERS = 200
+ORDERS = 2 if SMOKE else 200
 
 
 def trials() -> list[Trial]:

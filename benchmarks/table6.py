@@ -8,20 +8,23 @@ Results of an earlier, stopped run in `runs/shapes` are reused; the kept file gr
 model.
 """
 
+import dataclasses
 import json
 import logging
 import sys
 from pathlib import Path
 
 import yaml
-from record import Recorder, in_fresh_process
+from record import SMOKE, Recorder, in_fresh_process, output
 
+import conf
 from flash.arch import ArchSpec
 from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point, Workload
 from flash.export.random_weights import ShapeResult, measure_shape, shape_of
 from flash.export.table6 import table6
+from flash.interop.baselines import StockModel
 from flash.latency.programs import Shape
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
@@ -41,6 +44,10 @@ MODELS = (
     "gemma3_1b",
 )
 """Models in order of their cost."""
+CONTEXTS = [1024, 2048]
+RUNS = Runs(output(ROOT / "runs"))
+if SMOKE:
+    MODELS, CONTEXTS = ("flash_350m", "lfm2_350m"), [16, 32]
 MEASURE = "measure"
 
 
@@ -62,8 +69,18 @@ def shape(name: str) -> Shape:
     arch = yaml.safe_load((ROOT / "conf" / "arch" / f"{name}.yaml").read_text("utf-8"))
     arch.pop("defaults", None)
     if "stock" in arch:
-        return shape_of(arch, BackboneSettings(name="none"))
-    return ArchSpec.from_dict(arch)
+        found = shape_of(arch, BackboneSettings(name="none"))
+        return small_stock(found) if SMOKE else found
+    spec = ArchSpec.from_dict(arch)
+    return conf.small_spec(spec) if SMOKE else spec
+
+
+def small_stock(model: Shape) -> Shape:
+    """Return a baseline with the kinds of its first three layers, narrow."""
+    assert isinstance(model, StockModel)
+    changes = {"dim": 128, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512}
+    layers = {"n_layers": 3, "layer_types": model.params["layer_types"][:3]}
+    return dataclasses.replace(model, params={**model.params, **changes, **layers})
 
 
 def add(record: Recorder, result: ShapeResult) -> None:
@@ -92,9 +109,9 @@ def main(contexts: list[int]) -> None:
 
 def measure(name: str, contexts: list[int], answer: Path) -> None:
     """Measure one model in its own process, whose end frees all memory."""
-    settings, runs = device_settings(contexts), Runs(ROOT / "runs")
-    result = measure_shape(name, shape(name), open_device(settings), runs)
-    path = result.path(runs, settings)
+    settings = device_settings(contexts)
+    result = measure_shape(name, shape(name), open_device(settings), RUNS)
+    path = result.path(RUNS, settings)
     answer.write_text(json.dumps({"path": str(path)}), "utf-8")
 
 
@@ -104,4 +121,4 @@ if __name__ == "__main__":
         _, _, name, *contexts, answer = sys.argv
         measure(name, list(map(int, contexts)), Path(answer))
     else:
-        main(list(map(int, sys.argv[1:])) or [1024, 2048])
+        main(list(map(int, sys.argv[1:])) or CONTEXTS)

@@ -19,14 +19,15 @@ import argparse
 import logging
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rows
+from record import SMOKE, Recorder, output
 
 import conf
 from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
-from flash.data.settings import DataSettings
 from flash.device.workload import Point
 from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
@@ -47,9 +48,13 @@ SPACE = SpaceSettings(
     max_efficient_run=1,  # keeps all kinds and a space small enough to exhaust
 )
 """512 members: 128 patterns, two widths, two FFN widths."""
-DATA = DataSettings(name="stdlib", validation_sequences=16)
-RECIPE = RecipeSettings(name="tabular", tokens=12288, batch_size=1, lr=1e-3, warmup_ratio=0.1)
+DATA = conf.stdlib(validation_sequences=16)
+RECIPE = conf.short(
+    RecipeSettings(name="tabular", tokens=12288, batch_size=1, lr=1e-3, warmup_ratio=0.1)
+)
 NOISE_SPECS = 6
+LIMIT = 2 if SMOKE else None
+"""Number of candidates to train in this run."""
 
 
 def space() -> SearchSpace:
@@ -81,14 +86,14 @@ def tasks(space: SearchSpace) -> list[tuple[ArchSpec, int]]:
     return repeated + [(spec, 0) for spec in specs[NOISE_SPECS:]]
 
 
-def read() -> list[dict[str, Any]]:
+def read(table: Path = TABLE) -> list[dict[str, Any]]:
     """Read the lines so far."""
-    return rows.read(TABLE)
+    return rows.read(table)
 
 
-def done() -> set[tuple[ArchSpec, int]]:
+def done(table: Path) -> set[tuple[ArchSpec, int]]:
     """Return the pairs (candidate, seed) that are in the table."""
-    return {(row["spec"], row["seed"]) for row in read()}
+    return {(row["spec"], row["seed"]) for row in read(table)}
 
 
 def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str, float]:
@@ -106,7 +111,7 @@ def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str
 def evaluators(precision: Precision) -> dict[int, ShortTraining]:
     """Return the evaluator of each seed."""
     trainer = TrainerSettings(precision=precision)
-    backbone, runs, made = Backbone.open(conf.TINY), Runs(conf.ROOT / "runs"), {}
+    backbone, runs, made = Backbone.open(conf.TINY), Runs(output(conf.ROOT / "runs")), {}
     for seed in (0, 1):
         workspace = Workspace(
             runs=runs,
@@ -123,19 +128,20 @@ def evaluators(precision: Precision) -> dict[int, ShortTraining]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--reverse", action="store_true", help="begin with the last")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="stop after N")
+    parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help="stop after N")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     wanted = tasks(space())[:: -1 if arguments.reverse else 1]
-    finished = done()
+    table = output(TABLE)
+    finished = done(table)
     left = [task for task in wanted if task not in finished][: arguments.limit]
     precision = Precision[arguments.precision]
     evaluate = evaluators(precision) if left else {}
     with progress_bar("tabular", len(left), unit="candidate") as bar:
         for number, (spec, seed) in enumerate(left):
-            if (spec, seed) in done():  # done by the other process meanwhile
+            if (spec, seed) in done(table):  # done by the other process meanwhile
                 continue
             start = time.perf_counter()
             row: dict[str, Any] = {"spec": spec.to_dict(), "seed": seed, "tokens": RECIPE.tokens}
@@ -144,8 +150,9 @@ def main() -> None:
                 row["loss"] = evaluate[seed](spec, number).loss
             except EvaluationError as error:
                 row |= {"loss": None, "reason": str(error)}
-            rows.append(TABLE, {**row, **nominal_ms(spec), "seconds": time.perf_counter() - start})
+            rows.append(table, {**row, **nominal_ms(spec), "seconds": time.perf_counter() - start})
             bar.update()
+    Recorder("tabular").add("table", "rows", [len(read(table))], "rows")
 
 
 if __name__ == "__main__":

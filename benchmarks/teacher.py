@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import Recorder
+from record import SMOKE, Recorder, output
 from recovery import ARCH, DATA, TRAINER, recipe_of
 
 import conf
@@ -47,8 +47,9 @@ TOP: dict[str, dict[str, float | None]] = {
     f"top_{k}" + (f"_p{p}" if p else ""): {"kd_top_k": k, "kd_top_p": p}
     for k, p in ((4, None), (16, None), (16, 0.9), (64, 0.8))
 }
-ROUNDS, STEPS, TIMED = 3, 12, "top_16"
-RUNS = Runs(conf.ROOT / "runs" / "teacher")
+TIMED = "top_16"
+ROUNDS, STEPS = (1, 2) if SMOKE else (3, 12)
+RUNS = Runs(output(conf.ROOT / "runs" / "teacher"))
 
 
 def recipe(top: dict[str, float | None], tokens: int = TOKENS) -> RecipeSettings:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from record import Recorder
+from record import SMOKE, Recorder
 
 import conf
 from flash.arch import prefill_flops
@@ -23,9 +23,8 @@ from flash.latency.power_law import PowerLaw
 from flash.latency.prediction import Predictor
 from flash.lowering.settings import LoweringSettings
 
-ROUNDS = 5
-NUM_SPECS = 100_000
-NUM_DISTINCT = 5_000  # drawing one takes a tenth of a millisecond
+# Drawing a spec takes a tenth of a millisecond, so that few of many are distinct.
+ROUNDS, NUM_SPECS, NUM_DISTINCT = (1, 200, 50) if SMOKE else (5, 100_000, 5_000)
 POINT = Point(Phase.prefill, 512)
 SPACE, BACKBONE = conf.space("flash"), conf.flash_backbone()
 

@@ -30,7 +30,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.utils import chunked_cross_entropy
-from record import Recorder, alternate, in_fresh_process, peak_rss_mib, rss_mib
+from record import SMOKE, Recorder, alternate, in_fresh_process, peak_rss_mib, rss_mib
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +43,10 @@ from flash.training.settings import Precision, native_precision
 ROUNDS = 7
 BATCH, SEQ_LEN, VOCAB = 2, 512, 49_152
 SHAPES = {"15M": (256, 672, 4, 4, 2), "60M": (576, 1536, 10, 9, 3), "150M": (640, 1792, 25, 10, 5)}
+if SMOKE:
+    ROUNDS = 1
+    BATCH, SEQ_LEN, VOCAB = 1, 32, 512
+    SHAPES = {"smoke": (64, 128, 1, 2, 1)}
 WAYS = ("ours", "compiled", "transformers", "litgpt")
 
 

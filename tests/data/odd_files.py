@@ -29,7 +29,7 @@ from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 from tests.conftest import opened
 
-CHATML = Path("conf/data/chatml.jinja").read_text("utf-8")
+CHATML = (Path(__file__).parents[2] / "conf" / "data" / "chatml.jinja").read_text("utf-8")
 PRINTING = CHATML.replace("content + '<|im_end|>'", "content }}{{ '<|im_end|>'")
 TOOLS = """\
 {%- for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}
