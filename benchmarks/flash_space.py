@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +63,14 @@ class Recorded(Profiler):
     def attempts(self, subject: Subject, point: Point) -> list[StoredLatency]:
         return self._rows[subject.kind, json.dumps(subject.to_dict(), sort_keys=True), point]
 
+    def knows(self, subjects: Iterable[Subject]) -> bool:
+        """Return True if all were measured; earlier versions had no pairs and last halves."""
+        known = {(kind, subject) for kind, subject, _ in self._rows}
+        return all(
+            (subject.kind, json.dumps(subject.to_dict(), sort_keys=True)) in known
+            for subject in subjects
+        )
+
     @cached_property
     def _rows(self) -> dict[tuple[SubjectKind, str, Point], list[StoredLatency]]:
         found: dict[tuple[SubjectKind, str, Point], list[StoredLatency]] = {}
@@ -91,7 +100,7 @@ def open_bench(
     )
 
 
-def recorded() -> Profiler:
+def recorded() -> Recorded:
     """Open the dataset."""
     bench = open_bench("flash", DEVICE, SETTINGS, STORE, CACHE)
     values = {f.name: getattr(bench, f.name) for f in dataclasses.fields(bench)}

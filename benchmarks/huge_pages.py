@@ -6,19 +6,15 @@ in /sys/kernel/mm/transparent_hugepage/enabled).
 
 Cases are points. `ms` is the least time with the usual pages, `speedup` that time divided by the
 one in huge pages, pair by pair; `peak_rss_ratio` is the peak memory with them relative to without.
-
-`python benchmarks/huge_pages.py smoke` runs everything at a small size and keeps no results.
 """
 
 import dataclasses
-import sys
 import tempfile
 from pathlib import Path
 
-from record import Recorder
+from record import SMOKE, Recorder
 
 import conf
-from flash.arch import ArchSpec, parse_pattern
 from flash.device.host import HostDevice
 from flash.device.measurement import Measurement, Program
 from flash.device.settings import DeviceSettings
@@ -28,13 +24,17 @@ from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
 
 WORKLOAD, TURNS = Workload(prompts=[512], contexts=[128, 2048]), 5
-SMOKE = Workload(prompts=[16], contexts=[8], decode_tokens=2)
+if SMOKE:
+    WORKLOAD, TURNS = Workload(prompts=[16], contexts=[8], decode_tokens=2), 1
 
 
-def compare(record: Recorder, spec: ArchSpec, workload: Workload, turns: int) -> None:
-    lowering = LoweringSettings(max_context=workload.context)
+def main() -> None:
+    record, spec = Recorder("huge_pages"), conf.winner("flash_350m")
+    if SMOKE:
+        spec = conf.small_spec(spec)
+    lowering = LoweringSettings(max_context=WORKLOAD.context)
     settings = DeviceSettings(
-        name="host", processes=1, warmups=1, runs=1, lowering=lowering, workload=workload
+        name="host", processes=1, warmups=1, runs=1, lowering=lowering, workload=WORKLOAD
     )
     devices = [HostDevice(dataclasses.replace(settings, huge_pages=huge)) for huge in (False, True)]
     pairs: list[list[Measurement]] = []
@@ -42,26 +42,14 @@ def compare(record: Recorder, spec: ArchSpec, workload: Workload, turns: int) ->
         path = Path(folder, "model.pte")
         write(path, lower(Decoder(spec), lowering))
         program = Program(name="model", path=path, vocab_size=spec.vocab_size)
-        for _ in range(turns):
-            pairs.append([device.measure([program], workload)[0] for device in devices])
+        for _ in range(TURNS):
+            pairs.append([device.measure([program], WORKLOAD)[0] for device in devices])
     for point in pairs[0][0].latencies:
         times = [[each.latencies[point].ms for each in pair] for pair in pairs]
         record.add(point, "ms", [usual for usual, _ in times], "ms")
         record.add(point, "speedup", [usual / huge for usual, huge in times], "ratio")
     peaks = [huge.peak_rss_mib / usual.peak_rss_mib for usual, huge in pairs]
     record.add("process", "peak_rss_ratio", peaks, "ratio")
-
-
-def main() -> None:
-    """Run all points; `smoke` at a small size."""
-    record, spec = Recorder("huge_pages"), conf.winner("flash_350m")
-    if sys.argv[1:] == ["smoke"]:
-        spec = spec.replace(
-            layer_types=parse_pattern("F"), model_dim=128, ffn_dim=128, vocab_size=512
-        )
-        compare(record, spec, SMOKE, turns=1)
-        return
-    compare(record, spec, WORKLOAD, TURNS)
     record.close()
 
 
