@@ -20,7 +20,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 SLOW = {
     *("decode_cache", "demo", "flash_space", "gpu", "importance", "limits", "lowering"),
     *("method_figures", "predicted", "principles", "recovery", "repeatability", "rounding"),
-    *("runners", "serving", "sliding", "table6", "teacher", "training"),
+    *("runners", "serving", "sliding", "table6", "tabular", "teacher", "training"),
 }
 """Benchmarks whose dry run takes more than some seconds."""
 KEPT = ("benchmarks/results", "benchmarks/data", "docs/figures")
@@ -79,7 +79,7 @@ def kept() -> dict[Path, tuple[int, int]]:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("path", programs())
+@pytest.mark.parametrize("path", list(programs()))
 def test_a_benchmark_runs_at_tiny_sizes_and_keeps_nothing(path, tmp_path):
     if missing := missing_requirements(path):
         pytest.skip(f"needs {', '.join(missing)}")
