@@ -81,6 +81,7 @@ def modules(requirements: Iterable[Requirement]) -> set[str]:
     """Return the modules of these requirements, by the names of their imports."""
     others = {
         "hydra-core": "hydra",
+        "llama-cpp-python": "llama_cpp",
         "lm-eval": "lm_eval",
         "pyyaml": "yaml",
         "wandb-workspaces": "wandb_workspaces",
@@ -101,7 +102,8 @@ def imported() -> set[str]:
 
 
 def test_every_import_is_a_dependency_and_every_dependency_is_imported():
-    optional = modules(EXTRAS["slurm"]) | {"hydra_plugins", "optuna_dashboard"}
+    optional = modules([*EXTRAS["slurm"], *EXTRAS["llama-cpp"]])
+    optional |= {"hydra_plugins", "optuna_dashboard"}
     assert modules(REQUIRED) == imported() - optional
 
 
