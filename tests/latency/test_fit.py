@@ -352,7 +352,7 @@ def test_stage_one_on_this_machine(tmp_path):
         "cache_dir": tmp_path / "programs",
     }
     model = collect(**arguments)
-    assert num_measured(model) == 1 + 1 + 2 + 3
+    assert num_measured(model) == 1 + 3 + 2 + 3
     shallow, deep = (
         backbone.replace(layer_types=parse_pattern(pattern), tie_embeddings=True)
         for pattern in ("F-", "FF")
