@@ -67,15 +67,20 @@ def per_layer(record: Recorder, rounds: int, deep: int) -> None:
     record.add("8da4w", "time_ratio_vs_stock_passes", ratios, "ratio")
 
 
+def _in_bf16(arch: ArchSpec) -> Decoder:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return Decoder(arch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _write_program(way: str, spec: Path, path: Path) -> None:
     """Write a program by one of the two paths; must run in its own process."""
     arch = ArchSpec.from_dict(json.loads(spec.read_text("utf-8")))
     settings = LoweringSettings(max_context=CONTEXT)
     if way == "ours":
-        torch.set_default_dtype(torch.bfloat16)
-        model = Decoder(arch)
-        torch.set_default_dtype(torch.float32)
-        write(path, lower(model, settings))
+        write(path, lower(_in_bf16(arch), settings))  # no reference keeps the float weights
     else:
         lower_stock(to_stock_model(arch), settings, path, fast=False)
 
