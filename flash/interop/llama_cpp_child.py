@@ -7,9 +7,9 @@ half of the text is evaluated as a prompt, the rest token by token. Keys and val
 float32, so that only the file can differ; llama.cpp's default is float16.
 """
 
+import importlib
 import sys
 
-import llama_cpp
 import numpy as np
 
 F32 = 0
@@ -18,6 +18,7 @@ F32 = 0
 
 def main(path: str, tokens: str, logits: str) -> None:
     """Evaluate the tokens; the exit code is 1 with a message if llama.cpp refuses the file."""
+    llama_cpp = importlib.import_module("llama_cpp")  # an optional package
     ids = np.load(tokens).tolist()
     try:
         runtime = llama_cpp.Llama(

@@ -131,7 +131,7 @@ class CallPlan(nn.Module):
         self.ring_planner = self.window_planner = None
         full = Attention.full_attention in spec.layer_types or covered
         matmul = full and lowering.attention is AttentionForm.matmul
-        self.leading_planner = _LeadingPlanner(spec, lowering) if matmul else None
+        self.full_planner = _KeyPlanner(spec, lowering, None) if matmul else None
         self.kv_heads = spec.num_kv_heads
         self.num_slots = lowering.slots(spec.sliding_window)
         if self.window is None:
@@ -139,7 +139,7 @@ class CallPlan(nn.Module):
         if lowering.sliding is SlidingForm.ring:
             self.ring_planner = _RingPlanner(self.window, lowering.chunk)
         else:
-            self.window_planner = _WindowPlanner(spec, lowering)
+            self.window_planner = _KeyPlanner(spec, lowering, self.window)
         if self.num_slots < self.max_context:
             slot_of_position = positions % self.num_slots
             self.register_buffer("slot_of_position", slot_of_position, persistent=False)
@@ -151,8 +151,9 @@ class CallPlan(nn.Module):
         assume(start + length <= self.max_context)
         cos = self.cos.narrow(0, start, length)
         sin = self.sin.narrow(0, start, length)
-        planner = self.leading_planner
-        leading = planner(start, length) if planner is not None else None
+        leading = None
+        if self.full_planner is not None:
+            _, leading = self.full_planner(start, length)
         if self.window is None:
             return CallRange(start, cos, sin, leading=leading)
         slots = None
@@ -196,74 +197,66 @@ def _as_bounded_symbol(number: int, most: int) -> int:
     return symbol
 
 
-class _LeadingPlanner(nn.Module):
-    """Computation of a call's `LeadingPlan` for full attention."""
+class _KeyPlanner(nn.Module):
+    """Computation of what hides keys from queries, for one kind of layers.
 
-    indices: Tensor
-    float_indices: Tensor
-
-    def __init__(self, spec: ArchSpec, lowering: LoweringSettings) -> None:
-        super().__init__()
-        self.group, self.chunk = spec.num_heads // spec.num_kv_heads, lowering.chunk
-        indices = torch.arange(lowering.max_context)
-        self.register_buffer("indices", indices, persistent=False)
-        self.register_buffer("float_indices", indices.float(), persistent=False)
-
-    def forward(self, start: int, length: int) -> LeadingPlan:
-        num_queries = _sym_max(length - 1, 1)
-        start = start * _sym_min(length - 1, 1)
-        num_keys = _as_bounded_symbol(start + num_queries, len(self.float_indices))
-        num_queries = _as_bounded_symbol(num_queries, self.chunk)
-        queries = _grouped(self.float_indices.narrow(0, start, num_queries), self.group)
-        keys = self.float_indices.narrow(0, 0, num_keys)[None, :]
-        return LeadingPlan(
-            num_queries=num_queries,
-            num_keys=num_keys,
-            bias=_where_positive(keys - queries),
-            output_order=_leading_then_last(self.indices, length, num_queries),
-        )
-
-
-class _WindowPlanner(nn.Module):
-    """Computation of the mask of sliding layers in the stock form, or of their `LeadingPlan`.
-
-    With products a prompt's queries see all slots of a ring buffer, which holds the new tokens
-    already; of a full cache they see those up to the last of them.
+    With matrix products a prompt's queries see all slots of a ring buffer, which holds the new
+    tokens already; of a cache with a slot a position they see those up to the last of them.
     """
 
     indices: Tensor
     float_indices: Tensor
 
-    def __init__(self, spec: ArchSpec, lowering: LoweringSettings) -> None:
+    def __init__(self, spec: ArchSpec, lowering: LoweringSettings, window: int | None) -> None:
+        """Precompute tables for all positions.
+
+        Args:
+            spec: Architecture of the decoder.
+            lowering: Formats and lengths of the program.
+            window: Positions that a query sees, with itself; None sees all before it.
+        """
         super().__init__()
         self.group, self.chunk = spec.num_heads // spec.num_kv_heads, lowering.chunk
-        self.window, self.num_slots = spec.sliding_window, lowering.slots(spec.sliding_window)
+        self.window, self.num_slots = window, lowering.slots(window)
         self.is_ring = self.num_slots < lowering.max_context
         self.matmul = lowering.attention is AttentionForm.matmul
         indices = torch.arange(lowering.max_context)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("float_indices", indices.float(), persistent=False)
 
-    def forward(self, start: int, length: int) -> tuple[Tensor, LeadingPlan | None]:
-        """Return the mask of the queries for `custom_sdpa`, and the plan of the others."""
-        held = self._held(start, length)[None, :]
+    def forward(self, start: int, length: int) -> tuple[Tensor | None, LeadingPlan | None]:
+        """Plan a call.
+
+        Returns:
+            The mask for `custom_sdpa`, of the last query alone where products attend for the
+            others; None without a window. And the plan of these others, or None.
+        """
+        held = self._held(start, length)
         queries = self.float_indices.narrow(0, start, length)
-        if not self.matmul:
-            return self._bias(queries[:, None], held), None
-        last = queries[-1:]
+        leading = self._leading(start, length, held) if self.matmul else None
+        if self.window is None:
+            return None, leading
+        if leading is not None:
+            queries = queries[-1:]
+        return self._bias(queries[:, None], held[None, :]), leading
+
+    def _leading(self, start: int, length: int, held: Tensor) -> LeadingPlan:
         num_queries, leads = _sym_max(length - 1, 1), _sym_min(length - 1, 1)
         start = start * leads
         num_keys = leads * (self.num_slots - 1) + 1 if self.is_ring else start + num_queries
         num_keys = _as_bounded_symbol(num_keys, self.num_slots)
         num_queries = _as_bounded_symbol(num_queries, self.chunk)
-        queries = _grouped(self.float_indices.narrow(0, start, num_queries), self.group)
-        leading = LeadingPlan(
+        queries = self.float_indices.narrow(0, start, num_queries)
+        query = self.indices.narrow(0, 0, length)
+        return LeadingPlan(
             num_queries=num_queries,
             num_keys=num_keys,
-            bias=self._bias(queries, held.narrow(1, 0, num_keys)),
-            output_order=_leading_then_last(self.indices, length, num_queries),
+            bias=self._bias(
+                queries.expand(self.group, -1).reshape(-1, 1),
+                held.narrow(0, 0, num_keys)[None, :],
+            ),
+            output_order=torch.where(query < length - 1, query, num_queries),
         )
-        return self._bias(last[:, None], held), leading
 
     def _held(self, start: int, length: int) -> Tensor:
         """Position of the newest token in each slot `[l]`, once this call's tokens are in."""
@@ -276,13 +269,10 @@ class _WindowPlanner(nn.Module):
 
     def _bias(self, queries: Tensor, held: Tensor) -> Tensor:
         """Hide the keys `[1, n]` that come after a query `[m, 1]` or before its window."""
-        distance = queries - held
-        return _where_positive(-distance) + _where_positive(distance - (self.window - 1))
-
-
-def _grouped(positions: Tensor, group: int) -> Tensor:
-    """Positions of the queries of all heads that share a key head `[g * n, 1]`."""
-    return positions.expand(group, -1).reshape(-1, 1)
+        bias = _where_positive(held - queries)
+        if self.window is None:
+            return bias
+        return bias + _where_positive(queries - held - (self.window - 1))
 
 
 def _where_positive(x: Tensor) -> Tensor:
@@ -291,12 +281,6 @@ def _where_positive(x: Tensor) -> Tensor:
     Only of operators that XNNPACK has; it has no comparisons.
     """
     return x.clamp(0, 1) * MASKED_SCORE
-
-
-def _leading_then_last(indices: Tensor, length: int, num_queries: int) -> Tensor:
-    """Row of (leading, last) results for each of the queries of a call `[s]`."""
-    query = indices.narrow(0, 0, length)
-    return torch.where(query < length - 1, query, num_queries)
 
 
 class _RingPlanner(nn.Module):

@@ -23,7 +23,7 @@ class AttentionForm(Enum):
     """Operators that attend to the cache in prefill.
 
     A call's last query, the only one in decoding, always goes through `sdpa`, and so do sliding
-    layers.
+    layers of the form `ring`.
     """
 
     sdpa = "sdpa"

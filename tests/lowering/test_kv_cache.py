@@ -70,21 +70,26 @@ def test_cache_bytes_are_those_of_the_buffers_of_the_program(toy, sliding, cache
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sliding", ["stock", "ring"])
+@pytest.mark.parametrize(
+    ("sliding", "attention"), [("stock", "matmul"), ("stock", "sdpa"), ("ring", "sdpa")]
+)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("prefill_last_only", [True, False])
-def test_sliding_form_equals_decoder(toy, text, sliding, cache, prefill_last_only):
-    model = toy("FS")
+@pytest.mark.parametrize("window", [WINDOW, 40], ids=["wraps", "context"])
+def test_sliding_form_equals_decoder(
+    toy, text, sliding, attention, cache, prefill_last_only, window
+):
+    model = type(plain := toy("FS"))(plain.spec.replace(sliding_window=window)).eval()
+    model.load_state_dict(plain.state_dict())
     expected = model(text[None])[0]
     limit = CACHES[cache]
-    for chunks in CHUNKS:
-        module = ExportableDecoder(
-            model, settings(sliding, cache=cache, prefill_last_only=prefill_last_only)
-        )
-        assert largest_error(module, text, expected, chunks) < limit
-    short = ExportableDecoder(
-        model, settings(sliding, chunk=4, cache=cache, prefill_last_only=prefill_last_only)
+    formats = replace(
+        settings(sliding, cache=cache, prefill_last_only=prefill_last_only),
+        attention=AttentionForm[attention],
     )
+    for chunks in CHUNKS:
+        assert largest_error(ExportableDecoder(model, formats), text, expected, chunks) < limit
+    short = ExportableDecoder(model, replace(formats, prefill_chunk=4))
     assert largest_error(short, text, expected, [4, 4, 3, 4, *[1] * 20, 2, 4]) < limit
 
 
