@@ -18,20 +18,19 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import flash_space
 import numpy as np
 from record import SMOKE, Recorder, output
 
 import conf
 from flash.arch import ArchSpec
-from flash.device.factory import open_device
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
 from flash.export.predicted import PredictedLatencies
-from flash.latency.fit import LatencyModel, collect, make_profiler
+from flash.latency.fit import LatencyModel, collect
 from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject, recorded_lower_s
 from flash.latency.settings import LatencySettings, PredictorKind
-from flash.latency.store import MeasurementStore
 from flash.progress import progress
 
 UNSEEN = 1 if SMOKE else 12
@@ -41,15 +40,8 @@ FOLDER = output(Path("runs/predicted"))
 
 def open_profiler(device: DeviceSettings, settings: LatencySettings) -> Profiler:
     """Open the profiler of stage 1."""
-    return make_profiler(
-        backbone=conf.space("tiny").base,
-        device=open_device(device),
-        workload=device.workload,
-        lowering=device.lowering,
-        settings=settings,
-        store=MeasurementStore(FOLDER / "measurements.jsonl"),
-        cache_dir=FOLDER / "lowered",
-    )
+    store = FOLDER / "measurements.jsonl"
+    return flash_space.open_bench("tiny", device, settings, store, FOLDER / "lowered")
 
 
 def fit(profiler: Profiler) -> LatencyModel:
@@ -76,14 +68,8 @@ def unseen(models: list[LatencyModel], num: int) -> list[ArchSpec]:
 
 def predict(model: LatencyModel, spec: ArchSpec) -> PredictedLatencies:
     """Predict one architecture, in the form that exports read."""
-    found = {}
-    for point, predictor in model.predictors.items():
-        interval = predictor.predict([spec])
-        found[point.name] = {
-            f"{name}_ms": float(getattr(interval, name)[0]) for name in ("mean", "low", "high")
-        }
     backbone_ms = {point.name: float(every[-1]) for point, every in model.values_ms.items()}
-    return PredictedLatencies(found, model.models[-1], backbone_ms)
+    return PredictedLatencies(model.predict([spec])[0], model.models[-1], backbone_ms)
 
 
 def compare(

@@ -13,9 +13,10 @@ from torch.utils.data import Subset
 from flash.data.batch import Batch
 from flash.data.factory import InMemorySequences, open_splits
 from flash.data.files import read_documents
+from flash.data.mixture import StreamedSequences
 from flash.data.packed import PackedSequences
 from flash.data.settings import DataKind, DataSettings
-from flash.data.stream import StreamedSequences
+from flash.data.stream import first_sequences
 from flash.data.teacher_cache import TeacherCache
 from flash.data.tokenizer import ByteCounter, load_tokenizer, train_tokenizer
 from flash.errors import InputError
@@ -136,7 +137,7 @@ class PackedData:
 
     def _first_sequences(self, count: int) -> Iterator[Batch]:
         if isinstance(self.train_set, StreamedSequences):
-            yield from self.train_set.first(count)
+            yield from first_sequences(self.train_set, count)
             return
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self.train_set), generator=generator)

@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from flash.data.batch import Batch, collate
 from flash.data.encoders import EncodedDocument, Encoder, TextEncoder, validation_percent_of
 from flash.data.files import check_documents
+from flash.data.mixture import Split, StreamedSequences
 from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
 from flash.data.shards import finished, open_shards
-from flash.data.stream import LogicalShard, Split, StreamedSequences
+from flash.data.stream import LogicalShard, first_sequences
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.records import atomic_write, digest
@@ -142,7 +143,8 @@ def _open_streamed(
         source = TextSource(separate, "data.validation", skip_damaged=settings.skip_damaged)
         validation = dataclasses.replace(validation, sources=[source], split=Split.all)
     key = _digest(train, validation, settings, [tokenizer.digest, template])
-    next(train.first(1))  # finds missing text or a wrong column now, not in a worker later
+    # Missing text or a wrong column is found now, and not later in a worker.
+    next(first_sequences(train, 1))
     path = cache / f"validation_{digest([key, settings.decisive()])}.safetensors"
     if not path.is_file():
         _save_validation(validation, settings, path)

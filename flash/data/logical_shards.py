@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flash.data.mixture import MIN_DOCUMENTS, Split, StreamedSequences, slices_per_file
 from flash.data.sources import turn_of
-from flash.data.stream import MIN_DOCUMENTS, Split, StreamedSequences, slices_per_file
 from flash.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from flash.data.batch import Batch, collate
 from flash.data.corpus import MAX_BATCH, PackedData
+from flash.data.mixture import StreamedSequences
 from flash.data.sampler import ResumableBatchSampler, Share
-from flash.data.stream import SequenceStream, StreamedSequences, StreamLoader
+from flash.data.stream import SequenceStream, StreamLoader
 from flash.errors import InputError
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from flash.data.corpus import find_tokenizer, known_tokenizer
 from flash.data.encoders import TextEncoder
 from flash.data.factory import check_present
+from flash.data.mixture import Mixture, Split, StreamedSequences
 from flash.data.packed import token_type
 from flash.data.settings import DataKind, DataSettings, PrepareSettings
 from flash.data.shards import Manifest, Shard, write_shard
-from flash.data.stream import Mixture, Split, StreamedSequences
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone

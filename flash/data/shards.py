@@ -50,7 +50,7 @@ class Manifest:
         tokenizer: Hash of the tokenizer.
         shards: Shards of the training split, in order.
         validation: Shard of the validation split; None before it is written.
-        state: State of the mixture after the last shard (`flash.data.stream.Mixture.state`).
+        state: State of the mixture after the last shard (`flash.data.mixture.Mixture.state`).
         complete: True once all shards are written.
         data: Settings that the shards were made with, for people to read.
     """

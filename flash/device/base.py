@@ -55,6 +55,23 @@ class Device(ABC):
                 self._identity |= {"huge_pages": 1}
         return self._identity
 
+    def check_huge_pages(self, lack: str) -> None:
+        """Check that huge pages are to be had where the settings ask for them.
+
+        Args:
+            lack: Reason why the device has none, or "".
+
+        Raises:
+            InputError: They are asked for and the device has none.
+        """
+        if self.settings.huge_pages and lack:
+            raise InputError(
+                f"device.huge_pages=true: {self.settings.name} has none, as {lack}; expected Linux "
+                "with glibc and transparent_hugepage of always or madvise; leave the setting out, "
+                "or let an administrator write madvise to "
+                "/sys/kernel/mm/transparent_hugepage/enabled"
+            )
+
     @abstractmethod
     def _identify(self) -> dict[str, str | int]:
         """Read the `identity` from the device."""

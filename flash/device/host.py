@@ -26,9 +26,11 @@ class HostDevice(Device):
 
     def _identify(self) -> dict[str, str | int]:
         """Processor, cores, threads, CPUs, system and runtime of this machine."""
+        probed = dict(_probed())
+        self.check_huge_pages(str(probed.pop("no_huge_pages")))
         return {
             "device": self.settings.name,
-            **_probed(),
+            **probed,
             "threads": self.settings.threads,
             "cpus": ",".join(map(str, self.settings.cpus or ())),
         }

@@ -44,7 +44,7 @@ class DeviceSettings:
     huge_pages: bool = False
     """Keep weights in huge pages, on Linux with glibc (host and boards): a decode step then takes
     0.86 of its time on a Xeon. Start a runner of your own with
-    `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` for the same."""
+    `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` for the same; true replaces your own GLIBC_TUNABLES."""
     lowering: LoweringSettings = field(default_factory=LoweringSettings)
     """Formats and lengths of the programs for this device."""
     workload: Workload = field(default_factory=Workload)

@@ -62,6 +62,7 @@ class SshDevice(RemoteDevice):
         probed = self._retrying(self._probe)
         machine = self._retrying(lambda: self._ask("cat /etc/machine-id 2>/dev/null || uname -n"))
         self._check_cores(probed["cores"])
+        self.check_huge_pages(probed["no_huge_pages"])
         return {
             "device": self.settings.name,
             "cpu": probed["cpu"],

@@ -74,13 +74,25 @@ def runtime():
         return ""
 
 
+def no_huge_pages():
+    """Reason why glibc cannot have huge pages from the kernel, or "" if it can."""
+    if platform.libc_ver()[0] != "glibc":
+        return "its C library is not glibc"
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            return "its kernel's transparent_hugepage is never" if "[never]" in file.read() else ""
+    except OSError:
+        return "its kernel has no transparent_hugepage"
+
+
 def probe():
-    """Processor, cores, system and runtime as plain values."""
+    """Processor, cores, system, runtime and lack of huge pages as plain values."""
     return {
         "cpu": processor(),
         "cores": os.cpu_count() or 1,
         "system": platform.system() + " " + platform.machine(),
         "runtime": runtime(),
+        "no_huge_pages": no_huge_pages(),
     }
 
 

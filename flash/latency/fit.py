@@ -63,6 +63,17 @@ class LatencyModel:
     left_out_ms: Mapping[Point, Values]
     rows: tuple[StoredLatency, ...]
 
+    def predict(self, specs: Sequence[ArchSpec]) -> list[dict[str, dict[str, float]]]:
+        """Return `mean_ms`, `low_ms` and `high_ms` by name of the point, for each architecture."""
+        found: list[dict[str, dict[str, float]]] = [{} for _ in specs]
+        for point, predictor in self.predictors.items():
+            interval = predictor.predict(specs)
+            ends = zip(interval.mean, interval.low, interval.high, strict=True)
+            for each, (mean, low, high) in zip(found, ends, strict=True):
+                values = {"mean_ms": float(mean), "low_ms": float(low), "high_ms": float(high)}
+                each[point.name] = values
+        return found
+
     def describe(self) -> str:
         """Format the cross-validation as a table, one row for each point and predictor."""
         rows = [

@@ -306,13 +306,7 @@ def _write(
     specs = {trial.number: trial.spec for trial in front}
     backbone = job.workspace.backbone
     specs[-1] = backbone.spec.as_program()
-    predicted = {}
-    for point, predictor in latency.predictors.items():
-        interval = predictor.predict(list(specs.values()))
-        rows = zip(specs, interval.mean, interval.low, interval.high, strict=True)
-        for number, mean, low, high in rows:
-            values = {"mean_ms": float(mean), "low_ms": float(low), "high_ms": float(high)}
-            predicted.setdefault(number, {})[point.name] = values
+    predicted = dict(zip(specs, latency.predict(list(specs.values())), strict=True))
     names = dict(zip((t.number for t in front), (p.stem for p in paths), strict=True))
     return write_report(
         job.folder / "frontier.json",

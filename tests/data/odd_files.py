@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from flash.data.chat import ChatEncoder
 from flash.data.encoders import EncodedDocument, TextEncoder
+from flash.data.mixture import StreamedSequences
 from flash.data.settings import DocumentUnit, TextSourceSettings
 from flash.data.sources import TextSource
-from flash.data.stream import StreamedSequences
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 from tests.conftest import opened
@@ -88,8 +88,8 @@ def _among(name: str, row: Any, refusal: str | None, kept: list[str] | None = No
     return OddFile(name, {"a.jsonl": lines(*G[:2], row, *G[2:])}, kept or GOOD, refusal)
 
 
-def json_cases() -> Iterator[OddFile]:
-    """Files of JSON lines and lists."""
+def row_cases() -> Iterator[OddFile]:
+    """JSON lines with one odd row among good ones."""
     yield _among("an integer", {"text": 5}, r"a\.jsonl, row 3: expected text, found an integer")
     yield _among("a list", {"text": ["a"]}, r"row 3: expected text, found a list")
     yield _among("an object", {"text": {"a": 1}}, r"row 3: expected text, found an object")
@@ -120,6 +120,10 @@ def json_cases() -> Iterator[OddFile]:
         kept = [*GOOD[:2], row, *GOOD[2:]]
         yield _among(name, {"text": row}, None, kept)
     yield _among("NaN elsewhere", b'{"x": NaN, "text": "a"}', None, [*GOOD[:2], "a", *GOOD[2:]])
+
+
+def json_cases() -> Iterator[OddFile]:
+    """Files of JSON lines and lists."""
     first = lines(None, *G)
     yield OddFile("first row null", {"a.jsonl": first}, GOOD, r"a\.jsonl, row 1: is null")
     mixed = [{"x": x, **row} for x, row in zip((1, "a", None, [1], {"b": 2}, 1.5), G, strict=True)]
@@ -314,7 +318,7 @@ def chat_cases() -> Iterator[OddFile]:
 
 def cases() -> list[OddFile]:
     """All cases."""
-    kinds = (json_cases, folder_cases, text_cases, parquet_cases, chat_cases)
+    kinds = (row_cases, json_cases, folder_cases, text_cases, parquet_cases, chat_cases)
     return [case for kind in kinds for case in kind()]
 
 

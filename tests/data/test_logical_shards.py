@@ -14,10 +14,11 @@ from flash.data.corpus import PackedData
 from flash.data.encoders import in_validation_split
 from flash.data.factory import open_splits
 from flash.data.logical_shards import fit_logical_shards
+from flash.data.mixture import StreamedSequences
 from flash.data.module import PackedDataModule
 from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSourceSettings
-from flash.data.stream import SequenceStream, StreamedSequences, StreamLoader
+from flash.data.stream import SequenceStream, StreamLoader, first_sequences
 from flash.data.tokenizer import END_OF_TEXT, train_tokenizer
 from flash.errors import InputError
 from tests.conftest import opened
@@ -100,7 +101,7 @@ def test_every_shard_has_lines_of_a_text_in_double_space(tmp_path, tokenizer, lo
     assert sequences.logical_shards == logical_shards
     seen = {
         number
-        for sequence in sequences.first(600)
+        for sequence in first_sequences(sequences, 600)
         for number in numbers_in(sequence.tokens, tokenizer)
     }
     assert seen == {i for i in range(900) if not in_validation_split(f"word {i}.", 20)}
@@ -129,7 +130,7 @@ def test_any_small_data_are_read_whole(tmp_path, tokenizer, files, rows):
     assert sequences.logical_shards <= max(1, len(texts) // 4)
     seen = {
         number
-        for sequence in sequences.first(3 * len(texts) + 40)
+        for sequence in first_sequences(sequences, 3 * len(texts) + 40)
         for number in numbers_in(sequence.tokens, tokenizer)
     }
     assert seen == set(range(len(texts)))
@@ -264,7 +265,7 @@ def test_texts_that_mention_end_of_text_are_one_document(tmp_path, tokenizer, sp
     streamed = settings_of(folder, logical_shards=1, **values)
     sequences = open_splits(streamed, own, seed=0, cache=tmp_path).train
     assert isinstance(sequences, StreamedSequences)
-    stream = torch.cat([sequence.tokens[1:] for sequence in sequences.first(200)])
+    stream = torch.cat([sequence.tokens[1:] for sequence in first_sequences(sequences, 200)])
     whole = [text for text in texts if not in_validation_split(text, 20)]
     ends = int((stream == end).sum())
     sizes = sum(len(sequences.encoder.encode([text])[0].tokens) for text in whole)  # pyright: ignore

@@ -14,18 +14,13 @@ from flash.data.corpus import PackedData
 from flash.data.encoders import TextEncoder, in_validation_split
 from flash.data.factory import open_splits
 from flash.data.logical_shards import fit_logical_shards
+from flash.data.mixture import FileSlices, Split, StreamedSequences
 from flash.data.module import PackedDataModule
 from flash.data.readers import _SHARED
 from flash.data.sampler import Share
 from flash.data.settings import DataKind, DataSettings, DocumentUnit, TextSourceSettings
 from flash.data.sources import TextSource, rows_of
-from flash.data.stream import (
-    FileSlices,
-    SequenceStream,
-    Split,
-    StreamedSequences,
-    StreamLoader,
-)
+from flash.data.stream import SequenceStream, StreamLoader, first_sequences
 from flash.data.tokenizer import train_tokenizer
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
@@ -243,7 +238,7 @@ def test_validation_text_can_be_a_source_of_its_own(files, tokenizer, tmp_path):
 
 def test_documents_are_numbered_for_masks(files, tokenizer):
     sequences = sequences_of(files, tokenizer, document_masks=True, logical_shards=1)
-    for sequence in sequences.first(20):
+    for sequence in first_sequences(sequences, 20):
         assert sequence.document_ids is not None
         ends = sequence.tokens[:-1] == sequences.end_of_text
         expected = torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)[:-1]])
@@ -320,7 +315,7 @@ def test_columns_of_another_kind_are_named(files, tokenizer):
     with pytest.raises(
         InputError, match=r"data\.sources\[0\]\.column=id: .*, row \d+: expected text, f.* integer"
     ):
-        next(sequences_of(files, tokenizer, [part]).first(1))
+        next(first_sequences(sequences_of(files, tokenizer, [part]), 1))
 
 
 def test_empty_validation_splits_are_named(tmp_path, tokenizer):

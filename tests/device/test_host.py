@@ -274,6 +274,35 @@ def test_an_arm_processor_is_told_by_its_board_and_cores(monkeypatch, tmp_path):
     assert system_info.processor() == "A Board Rev 1.0 0x41:0xd05 0x41:0xd0b (asimddp)"
 
 
+@pytest.mark.parametrize(
+    ("libc", "enabled", "lack"),
+    [
+        ("glibc", "always [madvise] never\n", None),
+        ("glibc", "[always] madvise never\n", None),
+        ("glibc", "always madvise [never]\n", "its kernel's transparent_hugepage is never"),
+        ("glibc", None, "its kernel has no transparent_hugepage"),
+        ("", "always [madvise] never\n", "its C library is not glibc"),
+    ],
+)
+def test_huge_pages_are_refused_where_the_kernel_gives_none(
+    monkeypatch, tmp_path, settings, libc, enabled, lack
+):
+    path = tmp_path / "enabled"
+    if enabled is not None:
+        path.write_text(enabled)
+    with monkeypatch.context() as patch:
+        patch.setattr("platform.libc_ver", lambda: (libc, ""))
+        patch.setattr(system_info, "open", lambda _: path.open(), raising=False)
+        found = system_info.no_huge_pages()
+    device = HostDevice(replace(settings, huge_pages=True))
+    monkeypatch.setattr("flash.device.host._probed", lambda: {"no_huge_pages": found})
+    if lack is None:
+        assert "no_huge_pages" not in device.identity()
+    else:
+        with pytest.raises(InputError, match=f"device.huge_pages=true.*{lack}"):
+            device.identity()
+
+
 def test_identity_holds_what_changes_times(settings):
     identity = HostDevice(settings).identity()
     assert identity["threads"] == 1
