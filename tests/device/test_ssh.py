@@ -56,7 +56,7 @@ def quick(board):
     board.tool(
         "quick",
         'case "$2" in *importlib*) '
-        'echo \'{"cpu": "c", "cores": 4, "system": "s", "runtime": "r"}\';;'
+        'echo \'{"cpu": "c", "cores": 4, "system": "s", "runtime": "r", "no_huge_pages": ""}\';;'
         '*) shift 3; echo run >> "$0.log"; . "$0.before"; '
         'echo \'{"answers": [[7]]}\' > "$2";; esac\n',
     )
@@ -154,7 +154,7 @@ def test_cut_push_goes_on_and_leaves_nothing_half(quick, connect, tmp_path, monk
             time.sleep(0.01)
         quick.cut()
 
-    thread = threading.Thread(target=cutter)
+    thread = threading.Thread(target=cutter, daemon=True)
     thread.start()
     assert device.generate(data, [1], 1) == [7]
     thread.join()
@@ -194,7 +194,7 @@ def test_cut_run_is_repeated_and_its_process_dies(board, connect, program):
         time.sleep(0.3)
         board.cut()
 
-    thread = threading.Thread(target=cutter)
+    thread = threading.Thread(target=cutter, daemon=True)
     thread.start()
     tokens = connect(board, board.settings(python="watched")).generate(program, [5, 9], 3)
     thread.join()
