@@ -35,6 +35,8 @@ def run(verb: str) -> None:
             print(help_text(verb, arguments))
             return
         _check_flags(verb, arguments)
+    # Hydra takes overrides in front of a flag or behind it, but not on both sides.
+    sys.argv[1:] = sorted(arguments, key=lambda word: word not in {"-m", "--multirun"})
     entry(verb, *JOBS[verb])
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import typing
+from types import NoneType
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
@@ -11,7 +13,7 @@ from flash.bundled import CONF
 from flash.compat.hydra import missing_option
 from flash.compat.omegaconf import error_key, error_schema
 from flash.errors import InputError, closest, nearest, without_secrets
-from flash.schemas import commands_with, schema_at
+from flash.schemas import commands_with, options_at, schema_at, whole_key_hint
 
 _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
 """Types of OmegaConf in words."""
@@ -47,7 +49,7 @@ def explain(error: BaseException, schema: type) -> str:
     fields = [f.name for f in dataclasses.fields(owner)] if owner is not None else []
     if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
         return unknown_key(key, fields, schema)
-    return _wrong_value(key, _first_line(cause))
+    return _wrong_value(key, _first_line(cause), schema)
 
 
 def unknown_key(key: str, valid: list[str], schema: type) -> str:
@@ -66,22 +68,30 @@ def unknown_key(key: str, valid: list[str], schema: type) -> str:
     others = commands_with(root)
     if others and root not in roots:
         return f"{key}: not a setting of this command; it is one of flash {', '.join(others)}"
-    return f"{key}: unknown key; {nearest(key.rpartition('.')[2], valid)}"
+    hint = whole_key_hint(schema, key) or nearest(key.rpartition(".")[2], valid)
+    return f"{key}: unknown key; {hint}"
 
 
-def _wrong_value(key: str, text: str) -> str:
+def _wrong_value(key: str, text: str, schema: type) -> str:
     """Put OmegaConf's words about a value of the wrong type into the form of our own errors."""
+    or_null = ", or null" if NoneType in options_at(schema, key) else ""
     if found := re.match(r"Value '(.*)' of type '.*' could not be converted to (\w+)", text):
-        return f"{key}={found[1]}: expected {_KINDS.get(found[2], found[2])}"
+        return f"{key}={found[1]}: expected {_KINDS.get(found[2], found[2])}{or_null}"
     if found := re.match(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         typed = f"{key}={found[1]}"
         if typed in renamed.VALUES:
             return f"{typed}: renamed to {renamed.VALUES[typed]}"
-        return f"{typed}: expected one of {found[2]}"
+        return f"{typed}: expected one of {found[2]}{or_null}"
     if re.match(r"Invalid value assigned: \w+ is not a ListConfig", text):
         return f"{key}: expected a list in brackets, such as '{key}=[A,B]', also of one item"
     if found := re.match(r"Value '(.*)' is not a valid bool", text):
-        return f"{key}={found[1]}: expected {_KINDS['Boolean']}"
+        return f"{key}={found[1]}: expected {_KINDS['Boolean']}{or_null}"
+    if found := re.match(
+        r"Invalid type assigned: \w+ is not a subclass of \w+\. value: (.*)", text
+    ):
+        owner = schema_at(schema, key.split("."))
+        names = [field.name for field in dataclasses.fields(owner)] if owner is not None else []
+        return f"{key}={found[1]}: expected values for its settings, as in {key}.{names[0]}=VALUE"
     if re.match(r"Key '.*' is not in struct", text):
         return f"{key}: is not set so far; write +{key}=VALUE to add it"
     return f"{key}: {text}" if key else f"{text}; expected a mapping of keys to values"
@@ -106,6 +116,9 @@ def _composition(text: str, schema: type) -> str:
             return "+arch: given more than once; expected one option, or several as -m +arch=A,B"
         return f"+{group}: has an option by default; write {group}=OPTION, without '+'"
     if found := re.match(r"Ambiguous value for argument '(.*)'", text):
+        key, _, values = found[1].partition("=")
+        if any(typing.get_origin(option) is list for option in options_at(schema, key)):
+            return f"{found[1]}: expected a list in brackets: '{key}=[{values}]'"
         return f"{found[1]}: several values; write -m for a sweep, or quotes around a value"
     if found := re.match(r"Could not append to config. An item is already at '(.*)'", text):
         return f"+{found[1]}: is set already; write {found[1]}=VALUE, without '+'"

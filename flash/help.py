@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from flash import renamed
 from flash.bundled import CONF
 from flash.commands import command
 from flash.config_reference import (
@@ -27,7 +28,7 @@ from flash.config_reference import (
     type_name,
 )
 from flash.errors import InputError, nearest, shown
-from flash.schemas import ROOTS, commands_with
+from flash.schemas import ROOTS, commands_with, whole_key_hint
 from flash.terminal import COLUMNS, wrap
 
 ABOUT = {
@@ -221,9 +222,9 @@ def _topic(verb: str, topic: str, arguments: Sequence[str]) -> str:
     names = {*groups(verb), *(key.path for key in _own_keys(verb))}
     if rest:
         names = {path for key in known for path in _paths(key.path)}
-    raise InputError(
-        f"--help {topic}: no group or setting of flash {verb}; {nearest(topic, names)}"
-    )
+    renaming = renamed.present_name(topic, names)
+    hint = renaming or whole_key_hint(ROOTS[verb], topic) or nearest(topic, names)
+    raise InputError(f"--help {topic}: no group or setting of flash {verb}; {hint}")
 
 
 def _paths(key: str) -> Iterator[str]:

@@ -108,7 +108,8 @@ def _export(settings: "ExportSettings") -> None:
     if result is None:
         following = _following("export", "format=[executorch]", also=_CHOOSES_MODEL)
     else:
-        following = _following("evaluate", "format=program", also=_CHOOSES_MODEL)
+        own = [] if name == settings.backbone.name else [commands.override("name", name)]
+        following = _following("evaluate", *own, "format=program", also=_CHOOSES_MODEL)
     terminal.finish(made, following)
 
 

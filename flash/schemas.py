@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any
 
@@ -40,6 +41,31 @@ def schema_at(root: type, path: list[str]) -> type | None:
             return None
         schema = _dataclass_of(typing.get_type_hints(schema).get(key))
     return schema
+
+
+def paths(schema: type, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all settings below a schema, with those of mappings that hold others."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        yield f"{prefix}{field.name}"
+        nested = _dataclass_of(hints[field.name])
+        if nested is not None:
+            yield from paths(nested, f"{prefix}{field.name}.")
+
+
+def options_at(root: type, key: str) -> list[Any]:
+    """Types that a setting may have: those of an annotation `X | None`, else the only one."""
+    *path, last = key.split(".")
+    schema = schema_at(root, path)
+    annotation = typing.get_type_hints(schema).get(last) if schema is not None else None
+    union = typing.get_origin(annotation) in {typing.Union, UnionType}
+    return list(typing.get_args(annotation)) if union else [annotation]
+
+
+def whole_key_hint(schema: type, key: str) -> str | None:
+    """A hint that names the settings whose last keys are `key`; None if there are none."""
+    whole = [path for path in paths(schema) if path.endswith(f".{key}")]
+    return f"did you mean {' or '.join(map(repr, whole))}?" if whole else None
 
 
 def commands_with(key: str) -> list[str]:

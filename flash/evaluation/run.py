@@ -80,7 +80,7 @@ class EvaluatedModel:
             tokenizer = tokenizer.with_chat()
         program, context = None, spec.max_context
         if settings.format is ModelFormat.program:
-            program = program_of(_exported(runs, name, weights), spec, weights)
+            program = program_of(export_folder(runs, name, weights), spec, weights)
             context = context_of(program)
         else:
             check_devices(settings.trainer)
@@ -148,16 +148,20 @@ def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
     return path
 
 
-def _exported(runs: Runs, name: str, weights: Path) -> Path:
-    """Return the folder of the export of that name, else of the only one of these weights.
+def export_folder(runs: Runs, name: str, weights: Path) -> Path:
+    """Return the folder of the export of these weights that the evaluation is named after.
+
+    The name of an evaluation is that of the export with what is asked, as in `NAME-limit_10`.
 
     Raises:
-        InputError: There are several of these weights and none of that name.
+        InputError: It is named after none of several.
     """
     folder = runs.export(name)
     if (folder / "export.json").is_file():
         return folder
     found = [result.name for result in exports(runs) if result.weights == fingerprint(weights)]
+    if named := [each for each in found if name.startswith(f"{each}-")]:
+        return runs.export(max(named, key=len))
     if len(found) > 1:
         raise InputError(
             f"format=program: expected one export of {weights}, found {', '.join(found)}; give "

@@ -18,7 +18,7 @@ from flash.export.formats import FILES, FormatResult, check_formats
 from flash.export.mixed import check_mixed
 from flash.export.result import ExportResult, device_conditions, exports
 from flash.export.rounding import RoundingChoice, warn_of_other_rounding
-from flash.export.settings import ExportFormat, ExportSettings
+from flash.export.settings import ExportFormat, ExportSettings, FormatSettings
 from flash.lowering.settings import LoweringSettings
 from flash.model.backbone import Backbone
 from flash.paths import Runs
@@ -123,16 +123,20 @@ class ExportJob:
     @property
     def texts(self) -> list[Tensor]:
         """Held-out sequences, of about `perplexity_tokens` in total; each fits the cache."""
-        settings = self.settings
-        limits = (
-            settings.data.seq_len,
-            settings.device.lowering.max_context,
-            settings.perplexity_tokens,
-        )
-        length = min(limits)
-        count = max(1, settings.perplexity_tokens // length)
+        length = min(self._text_limits.values())
+        count = max(1, self.settings.perplexity_tokens // length)
         sequences = self.workspace.data.validation_set
         return [sequences[i].tokens[:length] for i in range(min(count, len(sequences)))]
+
+    @property
+    def _text_limits(self) -> dict[str, int]:
+        """Settings that limit the length of the held-out sequences [tokens]."""
+        settings = self.settings
+        return {
+            "data.seq_len": settings.data.seq_len,
+            "device.lowering.max_context": settings.device.lowering.max_context,
+            "perplexity_tokens": settings.perplexity_tokens,
+        }
 
     @property
     def prompt(self) -> list[int]:
@@ -174,8 +178,7 @@ class ExportJob:
         """
         self.check_settings()
         settings = self.settings
-        tokens = len(self.texts[0]) if self.texts else 0
-        settings.gate.check_fits(tokens, settings.device.lowering)
+        settings.gate.check_fits(self._text_limits)
         if ExportFormat.executorch in settings.format:
             self._check_prompt()
             warn_of_other_rounding(self.name, settings.device.lowering, self.weights)
@@ -284,8 +287,13 @@ def _keys(
         "text": [settings.prompt, settings.new_tokens],
         "reference": None,  # once its key, which made exports depend on what else was exported
     }
-    other = {"formats": plain(settings.formats)}
-    return {
-        kind: digest({**source, **(program if kind is ExportFormat.executorch else other)})
-        for kind in ExportFormat
+    # Each other format has been keyed by the settings of all; those of the others count as default.
+    given, default = settings.formats, FormatSettings()
+    hf = dataclasses.replace(default, max_error_hf=given.max_error_hf)
+    gguf = dataclasses.replace(given, max_error_hf=default.max_error_hf)
+    own = {
+        ExportFormat.executorch: program,
+        ExportFormat.hf: {"formats": plain(hf)},
+        ExportFormat.gguf: {"formats": plain(gguf)},
     }
+    return {kind: digest({**source, **own[kind]}) for kind in ExportFormat}

@@ -142,8 +142,8 @@ def mixed_lowering(
     calibration: Tensor,
     device: Device,
     programs: Path,
-) -> tuple[LoweringSettings, list[PartCost]]:
-    """Choose the parts in 8 bits, and name them in the settings of the lowering.
+) -> tuple[list[str], list[PartCost]]:
+    """Choose the parts in 8 bits; return their names, and the costs of all parts.
 
     Args:
         model: Decoder in float32.
@@ -187,8 +187,7 @@ def mixed_lowering(
         for part in linear_parts(spec)
     ]
     limit = settings.max_weight_mib
-    parts = choose_parts(found, None if limit is None else limit * 2**20 - base, room_ms)
-    return replace(lowering, eight_bit=parts), found
+    return choose_parts(found, None if limit is None else limit * 2**20 - base, room_ms), found
 
 
 def _decode_ms(

@@ -26,7 +26,7 @@ def program_quality(
     """
     losses: list[list[Tensor]] = [[], []]
     same = 0
-    for sequence in progress(sequences, f"perplexity of {program.name}"):
+    for sequence in progress(sequences, "perplexity of the program"):
         logits = model(sequence[None, :-1])[0].double()
         losses[0].append(-torch.log_softmax(logits, -1).gather(1, sequence[1:, None])[:, 0])
         answer = device.score(program, sequence.tolist(), prefill=1)

@@ -100,11 +100,6 @@ class ExportResult:
         values = {**dataclasses.asdict(self), "spec": self.spec.to_dict()}
         write_json(folder / "export.json", values)
 
-    @staticmethod
-    def remove(folder: Path) -> None:
-        """Remove the result from `folder`, if there is one."""
-        (folder / "export.json").unlink(missing_ok=True)
-
     @classmethod
     def read(cls, folder: Path) -> "ExportResult | None":
         """Read the result from `folder`; None if there is none.

@@ -185,6 +185,10 @@ class FailedRounding:
         if self.mixed:
             found += "give a higher limit of mixed (other ways to round were not tried, as mixed "
             found += "would choose other parts for them), or "
+        else:
+            most_mib = self.lowering.weight_bytes(self.model.spec) / 2**20
+            found += "give 8 bits to the parts that save most by mixed.max_weight_mib, more than "
+            found += f"the {most_mib:.1f} that they take now, or "
         lines = "".join(f"\n  {command}" for command in training)
         return f"{found}train it for the rounding, and export that:{lines}"
 

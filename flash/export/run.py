@@ -12,7 +12,8 @@ from flash.device.measurement import Measurement, Program
 from flash.errors import CheckFailed, shown
 from flash.export.formats import FILES, ExportSource, find_published, publish
 from flash.export.job import ExportJob
-from flash.export.mixed import PartCost, cost_table, mixed_lowering
+from flash.export.mixed import cost_table, mixed_lowering
+from flash.export.pending import PendingExport
 from flash.export.perplexity import program_quality
 from flash.export.predicted import predicted_latencies
 from flash.export.random_weights import RANDOM, measure_shape, shape_of, shape_results
@@ -26,7 +27,7 @@ from flash.latency.programs import Subject
 from flash.latency.store import MeasurementStore
 from flash.lowering.bisect_layers import locate_failure
 from flash.lowering.gate import GateReport, check_parity
-from flash.lowering.lower import STAGE_SHARES, lower, write
+from flash.lowering.lower import STAGE_SHARES, lower
 from flash.lowering.rounding_check import RoundingCheck, check_rounding
 from flash.model.checkpoint import load as load_checkpoint
 from flash.model.decoder import Decoder
@@ -93,7 +94,6 @@ def _export_missing(job: ExportJob) -> ExportResult | None:
         new = ExportFormat.executorch in missing
         if new:
             result = _export(job)
-            result.write(job.folder)
             tracker.log(_metrics(result))
             tracker.publish(_artifact(job, ExportFormat.executorch))
         else:
@@ -151,45 +151,33 @@ def _export(job: ExportJob) -> ExportResult:
     model = load_checkpoint(job.weights)
     log.info("%s: %s for %s", name, model.spec, settings.device.name)
     key = job.key  # by the settings as they were given
-    job, costs = _choose_parts(job, model)
-    rounded, rounding = _round(job, model)
-    del model  # memory peaks in the lowering
-    start = time.perf_counter()
-    tokenizer = workspace.tokenizer
+    pending = PendingExport.open(job.folder, key)
+    job, pending = _choose_parts(job, model, pending)
     lowering = job.lowering
     predicted = predicted_latencies(workspace.runs, job.device, lowering, job.spec)
-    with stages(f"{name}: lowering", STAGE_SHARES):
-        program = lower(rounded, lowering, bos_id=job.begin_id, eos_ids=tokenizer.ends)
-    lower_s = time.perf_counter() - start
-    with stages(f"{name}: parity gate"):
-        report = _run_gate(job, rounded, rounding, program)
-    log.info("%s: parity gate\n%s", name, report)
-    del rounded
-    path = job.folder / "model.pte"
-    ExportResult.remove(job.folder)  # a result is never beside another program
-    (job.folder / "gate_failed.json").unlink(missing_ok=True)
-    (job.folder / "mixed.json").unlink(missing_ok=True)
-    write(path, program)
-    if costs:
-        parts = {"parts": plain(costs), "eight_bit": lowering.eight_bit}
-        write_json(job.folder / "mixed.json", parts)
-    log.info("%s: %.1f MiB in %.0f s", name, len(program) / 2**20, lower_s)
-    model = load_checkpoint(job.weights)
-    texts = text_device(job.device)
+    if pending.gate:
+        log.info("%s: going on with the program that has passed the parity gate", name)
+    else:
+        rounded, rounding = _round(job, model)
+        del model  # memory peaks in the lowering
+        pending = _lower(job, rounded, rounding, pending)
+        del rounded
+        model = load_checkpoint(job.weights)
+    texts, path = text_device(job.device), pending.program
     quality = program_quality(model, path, texts, job.texts)
-    _check_program(job, quality)
-    measurement = _measure(job, model, lower_s)
+    _check_program(job, quality, pending)
+    measurement = _measure(job, pending)
     reference, conditions = job.reference, device_conditions(job.device, job.settings.device)
     alike = reference.spec if reference and reference.conditions == conditions else None
-    ids = texts.generate(path, job.prompt, settings.new_tokens, stop=tokenizer.ends)
-    return ExportResult(
+    ids = texts.generate(path, job.prompt, settings.new_tokens, stop=workspace.tokenizer.ends)
+    result = ExportResult(
         name=name,
         spec=model.spec,
         parameters=count_parameters(model.spec).total,
         quality=validate(model, workspace.data, settings.trainer.precision),
         program_quality=quality,
-        pte_bytes=len(program),
-        gate=report.to_dict(),
+        pte_bytes=path.stat().st_size,
+        gate=pending.gate,
         measurement=measurement,
         reference=reference.name if reference else None,
         speedups={
@@ -198,32 +186,58 @@ def _export(job: ExportJob) -> ExportResult:
         },
         predicted=predicted and predicted.at(alike, measurement.reference_ms),
         prompt=settings.prompt,
-        completion=tokenizer.decode(ids),
+        completion=workspace.tokenizer.decode(ids),
         device=job.device.identity(),
-        lower_s=lower_s,
+        lower_s=pending.lower_s,
         key=key,
         weights=fingerprint(job.weights),
         conditions=conditions,
     )
+    pending.publish()
+    result.write(job.folder)
+    pending.discard()
+    return result
 
 
-def _choose_parts(job: ExportJob, model: Decoder) -> tuple[ExportJob, list[PartCost]]:
-    """Name the parts in 8 bits, if a limit of `mixed` asks for the choice, and return all costs."""
+def _lower(
+    job: ExportJob, rounded: Decoder, rounding: RoundingCheck | None, pending: PendingExport
+) -> PendingExport:
+    """Lower the rounded decoder, and keep the program once it has passed the parity gate."""
+    start = time.perf_counter()
+    ends = job.workspace.tokenizer.ends
+    with stages(f"{job.name}: lowering", STAGE_SHARES):
+        program = lower(rounded, job.lowering, bos_id=job.begin_id, eos_ids=ends)
+    lower_s = time.perf_counter() - start
+    log.info("%s: %.1f MiB in %.0f s", job.name, len(program) / 2**20, lower_s)
+    with stages(f"{job.name}: parity gate"):
+        report = _run_gate(job, rounded, rounding, program)
+    log.info("%s: parity gate\n%s", job.name, report)
+    return pending.with_program(program, report.to_dict(), lower_s)
+
+
+def _choose_parts(
+    job: ExportJob, model: Decoder, pending: PendingExport
+) -> tuple[ExportJob, PendingExport]:
+    """Name the parts in 8 bits in the job's settings, if a limit of `mixed` asks for the choice."""
     settings = job.settings
     if settings.mixed.off:
-        return job, []
-    lowering, costs = mixed_lowering(
-        model,
-        job.lowering,
-        settings.mixed,
-        job.rounding,
-        job.calibration,
-        job.device,
-        job.workspace.runs.lowered,
-    )
-    log.info("%s: mixed precision\n%s", job.name, cost_table(costs, lowering.eight_bit))
+        return job, pending
+    if pending.eight_bit is None:
+        parts, costs = mixed_lowering(
+            model,
+            job.lowering,
+            settings.mixed,
+            job.rounding,
+            job.calibration,
+            job.device,
+            job.workspace.runs.lowered,
+        )
+        pending = pending.with_choice(parts, costs)
+    chosen = pending.eight_bit or []
+    log.info("%s: mixed precision\n%s", job.name, cost_table(pending.costs, chosen))
+    lowering = dataclasses.replace(job.lowering, eight_bit=chosen)
     device = dataclasses.replace(settings.device, lowering=lowering)
-    return dataclasses.replace(job, settings=dataclasses.replace(settings, device=device)), costs
+    return dataclasses.replace(job, settings=dataclasses.replace(settings, device=device)), pending
 
 
 def _round(job: ExportJob, model: Decoder) -> tuple[Decoder, RoundingCheck | None]:
@@ -285,7 +299,7 @@ def _training_commands(job: ExportJob) -> list[str]:
 def _run_gate(
     job: ExportJob, rounded: Decoder, rounding: RoundingCheck | None, program: bytes
 ) -> GateReport:
-    """Run the parity gate of the program and store its report as gate.json or gate_failed.json.
+    """Run the parity gate of the program; the report of a failure is stored as gate_failed.json.
 
     Raises:
         CheckFailed: The gate failed; names the stage and the first bad part of the model.
@@ -295,7 +309,6 @@ def _run_gate(
     report = dataclasses.replace(report, rounding=rounding)
     stage = report.first_failure
     if stage is None:
-        write_json(job.folder / "gate.json", report.to_dict())
         return report
     path = job.folder / "gate_failed.json"
     write_json(path, report.to_dict())  # the search for the layer takes minutes
@@ -308,27 +321,32 @@ def _run_gate(
     )
 
 
-def _check_program(job: ExportJob, quality: ProgramQuality) -> None:
+def _check_program(job: ExportJob, quality: ProgramQuality, pending: PendingExport) -> None:
     """Judge the perplexity of the file as that of the rounded decoder was.
 
     Raises:
-        CheckFailed: It is beyond the limit.
+        CheckFailed: It is beyond the limit; the file is removed.
     """
     most = job.settings.gate.perplexity_limit(count_parameters(job.spec).total)
     change = quality.change
     if change.perplexity_pct <= most:  # NaN is not
         return
+    path, where = job.folder / "gate_failed.json", f"as .pte, perplexity is {change}"
+    write_json(path, {**pending.gate, "passed": False, "where": where})
+    pending.discard()
+    cache = job.lowering.cache.value
     raise CheckFailed(
-        f"{job.name}: as .pte, perplexity is {change} on {change.tokens} tokens, though the "
-        f"rounded decoder's was within gate.max_perplexity_increase_pct={most:g}; the file is kept "
-        "without a result"
+        f"{job.name}: {where} on {change.tokens} tokens, though the rounded decoder's was within "
+        f"gate.max_perplexity_increase_pct={most:g}; nothing was published, see {path}: what was "
+        f"added is the {cache} cache and the kernels' own rounding; raise the limit"
+        + ("" if cache == "fp32" else ", or give device.lowering.cache=fp32")
     )
 
 
-def _measure(job: ExportJob, model: Decoder, lower_s: float) -> Measurement:
+def _measure(job: ExportJob, pending: PendingExport) -> Measurement:
     """Measure latencies, and those of the reference program in the same processes."""
     settings, runs = job.settings, job.workspace.runs
-    vocab_size = model.spec.vocab_size
+    vocab_size = job.spec.vocab_size
     reference = None
     if job.reference is not None:
         path = runs.export(job.reference.name) / "model.pte"
@@ -341,8 +359,9 @@ def _measure(job: ExportJob, model: Decoder, lower_s: float) -> Measurement:
         store=MeasurementStore(runs.measurements),
         cache_dir=runs.lowered,
     )
-    program = Program(name=job.name, path=job.folder / "model.pte", vocab_size=vocab_size)
-    measured = profiler.measure_program(Subject.of(model.spec), program, reference, lower_s)
+    program = Program(name=job.name, path=pending.program, vocab_size=vocab_size)
+    subject = Subject.of(job.spec)
+    measured = profiler.measure_program(subject, program, reference, pending.lower_s)
     limit = settings.mixed.max_decode_ms
     if limit is not None and measured.decode.ms > limit:
         log.warning(

@@ -129,7 +129,7 @@ def check_parity(
         InputError: The text or the program's cache is too short for the gate.
     """
     gate = gate or GateSettings()
-    gate.check_fits(len(text), lowering)
+    gate.check_fits({"text": len(text), "max_context": lowering.max_context})
     text = text[: gate.tokens].long()
     positions = slice(gate.prefill_tokens - 1, None)
     before = model(text[None])[0, positions].float()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -256,18 +257,19 @@ class GateSettings:
             return self.max_perplexity_increase_pct
         return 15.0 if parameters < 200e6 else 10.0 if parameters < 1e9 else 6.0
 
-    def check_fits(self, text_tokens: int, settings: LoweringSettings) -> None:
-        """See that the gate can run; an InputError if the text or the cache is too short."""
-        require(
-            text_tokens >= self.tokens,
-            "perplexity_tokens",
-            text_tokens,
-            f"at least {self.tokens} held-out tokens in a sequence, which gate.prefill_tokens and "
-            "gate.decode_tokens take",
-        )
-        require(
-            settings.max_context >= self.tokens,
-            "device.lowering.max_context",
-            settings.max_context,
-            f"at least {self.tokens} for a gate",
-        )
+    def check_fits(self, lengths: Mapping[str, int]) -> None:
+        """See that the gate can run.
+
+        Args:
+            lengths: Settings that limit the length of its text, by key [tokens].
+
+        Raises:
+            InputError: One of them is too short.
+        """
+        for key, length in lengths.items():
+            require(
+                length >= self.tokens,
+                key,
+                length,
+                f"at least {self.tokens}, which gate.prefill_tokens and gate.decode_tokens take",
+            )

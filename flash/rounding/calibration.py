@@ -1,11 +1,14 @@
 """Memory for the calibration of `gptq`."""
 
 import os
+from pathlib import Path
 
 from flash.arch import ArchSpec
 from flash.errors import require
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+"""Folder in which a container finds its limits."""
 
 
 def check_calibration(key: str, tokens: int, spec: ArchSpec) -> None:
@@ -32,5 +35,13 @@ def check_calibration(key: str, tokens: int, spec: ArchSpec) -> None:
 
 
 def machine_memory() -> int:
-    """Memory of this machine [bytes]."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of this machine, or that a container may take of it [bytes]."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups v2 and v1
+        try:
+            limit = (CGROUP / name).read_text("utf-8").strip()
+        except OSError:
+            continue
+        if limit.isdigit():  # "max" is no limit
+            memory = min(memory, int(limit))
+    return memory

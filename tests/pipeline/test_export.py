@@ -11,21 +11,25 @@ import pytest
 from flash.arch import CacheFormat
 from flash.device.host import HostDevice
 from flash.errors import CheckFailed, InputError
-from flash.evaluation.run import EvaluatedModel, program_of
+from flash.evaluation.run import EvaluatedModel, export_folder, program_of
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.export.job import ExportJob
+from flash.export.perplexity import program_quality
 from flash.export.predicted import predicted_latencies
 from flash.export.result import ExportResult
 from flash.export.run import export
-from flash.export.settings import ExportFormat
+from flash.export.settings import ExportFormat, FormatSettings
+from flash.interop.settings import GgufFormat
 from flash.latency.store import MeasurementStore
 from flash.model.weights import read_metadata
 from flash.paths import Runs
+from flash.records import file_digest
 from flash.report.page import render
 from flash.report.reading import read
 from flash.report.table import quantization_rows
 from flash.rounding.settings import TrainedRounding
 from flash.search.run import run_search
+from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.run import train
 from flash.training.settings import (
     Precision,
@@ -140,6 +144,76 @@ def test_a_failing_gate_publishes_nothing_and_names_the_stage(common, winner, tm
     ]
     report = json.loads((folder / "gate_failed.json").read_text())
     assert not report["passed"]
+
+
+def test_a_stopped_export_goes_on_with_its_proved_program(common, winner, monkeypatch):
+    name, arch = winner
+    runs = Runs(Path(common["runs"]))
+    trained = runs.model(name) / "checkpoint"
+    settings = export_settings(common, "resumed", arch, model=str(trained))
+    folder = runs.export("resumed")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flash.export.run.program_quality", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(settings)
+    assert not (folder / "model.pte").exists()
+    kept = file_digest(folder / ".model.pte")
+    with monkeypatch.context() as patch:
+        patch.setattr("flash.export.run.lower", pytest.fail)
+        result = export(settings)
+    assert result is not None
+    assert result.gate["passed"]
+    assert file_digest(folder / "model.pte") == kept
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".lock", "export.json", "gate.json", "model.pte", "wandb.json"}
+    # Of two exports of the same weights, an evaluation means the one that it is named after.
+    for each in (name, "resumed"):
+        assert export_folder(runs, f"{each}-limit_2", trained) == runs.export(each)
+    with pytest.raises(InputError, match=rf"expected one export .* found resumed, {name}"):
+        export_folder(runs, "other", trained)
+    shutil.rmtree(folder)
+
+
+def test_a_program_that_loses_too_much_leaves_the_former_export(common, winner, monkeypatch):
+    name, arch = winner
+    folder = Runs(Path(common["runs"])).export(name)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def worse(*given):
+        found = program_quality(*given)
+        change = dataclasses.replace(found.change, loss=found.change.float_loss + 1)
+        return dataclasses.replace(found, change=change)
+
+    monkeypatch.setattr("flash.export.run.program_quality", worse)
+    silent = LoggerSettings(name="none", kind=LoggerKind.none)
+    changes = {"new_tokens": 4, "overwrite": True, "logger": silent}
+    settings = export_settings(common, name, arch, **changes)
+    with pytest.raises(CheckFailed, match=r"as \.pte, perplexity is .*nothing was published"):
+        export(settings)
+    failed = json.loads((folder / "gate_failed.json").read_text())
+    assert not failed["passed"]
+    assert "as .pte, perplexity" in failed["where"]
+    (folder / "gate_failed.json").unlink()
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert after.keys() == before.keys()
+    assert {key for key in after if after[key] != before[key]} <= {".lock", "wandb.json"}
+
+
+def test_a_format_is_keyed_by_its_own_settings(common, winner):
+    name, arch = winner
+
+    def keys(**formats):
+        settings = export_settings(common, name, arch, formats=FormatSettings(**formats))
+        return ExportJob.open(settings, Runs(Path(common["runs"]))).keys
+
+    default, small, strict = keys(), keys(gguf=GgufFormat.q4_0), keys(max_error_hf=1e-5)
+    same = lambda other: {kind.value for kind in default if default[kind] == other[kind]}  # noqa: E731
+    assert same(small) == {"executorch", "hf"}
+    assert same(strict) == {"executorch", "gguf"}
 
 
 def test_a_finished_export_is_replaced_only_when_told(common, winner):
