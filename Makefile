@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types cluster arm slow report reference docs clean
+.PHONY: demo smollm2 test lint types cluster arm slow report reference docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -19,6 +19,21 @@ demo: $(READY)
 	$(BIN)/python export.py
 	$(BIN)/python export.py -m "+arch=$$(cat runs/studies/tiny/winners)"
 	$(BIN)/python -m flash report --wandb flash
+
+# The case study of docs/case_smollm2.md: hours of search and training on two cores. Each stage goes
+# on where it was stopped.
+smollm2: $(READY)
+	[ -d runs/smollm2_135m ] || scripts/fetch_smollm2.sh runs/smollm2_135m
+	[ -d runs/texts ] || $(BIN)/python scripts/fetch_texts.py runs/texts
+	[ -d runs/cloze ] || PYTHONPATH=. $(BIN)/python scripts/make_cloze.py \
+	  runs/texts/handbooks.jsonl runs/texts/manuals.jsonl runs/cloze
+	[ -f runs/texts/HumanEval.jsonl.gz ] || scripts/fetch_humaneval.sh runs/texts/HumanEval.jsonl.gz
+	$(BIN)/python search.py experiment=smollm2
+	$(BIN)/python search.py experiment=smollm2 stage=promote
+	$(BIN)/python export.py experiment=smollm2
+	$(BIN)/python train.py -m experiment=smollm2 "+arch=$$(cat runs/studies/smollm2/winners)"
+	$(BIN)/python export.py -m experiment=smollm2 "+arch=$$(cat runs/studies/smollm2/winners)"
+	$(BIN)/python -m flash report --study smollm2
 
 test: $(READY) lint types
 	$(BIN)/python -m pytest

@@ -100,9 +100,9 @@ def test_a_command_lists_the_experiments_that_it_composes(run, monkeypatch, tmp_
         line = re.search(r"^experiment: (.*(?:\n  .*)*)", "\n".join(map(str, said)), re.MULTILINE)
         found[script] = line[1].split(", ") if line else []
     assert found == {
-        "train": ["mine", "paper", "tiny_backbone"],
-        "search": ["paper"],
-        "export": ["table6"],
+        "train": ["mine", "paper", "smollm2", "tiny_backbone"],
+        "search": ["paper", "smollm2"],
+        "export": ["smollm2", "table6"],
         "evaluate": [],
         "prepare": [],
         "workspace": [],
@@ -192,8 +192,12 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ("train", "+arch=flash_65m", "did you mean 'flash_650m'?"),
         ("train", "trainer.max_steps=0", "trainer.max_steps=0: expected a positive integer"),
         ("train", "data.validation.pth=x", "pth: unknown key; did you mean 'path'?"),
-        ("train", "experiment=papr", "experiment=papr: expected one of paper, tiny_backbone"),
-        ("train", "experiment=table6", "experiment=table6: expected one of paper"),
+        (
+            "train",
+            "experiment=papr",
+            "experiment=papr: expected one of paper, smollm2, tiny_backbone",
+        ),
+        ("train", "experiment=table6", "experiment=table6: expected one of paper, smollm2"),
         ("train", "recipe.inherit=false", "recipe.kd_weight=0.5: expected 0 with inherit=false"),
         ("search", "recipe=pretrain", "recipe.inherit=false: expected true for the trials"),
         ("search", "search.trails=5", "search.trails: unknown key; did you mean 'trials'?"),

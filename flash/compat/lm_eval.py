@@ -24,6 +24,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+"""Reader of `datasets` for a file, by its suffix."""
+
 Pair = tuple[list[int], list[int]]
 """Tokens of a context, and of the continuation to score."""
 
@@ -90,12 +93,17 @@ def load_task(manager: TaskManager, name: str, data_files: Mapping[str, Any] | N
     Args:
         manager: Index that contains the task.
         name: Name of a task or of a group of tasks.
-        data_files: Data files by split, which replace those in the file of the task; or None.
+        data_files: Data files by split, which replace the data set of the task; or None.
     """
     if not data_files:
         return manager.load([name])
-    kwargs = {**task_config(manager, name).get("dataset_kwargs", {}), "data_files": data_files}
-    changed = {"task": name, "dataset_kwargs": kwargs}
+    about = task_config(manager, name)
+    kwargs = {**about.get("dataset_kwargs", {}), "data_files": data_files}
+    changed: dict[str, Any] = {"task": name, "dataset_kwargs": kwargs}
+    first = Path(next(iter(data_files.values()))[0])
+    loader = next((LOADERS[suffix] for suffix in first.suffixes if suffix in LOADERS), None)
+    if loader is not None:
+        changed |= {"dataset_path": loader, "dataset_name": None}
     loaded = manager.load([{"group": "with_files", "task": [changed]}])
     return {"tasks": loaded["tasks"]}  # without the group, which would get its own result
 

@@ -14,7 +14,7 @@ from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text, one_line
-from flash.evaluation.tasks import OWN_TASKS, Tasks, data_files
+from flash.evaluation.tasks import OWN_TASKS, SANDBOXED_TASKS, Tasks, data_files
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.export.result import ExportResult, exports
 from flash.model.backbone import Backbone
@@ -272,10 +272,12 @@ def _results(
 
 def _own_questions(task: TaskSettings) -> list[str]:
     """Hash the data files of a task with `files`, and the task files of this package."""
-    if not task.files:
+    sandboxed = (SANDBOXED_TASKS / f"{task.name}.yaml").is_file()
+    if not task.files and not sandboxed:
         return []
     data = [Path(path) for paths in data_files(task).values() for path in paths]
-    return [_digest_of(data), _digest_of(_task_files(OWN_TASKS))]
+    own = SANDBOXED_TASKS if sandboxed else OWN_TASKS
+    return [_digest_of(data), _digest_of(_task_files(own))]
 
 
 def _task_files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flash.errors import InputError, nearest
+from flash.evaluation.sandbox import check_sandbox
 from flash.evaluation.settings import SuiteSettings, TaskSettings
 from flash.evaluation.suites import TaskResult
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 OWN_TASKS = Path(__file__).parent / "harness_tasks"
 """Folder with tasks of the paper that the harness lacks."""
+SANDBOXED_TASKS = Path(__file__).parent / "sandboxed_tasks"
+"""Folder with tasks of the harness whose code runs in our sandbox."""
 _FILE_FORMATS = {"arrow", "csv", "json", "parquet", "text"}
 """Data sets that are files of the user, which need no hub."""
 BOOTSTRAP = 1000
@@ -73,7 +76,7 @@ class Tasks:
         # Its warnings, such as "overwriting num_fewshot", report what the settings ask for.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [task.name for task in suite.tasks]
-        folders = [OWN_TASKS, *([Path(suite.include)] if suite.include else [])]
+        folders = [OWN_TASKS, SANDBOXED_TASKS, *([Path(suite.include)] if suite.include else [])]
         manager = index_tasks(folders, set(names))
         tasks = cls(suite, manager)
         for task in suite.tasks:
@@ -82,7 +85,10 @@ class Tasks:
             if name not in manager.all_tasks:
                 hint = nearest(name, manager.all_tasks)
                 raise InputError(f"suite.tasks: {name}: no such task of the harness; {hint}")
-            if tasks._about(name).get("unsafe_code") and not suite.allow_code_execution:
+            about = tasks._about(name)
+            if about.get("metadata", {}).get("sandbox"):
+                check_sandbox()
+            if about.get("unsafe_code") and not suite.allow_code_execution:
                 raise InputError(
                     f"suite.tasks: {name}: executes code that the model writes, on this machine "
                     "and without a sandbox; do that in a container or virtual machine, with "

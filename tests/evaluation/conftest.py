@@ -62,6 +62,13 @@ def checkpoint(tmp_path_factory) -> Path:
     return save_decoder(tiny_decoder("FF"), tmp_path_factory.mktemp("model") / "checkpoint")
 
 
+PROBLEM = {
+    "prompt": 'def add(a, b):\n    """Sum of a and b."""\n',
+    "canonical_solution": "    return a + b\n",
+    "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+    "entry_point": "add",
+}
+
 QUESTIONS = [
     {"question": "What is 1 + 1?", "choices": ["two", "three of them", "4"], "label": 0},
     {"question": "def add(a, b):", "choices": ["return a", "return a + b", "pass"], "label": 1},

@@ -1,6 +1,7 @@
 """Facts about `flash evaluate` on local tasks: results, files, reuse and errors."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -17,13 +18,14 @@ from flash.errors import InputError
 from flash.evaluation.run import evaluate
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.evaluation.suites import SuiteResult, as_text
-from flash.evaluation.tasks import OWN_TASKS, Tasks
+from flash.evaluation.tasks import OWN_TASKS, SANDBOXED_TASKS, Tasks
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.settings import TrainerSettings
 from tests.evaluation.conftest import (
+    PROBLEM,
     QUESTIONS,
     rouge_l,
     save_decoder,
@@ -393,16 +395,29 @@ def test_the_papers_suites_name_tasks_and_metrics_of_the_harness(suite):
     from lm_eval.tasks import TaskManager
 
     root = Path(lm_eval.__file__).parent / "tasks"
-    folders = [OWN_TASKS, *(root / name for name in FOLDERS)]
+    folders = [OWN_TASKS, SANDBOXED_TASKS, *(root / name for name in FOLDERS)]
     manager = TaskManager(include_path=folders, include_defaults=False)
     for task in OmegaConf.load(CONF / "suite" / f"{suite}.yaml").tasks:
         about = manager.task_index[task.name].cfg or {}
         metric, chosen = task.metric.split(",")
         listed = about.get("metric_list") or about["aggregate_metric_list"]
         names = {Path(each["metric"]).name.removeprefix("utils.") for each in listed}
-        assert metric.replace("@1", "_at_k") in names
+        assert metric in names
         assert chosen in {each["name"] for each in about.get("filter_list", [{"name": "none"}])}
         assert set(task.paper) <= {"Flash-350M", "Flash-650M", "Flash-1.4B"}
+
+
+def test_humaneval_is_asked_as_the_harness_does():
+    from lm_eval.tasks import TaskManager
+
+    folders = [SANDBOXED_TASKS, Path(lm_eval.__file__).parent / "tasks" / "humaneval"]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    ours, theirs = (
+        manager.task_index[name].cfg or {} for name in ("humaneval_sandboxed", "humaneval")
+    )
+    for key in ("dataset_path", "test_split", "doc_to_text", "output_type", "num_fewshot"):
+        assert ours[key] == theirs[key]
+    assert ours["generation_kwargs"]["until"] == theirs["generation_kwargs"]["until"]
 
 
 def test_the_papers_figures_have_its_averages():
@@ -414,3 +429,18 @@ def test_the_papers_figures_have_its_averages():
 def test_table_has_the_papers_average_only_if_all_figures_are_there(settings):
     result = evaluate(with_tasks(settings, CHOICE, QUIZ))
     assert as_text(result).splitlines()[-1].split()[-2:] == ["-", "-"]
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_problems_of_a_file_are_asked_and_their_answers_run(settings, tmp_path):
+    path = tmp_path / "problems.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps({"task_id": "a", **PROBLEM}) + "\n").encode()))
+    names = ("humaneval_sandboxed", "humaneval_instruct_sandboxed")
+    tasks = [
+        TaskSettings(name=name, title=name, metric="pass@1,none", files={"test": str(path)})
+        for name in names
+    ]
+    longer = save_decoder(tiny_decoder("FF", max_context=1024), tmp_path / "longer")
+    settings.backbone.weights = str(longer)
+    result = evaluate(with_tasks(settings, *tasks))
+    assert [(row.samples, row.value) for row in result.figures] == [(1, 0.0), (1, 0.0)]
