@@ -93,7 +93,8 @@ class Text(HTMLParser):
             self.lines[-1] += first
             self.lines += more
         else:
-            self.lines[-1] += re.sub(r"\s+", " ", data) if self.lines[-1] else data.lstrip()
+            text = re.sub(r"\s+", " ", data)
+            self.lines[-1] += text if self.lines[-1] else text.lstrip()
 
 
 def plain_text(page: str) -> str:
