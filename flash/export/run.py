@@ -168,7 +168,11 @@ def _export(job: ExportJob) -> ExportResult:
     _check_program(job, quality, pending)
     measurement = _measure(job, pending)
     reference, conditions = job.reference, device_conditions(job.device, job.settings.device)
-    alike = reference.spec if reference and reference.conditions == conditions else None
+    if reference is None:  # the backbone itself shows the state of the machine
+        alike, timed_ms = job.spec, {key: each.ms for key, each in measurement.latencies.items()}
+    else:
+        alike = reference.spec if reference.conditions == conditions else None
+        timed_ms = measurement.reference_ms
     ids = texts.generate(path, job.prompt, settings.new_tokens, stop=workspace.tokenizer.ends)
     result = ExportResult(
         name=name,
@@ -184,7 +188,7 @@ def _export(job: ExportJob) -> ExportResult:
             point: ms / measurement.latencies[point].ms
             for point, ms in measurement.reference_ms.items()
         },
-        predicted=predicted and predicted.at(alike, measurement.reference_ms),
+        predicted=predicted and predicted.at(alike, timed_ms),
         prompt=settings.prompt,
         completion=workspace.tokenizer.decode(ids),
         device=job.device.identity(),

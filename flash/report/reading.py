@@ -228,11 +228,14 @@ class _Reader:
         models = []
         for model in [backbone, *winners, *further]:
             trained = self._trainings().get(model.name)
+            exported = self._export_of(model, device)
             found = replace(
                 model,
+                # For the speed that the machine had while the export was measured.
+                predicted=(exported and exported.predicted) or model.predicted,
                 # A stored result may belong to an earlier search under the same name.
                 trained=trained if trained and trained.spec == model.spec else None,
-                exported=self._export_of(model, device),
+                exported=exported,
                 qat_exported=self._qat_export(model.spec, device),
             )
             models.append(self._artifacts(found))

@@ -27,6 +27,14 @@ def test_the_report_shows_backbone_and_winner(common, winner):
         assert max(map(len, lines)) <= 80
         assert [line.split()[0] for line in lines[1:3]] == ["small", winner[0]]
         assert " - " not in f"{lines[2]} "  # the winner's row is complete
+    for model in data.models[:2]:
+        assert model.exported is not None
+        assert model.predicted == model.exported.predicted
+    backbone = data.models[0]
+    point = "prefill_32"
+    slow = backbone.predicted[point]["slowdown"]
+    in_search = data.studies[0].search["latency_points"][point][-1]
+    assert slow == pytest.approx(backbone.exported.measurement.latencies[point].ms / in_search)
     page = render(data)
     assert "https://" not in page.split("</head>")[1]  # nothing is fetched
     for title in ("Frontier", "Predicted against measured", "Recovery", "Layers"):
