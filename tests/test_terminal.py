@@ -99,9 +99,9 @@ def test_help_on_what_is_not_there_names_the_nearest(topic, message, folder):
 def test_only_usable_options_are_listed(folder):
     assert "gemma3_1b" not in options("train", "arch")
     assert "gemma3_1b" in options("export", "arch")
-    assert list(options("train", "experiment")) == ["paper", "tiny_backbone"]
-    assert list(options("export", "experiment")) == ["table6"]
-    assert list(options("search", "experiment")) == ["paper"]
+    assert list(options("train", "experiment")) == ["paper", "smollm2", "tiny_backbone"]
+    assert list(options("export", "experiment")) == ["smollm2", "table6"]
+    assert list(options("search", "experiment")) == ["paper", "smollm2"]
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,8 @@ def test_times_of_parts_add_up_to_the_decode_step_of_the_model(monkeypatch, tmp_
     parts = {cost.name: cost.extra_ms for cost in mixed(6.0)[1]}
     expected = {"layers.0.self_attn": 0.3, "layers.0.mlp": 0.6, "layers.1.mlp": 0.6, "lm_head": 0}
     assert parts == pytest.approx(expected)
-    assert set(mixed(7.51)[0].eight_bit) == set(parts)
-    assert not set(mixed(6.2)[0].eight_bit) - {"lm_head"}  # which takes no more time
+    assert set(mixed(7.51)[0]) == set(parts)
+    assert not set(mixed(6.2)[0]) - {"lm_head"}  # which takes no more time
     with pytest.raises(InputError, match=r"max_decode_ms=5: expected at least 6, the decode step"):
         mixed(5.0)
 

@@ -135,5 +135,5 @@ def test_small_models_may_lose_more(parameters, limit):
 
 
 def test_short_text_is_an_error(toy, settings, text):
-    with pytest.raises(InputError, match="perplexity_tokens=10: expected at least 32 held-out"):
+    with pytest.raises(InputError, match="text=10: expected at least 32, which gate"):
         check_parity(toy("F"), settings(), text[:10], SHORT)
