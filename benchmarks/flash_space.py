@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -28,14 +27,12 @@ from flash.latency.profiler import Profiler
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.latency.store import MeasurementStore, StoredLatency, SubjectKind
-from flash.lowering.settings import AttentionForm, LoweringSettings
+from flash.lowering.settings import LoweringSettings
 
 STORE = conf.ROOT / "benchmarks" / "data" / "flash_space.jsonl"
 CACHE = output(conf.ROOT / "runs" / "lowered")
 MODELS = 24
-PROGRAMS = LoweringSettings(
-    attention=AttentionForm.sdpa, prefill_last_only=False, max_context=2048, prefill_chunk=1024
-)
+PROGRAMS = LoweringSettings(max_context=2048)
 """The form of the measured programs."""
 DEVICE = DeviceSettings(
     name="host",
@@ -46,7 +43,7 @@ DEVICE = DeviceSettings(
     lowering=PROGRAMS,
     workload=Workload(prompts=[512, 2048], contexts=[512, 1536]),
 )
-SETTINGS = LatencySettings(group_size=4, precision_pct=1.5, attempts=5)
+SETTINGS = LatencySettings(group_size=4, precision_pct=1.0, attempts=5)
 
 
 def models(space: str = "flash", num: int = MODELS) -> list[ArchSpec]:
@@ -55,21 +52,10 @@ def models(space: str = "flash", num: int = MODELS) -> list[ArchSpec]:
 
 
 class Recorded(Profiler):
-    """Profiler that finds a measurement by its subject and its point, and measures nothing.
-
-    The keys of the dataset are those of an earlier version of the lowering.
-    """
+    """Profiler that finds a measurement by its subject and its point, on whatever machine."""
 
     def attempts(self, subject: Subject, point: Point) -> list[StoredLatency]:
         return self._rows[subject.kind, json.dumps(subject.to_dict(), sort_keys=True), point]
-
-    def knows(self, subjects: Iterable[Subject]) -> bool:
-        """Return True if all were measured; earlier versions had no pairs and last halves."""
-        known = {(kind, subject) for kind, subject, _ in self._rows}
-        return all(
-            (subject.kind, json.dumps(subject.to_dict(), sort_keys=True)) in known
-            for subject in subjects
-        )
 
     @cached_property
     def _rows(self) -> dict[tuple[SubjectKind, str, Point], list[StoredLatency]]:
@@ -100,9 +86,9 @@ def open_bench(
     )
 
 
-def recorded() -> Recorded:
-    """Open the dataset."""
-    bench = open_bench("flash", DEVICE, SETTINGS, STORE, CACHE)
+def recorded(store: Path = STORE) -> Recorded:
+    """Open the dataset, or a former one."""
+    bench = open_bench("flash", DEVICE, SETTINGS, store, CACHE)
     values = {f.name: getattr(bench, f.name) for f in dataclasses.fields(bench)}
     return Recorded(**values)
 

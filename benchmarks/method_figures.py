@@ -226,14 +226,11 @@ def stopped() -> go.Figure:
     return figure.update_layout(yaxis={"type": "log", "tickvals": [1, 2, 3, 4, 5, 6]})
 
 
-def blocks() -> go.Figure | None:
+def blocks() -> go.Figure:
     bench, models = flash_space.recorded(), flash_space.models()
     backbone, point = conf.flash_backbone(), Point.parse("prefill_2048")
     grid = make_grid(conf.space("flash"), backbone, flash_space.SETTINGS)
     parts = grid_subjects(grid, backbone)
-    if not bench.knows(parts):
-        print("blocks: the dataset has no pairs of halves; nothing is drawn", file=sys.stderr)
-        return None
     subjects = [*parts, *(Subject(spec=spec) for spec in models)]
     all_ms, _ = comparable([bench.attempts(each, point) for each in subjects], point.phase)
     parts_ms = dict(zip(grid.parts(), all_ms[: len(parts)].tolist(), strict=True))
@@ -340,7 +337,7 @@ def stages() -> go.Figure:
     return figure
 
 
-DRAWINGS: dict[str, Callable[[], go.Figure | None]] = {
+DRAWINGS: dict[str, Callable[[], go.Figure]] = {
     "stages": stages,
     "hypervolume": hypervolume,
     "improvement": improvement,
@@ -356,10 +353,8 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     record = Recorder("method_figures")
     for name in sys.argv[1:] or DRAWINGS:
-        path, figure = FIGURES / f"{name}.svg", DRAWINGS[name]()
-        if figure is None:
-            continue
-        figure.write_image(path)
+        path = FIGURES / f"{name}.svg"
+        DRAWINGS[name]().write_image(path)
         record.add(name, "size_kib", [path.stat().st_size / 2**10], "KiB")
 
 

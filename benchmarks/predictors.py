@@ -1,15 +1,13 @@
 """Accuracy and cost of latency predictors on whole models of the paper's space.
 
 The dataset is benchmarks/data/flash_space.jsonl. Cases are `<predictor>/<latency>`. `blocks` is
-calibrated on the default 4 models and the backbone, and tested on the others; a dataset of an
-earlier version, without pairs of halves, has none. `analytical_8` and
+calibrated on the default 4 models and the backbone, and tested on the others. `analytical_8` and
 `analytical_12` are fitted to 8 and 12 models selected by active learning, and tested on the others.
 All other cases are leave-one-out. `cost_s` is the cost of the predictor: lowering and device time
 of all programs of its fit. `cost_share_of_800` is that cost relative to 800 such whole models, the
 paper's stage 1.
 """
 
-import sys
 from collections.abc import Callable, Iterable
 
 import flash_space
@@ -67,9 +65,6 @@ def main() -> None:
     backbone = conf.flash_backbone()
     grid = make_grid(conf.space("flash"), backbone, flash_space.SETTINGS)
     parts = grid_subjects(grid, backbone)
-    if not bench.knows(parts):
-        print("the dataset has no pairs of halves: `blocks` is left out", file=sys.stderr)
-        parts = []
     whole_s, parts_s = cost_s(bench, whole), cost_s(bench, parts)
     paper_s = whole_s / len(models) * PAPER_MODELS
 
@@ -95,13 +90,12 @@ def main() -> None:
             ("analytical_8", analytical(), _pick(analytical(), models, 8), 0.0),
             ("analytical_12", analytical(), _pick(analytical(), models, 12), 0.0),
         ]
-        if parts:
-            parts_ms = dict(zip(grid.parts(), all_ms[: len(parts)].tolist(), strict=True))
-            table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
-            ratios = table.compose(models).total_ms / values
-            record.add(f"blocks/{point}", "sum_over_measured", ratios.tolist(), "ratio")
-            few = [*range(CALIBRATION_MODELS), len(models) - 1]
-            fits.append(("blocks", BlockPredictor(table), few, parts_s))
+        parts_ms = dict(zip(grid.parts(), all_ms[: len(parts)].tolist(), strict=True))
+        table = BlockTable(point, backbone, grid, parts_ms, bench.lowering)
+        ratios = table.compose(models).total_ms / values
+        record.add(f"blocks/{point}", "sum_over_measured", ratios.tolist(), "ratio")
+        few = [*range(CALIBRATION_MODELS), len(models) - 1]
+        fits.append(("blocks", BlockPredictor(table), few, parts_s))
         for name, unfitted, picked, more_s in fits:
             rest = [i for i in range(len(models)) if i not in picked]
             fitted = unfitted.fit([models[i] for i in picked], values[picked], errors[picked])

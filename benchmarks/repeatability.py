@@ -14,7 +14,8 @@ machine, which the alternating reference program shows (flash.latency.drift.comp
 `raw_disagreement_pct` is that of the uncorrected smallest times.
 
 Cases `dataset/...` show the accuracy of a whole model as the reference. They compare measurements
-of benchmarks/data/flash_space.jsonl at least half an hour apart: `raw_pct` without correction;
+of benchmarks/data/one_layer_reference.jsonl at least half an hour apart, a former version of the
+latency dataset that was measured beside one layer: `raw_pct` without correction;
 `stand_in_1.03_pct` divided by the slowdown of another whole model of the same group, if that
 exceeds 3 %.
 """
@@ -42,6 +43,7 @@ from flash.latency.store import MeasurementStore, StoredLatency
 from flash.progress import progress
 
 DATA = output(flash_space.STORE.parent)
+ONE_LAYER = flash_space.STORE.with_name("one_layer_reference.jsonl")
 APART_S, ARCHITECTURES, SPACES = (0, 1, ("tiny",)) if SMOKE else (1800, 10, ("tiny", "flash"))
 ROUNDS = (1, 2) if SMOKE else ()
 """Rounds to measure before the comparison."""
@@ -106,7 +108,7 @@ def compare(record: Recorder, space: str, rounds: list[Path]) -> None:
 
 def stand_in(record: Recorder, point: Point) -> None:
     """Compute the disagreements of the dataset with another whole model as the reference."""
-    dataset = flash_space.recorded()
+    dataset = flash_space.recorded(ONE_LAYER)
     rows = {spec: dataset.attempts(Subject(spec=spec), point) for spec in flash_space.models()}
     best = {spec: min(map(_ms, of)) for spec, of in rows.items()}
     groups: dict[str, dict[ArchSpec, StoredLatency]] = {}
@@ -179,7 +181,7 @@ def main() -> None:
     record = Recorder("repeatability")
     for space in arguments.space:
         compare(record, space, sorted(DATA.glob("repeatability_*.jsonl")))
-    for point in flash_space.recorded().workload.points:
+    for point in flash_space.DEVICE.workload.points:
         stand_in(record, point)
     record.close()
 
