@@ -20,9 +20,7 @@ it only the shares are measured, with a message. Files are kept in runs/limits.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -31,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from llama_timing import FP16, FP32, LlamaTiming, is_installed
 from record import SMOKE, Recorder, in_fresh_process, output
 
 import conf
@@ -50,7 +49,7 @@ SETTINGS = LoweringSettings(max_context=2080)
 if SMOKE:
     PROMPT, CONTEXTS, STEPS, PROCESSES = 32, (16, 32), 2, 1
     SETTINGS = LoweringSettings(max_context=64)
-CACHES = {CacheFormat.fp32: 0, CacheFormat.bf16: 1}
+CACHES = {CacheFormat.fp32: FP32, CacheFormat.bf16: FP16}
 """Cache of our program, and type of llama.cpp's: float32 or float16."""
 FOLDER = output(Path("runs/limits"))
 
@@ -130,46 +129,19 @@ def ours(path: Path, threads: int) -> dict[str, float]:
     return {name: latency.ms / 1e3 for name, latency in measured.latencies.items()}
 
 
-def theirs(path: Path, threads: int, cache: int, flash_attention: bool) -> dict[str, float]:
-    """Measure the same with llama.cpp; must be called in a fresh process."""
-    import llama_cpp
-
-    runtime = llama_cpp.Llama(
-        str(path),
-        n_ctx=SETTINGS.max_context,
-        n_batch=PROMPT,
-        n_ubatch=PROMPT,
-        n_threads=threads,
-        n_threads_batch=threads,
-        type_k=cache,
-        type_v=cache,
-        flash_attn=flash_attention,
-        verbose=False,
+def theirs(threads: int, cache: CacheFormat) -> dict[str, float]:
+    """Measure the same with llama.cpp."""
+    timing = LlamaTiming(
+        path=str(file("theirs.gguf")),
+        vocab_size=spec().vocab_size,
+        prompts=[PROMPT],
+        contexts=list(CONTEXTS),
+        steps=STEPS,
+        max_context=SETTINGS.max_context,
+        threads=threads,
+        cache=CACHES[cache],
     )
-    tokens = torch.randint(0, spec().vocab_size, (max(CONTEXTS),)).tolist()
-
-    def prompt() -> None:
-        runtime.reset()
-        runtime.eval(tokens[:PROMPT])
-
-    found = {f"prefill_{PROMPT}": fastest(prompt, 2)}
-    for context in CONTEXTS:
-        runtime.reset()
-        runtime.eval(tokens[:context])
-        steps = []
-        for _ in range(STEPS):
-            start = time.perf_counter()
-            runtime.eval([1])
-            steps.append(time.perf_counter() - start)
-        found[f"decode_{context}"] = min(steps)
-    return found
-
-
-def best_of_theirs(gguf: Path, threads: int, cache: CacheFormat) -> dict[str, float]:
-    """Measure llama.cpp with and without flash attention, and keep the faster at each point."""
-    settings = str(gguf), str(threads), str(CACHES[cache])
-    both = [in_fresh_process(__file__, "--theirs", *settings, way) for way in ("plain", "flash")]
-    return {point: min(way[point] for way in both) for point in both[0]}
+    return timing.best()
 
 
 def report(
@@ -188,9 +160,7 @@ def report(
 def main(threads: int) -> None:
     programs = {cache: file(f"{cache.value}.pte") for cache in CACHES}
     record = Recorder("limits")
-    has_llama = importlib.util.find_spec("llama_cpp") is not None
-    if not has_llama:
-        print("llama-cpp-python is not installed: only the shares are measured", file=sys.stderr)
+    has_llama = is_installed()
     limits: list[dict[str, float]] = []
     own: dict[CacheFormat, list[dict[str, float]]] = {cache: [] for cache in CACHES}
     other: dict[CacheFormat, list[dict[str, float]]] = {cache: [] for cache in CACHES}
@@ -199,7 +169,7 @@ def main(threads: int) -> None:
         for cache, program in programs.items():
             own[cache].append(ours(program, threads))
             if has_llama:
-                other[cache].append(best_of_theirs(file("theirs.gguf"), threads, cache))
+                other[cache].append(theirs(threads, cache))
     shape = spec()
     count = count_parameters(shape)
     linear = 2 * PROMPT * (count.attention + count.ffn)
@@ -230,11 +200,6 @@ if __name__ == "__main__":
         make(Path(sys.argv[2]))
     elif sys.argv[1:2] == ["--machine"]:
         Path(sys.argv[3]).write_text(json.dumps(machine(int(sys.argv[2]))), "utf-8")
-    elif sys.argv[1:2] == ["--theirs"]:
-        gguf, threads, cache, attention, result = sys.argv[2:]
-        os.environ["OMP_NUM_THREADS"] = threads
-        found = theirs(Path(gguf), int(threads), int(cache), attention == "flash")
-        Path(result).write_text(json.dumps(found), "utf-8")
     else:
         parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
         parser.add_argument("--threads", type=int, default=1)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 SLOW = {
     *(
+        "case_smollm2",
         "decode_cache",
         "demo",
         "flash_space",
@@ -60,7 +61,8 @@ def test_names_that_a_benchmark_imports_exist(path):
 def programs() -> Iterator[Any]:
     """Yield every benchmark that can be run, as parameters of a test."""
     for path in BENCHMARKS:
-        if 'if __name__ == "__main__":' in path.read_text("utf-8"):
+        text = path.read_text("utf-8")
+        if 'if __name__ == "__main__":' in text and "Recorder(" in text:  # no helper of others
             marks = [pytest.mark.slow] if path.stem in SLOW else []
             yield pytest.param(path, marks=marks, id=path.stem)
 

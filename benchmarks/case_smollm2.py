@@ -1,0 +1,146 @@
+"""The winners of the case study of SmolLM2-135M against other ways to run the uncut model.
+
+Programs are those that `make smollm2` has exported: `backbone` and the winners of the study, by
+their names. `export_llm` is ExecuTorch's own export of the uncut shape (random weights, chunk
+1,024), `llama.cpp` the uncut model in q4_0 (random weights, float32 cache, with flash attention or
+without, whichever is faster). One thread, fp32 caches, fresh processes of all in turns.
+
+`prefill_ms` and `decode_ms` at 512 and 2,048 tokens; `prefill_speedup` and `decode_speedup` of each
+winner are the others' times divided by its own, turn by turn: `WINNER/OTHER/POINT`.
+
+`python benchmarks/case_smollm2.py [WINNER ...]`; other files are kept in runs/case.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from llama_timing import FP32, LlamaTiming, is_installed
+from record import SMOKE, Recorder, output
+
+import conf
+from flash.arch import ArchSpec
+from flash.device.host import HostDevice
+from flash.device.measurement import Program
+from flash.device.settings import DeviceSettings
+from flash.device.workload import Workload
+from flash.interop.baselines import to_stock_model
+from flash.interop.export_llm import lower_stock
+from flash.interop.gguf import write_gguf
+from flash.interop.settings import GgufFormat
+from flash.lowering.lower import lower, write
+from flash.lowering.settings import AttentionForm, LoweringSettings
+from flash.model.decoder import Decoder
+from flash.paths import Runs
+
+PROMPTS, CONTEXTS, STEPS, TURNS = [2048, 512], [512, 2048], 16, 3
+if SMOKE:
+    PROMPTS, CONTEXTS, STEPS, TURNS = [32, 16], [16, 32], 2, 1
+CONTEXT = max(PROMPTS) + 2 * STEPS
+FOLDER = output(conf.ROOT / "runs" / "case")
+RUNS = Runs(conf.ROOT / "runs")
+STUDY, BACKBONE = "smollm2", "smollm2_135m"
+STOCK, LLAMA = "export_llm", "llama.cpp"
+
+
+def spec() -> ArchSpec:
+    """Return the shape of the uncut model."""
+    found = conf.shape_of(BACKBONE)
+    return conf.small_spec(found) if SMOKE else found
+
+
+def lowering(name: str) -> LoweringSettings:
+    """Return the form of a program; prompts go through it in calls of the size that suits it."""
+    attention = AttentionForm.sdpa if name == STOCK else AttentionForm.matmul
+    return LoweringSettings(attention=attention, max_context=CONTEXT)
+
+
+def make(path: Path) -> None:
+    """Write a program or the GGUF file of the uncut shape, as the name of `path` says."""
+    if path.stem == STOCK:
+        lower_stock(to_stock_model(spec()), lowering(STOCK), path)
+    elif path.suffix == ".gguf":
+        write_gguf(path, Decoder(spec()), tokenizer=None, weight_format=GgufFormat.q4_0)
+    else:
+        write(path, lower(Decoder(spec()), lowering("backbone")))
+
+
+def made(name: str) -> Path:
+    """Return a file of the uncut shape; made in its own process."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / name
+    if not path.is_file():
+        subprocess.run([sys.executable, __file__, "--make", str(path)], check=True)
+    return path
+
+
+def programs(winners: list[str]) -> dict[str, Path]:
+    """Return the programs to time, by name."""
+    if SMOKE:
+        own = {"backbone": made("a.pte"), "winner": made("b.pte")}
+    else:
+        own = {"backbone": RUNS.export(BACKBONE) / "model.pte"}
+        own |= {name: RUNS.export(name) / "model.pte" for name in winners}
+    return {**own, STOCK: made(f"{STOCK}.pte")}
+
+
+def times_ms(name: str, path: Path) -> dict[str, float]:
+    """Time a program in a fresh process: the fastest run at each point [ms]."""
+    settings = DeviceSettings(
+        name="host",
+        processes=1,
+        warmups=1,
+        runs=2,
+        run_timeout_s=600.0,
+        lowering=lowering(name),
+        workload=Workload(prompts=PROMPTS, contexts=CONTEXTS, decode_tokens=STEPS),
+    )
+    program = Program(name=name, path=path, vocab_size=spec().vocab_size)
+    [measured] = HostDevice(settings).measure([program], settings.workload)
+    return {point: latency.ms for point, latency in measured.latencies.items()}
+
+
+def main(winners: list[str]) -> None:
+    chosen = programs(winners)
+    own = [name for name in chosen if name not in ("backbone", STOCK)]
+    llama = None
+    if is_installed():
+        llama = LlamaTiming(
+            path=str(made("theirs.gguf")),
+            vocab_size=spec().vocab_size,
+            prompts=PROMPTS,
+            contexts=CONTEXTS,
+            steps=STEPS,
+            max_context=CONTEXT,
+            threads=1,
+            cache=FP32,
+        )
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(TURNS):
+        for name, path in chosen.items():
+            found.setdefault(name, []).append(times_ms(name, path))
+        if llama is not None:
+            times = {point: 1e3 * seconds for point, seconds in llama.best().items()}
+            found.setdefault(LLAMA, []).append(times)
+    record = Recorder("case_smollm2")
+    for name, turns in found.items():
+        for point in turns[0]:
+            phase, _, tokens = point.partition("_")
+            record.add(f"{name}/{tokens}", f"{phase}_ms", [turn[point] for turn in turns], "ms")
+    for name in own:
+        for other in (each for each in found if each not in own):
+            for point in found[name][0]:
+                phase, _, tokens = point.partition("_")
+                pairs = zip(found[other], found[name], strict=True)
+                ratios = [theirs[point] / ours[point] for theirs, ours in pairs]
+                record.add(f"{name}/{other}/{tokens}", f"{phase}_speedup", ratios, "ratio")
+    record.close()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--make"]:
+        make(Path(sys.argv[2]))
+    else:
+        winners = RUNS.study(STUDY) / "winners"
+        found = winners.read_text("utf-8").strip().split(",") if winners.is_file() else []
+        main(sys.argv[1:] or found)
