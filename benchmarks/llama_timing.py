@@ -47,9 +47,7 @@ class LlamaTiming:
     def best(self) -> dict[str, float]:
         """Time with flash attention and without; return the faster at each point [s]."""
         ways = [dataclasses.replace(self, flash_attention=way) for way in (False, True)]
-        both = [
-            in_fresh_process(__file__, json.dumps(dataclasses.asdict(way))) for way in ways
-        ]
+        both = [in_fresh_process(__file__, json.dumps(dataclasses.asdict(way))) for way in ways]
         return {point: min(way[point] for way in both) for point in both[0]}
 
     def run(self) -> dict[str, float]:
