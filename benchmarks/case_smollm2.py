@@ -1,4 +1,4 @@
-"""The winners of the case study of SmolLM2-135M against other ways to run the uncut model.
+"""Winners of `experiment=smollm2` against other ways to run the uncut model.
 
 Programs are those that `make smollm2` has exported: `backbone` and the winners of the study, by
 their names. `export_llm` is ExecuTorch's own export of the uncut shape (random weights, chunk
@@ -11,12 +11,11 @@ winner are the others' times divided by its own, turn by turn: `WINNER/OTHER/POI
 `python benchmarks/case_smollm2.py [WINNER ...]`; other files are kept in runs/case.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 from llama_timing import FP32, LlamaTiming, is_installed
-from record import SMOKE, Recorder, output
+from record import SMOKE, Recorder, made, output
 
 import conf
 from flash.arch import ArchSpec
@@ -65,23 +64,19 @@ def make(path: Path) -> None:
         write(path, lower(Decoder(spec()), lowering("backbone")))
 
 
-def made(name: str) -> Path:
-    """Return a file of the uncut shape; made in its own process."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / name
-    if not path.is_file():
-        subprocess.run([sys.executable, __file__, "--make", str(path)], check=True)
-    return path
+def file(name: str) -> Path:
+    """Return a file of the uncut shape."""
+    return made(FOLDER / name, __file__, "--make")
 
 
 def programs(winners: list[str]) -> dict[str, Path]:
     """Return the programs to time, by name."""
     if SMOKE:
-        own = {"backbone": made("a.pte"), "winner": made("b.pte")}
+        own = {"backbone": file("a.pte"), "winner": file("b.pte")}
     else:
         own = {"backbone": RUNS.export(BACKBONE) / "model.pte"}
         own |= {name: RUNS.export(name) / "model.pte" for name in winners}
-    return {**own, STOCK: made(f"{STOCK}.pte")}
+    return {**own, STOCK: file(f"{STOCK}.pte")}
 
 
 def times_ms(name: str, path: Path) -> dict[str, float]:
@@ -106,7 +101,7 @@ def main(winners: list[str]) -> None:
     llama = None
     if is_installed():
         llama = LlamaTiming(
-            path=str(made("theirs.gguf")),
+            path=str(file("theirs.gguf")),
             vocab_size=spec().vocab_size,
             prompts=PROMPTS,
             contexts=CONTEXTS,

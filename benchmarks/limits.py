@@ -21,7 +21,6 @@ it only the shares are measured, with a message. Files are kept in runs/limits.
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import torch
 from llama_timing import FP16, FP32, LlamaTiming, is_installed
-from record import SMOKE, Recorder, in_fresh_process, output
+from record import SMOKE, Recorder, in_fresh_process, made, output
 
 import conf
 from flash.arch import ArchSpec, CacheFormat, count_parameters, kv_cache_bytes
@@ -62,11 +61,7 @@ def spec() -> ArchSpec:
 
 def file(name: str) -> Path:
     """Return our program, named by its cache, or llama.cpp's file; made in its own process."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / name
-    if not path.is_file():
-        subprocess.run([sys.executable, __file__, "--make", str(path)], check=True)
-    return path
+    return made(FOLDER / name, __file__, "--make")
 
 
 def make(path: Path) -> None:

@@ -23,7 +23,7 @@ FP32, FP16 = 0, 1
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaTiming:
-    """What is timed: prompts at once, and steps after contexts."""
+    """Prompts and steps to time, and the form in which llama.cpp runs them."""
 
     path: str
     """GGUF file."""

@@ -129,6 +129,14 @@ def in_fresh_process(script: str, case: str, *arguments: str) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8"))
 
 
+def made(path: Path, script: str, *arguments: str) -> Path:
+    """Return a file; if it is missing, `script arguments... PATH` writes it in its own process."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, script, *arguments, str(path)], check=True)
+    return path
+
+
 def alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call each of `runs` in turn, `rounds` times, so that drift of the machine affects all."""
     values: dict[str, list[float]] = {name: [] for name in runs}

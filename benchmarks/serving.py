@@ -13,12 +13,10 @@ Programs are kept in runs/serving, so a second run only measures.
 """
 
 import argparse
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
-from record import SMOKE, Recorder, output
+from record import SMOKE, Recorder, made, output
 
 import conf
 from flash.arch import ArchSpec, CacheFormat
@@ -79,10 +77,7 @@ def lower_one(way: str, model: str, path: Path) -> None:
 
 
 def program(way: str, model: str) -> Program:
-    path = FOLDER / f"{model}-{way}.pte"
-    if not path.is_file():
-        command = [sys.executable, __file__, "--lower", way, model, str(path)]
-        subprocess.run(command, check=True)
+    path = made(FOLDER / f"{model}-{way}.pte", __file__, "--lower", way, model)
     return Program(name=way, path=path, vocab_size=spec_of(model).vocab_size)
 
 

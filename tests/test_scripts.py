@@ -1,4 +1,4 @@
-"""Scripts that prepare texts and tasks of the case study."""
+"""Scripts that prepare texts, and a task of them."""
 
 import importlib.util
 import json

@@ -24,9 +24,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-"""Reader of `datasets` for a file, by its suffix."""
-
 Pair = tuple[list[int], list[int]]
 """Tokens of a context, and of the continuation to score."""
 
@@ -87,23 +84,23 @@ def task_config(manager: TaskManager, name: str) -> dict[str, Any]:
     return manager.task_index[name].cfg or {}
 
 
-def load_task(manager: TaskManager, name: str, data_files: Mapping[str, Any] | None) -> Any:
+def load_task(
+    manager: TaskManager, name: str, data_files: Mapping[str, Any] | None, reader: str | None = None
+) -> Any:
     """Load a task with its data, in the form that `evaluate` accepts.
 
     Args:
         manager: Index that contains the task.
         name: Name of a task or of a group of tasks.
-        data_files: Data files by split, which replace the data set of the task; or None.
+        data_files: Data files by split, which replace those in the file of the task; or None.
+        reader: Kind of these files in `datasets`; None for a task whose data set are such files.
     """
     if not data_files:
         return manager.load([name])
-    about = task_config(manager, name)
-    kwargs = {**about.get("dataset_kwargs", {}), "data_files": data_files}
+    kwargs = {**task_config(manager, name).get("dataset_kwargs", {}), "data_files": data_files}
     changed: dict[str, Any] = {"task": name, "dataset_kwargs": kwargs}
-    first = Path(next(iter(data_files.values()))[0])
-    loader = next((LOADERS[suffix] for suffix in first.suffixes if suffix in LOADERS), None)
-    if loader is not None:
-        changed |= {"dataset_path": loader, "dataset_name": None}
+    if reader is not None:
+        changed |= {"dataset_path": reader, "dataset_name": None}
     loaded = manager.load([{"group": "with_files", "task": [changed]}])
     return {"tasks": loaded["tasks"]}  # without the group, which would get its own result
 

@@ -88,6 +88,7 @@ def _command(folder: str) -> list[str]:
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"),
         *links,
         *("--proc", "/proc", "--dev", "/dev"),
-        *("--bind", folder, "/work", "--chdir", "/work", "--setenv", "TMPDIR", "/work"),
-        *("--setenv", "HOME", "/work", "--setenv", "OMP_NUM_THREADS", "1", "--"),
+        # Under its own path, which hides no other.
+        *("--bind", folder, folder, "--chdir", folder, "--setenv", "TMPDIR", folder),
+        *("--setenv", "HOME", folder, "--setenv", "OMP_NUM_THREADS", "1", "--"),
     ]

@@ -36,7 +36,7 @@ class TaskSettings:
     fewshot: int | None = None
     """Solved examples in front of each question; null takes the task's own number."""
     files: dict[str, str] = field(default_factory=dict)
-    """Data files of its splits, patterns allowed, in place of those that the task names."""
+    """Data files of its splits, patterns allowed, in place of the task's files or data set."""
     percent: bool = True
     """True for a figure that is a share, to be shown in percent."""
     paper: dict[str, float] = field(default_factory=dict)

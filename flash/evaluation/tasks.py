@@ -28,8 +28,12 @@ OWN_TASKS = Path(__file__).parent / "harness_tasks"
 """Folder with tasks of the paper that the harness lacks."""
 SANDBOXED_TASKS = Path(__file__).parent / "sandboxed_tasks"
 """Folder with tasks of the harness whose code runs in our sandbox."""
-_FILE_FORMATS = {"arrow", "csv", "json", "parquet", "text"}
-"""Data sets that are files of the user, which need no hub."""
+_READERS = {
+    **{f".{kind}": kind for kind in ("arrow", "csv", "json", "parquet")},
+    ".jsonl": "json",
+    ".txt": "text",
+}
+"""Kind of a file in `datasets`, by its suffix; a data set of such a name needs no hub."""
 BOOTSTRAP = 1000
 """Bootstrap resamples for standard errors of metrics other than means; 100000 take minutes."""
 
@@ -49,6 +53,22 @@ def data_files(task: TaskSettings) -> dict[str, list[str]]:
                 f"data from its authors, or leave the task out: suite.leave_out=[{task.name}]"
             )
     return found
+
+
+def _reader_of(task: TaskSettings, files: dict[str, list[str]]) -> str:
+    """Kind of the files that take the place of a data set of the hub.
+
+    Raises:
+        InputError: Their suffix tells none.
+    """
+    first = next(iter(files.values()))[0]
+    known = [_READERS[suffix] for suffix in Path(first).suffixes if suffix in _READERS]
+    if not known:
+        raise InputError(
+            f"suite.tasks: files of {task.name}: {first}: expected a file that ends in "
+            f"{', '.join(_READERS)}, or one of these and .gz"
+        )
+    return known[-1]
 
 
 @dataclass(frozen=True)
@@ -118,11 +138,13 @@ class Tasks:
 
         own_files = data_files(task)
         dataset = self._about(task.name).get("dataset_path", "of its subtasks")
-        reachable = bool(own_files) or dataset in _FILE_FORMATS or is_reachable()
+        is_files = dataset in _READERS.values()
+        reachable = bool(own_files) or is_files or is_reachable()
+        reader = None if is_files or not own_files else _reader_of(task, own_files)
         if self.suite.allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # required by the metrics of such tasks
         try:
-            loaded = load_task(self.manager, task.name, own_files)
+            loaded = load_task(self.manager, task.name, own_files, reader)
         except (OSError, ValueError, DatasetsError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if not reachable:

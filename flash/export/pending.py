@@ -1,4 +1,4 @@
-"""Finished parts of an export that has no result yet, so that a stopped one goes on from them."""
+"""Parts of an unfinished export that are kept, so that a stopped one goes on from them."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from flash.records import digest, file_digest, find_json, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class PendingExport:
-    """What is known of an export before it is published.
+    """Finished parts of an export before it is published.
 
     Attributes:
         folder: Folder of the export.

@@ -407,6 +407,14 @@ def test_the_papers_suites_name_tasks_and_metrics_of_the_harness(suite):
         assert set(task.paper) <= {"Flash-350M", "Flash-650M", "Flash-1.4B"}
 
 
+def test_files_of_an_unknown_kind_do_not_replace_a_data_set(settings, tmp_path):
+    (tmp_path / "problems.xml").write_text("x")
+    files = {"test": str(tmp_path / "problems.xml")}
+    task = TaskSettings(name="humaneval_sandboxed", title="x", metric="pass@1,none", files=files)
+    with pytest.raises(InputError, match=r"problems\.xml: expected a file that ends in \.arrow"):
+        evaluate(with_tasks(settings, task))
+
+
 def test_humaneval_is_asked_as_the_harness_does():
     from lm_eval.tasks import TaskManager
 
