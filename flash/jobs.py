@@ -163,8 +163,8 @@ def _following(verb: str, *words: str, also: Sequence[str] = ()) -> str:
     # The report, which Hydra does not configure, takes `runs=` too.
     known = {field.name for field in dataclasses.fields(ROOTS[verb])} if verb in ROOTS else {"runs"}
     same = verb == commands.this_verb()  # with other settings it would be another result
-    roots = {*known, "experiment"} if same else known.intersection([*_CARRIED, *also])
-    return commands.following(verb, words, roots)
+    roots = known if same else known.intersection([*_CARRIED, *also])
+    return commands.following(verb, words, {*roots, "experiment"})
 
 
 def _winners(study: Path) -> str:

@@ -357,6 +357,18 @@ def test_the_next_command_has_what_was_typed_and_works_when_pasted(run):
     assert (found[0].data.path, found[0].seed, found[0].name) == ("a, (b) c", 3, "x-qat")
 
 
+@pytest.mark.parametrize(("verb", "carried"), [("export", True), ("evaluate", False)])
+def test_the_next_command_has_the_experiment_if_it_knows_it(run, verb, carried):
+    lines = []
+    run(
+        "train",
+        "experiment=smollm2",
+        job=lambda settings: lines.append(following(verb, ["name=x"], ("backbone", "experiment"))),
+    )
+    [line] = lines
+    assert line.endswith(" experiment=smollm2 name=x" if carried else f" {verb} name=x")
+
+
 def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):
     """Lightning starts it as `flash seed=1`, with the program and what Hydra knows."""
     started = []

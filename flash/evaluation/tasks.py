@@ -104,7 +104,8 @@ class Tasks:
             data_files(task)
             if name not in manager.all_tasks:
                 hint = nearest(name, manager.all_tasks)
-                raise InputError(f"suite.tasks: {name}: no such task of the harness; {hint}")
+                own = "" if suite.include else "; tasks of your own need suite.include=FOLDER"
+                raise InputError(f"suite.tasks: {name}: no such task of the harness; {hint}{own}")
             about = tasks._about(name)
             if about.get("metadata", {}).get("sandbox"):
                 check_sandbox()
