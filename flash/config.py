@@ -38,7 +38,7 @@ from flash.compat.omegaconf import (
 from flash.config_errors import explain, unknown_key
 from flash.errors import CheckFailed, DeviceError, InputError, under
 from flash.naming import complete_names, require_own_names
-from flash.option_files import check_harmless, check_own_options
+from flash.option_files import Trust, check_options, check_own_options
 from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
@@ -182,9 +182,12 @@ def _prepare_folders() -> None:
     os.environ["FLASH_RUNS"] = str(Path(runs).resolve())
     Runs(Path(runs)).found_arch.mkdir(parents=True, exist_ok=True)
     check_own_options(Path("conf"))
+    found = Runs(Path(runs)).found_arch.parent.resolve()
     for folder in _config_folders():
         if not folder.resolve().is_relative_to(CONF.resolve()):
-            check_harmless(folder)
+            check_options(folder, Trust.values if folder == found else Trust.launcher)
+    if (CONF.parent / ".git").exists():  # users of a clone add their options to those of flash
+        check_options(CONF, Trust.everything)
 
 
 def _quiet_libraries() -> None:

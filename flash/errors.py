@@ -2,9 +2,11 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from typing import cast
 
 
 class InputError(ValueError):
@@ -40,6 +42,11 @@ _SECRETS = re.compile(
 def without_secrets(text: str) -> str:
     """Return a command line or an address with `***` in place of passwords and keys."""
     return _SECRETS.sub("***", text)
+
+
+def is_number(value: object) -> bool:
+    """Return True for a finite integer or float, which true and false are not."""
+    return type(value) in {int, float} and abs(cast(float, value)) <= sys.float_info.max
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
+from flash import crash
 from flash.compat import submitit
 from flash.errors import InputError
 
@@ -150,8 +151,9 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
     except CommandExit as error:
         _fail(error.line, int(error.code or 1))
     except Exception as error:  # the pickled exception will lack the traceback
-        log.exception("the job failed")
-        _fail(explain(error) or f"{type(error).__name__}: {error}; traceback in its log", 1)
+        line = explain(error) or crash.line(error)
+        log.error("the job failed: %s", line)
+        _fail(line, 1)
 
 
 def _fail(line: str, code: int) -> typing.NoReturn:

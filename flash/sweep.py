@@ -22,7 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from flash import commands, slurm
+from flash import commands, crash, slurm
 from flash.compat import submitit
 from flash.compat.hydra import Multirun
 from flash.errors import require
@@ -194,8 +194,7 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
         Outcome(State.failed, error.line, int(error.code or 1)).write(Path(path))
         raise
     except Exception as error:
-        line = f"{type(error).__name__}: {error}; its traceback is above"
-        Outcome(State.failed, line, 1).write(Path(path))
+        Outcome(State.failed, crash.line(error), 1).write(Path(path))
         raise
     noted().write(Path(path))
 

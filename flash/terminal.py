@@ -1,4 +1,4 @@
-"""Behavior on a terminal: width of lines, Ctrl-C before the work, and readers that end early.
+"""Behavior on a terminal: width of lines, Ctrl-C before the work, readers that end, crashes.
 
 `begin` comes first in every command, so this module imports nothing that takes time.
 """
@@ -9,12 +9,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from flash import crash
+
 COLUMNS = 80
 """Width that tables, summaries and help texts fit into."""
 
 
 def begin() -> None:
-    """Make Ctrl-C during the imports, and a closed pipe at the end, as quiet as later ones."""
+    """Make Ctrl-C during the imports, and a closed pipe at the end, as quiet as later ones.
+
+    An error that nothing catches becomes one line and a file.
+    """
+    crash.install()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     atexit.unregister(_flush)

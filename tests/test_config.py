@@ -17,7 +17,7 @@ from flash.commands import begin, following, override
 from flash.config import ROOTS, entry, load, register, runs_in
 from flash.device.workload import Phase
 from flash.errors import InputError
-from flash.option_files import check_harmless
+from flash.option_files import Trust, check_options
 from flash.search.job import open_space
 from flash.search.objectives import Objective
 
@@ -419,7 +419,7 @@ def test_option_files_choose_where_jobs_run(tmp_path):
         "hydra: {launcher: {partition: gpu, timeout_min: 60}}\nseed: 1\n",
         "utf-8",
     )
-    check_harmless(tmp_path)
+    check_options(tmp_path, Trust.launcher)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "x.yaml").write_text("_target_: os.mkdir\n", "utf-8")
@@ -429,10 +429,10 @@ def test_option_files_choose_where_jobs_run(tmp_path):
     with pytest.raises(
         InputError, match=r"linked/x\.yaml: _target_: os\.mkdir: expected no setting"
     ):
-        check_harmless(own)
+        check_options(own, Trust.launcher)
     (own / "hydra").mkdir()
     with pytest.raises(InputError, match="conf/hydra: expected no options of Hydra's own groups"):
-        check_harmless(own)
+        check_options(own, Trust.launcher)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_failed_job_ends_no_other(sweep, launcher, tmp_path):
         ["seed=2", "failed", "data.path=x: expected text"],
     ]
     assert rows[3][:2] == ["seed=3", "failed"]
-    assert rows[3][2].startswith("RuntimeError: a bug")
+    assert rows[3][2].startswith("unexpected RuntimeError (a bug")
     assert rows[4][:2] == ["seed=4", "failed"]
     assert rows[-1] == ["seed=6", "already done", "loss of 6"]
     lines = err.splitlines()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from flash.errors import InputError, nearest, require, under
+from flash.errors import InputError, is_number, nearest, require, shown, under
 
 
 class Attention(Enum):
@@ -39,14 +39,18 @@ class Attention(Enum):
         """
         if isinstance(kind, cls):
             return kind
-        if kind not in cls.__members__:
+        if not isinstance(kind, str) or kind not in cls.__members__:
             raise InputError(
-                f"layer_types={kind}: expected one of {', '.join(cls.__members__)}; "
+                f"layer_types={shown(kind)}: expected one of {', '.join(cls.__members__)}; "
                 f"{nearest(str(kind), cls.__members__)}"
             )
-        return cls[str(kind)]
+        return cls[kind]
 
 
+_MOST_LAYERS = 10_000
+"""Layers beyond which a description is taken for damaged."""
+_LARGEST_SIZE = 2**31 - 1
+"""Largest size; larger ones are taken for damaged."""
 GROUP = 32
 """Group size of the 4-bit weights (Sec. 4.1); input widths of all matrices are multiples of it."""
 
@@ -87,18 +91,20 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         kind = self.kind.value if isinstance(self.kind, RopeKind) else self.kind
-        known = ", ".join(RopeKind.__members__)
-        require(kind in RopeKind.__members__, "kind", kind, f"one of {known}")
+        known = isinstance(kind, str) and kind in RopeKind.__members__
+        require(known, "kind", kind, f"one of {', '.join(RopeKind.__members__)}")
         object.__setattr__(self, "kind", RopeKind(kind))
-        require(self.factor >= 1, "factor", self.factor, "a number of at least 1")
+        for name, least in (("factor", 1), ("low_freq_factor", 0), ("high_freq_factor", 0)):
+            value = getattr(self, name)
+            valid = is_number(value) and (value >= 1 if least else value > 0)
+            require(valid, name, value, "a number of at least 1" if least else "a positive number")
         require(
-            0 < self.low_freq_factor < self.high_freq_factor,
+            self.low_freq_factor < self.high_freq_factor,
             "low_freq_factor",
             self.low_freq_factor,
             f"a positive number below high_freq_factor={self.high_freq_factor}",
         )
-        value = self.original_context
-        require(value > 0, "original_context", value, "a positive integer")
+        _require_size(self.original_context, "original_context")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON and YAML."""
@@ -169,6 +175,7 @@ class ArchSpec:
             kinds,
             "a pattern such as FF-S, or a list of kinds",
         )
+        require(len(kinds) <= _MOST_LAYERS, "layer_types", "...", f"at most {_MOST_LAYERS} layers")
         kinds = parse_pattern(kinds) if isinstance(kinds, str) else map(Attention.parse, kinds)
         object.__setattr__(self, "layer_types", tuple(kinds))
         if isinstance(self.rope_scaling, Mapping):
@@ -186,8 +193,13 @@ class ArchSpec:
             "max_context",
         )
         for name in sizes:
+            _require_size(getattr(self, name), name)
+        for name in ("tie_embeddings", "qk_norm", "qkv_bias"):
             value = getattr(self, name)
-            require(type(value) is int and value > 0, name, value, "a positive integer")
+            require(isinstance(value, bool), name, value, "true or false")
+        scaling = self.rope_scaling
+        valid = scaling is None or isinstance(scaling, RopeScaling)
+        require(valid, "rope_scaling", scaling, "a mapping with kind and factor, or null")
         for name in ("model_dim", "ffn_dim"):
             value = getattr(self, name)
             require(
@@ -211,8 +223,9 @@ class ArchSpec:
             "group size of the 4-bit weights",
         )
         require(bool(self.layer_types), "layer_types", "[]", "at least one layer")
-        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, name, value, "a positive number")
 
     @property
     def num_layers(self) -> int:
@@ -295,16 +308,28 @@ class ArchSpec:
         return f"{self.num_layers}L d{self.model_dim} f{self.ffn_dim} {self.pattern}"
 
 
+def _require_size(value: Any, name: str) -> None:
+    """Check a size.
+
+    Raises:
+        InputError: It is no positive integer, or a damaged one.
+    """
+    require(type(value) is int and value > 0, name, value, "a positive integer")
+    require(value <= _LARGEST_SIZE, name, value, f"at most {_LARGEST_SIZE}")
+
+
 def _checked(values: Mapping[str, Any], schema: type) -> Mapping[str, Any]:
     """`values`, after a check that the dataclass `schema` takes their keys and misses none.
 
     Raises:
-        InputError: A key is unknown or missing.
+        InputError: A key is unknown or missing, or there is no mapping.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{shown(values)}: expected a mapping of keys to values")
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for name in values:
         if name not in fields:
-            raise InputError(f"{name}: unknown key; {nearest(name, fields)}")
+            raise InputError(f"{name}: unknown key; {nearest(str(name), fields)}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise InputError(f"{name}: missing; give it a value")

@@ -17,7 +17,6 @@ Names that Hydra 1.3 does not document, and the reasons to use them:
 """
 
 import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,8 +148,8 @@ class RunJobs(Callback):
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         try:
             _run[0](Multirun(config, context))
-        except Exception:  # Hydra would convert it to a warning, and run the jobs itself
-            traceback.print_exc()
+        except Exception as error:  # Hydra would convert it to a warning, and run the jobs itself
+            sys.excepthook(type(error), error, error.__traceback__)
             sys.exit(1)
         sys.exit(0)
 

@@ -8,15 +8,27 @@ Names that OmegaConf 2.3 does not document, and the reasons to use them:
   configuration, so that a message can name the key.
 - `OmegaConf.update`, which Hydra calls for each override, and `split_key`: `update` fails for a
   mapping that is null, and for a key within one; `merge_with` from the root does not.
+- `get_yaml_loader`: option files are checked before Hydra composes them, by the same rules for
+  numbers, dates and duplicate keys.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf._utils import split_key
+from omegaconf._utils import get_yaml_loader, split_key
 from omegaconf.errors import OmegaConfBaseException
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML by the rules of OmegaConf.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
+    return yaml.load(text, Loader=get_yaml_loader())  # noqa: S506 -- derived from SafeLoader
 
 
 def child_mapping(node: DictConfig, key: str) -> DictConfig | None:

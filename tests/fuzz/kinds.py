@@ -1,0 +1,26 @@
+"""All kinds of attempts, by name."""
+
+import importlib
+
+from tests.fuzz import settings
+
+KINDS = {**settings.KINDS}
+
+
+def load_all() -> None:
+    """Import what commands import, so that forked processes need not."""
+    for name in (
+        *(
+            "torch",
+            "lightning.pytorch",
+            "transformers",
+            "tokenizers",
+            "pyarrow.parquet",
+            "datasets",
+        ),
+        *("flash.cli", "flash.config", "flash.jobs", "flash.training.run", "flash.search.run"),
+        *("flash.export.run", "flash.evaluation.run", "flash.data.prepare"),
+        *("flash.report.command", "pyarrow.parquet"),
+        *("flash.interop.gguf_folder", "flash.latency.command", "optuna", "executorch.exir"),
+    ):
+        importlib.import_module(name)
