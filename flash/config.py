@@ -36,7 +36,7 @@ from flash.compat.omegaconf import (
     child_mapping,
 )
 from flash.config_errors import explain, unknown_key
-from flash.errors import CheckFailed, DeviceError, InputError, under
+from flash.errors import CheckFailed, DeviceError, InputError, printable, under
 from flash.naming import complete_names, require_own_names
 from flash.option_files import Trust, check_options, check_own_options
 from flash.outcome import Outcome, noted
@@ -301,5 +301,5 @@ def entry(
 
 def _fail(message: str, code: int = 2) -> typing.NoReturn:
     if is_main_process():  # the other processes have the same error
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     raise slurm.CommandExit(message, code)

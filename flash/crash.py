@@ -43,10 +43,9 @@ def _answer(
 
 
 def _summary(error: BaseException) -> str:
-    from flash.errors import without_secrets
+    from flash.errors import printable, without_secrets
 
-    text = without_secrets(" ".join(str(error).split()))
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(without_secrets(" ".join(str(error).split())))
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return f"unexpected {type(error).__name__}" + (f" ({short})" if short else "")
 

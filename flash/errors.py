@@ -49,6 +49,11 @@ def is_number(value: object) -> bool:
     return type(value) in {int, float} and abs(cast(float, value)) <= sys.float_info.max
 
 
+def printable(text: str) -> str:
+    """Return text as one line: control characters, also those of terminals, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def require(condition: bool, key: str, value: object, expected: str) -> None:
     """Check one value.
 

@@ -7,7 +7,6 @@ Every job of a sweep is a process of its own. Its command notes each result in t
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from flash.records import find_json, write_json
 
@@ -44,11 +43,7 @@ class Outcome:
     @classmethod
     def read(cls, path: Path) -> "Outcome | None":
         """Read the outcome of a job; None if it ended without one, as a killed process does."""
-        return find_json(path, cls._from_json, "run the job again")
-
-    @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "Outcome":
-        return cls(**{**values, "state": State(values["state"])})
+        return find_json(path, cls, "run the job again")
 
 
 _notes: list[Outcome] = []

@@ -13,16 +13,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from flash.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
-"""Errors that code raises when it unpacks a JSON value of an unexpected form."""
+_LONGEST_VALUE = 60
+"""Most characters of a wrong value that an error repeats."""
 
 
 def plain(values: Any) -> Any:
@@ -94,31 +98,91 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1, default=_plain_leaf) + "\n")
 
 
-def read_json(path: Path, build: Callable[[Any], T], remedy: str) -> T:
-    """Read the JSON file at `path` and convert its value with `build`.
+def convert(schema: type[T], values: Any) -> T:
+    """Convert JSON values to a dataclass, or to another type that its fields may have.
+
+    Every value must have the type that the schema says, at any depth: no text counts as a number,
+    and no number as true. Keys that the schema lacks are left out.
+
+    Args:
+        schema: Class to convert to.
+        values: Parsed JSON.
+
+    Raises:
+        InputError: A value is missing, of another type, or refused by its class; names its place
+            among the values.
+    """
+    return parse_json(schema, json.dumps(values))
+
+
+@cache
+def _adapter(schema: type[T]) -> "TypeAdapter[T]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
+def parse_json(schema: type[T], text: str | bytes) -> T:
+    """Parse JSON to a dataclass, as `convert` does.
+
+    Raises:
+        InputError: It is not JSON, or as for `convert`.
+    """
+    from pydantic import ValidationError  # takes 0.2 s
+
+    try:
+        return _adapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        own = first.get("ctx", {}).get("error")
+        if isinstance(own, InputError):
+            raise InputError(f"{place}.{own}" if place else str(own)) from error
+        raise InputError(_explained(place, first["msg"], first["input"])) from error
+
+
+def _explained(place: str, message: str, value: Any) -> str:
+    if message.startswith("Invalid JSON"):
+        return f"not JSON ({message.partition(': ')[2]})"
+    if message == "Field required":
+        return f"{place}: missing"
+    text = json.dumps(value, default=str)
+    short = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return f"{place or 'value'}={short}: {message[:1].lower()}{message[1:]}"
+
+
+def read_json(path: Path, build: Callable[[Any], T] | type[T], remedy: str) -> T:
+    """Read the JSON file at `path`.
 
     Args:
         path: The file, which must exist.
-        build: Function of the parsed value; its errors about malformed values are caught.
+        build: Class of the value (see `convert`), or a function of the parsed JSON that raises
+            `InputError` for what it cannot use.
         remedy: Advice for the time after the file is deleted, such as `train again`.
 
     Raises:
-        InputError: The file is not JSON, or `build` cannot convert it.
+        InputError: The file cannot be read, is not JSON, or is refused.
     """
     try:
-        return build(json.loads(path.read_text("utf-8")))
-    except _DAMAGE as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: damaged ({reason}); delete it to {remedy}") from error
+        text = path.read_bytes()
+        if isinstance(build, type):
+            return parse_json(cast(type[T], build), text)
+        return build(json.loads(text))
+    except IsADirectoryError as error:
+        raise InputError(
+            f"{path}: expected a file, found a folder; delete it to {remedy}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it to {remedy}") from error
 
 
-def find_json(path: Path, build: Callable[[Any], T], remedy: str) -> T | None:
+def find_json(path: Path, build: Callable[[Any], T] | type[T], remedy: str) -> T | None:
     """Read a JSON file as `read_json` does; None if it does not exist.
 
     Raises:
         InputError: The file is damaged.
     """
-    return read_json(path, build, remedy) if path.is_file() else None
+    return read_json(path, build, remedy) if path.exists() else None
 
 
 @contextmanager

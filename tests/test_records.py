@@ -32,6 +32,11 @@ class Settings:
     sizes: tuple[int, ...]
 
 
+@dataclasses.dataclass
+class Count:
+    count: int
+
+
 def test_plain_values_are_those_that_json_gives_back():
     values = plain({"settings": Settings(Kind.one, Path("a/b"), (1, 2)), "none": None})
     expected = {"settings": {"kind": "first", "path": "a/b", "sizes": [1, 2]}, "none": None}
@@ -52,7 +57,7 @@ def test_any_malformed_content_is_one_line_with_a_remedy(tmp_path, text):
     path = tmp_path / "result.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"result\.json: damaged \(.+\); delete it to try again"):
-        read_json(path, lambda values: int(values["count"]), "try again")
+        read_json(path, Count, "try again")
 
 
 def test_what_is_written_is_read_and_what_is_missing_is_none(tmp_path):

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from flash.data.arrays import write_array
-from flash.errors import InputError
+from flash.errors import InputError, require
 from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
-from flash.records import file_digest, find_json, write_json
+from flash.records import convert, file_digest, find_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +82,17 @@ class Manifest:
         return find_json(folder / MANIFEST, cls._from_json, "run `flash prepare` again")
 
     @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "Manifest":
-        version = values.pop("version")
+    def _from_json(cls, values: Any) -> "Manifest":
+        found = convert(dict[str, Any], values)
+        version = found.get("version")
         if version == 1:  # had the same content under a former name
-            values["validation"] = values.pop("heldout")
-        elif version != _VERSION:
-            raise InputError(f"version {version}: expected {_VERSION}")
-        shards = [Shard(**shard) for shard in values.pop("shards")]
-        found = values.pop("validation")
-        return cls(**values, shards=shards, validation=Shard(**found) if found else None)
+            found["validation"] = found.get("heldout")
+        else:
+            require(version == _VERSION, "version", version, str(_VERSION))
+        manifest = convert(cls, found)
+        for shard in [*manifest.shards, *filter(None, [manifest.validation])]:
+            require(Path(shard.file).name == shard.file, "file", shard.file, "a file beside it")
+        return manifest
 
 
 def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> Shard:
@@ -210,7 +212,10 @@ def finished(folder: Path, tokenizer: ModelTokenizer | None) -> tuple[Manifest, 
 def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, str]:
     """Problems of missing and damaged files, by file name."""
     notes = cache / f"whole_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
-    known: dict[str, Any] = find_json(notes, dict, "check the shards again") or {}
+    try:
+        known = find_json(notes, dict[str, list[Any]], "check the shards again") or {}
+    except InputError:  # only spares hashing
+        known = {}
     problems: dict[str, str] = {}
     found: dict[str, list[Any]] = {}
     for shard in shards:

@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flash import terminal
 from flash.arch import ArchSpec
@@ -45,7 +44,7 @@ class TaskResult:
         Raises:
             InputError: The file is damaged.
         """
-        return find_json(folder / f"{name}.json", lambda values: cls(**values), _AGAIN)
+        return find_json(folder / f"{name}.json", cls, _AGAIN)
 
 
 @dataclass(frozen=True)
@@ -138,15 +137,7 @@ class SuiteResult:
         Raises:
             InputError: The file is damaged.
         """
-        return read_json(path, cls._from_json, _AGAIN)
-
-    @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "SuiteResult":
-        nested = {
-            "spec": ArchSpec.from_dict(values["spec"]),
-            "figures": [Figure(**row) for row in values["figures"]],
-        }
-        return cls(**{**values, **nested})
+        return read_json(path, cls, _AGAIN)
 
 
 def table(result: SuiteResult) -> list[list[str]]:

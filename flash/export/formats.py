@@ -29,7 +29,7 @@ from flash.interop.hf_folder import check_hf, transformers_spec, write_hf
 from flash.lowering.parity_metrics import FormatCheck, ParityLimits
 from flash.model.decoder import Decoder
 from flash.model.tokenizer import ModelTokenizer
-from flash.records import find_json, write_json
+from flash.records import convert, find_json, write_json
 from flash.renamed import present_keys
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,14 @@ class FormatResult:
         Raises:
             InputError: The file is damaged.
         """
-        return find_json(folder / f"{kind.value}.json", cls._from_json, "export again")
 
-    @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "FormatResult":
-        check = FormatCheck(**present_keys(values["check"]))
-        return cls(**{**values, "check": check})
+        def build(values: Any) -> "FormatResult":
+            found = convert(dict[str, Any], values)
+            if isinstance(found.get("check"), dict):
+                found["check"] = present_keys(found["check"])
+            return convert(cls, found)
+
+        return find_json(folder / f"{kind.value}.json", build, "export again")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from flash.errors import InputError
 from flash.export.mixed import PartCost
 from flash.latency.programs import LOWERING_VERSION
 from flash.lowering.lower import write
-from flash.records import digest, file_digest, find_json, write_json
+from flash.records import convert, digest, file_digest, find_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,8 @@ class PendingExport:
         """Read what an earlier start of the same export has left; damaged files count as none."""
         empty = cls(folder=folder, key=digest([key, LOWERING_VERSION]))
 
-        def read(values: dict[str, Any]) -> Self:
-            costs = [PartCost(**cost) for cost in values.pop("costs")]
-            return cls(folder=folder, costs=costs, **values)
+        def read(values: Any) -> Self:
+            return convert(cls, {**convert(dict[str, Any], values), "folder": str(folder)})
 
         try:
             found = find_json(folder / ".pending.json", read, "export again")

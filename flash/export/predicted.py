@@ -3,16 +3,15 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from flash.arch import ArchSpec
-from flash.commands import command
 from flash.device.base import Device
 from flash.errors import InputError
 from flash.latency.programs import lowering_values
 from flash.lowering.settings import LoweringSettings
 from flash.paths import Runs
-from flash.records import plain, read_json
+from flash.records import plain
+from flash.search.stored import StoredStudy, read_study
 
 log = logging.getLogger(__name__)
 
@@ -61,33 +60,32 @@ def predicted_latencies(
     runs: Runs, device: Device, lowering: LoweringSettings, spec: ArchSpec
 ) -> PredictedLatencies | None:
     """Find what a search on this device, with this lowering, predicted for an architecture."""
-    identity, wanted = plain(device.identity()), plain(spec.to_dict())
-    values_of_program = plain(lowering_values(lowering))
-
-    def prediction(found: dict[str, Any]) -> PredictedLatencies | None:
-        if found["device"] != identity or found.get("lowering") != values_of_program:
-            return None
-        specs = {trial["number"]: trial["spec"] for trial in found["trials"]}
-        numbers = [number for number in found["predicted"] if specs[int(number)] == wanted]
-        backbone = found["backbone"]
-        if numbers:
-            values = found["predicted"][numbers[0]]
-        elif backbone["spec"] == wanted:
-            values = backbone["predicted"]
-        else:
-            return None
-        return PredictedLatencies(
-            by_point=values,
-            backbone=ArchSpec.from_dict(backbone["spec"]).as_program(),
-            backbone_ms={point: every[-1] for point, every in found["latency_points"].items()},
-        )
-
+    identity, program = plain(device.identity()), plain(lowering_values(lowering))
     for path in sorted((runs.root / "studies").glob("*/frontier.json")):
         try:
-            found = read_json(path, prediction, f"run {command('search')} again")
+            study = read_study(path)
         except InputError as error:  # an export only looks at it
             log.warning("%s; no prediction is taken from it", error)
             continue
-        if found is not None:
-            return found
+        if study.device == identity and study.lowering == program:
+            found = _of_study(study, spec)
+            if found is not None:
+                return found
     return None
+
+
+def _of_study(study: StoredStudy, spec: ArchSpec) -> PredictedLatencies | None:
+    specs = {str(trial.number): trial.spec for trial in study.trials}
+    backbone = study.backbone
+    numbers = [number for number in study.predicted if specs.get(number) == spec]
+    if numbers:
+        values = study.predicted[numbers[0]]
+    elif backbone.spec == spec:
+        values = backbone.predicted
+    else:
+        return None
+    return PredictedLatencies(
+        by_point=plain(values),
+        backbone=backbone.spec.as_program(),
+        backbone_ms={point: every[-1] for point, every in study.latency_points.items()},
+    )

@@ -74,12 +74,7 @@ class ShapeResult:
         Raises:
             InputError: The file is damaged.
         """
-        return read_json(path, cls._from_json, "measure again")
-
-    @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "ShapeResult":
-        measurement = Measurement.from_dict(values["measurement"])
-        return cls(**{**values, "measurement": measurement})
+        return read_json(path, cls, "measure again")
 
 
 def shape_of(

@@ -16,7 +16,7 @@ from flash.errors import InputError
 from flash.lowering.loss_change import LossChange
 from flash.paths import Runs
 from flash.provenance import provenance
-from flash.records import digest, find_json, write_json
+from flash.records import convert, digest, find_json, write_json
 from flash.renamed import present_keys
 from flash.training.result import ValidationMetrics
 
@@ -35,13 +35,11 @@ class ProgramQuality:
     change: LossChange
     agreement: float
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ProgramQuality":
-        """Read it from plain values, also from those of older versions, which had one level."""
+    @staticmethod
+    def present(values: dict[str, Any]) -> dict[str, Any]:
+        """Return plain values in the present form; those of older versions had one level."""
         values = present_keys(values)
-        agreement = values.pop("agreement")
-        change = values.get("change", {"se": math.nan, **values})
-        return cls(change=LossChange(**change), agreement=agreement)
+        return {"change": {"se": math.nan, **values}, **values}
 
 
 @dataclass(frozen=True)
@@ -110,15 +108,11 @@ class ExportResult:
         return find_json(folder / "export.json", cls._from_json, "export again")
 
     @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "ExportResult":
-        values = present_keys(values)
-        nested = {
-            "spec": ArchSpec.from_dict(values["spec"]),
-            "quality": ValidationMetrics(**values["quality"]),
-            "program_quality": ProgramQuality.from_dict(values["program_quality"]),
-            "measurement": Measurement.from_dict(values["measurement"]),
-        }
-        return cls(**{"provenance": {}, **values, **nested})
+    def _from_json(cls, values: Any) -> "ExportResult":
+        found = {"provenance": {}, **present_keys(convert(dict[str, Any], values))}
+        if isinstance(found.get("program_quality"), dict):
+            found["program_quality"] = ProgramQuality.present(found["program_quality"])
+        return convert(cls, found)
 
 
 def device_conditions(device: Device, settings: DeviceSettings) -> str:

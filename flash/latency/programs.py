@@ -149,7 +149,12 @@ def recorded_lower_s(path: Path) -> float:
     Raises:
         InputError: The JSON file next to the program is damaged.
     """
-    return read_json(_timing(path), lambda values: float(values["lower_s"]), "lower it again")
+    return read_json(_timing(path), _Timing, "lower it again").lower_s
+
+
+@dataclass(frozen=True)
+class _Timing:
+    lower_s: float
 
 
 def _timing(path: Path) -> Path:

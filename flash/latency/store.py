@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from flash.arch import ArchSpec
-from flash.errors import InputError, under
-from flash.records import JsonLines, digest, locked, write_text
+from flash.device.workload import Phase
+from flash.errors import InputError, is_number, require, under
+from flash.records import JsonLines, digest, locked, parse_json, write_text
 
 SCHEMA_VERSION = 2
 """Version of the rows. Raise it when a field of `StoredLatency` changes its meaning."""
@@ -225,9 +226,76 @@ class MeasurementStore:
                 "away to measure anew, or use the version of flash that wrote it"
             )
         try:
-            return StoredLatency.from_dict(values)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(f"{where}: not a measurement; remove or repair the line") from error
+            parse_json(_Row, line)
+        except InputError as error:
+            raise InputError(f"{where}: {error}; remove or repair the line") from error
+        return StoredLatency.from_dict(values)
+
+
+# Types of a line of the store, as far as they are read.
+
+
+@dataclass(frozen=True)
+class _Run:
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class _Process:
+    accepted: bool
+    runs: list[_Run]
+
+
+@dataclass(frozen=True)
+class _Circumstances:
+    reference_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    ms: float
+    se_ms: float
+    rejected: int
+    load_ms: float
+    peak_rss_mib: float
+    model_rss_mib: float
+    samples: list[_Process]
+    conditions: list[_Circumstances]
+    reference: str | None
+
+    def __post_init__(self) -> None:
+        require(is_number(self.ms) and self.ms > 0, "ms", self.ms, "a positive number")
+        require(is_number(self.se_ms) and self.se_ms >= 0, "se_ms", self.se_ms, "0 or more")
+
+
+@dataclass(frozen=True)
+class _Point:
+    phase: Phase
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Device:
+    device: str
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    point: _Point
+    protocol: dict[str, Any]
+    lowering: dict[str, Any]
+    runtime: str
+    device: _Device
+
+
+@dataclass(frozen=True)
+class _Row:
+    kind: SubjectKind
+    subject: dict[str, Any]
+    conditions: _Conditions
+    result: _Result
+    attempt: int
+    time_utc: str
 
 
 def _record(row: StoredLatency) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from flash.arch import ArchSpec, count_parameters
 from flash.device.workload import Point
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
+from flash.search.stored import StoredStudy
 from flash.training.result import TrainResult
 
 
@@ -165,7 +165,7 @@ class StudyData:
     """
 
     name: str
-    search: dict[str, Any]
+    search: StoredStudy
     trials: list[TrialPoint]
     stopped: list[TrialPoint]
     unrated: list[UnratedTrial]
@@ -196,18 +196,18 @@ class StudyData:
     @property
     def cost_keys(self) -> list[str]:
         """Keys of the objectives other than loss, or of the headline latency without any."""
-        keys = [key for key in self.search["objectives"] if key != "loss"]
-        return keys or [f"{Point.parse(self.search['objective']).phase.value}_ms"]
+        keys = [key for key in self.search.objectives if key != "loss"]
+        return keys or [f"{Point.parse(self.search.objective).phase.value}_ms"]
 
     @property
     def device(self) -> str:
         """Description of the device in one line."""
-        return ", ".join(f"{key} {value}" for key, value in self.search["device"].items() if value)
+        return ", ".join(f"{key} {value}" for key, value in self.search.device.items() if value)
 
     @property
     def device_name(self) -> str:
         """Name of the device, its kind if it has none."""
-        return device_name(self.search)
+        return self.search.device_name
 
     def with_models(self, models: list[Model]) -> "StudyData":
         """Return a copy with other models, which the trials of the same names refer to."""
@@ -219,12 +219,6 @@ class StudyData:
         return replace(
             self, models=models, trials=joined(self.trials), stopped=joined(self.stopped)
         )
-
-
-def device_name(search: dict[str, Any]) -> str:
-    """Return the name of the device of a search, its kind if it has none."""
-    device = search["device"]
-    return str(device.get("device") or next(iter(device.values()), ""))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from flash.report.training_figures import learning_curves, promotion, recovery
 def predicted_against_measured(data: StudyData) -> go.Figure:
     """Plot predicted against measured latency of calibration models and exported models."""
     figure = go.Figure()
-    objective = data.search["objective"]
-    measured = data.search["latency_points"][objective]
-    fitted = data.search["latency_fitted"][objective]
+    objective = data.search.objective
+    measured = data.search.latency_points[objective]
+    fitted = data.search.latency_fitted[objective]
     figure.add_scatter(
         x=measured,
         y=fitted,

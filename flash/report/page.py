@@ -212,7 +212,7 @@ def train_commands(studies: Sequence[StudyData]) -> list[tuple[str, str]]:
     """Return the commands that train winners, with what they train."""
     commands = []
     for study in studies:
-        shared = _shared_overrides(study.search.get("provenance", {}).get("command", ""))
+        shared = _shared_overrides(str(study.search.provenance.get("command", "")))
         names = [trial.name for trial in study.winners]
         lines = [(f"+arch={name}", f"the command for {name}") for name in names]
         if len(names) > 1:
@@ -252,7 +252,7 @@ def _provenances(data: ReportData) -> list[dict[str, object]]:
     listed = [
         _provenance(
             f"search {study.name}",
-            study.search.get("provenance", {}),
+            study.search.provenance,
             [data.root / "studies" / study.name],
             data.links.get(data.root / "studies" / study.name),
         )
@@ -301,7 +301,7 @@ _SCORE_COLUMNS = (
 def _scores(study: StudyData) -> list[list[str]]:
     """Tabulate the cross-validation scores, a row for each point and predictor."""
     table: dict[tuple[str, str], dict[str, float]] = {}
-    for key, value in study.search["latency_scores"].items():
+    for key, value in study.search.latency_scores.items():
         _, point, predictor, score = key.split("/")
         table.setdefault((point, predictor), {})[score] = value
     return [

@@ -7,17 +7,17 @@ in the terminal, and all others are still shown.
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flash.arch import ArchSpec
 from flash.commands import command
-from flash.errors import InputError, nearest, under
+from flash.errors import InputError, nearest
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
 from flash.paths import Runs
-from flash.records import find_json, read_json
+from flash.records import find_json, plain
 from flash.report.data import (
     Model,
     Promotion,
@@ -25,10 +25,11 @@ from flash.report.data import (
     StudyData,
     TrialPoint,
     UnratedTrial,
-    device_name,
     is_qat,
 )
 from flash.search.names import arch_name
+from flash.search.stored import StoredStudy, StoredTrial
+from flash.search.stored import read_study as read_stored
 from flash.tracking.links import find_url
 from flash.training.result import TrainResult
 
@@ -153,18 +154,14 @@ class _Reader:
                 f"search.study={name} with its settings"
             )
             return None
-        again = f"run {command('search')} again"
-        study = self.look(lambda: read_json(path, lambda values: _study(name, values), again))
+        study = self.look(lambda: _study(name, read_stored(path)))
         if study is None:
             return None
         study = study.with_models(self._models(study))
-        promotion = self.look(
-            lambda: find_json(
-                path.with_name("promoted.json"),
-                lambda values: _promotion(values, study.trials),
-                f"run {command('search')} stage=promote again",
-            )
-        )
+        again = f"run {command('search')} stage=promote again"
+        longer = path.with_name("promoted.json")
+        promoted = self.look(lambda: find_json(longer, _StoredPromotion, again))
+        promotion = None if promoted is None else _promotion(promoted, study.trials)
         return replace(study, promotion=promotion)
 
     def _results(
@@ -211,12 +208,12 @@ class _Reader:
         """Add the results of training and export to the models of a study."""
         backbone, *winners = study.models
         listed = {model.name for model in winners}
-        predicted = study.search["predicted"]
+        predicted = study.search.predicted
         further = [
             Model(
                 trial.name,
                 trial.spec,
-                predicted.get(str(trial.number), {}),
+                plain(predicted.get(str(trial.number), {})),
                 study=study.name,
                 device=study.device_name,
             )
@@ -224,7 +221,7 @@ class _Reader:
             if trial.name not in listed
             and (trial.name in self._trainings() or trial.name in self._exports())
         ]
-        device = study.search["device"].get("device")
+        device = study.search.device.get("device")
         models = []
         for model in [backbone, *winners, *further]:
             trained = self._trainings().get(model.name)
@@ -291,111 +288,99 @@ class _Reader:
         return found
 
 
-_KEYS = (
-    "objective",
-    "objectives",
-    "reference",
-    "hypervolume",
-    "latency_scores",
-    "latency_points",
-    "latency_fitted",
-    "space",
-    "device",
-    "workload",
-    "settings",
-)
-"""Keys of `frontier.json` that figures read, besides those that are read here."""
-
-
-def _study(name: str, values: dict[str, Any]) -> StudyData:
+def _study(name: str, report: StoredStudy) -> StudyData:
     """Build a study from `frontier.json`, without results of training and export."""
-    for key in _KEYS:
-        values[key]
-    names = {int(number): arch for number, arch in values["names"].items()}
-    winners = set(values["winners"])
-    rated = [
-        _trial(name, trial, names, trial["number"] in winners)
-        for trial in values["trials"]
-        if trial["state"] in {"complete", "pruned"}
+    names = {int(number): arch for number, arch in report.names.items()}
+    winners = set(report.winners)
+    trials = [
+        _trial(name, trial, names, trial.number in winners)
+        for trial in report.trials
+        if trial.state == "complete"
     ]
-    unrated = [
-        _unrated(name, trial)
-        for trial in values["trials"]
-        if trial["state"] not in {"complete", "pruned"}
-    ]
-    about = values["backbone"]
+    stopped = [_trial(name, trial, {}, False) for trial in report.trials if trial.state == "pruned"]
+    unrated = [_unrated(name, trial) for trial in report.trials if not trial.rated]
+    about, device = report.backbone, report.device_name
     backbone = Model(
-        name=about["name"],
-        spec=ArchSpec.from_dict(about["spec"]),
-        predicted=about["predicted"],
+        name=about.name,
+        spec=about.spec,
+        predicted=plain(about.predicted),
         study=name,
-        device=device_name(values),
-        backbone_quality=about["quality"],
+        device=device,
+        backbone_quality=about.quality,
     )
-    trials = [trial for trial in rated if trial.reason is None]
     found = [
         Model(
             trial.name,
             trial.spec,
-            values["predicted"][str(trial.number)],
+            plain(report.predicted[str(trial.number)]),
             study=name,
-            device=device_name(values),
+            device=device,
         )
         for trial in sorted(trials, key=lambda trial: trial.latency_ms)
         if trial.winner
     ]
-    stopped = [trial for trial in rated if trial.reason is not None]
-    return StudyData(name, values, trials, stopped, unrated, [backbone, *found], None)
+    return StudyData(name, report, trials, stopped, unrated, [backbone, *found], None)
 
 
-def _trial(study: str, trial: dict[str, Any], names: dict[int, str], winner: bool) -> TrialPoint:
-    extra, number, stopped = trial["extra"], trial["number"], trial["state"] == "pruned"
-    spec = _spec(trial)
+def _trial(study: str, trial: StoredTrial, names: dict[int, str], winner: bool) -> TrialPoint:
+    number, extra = trial.number, trial.extra
+    loss = extra.estimate if trial.state == "pruned" else trial.loss
+    assert loss is not None
     return TrialPoint(
         number=number,
-        name=names.get(number) or arch_name(study, number, spec),
-        spec=spec,
-        loss=extra["estimate"] if stopped else trial["loss"],
-        costs=trial["costs"],
-        latency_ms=trial["latency_ms"],
-        frontier=number in names and not stopped,
+        name=names.get(number) or arch_name(study, number, trial.spec),
+        spec=trial.spec,
+        loss=loss,
+        costs=trial.costs,
+        latency_ms=trial.latency_ms,
+        frontier=number in names,
         winner=winner,
-        curve=[(tokens, loss) for tokens, loss in extra.get("curve", [])],
-        reason=extra["reason"] if stopped else None,
-        seconds=extra.get("seconds"),
+        curve=extra.curve,
+        reason=extra.reason if trial.state == "pruned" else None,
+        seconds=extra.seconds,
     )
 
 
-def _unrated(study: str, trial: dict[str, Any]) -> UnratedTrial:
-    spec, number = _spec(trial), trial["number"]
+def _unrated(study: str, trial: StoredTrial) -> UnratedTrial:
     return UnratedTrial(
-        number=number,
-        name=arch_name(study, number, spec),
-        spec=spec,
-        costs=trial["costs"],
-        state="failed" if trial["state"] == "fail" else trial["state"],
-        reason=trial["extra"].get("reason"),
-        seconds=trial["extra"].get("seconds"),
+        number=trial.number,
+        name=arch_name(study, trial.number, trial.spec),
+        spec=trial.spec,
+        costs=trial.costs,
+        state="failed" if trial.state == "fail" else trial.state,
+        reason=trial.extra.reason,
+        seconds=trial.extra.seconds,
     )
 
 
-def _spec(trial: dict[str, Any]) -> ArchSpec:
-    with under(f"trial {trial['number']}: spec"):
-        return ArchSpec.from_dict(trial["spec"])
+@dataclass(frozen=True)
+class _StoredPromoted:
+    number: int
+    spec: ArchSpec
+    long_loss: float | None
 
 
-def _promotion(report: dict[str, Any], trials: list[TrialPoint]) -> Promotion | None:
+@dataclass(frozen=True)
+class _StoredPromotion:
+    """Content of `promoted.json`."""
+
+    tokens: int
+    trials: list[_StoredPromoted]
+    kendall_tau: float | None
+    swapped: int
+    pairs: int
+
+
+def _promotion(report: _StoredPromotion, trials: list[TrialPoint]) -> Promotion | None:
     by_number = {trial.number: trial for trial in trials}
     losses = [
-        (by_number[row["number"]], row["long_loss"])
-        for row in report["trials"]
+        (by_number[row.number], row.long_loss)
+        for row in report.trials
         # A stored result may belong to an earlier study of the same name.
-        if row["number"] in by_number
-        and by_number[row["number"]].spec == ArchSpec.from_dict(row["spec"])
-        and row["long_loss"] is not None
+        if row.number in by_number
+        and by_number[row.number].spec == row.spec
+        and row.long_loss is not None
     ]
     if not losses:
         return None
-    return Promotion(
-        report["tokens"], losses, report["kendall_tau"], report["swapped"], report["pairs"]
-    )
+    return Promotion(report.tokens, losses, report.kendall_tau, report.swapped, report.pairs)

@@ -53,7 +53,7 @@ def _name_places(count: int) -> list[str]:
 def _backbone(data: StudyData, key: str) -> tuple[float, float, str]:
     """Return cost, loss and hover text of the backbone."""
     assert data.backbone.backbone_quality is not None
-    cost, loss = data.search["backbone"]["costs"][key], data.backbone.backbone_quality["loss"]
+    cost, loss = data.search.backbone.costs[key], data.backbone.backbone_quality["loss"]
     return cost, loss, f"backbone {data.backbone.name}<br>{data.backbone.spec}<br>loss {loss:.3f}"
 
 
@@ -101,7 +101,7 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
         row=1,
         col=column,
     )
-    reference, dotted = data.search["reference"], {"dash": "dot", "color": GRAY}
+    reference, dotted = data.search.reference, {"dash": "dot", "color": GRAY}
     # plotly annotates columns by their default, "all".
     if key in reference:
         figure.add_vline(x=reference[key], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
@@ -145,7 +145,7 @@ def comparison(studies: Sequence[StudyData]) -> go.Figure:
 
 def hypervolume(data: StudyData) -> go.Figure:
     """Plot the hypervolume after each finished trial."""
-    values = data.search["hypervolume"]
+    values = data.search.hypervolume
     figure = go.Figure()
     figure.add_scatter(
         x=list(range(1, len(values) + 1)),
@@ -154,7 +154,7 @@ def hypervolume(data: StudyData) -> go.Figure:
         line={"shape": "hv", "color": BLUE},
         name="hypervolume",
     )
-    startup = data.search["settings"]["search"]["startup_trials"]
+    startup = data.search.settings.search.startup_trials
     if startup < len(values):
         figure.add_vline(
             x=startup + 0.5,
@@ -162,7 +162,7 @@ def hypervolume(data: StudyData) -> go.Figure:
             annotation_text="model-based from here",
             annotation_position="bottom right",
         )
-    units = " x ".join(Objective(key).unit for key in data.search["objectives"])
+    units = " x ".join(Objective(key).unit for key in data.search.objectives)
     layout(figure, "finished trials", f"hypervolume [{units}]")
     return figure.update_layout(margin_t=20)  # it has no legend
 

@@ -65,19 +65,19 @@ def cost_name(key: str) -> str:
 
 def cost_axis(data: StudyData, key: str) -> str:
     """Return the axis title of a cost, with workload and unit."""
-    workload = data.search["workload"]
+    workload = data.search.workload
     match key:
         case "prefill_ms":
-            return f"predicted TTFT at {workload['prompts'][0]} tokens [ms]"
+            return f"predicted TTFT at {workload.prompts[0]} tokens [ms]"
         case "decode_ms":
-            return f"predicted decode step at {workload['contexts'][0]} tokens [ms]"
+            return f"predicted decode step at {workload.contexts[0]} tokens [ms]"
         case _:
             return cost_name(key)
 
 
 def latency_name(data: StudyData) -> str:
     """Return the name of the headline latency."""
-    point = Point.parse(data.search["objective"])
+    point = Point.parse(data.search.objective)
     name = "TTFT" if point.phase is Phase.prefill else "decode step"
     return f"{name} at {point.tokens} tokens"
 

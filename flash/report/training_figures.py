@@ -106,7 +106,7 @@ def promotion(data: StudyData) -> go.Figure:
             "x": 0.02,
         }
     )
-    before = data.search["settings"]["recipe"]["tokens"]
+    before = data.search.settings.recipe.tokens
     figure.update_xaxes(
         range=[-0.7, 1.3],
         tickvals=[0, 1],

@@ -109,11 +109,11 @@ def study_rows(studies: Sequence[StudyData]) -> list[list[str]]:
         front = study.frontier
         best = min(front, key=lambda trial: trial.loss, default=None)
         times = [trial.costs["prefill_ms"] for trial in front if "prefill_ms" in trial.costs]
-        volumes = study.search["hypervolume"]
+        volumes = study.search.hypervolume
         lines.append([
             study.name,
             study.device,
-            study.search["space"]["name"],
+            study.search.space.name,
             study.backbone.name,
             str(len(study.trials) + len(study.stopped) + len(study.unrated)),
             str(study.failed),

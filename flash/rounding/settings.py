@@ -7,6 +7,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 
 from flash.arch import GROUP
+from flash.records import parse_json
 
 LINEAR_BITS = 4
 """Bits of a weight of a linear layer in 8da4w."""
@@ -72,13 +73,10 @@ class TrainedRounding:
         """Read it from the metadata of a safetensors file; None if they have none.
 
         Raises:
-            ValueError: The metadata are damaged.
+            InputError: The metadata are damaged.
         """
         text = metadata.get("rounding")
-        try:
-            return None if text is None else cls(**json.loads(text))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        return None if text is None else parse_json(cls, text)
 
 
 def part_of(module: str) -> str:

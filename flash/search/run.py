@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -118,15 +119,22 @@ def _duration(hours: float) -> str:
     return f"{3600 * hours:.0f} seconds"
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What is read of a former `latency.json`."""
+
+    device: dict[str, Any]
+
+
 def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     """Run stage 1: measure a device, fit the predictor, print and store its accuracy."""
     workspace = open_workspace(settings)
     backbone, runs = workspace.backbone, workspace.runs
     space = open_space(settings.space, backbone.spec)
     path = runs.latency(settings.device.name) / "latency.json"
-    former = find_json(path, lambda report: report["device"], "measure again")
+    former = find_json(path, _Measured, "measure again")
     if former is not None:
-        workspace.device.check_unit(former, path)
+        workspace.device.check_unit(former.device, path)
     latency = latency_of(settings, space, workspace)
     report = {
         "device": workspace.device.identity(),

@@ -1,5 +1,6 @@
 """Link from a result to its W&B run: the file `wandb.json` beside the result."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,4 +20,10 @@ def find_url(folder: Path) -> str | None:
     Raises:
         InputError: The file is damaged.
     """
-    return find_json(folder / _NAME, lambda values: values["url"], "log the result again")
+    link = find_json(folder / _NAME, _Link, "log the result again")
+    return link.url if link is not None else None
+
+
+@dataclass(frozen=True)
+class _Link:
+    url: str | None

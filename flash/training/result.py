@@ -7,7 +7,7 @@ from typing import Any
 
 from flash.arch import ArchSpec
 from flash.provenance import provenance
-from flash.records import find_json, write_json
+from flash.records import convert, find_json, write_json
 
 LAST = "last.ckpt"
 """Name of the checkpoint that a stopped run resumes from."""
@@ -114,14 +114,8 @@ class TrainResult:
         Raises:
             InputError: The file is damaged.
         """
-        return find_json(folder / "result.json", cls._from_json, "train again")
 
-    @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> "TrainResult":
-        nested = {
-            "spec": ArchSpec.from_dict(values["spec"]),
-            "before": ValidationMetrics(**values["before"]),
-            "after": ValidationMetrics(**values["after"]),
-            "fit": FitResult(**values["fit"]),
-        }
-        return cls(**{"provenance": {}, **values, **nested})
+        def build(values: Any) -> "TrainResult":
+            return convert(cls, {"provenance": {}, **convert(dict[str, Any], values)})
+
+        return find_json(folder / "result.json", build, "train again")

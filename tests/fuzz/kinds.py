@@ -2,9 +2,9 @@
 
 import importlib
 
-from tests.fuzz import settings
+from tests.fuzz import checkpoints, settings
 
-KINDS = {**settings.KINDS}
+KINDS = {**settings.KINDS, **checkpoints.KINDS}
 
 
 def load_all() -> None:

@@ -99,7 +99,7 @@ def byte_changes(content: bytes, random: Random) -> Iterator[tuple[str, bytes | 
 
 def write_changed(path: Path, content: bytes | None) -> None:
     """Put changed content in the place of a file."""
-    path.unlink()
+    path.unlink(missing_ok=True)
     if content is None:
         path.mkdir()
     else:

@@ -22,7 +22,7 @@ CONDITIONS = Conditions(
     protocol={"processes": 3},
     lowering={"quantization": "8da4w"},
     runtime="executorch 1.5.1",
-    device={"cpu": "x"},
+    device={"device": "host", "cpu": "x"},
 )
 
 
@@ -31,7 +31,11 @@ def row(number, value=1.0, conditions=CONDITIONS):
         kind=SubjectKind.block,
         subject={"number": number},
         conditions=conditions,
-        result={"ms": value, "samples": [value, value + 0.1]},
+        result={
+            **{"ms": value, "se_ms": 0.1, "rejected": 0, "reference": None, "lower_s": 1.0},
+            **{"load_ms": 2.0, "peak_rss_mib": 3.0, "model_rss_mib": 1.0, "conditions": [{}]},
+            "samples": [{"accepted": True, "runs": [{"wall_s": value}, {"wall_s": value + 0.1}]}],
+        },
     )
 
 
@@ -130,7 +134,7 @@ def test_damaged_line_is_named(path, line):
     MeasurementStore(path).append(row(1))
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(InputError, match="line 2: not a measurement"):
+    with pytest.raises(InputError, match="line 2: (not a measurement|kind: missing); remove"):
         MeasurementStore(path)
 
 
@@ -177,7 +181,8 @@ def test_store_is_a_table_with_standard_errors(path, monkeypatch, capsys, tmp_pa
         head_dim=32,
         vocab_size=96,
     )
-    result = {"ms": 2.5, "se_ms": 0.1, "rejected": 1, "peak_rss_mib": 9.0}
+    changed = {"ms": 2.5, "se_ms": 0.1, "rejected": 1, "peak_rss_mib": 9.0}
+    result = {**row(1).result, **changed}
     runs = tmp_path / "runs"
     store = MeasurementStore(runs / "measurements.jsonl")
     store.append(replace(row(1), kind=SubjectKind.model, subject=spec.to_dict(), result=result))

@@ -1,0 +1,226 @@
+"""Content of `frontier.json`, the result of a search, as reports and exports read it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flash.arch import ArchSpec
+from flash.commands import command
+from flash.device.workload import Point
+from flash.errors import require
+from flash.records import read_json
+from flash.search.objectives import Objective
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """Predicted latency at one point.
+
+    Attributes:
+        mean_ms: Mean.
+        low_ms: Lower end of the 90 % interval.
+        high_ms: Upper end of it.
+    """
+
+    mean_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class StoredFacts:
+    """Facts of a trial besides its loss and its costs.
+
+    Attributes:
+        estimate: Predicted final loss of a trial that was stopped early.
+        reason: Reason of a failure, or of the early stop.
+        seconds: Time of the evaluation [s].
+        curve: Tokens and training loss of equal parts of the training.
+    """
+
+    estimate: float | None = None
+    reason: str | None = None
+    seconds: float | None = None
+    curve: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StoredTrial:
+    """One trial.
+
+    Attributes:
+        number: Number in the study.
+        state: `complete`, `pruned` (stopped early), or any other state of Optuna in lower case.
+        loss: Held-out loss of a complete trial [nats a token].
+        latency_ms: Headline latency.
+        costs: Costs by key of `Objective`.
+        spec: Architecture.
+        extra: Further facts.
+    """
+
+    number: int
+    state: str
+    loss: float | None
+    latency_ms: float
+    costs: dict[str, float]
+    spec: ArchSpec
+    extra: StoredFacts
+
+    def __post_init__(self) -> None:
+        if self.state == "complete":
+            require(self.loss is not None, "loss", self.loss, "a number for a complete trial")
+        if self.state == "pruned":
+            estimate, reason = self.extra.estimate, self.extra.reason
+            known = estimate is not None and reason is not None
+            require(known, "extra", {}, "estimate and reason for a trial that was stopped early")
+
+    @property
+    def rated(self) -> bool:
+        """True if the trial has a loss, or an estimate of it."""
+        return self.state in {"complete", "pruned"}
+
+
+@dataclass(frozen=True)
+class StoredBackbone:
+    """The backbone.
+
+    Attributes:
+        name: Its name.
+        spec: Architecture.
+        quality: Figures on held-out text, `loss` and `bits_per_byte`.
+        costs: Costs by key of `Objective`.
+        predicted: Predicted latencies by name of the point.
+    """
+
+    name: str
+    spec: ArchSpec
+    quality: dict[str, float]
+    costs: dict[str, float]
+    predicted: dict[str, StoredPrediction]
+
+    def __post_init__(self) -> None:
+        for key in ("loss", "bits_per_byte"):
+            require(key in self.quality, f"quality.{key}", None, "a number")
+
+
+@dataclass(frozen=True)
+class StoredSpace:
+    """The search space: its name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StoredWorkload:
+    """The workload: lengths of prompts and contexts, the headline ones first [tokens]."""
+
+    prompts: list[int]
+    contexts: list[int]
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "contexts"):
+            require(bool(getattr(self, key)), key, [], "one length or more")
+
+
+@dataclass(frozen=True)
+class _StoredRecipe:
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _StoredSampling:
+    startup_trials: int
+
+
+@dataclass(frozen=True)
+class StoredSettings:
+    """Settings of the search that figures show."""
+
+    recipe: _StoredRecipe
+    search: _StoredSampling
+
+
+@dataclass(frozen=True)
+class StoredStudy:
+    """All trials of a search and what it chose; see `flash.search.frontier.write_report`.
+
+    Attributes:
+        study: Name of the study.
+        objective: Name of the headline point.
+        objectives: Keys of the objectives.
+        reference: Reference point by key.
+        hypervolume: Hypervolume after each finished trial.
+        frontier: Numbers of the trials on the frontier, fastest first.
+        winners: Numbers of the winners.
+        names: Architecture name of each trial on the frontier, by number.
+        predicted: Predicted latencies of each trial on the frontier, by number and point.
+        trials: All trials.
+        backbone: The backbone.
+        latency_scores: Cross-validation scores of the latency predictors.
+        latency_points: Measured latencies of the calibration models by name of the point, the
+            backbone last [ms].
+        latency_fitted: Latencies that the predictor has for them [ms].
+        space: The search space.
+        device: Identity of the device.
+        workload: Workload of the latencies.
+        settings: Settings of the search.
+        lowering: Values of the lowering; empty in files of older versions.
+        provenance: Command, date, commit, versions and machine; empty in files of older versions.
+    """
+
+    study: str
+    objective: str
+    objectives: list[str]
+    reference: dict[str, float | None]
+    hypervolume: list[float]
+    frontier: list[int]
+    winners: list[int]
+    names: dict[str, str]
+    predicted: dict[str, dict[str, StoredPrediction]]
+    trials: list[StoredTrial]
+    backbone: StoredBackbone
+    latency_scores: dict[str, float]
+    latency_points: dict[str, list[float]]
+    latency_fitted: dict[str, list[float]]
+    space: StoredSpace
+    device: dict[str, Any]
+    workload: StoredWorkload
+    settings: StoredSettings
+    lowering: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Point.parse(self.objective)
+        known = ", ".join(each.value for each in Objective)
+        for key in self.objectives:
+            require(key in {each.value for each in Objective}, "objectives", key, f"one of {known}")
+            require(key in self.reference, f"reference.{key}", None, "a number")
+        require(self.reference.get("loss") is not None, "reference.loss", None, "a number")
+        numbers = {str(trial.number) for trial in self.trials}
+        for key in ("frontier", "winners"):
+            for number in getattr(self, key):
+                require(str(number) in numbers, key, number, "the number of a trial")
+                require(str(number) in self.names, f"names.{number}", None, "a name")
+                require(str(number) in self.predicted, f"predicted.{number}", None, "latencies")
+        for key in ("latency_points", "latency_fitted"):
+            every = getattr(self, key)
+            require(self.objective in every, f"{key}.{self.objective}", None, "latencies")
+        for point, every in self.latency_points.items():
+            require(bool(every), f"latency_points.{point}", [], "one latency or more")
+        for key in self.latency_scores:
+            parts = key.split("/")
+            require(len(parts) == 4, "latency_scores", key, "PREFIX/POINT/PREDICTOR/SCORE")
+
+    @property
+    def device_name(self) -> str:
+        """Name of the device, its kind if it has none."""
+        return str(self.device.get("device") or next(iter(self.device.values()), ""))
+
+
+def read_study(path: Path) -> StoredStudy:
+    """Read a `frontier.json`.
+
+    Raises:
+        InputError: The file is damaged; names the place in it.
+    """
+    return read_json(path, StoredStudy, f"run {command('search')} again")
