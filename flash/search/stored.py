@@ -105,9 +105,10 @@ class StoredBackbone:
 
 @dataclass(frozen=True)
 class StoredSpace:
-    """The search space: its name."""
+    """The search space: its name, and its number of architectures."""
 
     name: str
+    count: int
 
 
 @dataclass(frozen=True)

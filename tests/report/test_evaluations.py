@@ -87,9 +87,7 @@ def test_a_damaged_frontier_is_one_line(runs, key):
     values = json.loads(path.read_text())
     del values[key]
     path.write_text(json.dumps(values))
-    message = (
-        rf"frontier\.json: damaged \('{key}' is missing\); delete it to run flash search again"
-    )
+    message = rf"frontier\.json: damaged \({key}: missing\); delete it to run flash search again"
     (fault,) = read(runs).faults
     assert re.search(message, fault)
     with pytest.raises(InputError, match=message):

@@ -69,7 +69,7 @@ def test_a_study_that_lacks_a_part_is_said_and_left_out(runs, trials, key):
     path.write_text(json.dumps({k: v for k, v in report.items() if k != key}))
     data = read(runs)
     assert data.studies == []
-    assert re.search(rf"frontier\.json: damaged \('{key}' is missing\)", data.faults[0])
+    assert re.search(rf"frontier\.json: damaged \({key}: missing\)", data.faults[0])
     assert [model.name for model in data.models] == ["mine"]
     render(data)
 
