@@ -34,29 +34,35 @@ def run(verb: str) -> None:
 
             print(help_text(verb, arguments))
             return
-        _check_flags(verb, arguments)
+        _check_words(verb, arguments)
     # Hydra takes overrides in front of a flag or behind it, but not on both sides.
     sys.argv[1:] = sorted(arguments, key=lambda word: word not in {"-m", "--multirun"})
     entry(verb, *JOBS[verb])
 
 
-_FLAGS = "cfg", "config-dir", "hydra-help", "info", "multirun", "package", "resolve", "version"
-"""Flags of Hydra."""
+_FLAGS = {
+    *("--cfg", "--config-dir", "--hydra-help", "--info", "--multirun", "--package", "--resolve"),
+    *("--version", "-c", "-cd", "-i", "-m", "-p"),
+}
+"""Flags of Hydra, but those that choose other configurations than ours."""
 
 
-def _check_flags(verb: str, arguments: Sequence[str]) -> None:
-    """Check words such as `--lr`, for which Hydra would print the usage of all its flags.
+def _check_words(verb: str, arguments: Sequence[str]) -> None:
+    """Check words that Hydra would take for what no user of flash means.
+
+    For one such as `--lr` it prints the usage of all its flags; a `_target_` it calls.
 
     Raises:
-        InputError: It is no flag.
+        InputError: A word is a flag that does not exist, or names code to call.
     """
     for word in arguments:
-        name = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--") and name not in _FLAGS:
+        if word.startswith("-") and word.partition("=")[0] not in _FLAGS:
             raise InputError(
                 f"{word}: no such flag; settings are written as KEY=VALUE, see "
                 f"{commands.command(verb)} --help"
             )
+        if "_target_" in word:
+            raise InputError(f"{word}: expected no _target_, which would call code; leave it out")
 
 
 def _measurements(arguments: Sequence[str]) -> int:

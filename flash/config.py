@@ -14,7 +14,7 @@ import signal
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ from flash.compat.omegaconf import (
     child_mapping,
 )
 from flash.config_errors import explain, unknown_key
-from flash.errors import CheckFailed, DeviceError, InputError, printable, under
+from flash.errors import CheckFailed, DeviceError, InputError, ServiceError, printable, under
 from flash.naming import complete_names, require_own_names
 from flash.option_files import Trust, check_options, check_own_options
 from flash.outcome import Outcome, noted
@@ -168,8 +168,19 @@ def runs_in(arguments: Iterable[str]) -> str:
             continue
         if override.is_sweep_override() or "${" in found[1]:
             raise InputError(f"{argument}: expected one folder for all jobs; give its path")
-        runs = str(override.value() or "runs")
+        value = override.value()
+        if not isinstance(value, str | int | float) or value == "":
+            raise InputError(f"{argument}: expected the path of a folder")
+        runs = str(value)
     return runs
+
+
+def _folders_in(arguments: Sequence[str]) -> Iterator[Path]:
+    """Iterate over the folders of options that a command line adds."""
+    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, folder = word.partition("=")
+        if name in {"--config-dir", "-cd"}:
+            yield Path(folder if equals else value)
 
 
 def _prepare_folders() -> None:
@@ -186,6 +197,8 @@ def _prepare_folders() -> None:
     for folder in _config_folders():
         if not folder.resolve().is_relative_to(CONF.resolve()):
             check_options(folder, Trust.values if folder == found else Trust.launcher)
+    for folder in _folders_in(sys.argv[1:]):
+        check_options(folder, Trust.launcher)
     if (CONF.parent / ".git").exists():  # users of a clone add their options to those of flash
         check_options(CONF, Trust.everything)
 
@@ -220,7 +233,7 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         sys.exit(1)
     except DeviceError as error:
         _fail(f"{error}; finished measurements are kept", 1)
-    except CheckFailed as error:
+    except (CheckFailed, ServiceError) as error:
         _fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, schema))

@@ -73,6 +73,28 @@ def check_seed(seed: int) -> None:
     require(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 4294967295")
 
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+
+def check_name(key: str, name: str | None) -> None:
+    """Check a name, which becomes that of files and folders and a word on command lines.
+
+    Args:
+        key: Key of the setting.
+        name: The name; None is one that is not set.
+
+    Raises:
+        InputError: It has other characters than letters, digits, `_`, `-` and `.`, begins with one
+            of the last two, or is too long.
+    """
+    require(
+        name is None or _NAME.fullmatch(name) is not None,
+        key,
+        name,
+        "at most 128 letters, digits, '_', '-' and '.', beginning with one of the first three",
+    )
+
+
 @contextmanager
 def under(path: str, separator: str = ".") -> Iterator[None]:
     """Complete the key that an error inside of the block names.
@@ -110,6 +132,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 class CheckFailed(RuntimeError):
     """A result that did not pass its check: commands print it and exit with code 1."""
+
+
+class ServiceError(RuntimeError):
+    """A database that failed during the work: commands print it and exit with code 1."""
 
 
 class DeviceError(RuntimeError):

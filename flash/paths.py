@@ -1,13 +1,9 @@
 """Layout of the folder `runs`, which holds the results of all commands."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash.errors import require
-
-_NAME = re.compile(r"[\w,=+@%-][\w.,=+@% -]*")
-"""Names of results: no separators, so that each is a folder in its place, and no hidden ones."""
+from flash.errors import check_name
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Runs:
 
     def latency(self, device: str) -> Path:
         """Return the folder of the latency predictor's accuracy on a device (stage 1)."""
-        return self.root / "latency" / device
+        return self.root / "latency" / _checked(device, "device.name")
 
     @property
     def found_arch(self) -> Path:
@@ -99,12 +95,7 @@ def _checked(name: str, key: str = "name") -> str:
     """`name`, if it can be that of a folder.
 
     Raises:
-        InputError: It has separators or other characters that would lead elsewhere.
+        InputError: It cannot.
     """
-    require(
-        _NAME.fullmatch(name) is not None,
-        key,
-        name,
-        "letters, digits and any of . , = + @ % - and _, not beginning with a dot",
-    )
+    check_name(key, name)
     return name

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from flash.arch.spec import ArchSpec, Attention
-from flash.errors import InputError, require, under
+from flash.errors import InputError, check_name, require, under
 
 
 @dataclass(kw_only=True)
@@ -58,6 +58,7 @@ class SpaceSettings:
     """Leave out patterns in which all layers skip attention; such models cannot use context."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         require(
             Attention.full_attention in self.kinds,
             "kinds",

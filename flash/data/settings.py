@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from flash.errors import InputError, require, shown
+from flash.errors import InputError, check_name, require, shown
 from flash.model.settings import BackboneSettings
 from flash.records import plain
 
@@ -155,6 +155,7 @@ class DataSettings:
     template, with a warning and a count. False makes them an error that names file and row."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         require(
             0 < self.validation_percent < 100,
             "validation_percent",

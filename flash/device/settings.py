@@ -8,7 +8,7 @@ from typing import Any
 
 from flash.device.connections import AndroidSettings, SshSettings
 from flash.device.workload import Workload
-from flash.errors import require
+from flash.errors import check_name, require
 from flash.lowering.settings import OF_WEIGHTS, LoweringSettings
 from flash.records import plain
 
@@ -70,12 +70,7 @@ class DeviceSettings:
 
     def __post_init__(self) -> None:
         self.name = self.name or self._default_name()
-        require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None,
-            "name",
-            self.name,
-            "letters, digits, '_', '-' and '.', as it becomes a folder's name",
-        )
+        check_name("name", self.name)
         for name in ("prompts", "contexts"):
             lengths = getattr(self.workload, name)
             require(bool(lengths), f"workload.{name}", "[]", "at least one length")

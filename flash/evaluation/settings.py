@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from flash.device.settings import DeviceKind, DeviceSettings
-from flash.errors import require, shown
+from flash.errors import check_name, require, shown
 from flash.model.settings import BackboneSettings
 from flash.tracking.settings import LoggerSettings
 from flash.training.settings import TrainerSettings
@@ -43,6 +43,7 @@ class TaskSettings:
     """Figures of the paper's own models, by their name."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         require(
             self.fewshot is None or self.fewshot >= 0,
             "fewshot",
@@ -73,6 +74,7 @@ class SuiteSettings:
     """Run tasks that execute, on this machine, the code that the model writes."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         names = [task.name for task in self.tasks]
         require(bool(names), "tasks", names, "at least one task")
         require(len(set(names)) == len(names), "tasks", names, "each task once")
@@ -121,6 +123,7 @@ class EvaluateSettings:
     """Folder for everything that runs produce."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         expected = "a positive integer"
         require(self.batch_size > 0, "batch_size", self.batch_size, expected)
         require(self.limit is None or self.limit > 0, "limit", self.limit, f"{expected} or null")

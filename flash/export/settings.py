@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from flash.data.settings import DataSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import check_seed, require
+from flash.errors import check_name, check_seed, require
 from flash.interop.settings import GgufFormat
 from flash.lowering.settings import GateSettings
 from flash.model.settings import BackboneSettings
@@ -125,6 +125,7 @@ class ExportSettings:
     """Folder for everything that runs produce."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         for name in ("new_tokens", "perplexity_tokens"):
             value = getattr(self, name)
             require(value > 0, name, value, "a positive integer")

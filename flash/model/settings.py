@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from flash.errors import check_name
+
 
 @dataclass(kw_only=True)
 class BackboneSettings:
@@ -15,3 +17,6 @@ class BackboneSettings:
     `owner/model` or `owner/model@revision`; null: random."""
     arch: dict[str, Any] | None = None
     """Architecture when there are no weights to read it from."""
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)

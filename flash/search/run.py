@@ -34,6 +34,7 @@ from flash.search.objectives import Problem
 from flash.search.promote import promote
 from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
+from flash.search.storage import named_errors
 from flash.search.study import Study, Trial, open_study, reopen_study
 from flash.terminal import table, wrap
 from flash.tracking.artifacts import Artifact, ArtifactKind
@@ -76,24 +77,32 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
     if settings.search.from_study is not None:
         report = _rescore(job, settings.search.from_study)
     else:
-        study = open_study(
-            job.storage(settings.search.study),
-            settings.search.study,
-            job.identity,
-            objectives=job.objectives,
-            heartbeat_s=settings.search.heartbeat_s,
-            retries=settings.search.retries,
-        )
-        if settings.stage is SearchStage.search:
-            _log_estimate(job, study)
-        with study.lock():  # one worker measures; the others find the results in the store
-            latency = latency_of(settings, job.space, job.workspace)
-            problem = problem_of(job, study, latency)
-        if settings.stage is SearchStage.promote:
-            return _promote(job, study, problem)
-        report = _stage_two(job, study, latency, problem, figures)
-    _describe(job, report)
+        with named_errors(job.storage(settings.search.study), settings.search.study):
+            report = _use_study(job, figures)
+    if settings.stage is not SearchStage.promote:
+        _describe(job, report)
     return report
+
+
+def _use_study(job: SearchJob, figures: Figures) -> dict[str, Any]:
+    """Run stage 2, or train its best trials longer (`stage=promote`)."""
+    settings = job.settings
+    study = open_study(
+        job.storage(settings.search.study),
+        settings.search.study,
+        job.identity,
+        objectives=job.objectives,
+        heartbeat_s=settings.search.heartbeat_s,
+        retries=settings.search.retries,
+    )
+    if settings.stage is SearchStage.search:
+        _log_estimate(job, study)
+    with study.lock():  # one worker measures; the others find the results in the store
+        latency = latency_of(settings, job.space, job.workspace)
+        problem = problem_of(job, study, latency)
+    if settings.stage is SearchStage.promote:
+        return _promote(job, study, problem)
+    return _stage_two(job, study, latency, problem, figures)
 
 
 def _log_estimate(job: SearchJob, study: Study) -> None:

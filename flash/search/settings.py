@@ -1,7 +1,6 @@
 """Settings of the search (config group `search`)."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -12,7 +11,7 @@ from omegaconf import MISSING
 from flash.arch import SpaceSettings
 from flash.data.settings import DataSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, check_seed, nearest, require, shown
+from flash.errors import InputError, check_name, check_seed, nearest, require, shown
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
@@ -120,13 +119,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         for key in ("study", "from_study"):
-            value = getattr(self, key)
-            require(
-                value is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value) is not None,
-                key,
-                value,
-                "letters, digits, '_' and '-', as it becomes part of file names",
-            )
+            check_name(key, getattr(self, key))
         require(
             self.from_study is None or self.from_study != self.study,
             "from_study",

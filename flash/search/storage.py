@@ -2,8 +2,8 @@
 
 import sqlite3
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
@@ -13,13 +13,14 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from flash.errors import InputError, without_secrets
+from flash.errors import InputError, ServiceError, without_secrets
 from flash.search.workers import FileLock, Lock, PostgresLock
 
 MISSED_BEATS = 6
 """Heartbeats that a worker on another machine may miss before it counts as dead."""
 _BUSY_S = 60.0
 """Time that SQLite waits for a write of another process [s]."""
+_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error)
 
 
 def connect(
@@ -64,12 +65,39 @@ def connect(
             f"search.storage={shown}: its driver is missing ({error.__cause__ or error}); "
             "pip install 'psycopg[binary]'"
         ) from error
-    except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
-        reason = str(error).strip().splitlines()[0]
+    except _ERRORS as error:
         raise InputError(
-            f"search.storage={shown}: expected a database that can be reached ({reason}); start "
-            "it, or correct the URL"
+            f"search.storage={shown}: expected a database that can be reached ({_reason(error)}); "
+            "start it, or correct the URL"
         ) from error
+
+
+@contextmanager
+def named_errors(storage: Path | str, name: str) -> Iterator[None]:
+    """Name the storage in errors of the database while a study is in use.
+
+    Args:
+        storage: SQLite file, or URL of a PostgreSQL database.
+        name: Name of the study.
+
+    Raises:
+        ServiceError: The database is damaged, or can no longer be reached.
+    """
+    try:
+        yield
+    except _ERRORS as error:
+        _, shown, _ = _resolve(storage, name)
+        raise ServiceError(
+            f"search.storage={shown}: the database failed ({_reason(error)}); run the same command "
+            "again when it is back, or move a damaged file away to begin anew"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Reason of the driver, which Optuna's own errors only have as their cause."""
+    while isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0]
 
 
 def _enable_write_ahead_log(path: Path) -> None:

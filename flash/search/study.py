@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from flash.arch import ArchSpec, Choices, SearchSpace, count_parameters
 from flash.compat.optuna import TrialStorage
 from flash.errors import InputError, under
+from flash.records import convert
 from flash.search.fingerprint import check_fingerprint
 from flash.search.names import arch_name
 from flash.search.objectives import Objective
@@ -403,22 +404,36 @@ def reopen_study(storage: Path | str, name: str) -> Study:
 
 
 def _to_trial(frozen: FrozenTrial) -> Trial:
-    attrs = frozen.user_attrs
-    extra = dict(attrs.get("info", {}))
-    extra.update({key: attrs[key] for key in ("reason", "crashes") if key in attrs})
+    with under(f"trial {frozen.number} of the study", ": "):
+        attributes = convert(_Attributes, frozen.user_attrs)
+    extra = dict(attributes.info)
+    if attributes.reason is not None:
+        extra["reason"] = attributes.reason
+    if attributes.crashes is not None:
+        extra["crashes"] = attributes.crashes
     if frozen.duration is not None:
         extra["seconds"] = frozen.duration.total_seconds()
-    with under(f"trial {frozen.number} of the study: spec"):
-        spec = ArchSpec.from_dict(attrs["spec"])
     return Trial(
         number=frozen.number,
-        spec=spec,
-        costs=attrs["costs"],
+        spec=attributes.spec,
+        costs=attributes.costs,
         state=frozen.state,
         loss=frozen.values[0] if frozen.state is TrialState.COMPLETE else None,
         extra=extra,
-        batch=(attrs["batch"][0], attrs["batch"][1]),
+        batch=attributes.batch,
     )
+
+
+@dataclass(frozen=True)
+class _Attributes:
+    """What the study keeps of a trial besides what Optuna does."""
+
+    spec: ArchSpec
+    costs: dict[str, float]
+    batch: tuple[int, int]
+    info: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    crashes: int | None = None
 
 
 def _distributions(space: SearchSpace, spec: ArchSpec) -> dict[str, BaseDistribution]:

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from flash.arch import GROUP
 from flash.data.settings import DataSettings
-from flash.errors import InputError, check_seed, require
+from flash.errors import InputError, check_name, check_seed, require
 from flash.model.settings import BackboneSettings
 from flash.records import plain
 from flash.rounding.settings import TrainedRounding, WeightFormat
@@ -139,6 +139,7 @@ class RecipeSettings:
     is."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         for name in ("tokens", "batch_size", "calibration_tokens"):
             value = getattr(self, name)
             require(value > 0, name, value, "a positive integer")
@@ -413,6 +414,7 @@ class TrainSettings:
     """Folder for everything that runs produce."""
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")
         check_seed(self.seed)
         if self.start is not None and not self._inherits(self.recipe):

@@ -2,9 +2,9 @@
 
 import importlib
 
-from tests.fuzz import checkpoints, settings
+from tests.fuzz import checkpoints, results, settings
 
-KINDS = {**settings.KINDS, **checkpoints.KINDS}
+KINDS = {**settings.KINDS, **checkpoints.KINDS, **results.KINDS}
 
 
 def load_all() -> None:
