@@ -16,6 +16,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,7 +178,7 @@ def runs_in(arguments: Iterable[str]) -> str:
 
 def _folders_in(arguments: Sequence[str]) -> Iterator[Path]:
     """Iterate over the folders of options that a command line adds."""
-    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, value in pairwise([*arguments, ""]):
         name, equals, folder = word.partition("=")
         if name in {"--config-dir", "-cd"}:
             yield Path(folder if equals else value)

@@ -81,7 +81,7 @@ def test_bad_lengths_are_named(lengths):
 
 
 def test_name_of_a_device_is_a_folder_and_cpus_must_be_ours():
-    with pytest.raises(InputError, match=r"^name=a/b: expected letters"):
+    with pytest.raises(InputError, match=r"^name=a/b: expected at most 128 letters"):
         DeviceSettings(name="a/b")
     with pytest.raises(InputError, match=r"^cpus=\[9999\]: expected some of the CPUs"):
         DeviceSettings(name="host", cpus=[9999])
