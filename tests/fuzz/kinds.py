@@ -2,9 +2,9 @@
 
 import importlib
 
-from tests.fuzz import checkpoints, settings
+from tests.fuzz import caches, checkpoints, settings, texts
 
-KINDS = {**settings.KINDS, **checkpoints.KINDS}
+KINDS = {**settings.KINDS, **checkpoints.KINDS, **texts.KINDS, **caches.KINDS}
 
 
 def load_all() -> None:
