@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from flash.data.encoders import json_type
 from flash.data.settings import DocumentUnit, FileFormat
-from flash.errors import InputError
+from flash.errors import InputError, short
 
 UNREADABLE = (
     pa.ArrowException,
@@ -249,7 +249,7 @@ def _column_of(content: Any, column: str) -> Any:
     if not isinstance(row, dict):
         raise InputError(f"is {json_type(row)}; expected an object with {column}")
     if column not in row:
-        raise InputError(f"expected {column}, found {', '.join(row) or 'an empty object'}")
+        raise InputError(f"expected {column}, found {short(', '.join(row)) or 'an empty object'}")
     return row[column]
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from flash.compat.huggingface_hub import HTTPError
 from flash.data.readers import COMPRESSED, UNREADABLE, Row, pick, read_rows
 from flash.data.settings import DataSettings, DocumentUnit, FileFormat, TextSourceSettings
-from flash.errors import InputError
+from flash.errors import InputError, short
 
 log = logging.getLogger(__name__)
 
@@ -209,8 +209,9 @@ class TextSource:
 
     def _check_type(self, path: Path, schema: pa.Schema) -> None:
         named, names = f"{self.key}.column={self.settings.column}", schema.names
+        listed = short(", ".join(names))
         if self.settings.column not in names:
-            raise InputError(f"{named}: expected one of {', '.join(names)}, the columns of {path}")
+            raise InputError(f"{named}: expected one of {listed}, the columns of {path}")
         if names.count(self.settings.column) > 1:
             raise InputError(f"{named}: expected one column of this name in {path}, found several")
         found = schema.field(self.settings.column).type
@@ -231,8 +232,8 @@ class TextSource:
             names = first.column_names if first is not None else []
         if self.settings.column not in names:
             raise InputError(
-                f"{self.key}.column={self.settings.column}: expected one of {', '.join(names)}, "
-                f"the columns of {self.settings.path}"
+                f"{self.key}.column={self.settings.column}: expected one of "
+                f"{short(', '.join(names))}, the columns of {self.settings.path}"
             )
 
     def _check_first_rows(self) -> None:

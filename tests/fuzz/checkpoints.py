@@ -178,7 +178,7 @@ def attempts_weights(random: Random, project: Path) -> Iterator[Attempt]:
         yield changed("empty", name, old[:0].clone(), may=False)
         yield changed("of 4 dimensions", name, old[None, None], may=False)
 
-    streams = [changes(name) for name in names]
+    streams: list[Iterator[Attempt]] = [changes(name) for name in names]
     yield from islice(_shuffled(streams, random), 4 * len(names))
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]

@@ -20,6 +20,7 @@ def load_all() -> None:
         ),
         *("flash.cli", "flash.config", "flash.jobs", "flash.training.run", "flash.search.run"),
         *("flash.export.run", "flash.evaluation.run", "flash.data.prepare"),
+        *("flash.data.chat", "flash.data.sources", "flash.data.logical_shards"),
         *("flash.report.command", "pyarrow.parquet"),
         *("flash.interop.gguf_folder", "flash.latency.command", "optuna", "executorch.exir"),
     ):

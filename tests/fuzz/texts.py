@@ -130,9 +130,19 @@ def attempts_texts(random: Random, project: Path) -> Iterator[Attempt]:
     for what, odd, may in _odd_rows(texts[0]):
         place, skip = random.choice([0, 1, len(rows)]), random.random() < 0.6
         content = _lines([*rows[:place], odd, *rows[place:]])
-        options = {"skip": skip, "may": may or skip, "must": may or skip}
         stream = random.random() < 0.3
-        fixed.append(_reading(project, what, "a.jsonl", content, stream=stream, **options))
+        fixed.append(
+            _reading(
+                project,
+                what,
+                "a.jsonl",
+                content,
+                skip=skip,
+                stream=stream,
+                may=may or skip or stream,
+                must=may or skip,
+            )
+        )
     for what, column, may in _columns(texts):
         skip = random.random() < 0.5
         content = _parquet(column)
@@ -166,10 +176,13 @@ def attempts_texts(random: Random, project: Path) -> Iterator[Attempt]:
     while True:
         name = random.choice(list(changes))
         what, content = next(changes[name])
-        options = {"skip": random.random() < 0.5, "stream": random.random() < 0.3}
+        file, skip, stream = (
+            name.removeprefix("end of "),
+            random.random() < 0.5,
+            random.random() < 0.3,
+        )
         workers = random.choice([0, 0, 2])
-        file = name.removeprefix("end of ")
-        yield _reading(project, what, file, content, workers=workers, **options)
+        yield _reading(project, what, file, content, skip=skip, stream=stream, workers=workers)
 
 
 _CHATML = (Path(__file__).parents[2] / "conf" / "data" / "chatml.jinja").read_text("utf-8")
@@ -288,14 +301,20 @@ def attempts_chats(random: Random, project: Path) -> Iterator[Attempt]:
     first = list(_conversations(rows[0]["messages"]))
     for what, messages, may in first:
         for skip in (False, True):
-            place = random.choice([0, 1, len(rows)])
-            content = _lines([*rows[:place], {"messages": messages}, *rows[place:]])
-            options = {"skip": skip, "may": may or skip, "must": may or skip}
-            fixed.append(_chat(project, f"row {place}: {what}", content, _CHATML, **options))
+            place = random.choice(["first", "last", "everywhere"])
+            odd = {"messages": messages}
+            content = {
+                "first": _lines([odd, *rows]),
+                "last": _lines([*rows, odd]),
+                "everywhere": _lines([each for row in rows for each in (row, odd)]),
+            }[place]
+            read = place == "everywhere"  # a step of training does not read all rows
+            options = {"skip": skip, "may": may or skip or not read, "must": may or skip}
+            fixed.append(_chat(project, f"{place}: {what}", content, _CHATML, **options))
     for what, odd, _ in _odd_rows("x"):
         for skip in (False, True):
             content = _lines([odd, *rows])
-            options = {"skip": skip, "may": skip, "must": skip}
+            options = {"skip": skip, "may": True, "must": skip}
             fixed.append(_chat(project, f"row 0: {what}", content, _CHATML, **options))
     for template, may in _TEMPLATES:
         for skip in (False, True):
