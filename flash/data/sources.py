@@ -217,7 +217,8 @@ class TextSource:
         found = schema.field(self.settings.column).type
         kind = found.value_type if pa.types.is_dictionary(found) else found
         types = pa.types
-        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        binary = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+        if any(is_kind(kind) for is_kind in (*binary, types.is_binary_view)):
             raise InputError(f"{named}: expected text or messages in {path}, found {found}")
 
     def _check_hub_column(self) -> None:

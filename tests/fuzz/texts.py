@@ -87,7 +87,7 @@ def _odd_rows(text: str) -> Iterator[tuple[str, Any, bool]]:
 def _columns(texts: list[str]) -> Iterator[tuple[str, Any, bool]]:
     """Columns of parquet files in words, and whether they are text."""
     count = len(texts)
-    for kind in (pa.int64(), pa.float32(), pa.bool_(), pa.date32(), pa.decimal128(9, 2)):
+    for kind in (pa.int64(), pa.float32(), pa.bool_(), pa.date32(), pa.decimal128(12, 2)):
         yield (
             str(kind),
             pa.array([None] * (count - 1) + [1], pa.int8()).cast(pa.int32()).cast(kind),
@@ -255,10 +255,10 @@ def _conversations(chat: list[dict[str, Any]]) -> Iterator[tuple[str, Any, bool]
             changed = [dict(ask), dict(answer)]
             changed[place]["content"] = value
             yield f"content {str(value)[:20]} of {place}", changed, False
-    for value in (None, 5, True, [], {}, ["user"], "", "nobody", "USER", "\ud83d", "x" * 10**6):
+    for value in (None, 5, True, [], {}, ["user"], "", "nobody", "USER", "\ud83d", "x" * 10**4):
         changed = [{**ask, "role": value}, answer]
         yield f"role {str(value)[:20]}", changed, isinstance(value, str) and value != "\ud83d"
-    for value in ("", " ", "\0", "\x1b[31m", "{{ 1 / 0 }}", "<|im_end|>", "x" * 10**6, "ü" * 9):
+    for value in ("", " ", "\0", "\x1b[31m", "{{ 1 / 0 }}", "<|im_end|>", "x" * 10**4, "ü" * 9):
         yield f"content {value[:9]!r}", [{**ask, "content": value}, answer], True
         yield f"answer {value[:9]!r}", [ask, {**answer, "content": value}], True
     yield "half a pair", [ask, {**answer, "content": "\ud83d"}], False
