@@ -191,13 +191,13 @@ def attempts_weights(random: Random, project: Path) -> Iterator[Attempt]:
         yield attempt_of(project, file, f"a header of {size}", with_header(text, size))
     values = json_changes(header, random)
     damaged = byte_changes(content, random)
-    yield from _shuffled(
-        [
-            (attempt_of(project, file, what, with_header(to_json(new))) for what, new in values),
-            (attempt_of(project, file, what, new) for what, new in islice(damaged, 2000)),
-        ],
-        random,
+    headers: Iterator[Attempt] = (
+        attempt_of(project, file, what, with_header(to_json(new))) for what, new in values
     )
+    contents: Iterator[Attempt] = (
+        attempt_of(project, file, what, new) for what, new in islice(damaged, 2000)
+    )
+    yield from _shuffled([headers, contents], random)
 
 
 def attempts_gguf(random: Random, project: Path) -> Iterator[Attempt]:
