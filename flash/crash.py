@@ -14,8 +14,6 @@ from types import TracebackType
 
 _LINE = "__flash_crash__"
 """Attribute of an error whose report has been written: its line."""
-_LONGEST = 200
-"""Most characters of an error's own text that the line repeats."""
 
 
 def install() -> None:
@@ -43,11 +41,10 @@ def _answer(
 
 
 def _summary(error: BaseException) -> str:
-    from flash.errors import printable, without_secrets
+    from flash.errors import printable, short, without_secrets
 
     text = printable(without_secrets(" ".join(str(error).split())))
-    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return f"unexpected {type(error).__name__}" + (f" ({short})" if short else "")
+    return f"unexpected {type(error).__name__}" + (f" ({short(text)})" if text else "")
 
 
 def _written(error: BaseException) -> str:

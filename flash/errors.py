@@ -54,6 +54,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def short(text: str, longest: int = 200) -> str:
+    """Return text, its end as `...` if it is longer than `longest`."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def require(condition: bool, key: str, value: object, expected: str) -> None:
     """Check one value.
 

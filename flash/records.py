@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast, get_origin
 
-from flash.errors import InputError
+from flash.errors import InputError, short
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -65,7 +65,13 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces `path` at the end, once it is safely on disk."""
+    """Yield a temporary file that replaces `path` at the end, once it is safely on disk.
+
+    Raises:
+        InputError: A folder stands in the way.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: expected a file, found a folder; delete it and start again")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -146,9 +152,8 @@ def _explained(place: str, message: str, value: Any) -> str:
         return f"not JSON ({message.partition(': ')[2]})"
     if message == "Field required":
         return f"{place}: missing"
-    text = json.dumps(value, default=str)
-    short = text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
-    return f"{place or 'value'}={short}: {message[:1].lower()}{message[1:]}"
+    text = short(json.dumps(value, default=str), _LONGEST_VALUE)
+    return f"{place or 'value'}={text}: {message[:1].lower()}{message[1:]}"
 
 
 def read_json(path: Path, build: Callable[[Any], T] | type[T], remedy: str) -> T:
@@ -165,7 +170,7 @@ def read_json(path: Path, build: Callable[[Any], T] | type[T], remedy: str) -> T
     """
     try:
         text = path.read_bytes()
-        if isinstance(build, type):
+        if isinstance(build, type) or get_origin(build) is not None:  # such as `dict[str, int]`
             return parse_json(cast(type[T], build), text)
         return build(json.loads(text))
     except IsADirectoryError as error:

@@ -26,6 +26,7 @@ ORDER = [
     "progress",
     "paths",
     "records",
+    "sealed",
     "outcome",
     "slurm",
     "sweep",

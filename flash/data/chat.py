@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from flash.data.encoders import EncodedDocument, json_type
-from flash.errors import InputError
+from flash.data.template_limits import LIMITS, MAX_CHARACTERS, within_limits
+from flash.errors import InputError, short
 from flash.model.tokenizer import ModelTokenizer, read_template_file
 
 _SHAPE = "a list of messages with role and content"
+_SHORT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}]
+"""Conversation that nearly every template renders."""
 
 
 class ChatEncoder:
@@ -61,7 +65,11 @@ class ChatEncoder:
                 raise InputError(f"expected {_SHAPE}, found {json_type(message)} in the list")
             known = {key for key, found in message.items() if found is not None}
             if "role" not in known or not ("content" in message or "tool_calls" in known):
-                raise InputError(f"expected {_SHAPE}, found {', '.join(message)}")
+                raise InputError(f"expected {_SHAPE}, found {short(', '.join(message))}")
+            if not isinstance(message["role"], str):
+                raise InputError(
+                    f"expected a role that is text, found {json_type(message['role'])}"
+                )
 
     def encode(self, values: list[Any]) -> list[EncodedDocument | InputError | None]:
         return [self._encode(value) for value in values]
@@ -169,11 +177,27 @@ class ChatRenderer:
         tokenizer: Tokenizer of the model.
         template: Jinja source of the chat template.
         special: Special tokens by name (`bos_token`, ...) that the template may use.
+
+    Raises:
+        InputError: The template has an error of syntax, or has no end within reasonable limits.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, special: Mapping[str, str]) -> None:
         self._tokenizer, self._template = tokenizer, template
         self._library: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        if not within_limits(lambda: self.render(_SHORT)):
+            raise InputError(
+                f"the chat template takes more than {LIMITS} for two short messages; mend it"
+            )
+        try:
+            self.render(_SHORT)
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"the chat template has an error of syntax in line {error.lineno} "
+                f"({error.message}); mend it"
+            ) from error
+        except Exception:  # a template may refuse it; the first conversation reports a failure
+            pass
 
     def render(self, messages: list[Any], *, prompt: bool = False, continued: bool = False) -> str:
         """Render a conversation.
@@ -185,14 +209,18 @@ class ChatRenderer:
 
         Raises:
             TemplateError: The template refuses the conversation.
+            InputError: The rendering is longer than any conversation.
         """
-        return self._library.apply_chat_template(
+        text = self._library.apply_chat_template(
             messages,
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=prompt,
             continue_final_message=continued,
         )
+        if len(text) > MAX_CHARACTERS:
+            raise InputError(f"the chat template writes more than {MAX_CHARACTERS:,} characters")
+        return text
 
     def encode_marked(self, messages: list[Any]) -> tuple[list[int], list[int]]:
         """Return the tokens of a conversation, and 1 for those between `{% generation %}` marks."""
@@ -207,10 +235,8 @@ class ChatRenderer:
     @cached_property
     def end_of_turn(self) -> int | None:
         """Token that the template puts after an answer; None if it is no single special token."""
-        answer = "bcd"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         try:
-            _, found, after = self.render(messages).rpartition(answer)
+            _, found, after = self.render(_SHORT).rpartition(_SHORT[-1]["content"])
         except Exception:  # a template is a program; the first conversation reports its failure
             return None
         ids = self._tokenizer.encode(after.lstrip(), add_special_tokens=False).ids

@@ -1,6 +1,7 @@
 """Packed text of a command: training sequences, validation sequences and their digest."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from flash.data.tokenizer import ByteCounter, load_tokenizer, train_tokenizer
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
 from flash.records import write_text
+
+log = logging.getLogger(__name__)
 
 MAX_BATCH = 16
 """Most validation or calibration sequences per batch."""
@@ -69,10 +72,22 @@ def find_tokenizer(settings: DataSettings, default: Path | None, cache: Path) ->
         hasher.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
     name = f"bpe_{settings.name}_{settings.bpe_vocab_size}_{hasher.hexdigest()[:16]}.json"
     trained = cache / name
-    if not trained.is_file():
+    if not _is_tokenizer(trained):
         tokenizer = train_tokenizer(training, settings.bpe_vocab_size)
         write_text(trained, tokenizer.to_str())
     return trained
+
+
+def _is_tokenizer(path: Path) -> bool:
+    """True for a tokenizer that an earlier run has trained; False if it is missing or damaged."""
+    if not path.exists():
+        return False
+    try:
+        load_tokenizer(path)
+    except InputError as error:
+        log.warning("%s; it is trained again", error)
+        return False
+    return True
 
 
 class PackedData:

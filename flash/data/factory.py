@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 
 from flash.data.batch import Batch, collate
@@ -20,9 +19,10 @@ from flash.data.packed import PackedSequences, tokenize
 from flash.data.settings import DataKind, DataSettings
 from flash.data.shards import finished, open_shards
 from flash.data.stream import LogicalShard, first_sequences
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model.tokenizer import ModelTokenizer
-from flash.records import atomic_write, digest
+from flash.records import digest
+from flash.sealed import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +146,37 @@ def _open_streamed(
     # Missing text or a wrong column is found now, and not later in a worker.
     next(first_sequences(train, 1))
     path = cache / f"validation_{digest([key, settings.decisive()])}.safetensors"
-    if not path.is_file():
-        _save_validation(validation, settings, path)
-    return DataSplits(train, InMemorySequences(Batch(**load_file(path))), key)
+    found = _stored_validation(path, settings.seq_len) if path.exists() else None
+    if found is None:
+        found = _collect_validation(validation, settings)
+        write_tensors(path, _fields(found))
+    return DataSplits(train, InMemorySequences(found), key)
+
+
+def _fields(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: f for name, f in batch._asdict().items() if isinstance(f, torch.Tensor)}
+
+
+def _stored_validation(path: Path, seq_len: int) -> Batch | None:
+    """Validation sequences of an earlier run; None if the file is damaged."""
+    layout = {
+        "tokens": (torch.int64, seq_len + 1),
+        "loss_mask": (torch.bool, seq_len),
+        "document_ids": (torch.int64, seq_len),
+    }
+    try:
+        tensors, _ = read_tensors(path)
+        count = len(tensors["tokens"]) if "tokens" in tensors else 0
+        for name, tensor in tensors.items():
+            kind, width = layout.get(name, (None, 0))
+            if tensor.dtype is not kind or tensor.shape != (count, width):
+                raise InputError(f"{path}: damaged (odd tensor {name})")
+        if count == 0:
+            raise InputError(f"{path}: damaged (no tokens)")
+    except InputError as error:
+        log.warning("%s; the sequences are read from their sources again", error)
+        return None
+    return Batch(**tensors)
 
 
 def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder, Any]:
@@ -158,12 +186,13 @@ def _encoder(settings: DataSettings, tokenizer: ModelTokenizer) -> tuple[Encoder
     from flash.data.chat import ChatEncoder, read_template  # transformers takes seconds to import
 
     template = read_template(tokenizer, settings.chat_template)
-    encoder = ChatEncoder(
-        tokenizer.backend,
-        template,
-        tokenizer.special,
-        max_tokens=settings.seq_len + 1,
-    )
+    with under("data.chat_template", ": "):
+        encoder = ChatEncoder(
+            tokenizer.backend,
+            template,
+            tokenizer.special,
+            max_tokens=settings.seq_len + 1,
+        )
     if encoder.renderer.end_of_turn is None:
         log.warning(
             "data.chat_template: puts no special token after an answer, so the model learns no end "
@@ -199,8 +228,12 @@ def _digest(
     })
 
 
-def _save_validation(validation: StreamedSequences, settings: DataSettings, path: Path) -> None:
-    """Write the validation sequences to disk, so that they are read from their sources once."""
+def _collect_validation(validation: StreamedSequences, settings: DataSettings) -> Batch:
+    """Read the validation sequences from their sources.
+
+    Raises:
+        InputError: There is too little text for one.
+    """
     count = settings.validation_sequences
     sequences = []
     for sequence in LogicalShard(validation, 0, validation.initial_states()[0]):
@@ -209,13 +242,7 @@ def _save_validation(validation: StreamedSequences, settings: DataSettings, path
             break
     if not sequences:
         raise _too_little(validation, settings)
-    tensors = {
-        name: field
-        for name, field in collate(sequences)._asdict().items()
-        if isinstance(field, torch.Tensor)
-    }
-    with atomic_write(path) as file:
-        file.write(save(tensors))
+    return collate(sequences)
 
 
 def _too_little(validation: StreamedSequences, settings: DataSettings) -> InputError:

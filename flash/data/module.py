@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flash.data.batch import Batch, collate
 from flash.data.corpus import MAX_BATCH, PackedData
@@ -14,6 +14,28 @@ from flash.data.mixture import StreamedSequences
 from flash.data.sampler import ResumableBatchSampler, Share
 from flash.data.stream import SequenceStream, StreamLoader
 from flash.errors import InputError
+
+
+class _Fallible(Dataset[Batch | InputError]):
+    """Sequences whose errors are values, because a loader with workers would wrap exceptions."""
+
+    def __init__(self, sequences: Dataset[Batch]) -> None:
+        self._sequences = sequences
+
+    def __getitem__(self, index: int) -> Batch | InputError:
+        try:
+            return self._sequences[index]
+        except InputError as error:
+            return error
+
+
+def _collate(sequences: list[Batch | InputError]) -> Batch | InputError:
+    batches = []
+    for sequence in sequences:
+        if isinstance(sequence, InputError):
+            return sequence
+        batches.append(sequence)
+    return collate(batches)
 
 
 class PackedDataModule(L.LightningDataModule):
@@ -68,15 +90,25 @@ class PackedDataModule(L.LightningDataModule):
         batches = ResumableBatchSampler(
             len(self.data.train_set), share, self.data.seed, self._steps
         )
-        return DataLoader(
-            self.data.teacher_cache if self.data.teacher_cache is not None else self.data.train_set,
+        sequences: Dataset[Batch] = (
+            self.data.teacher_cache if self.data.teacher_cache is not None else self.data.train_set
+        )
+        loader: Any = DataLoader(  # of batches; an error in place of one is raised below
+            _Fallible(sequences),
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-            collate_fn=collate,
+            collate_fn=_collate,
             num_workers=workers,
         )
+        return loader
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count the batches that are trained on; workers and Lightning have read further ahead."""
+    def on_before_batch_transfer(self, batch: Batch | InputError, dataloader_idx: int) -> Batch:
+        """Count the batches that are trained on; workers and Lightning have read further ahead.
+
+        Raises:
+            InputError: The batch cannot be read.
+        """
+        if isinstance(batch, InputError):
+            raise batch
         if self.trainer is not None and self.trainer.training:
             self._trained.append(batch.stream_state)
             if len(self._trained) == self.share.accumulation:

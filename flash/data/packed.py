@@ -1,6 +1,8 @@
 """Token streams on disk, and sequences of fixed length that are cut from them."""
 
 import hashlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,15 +11,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from flash.data.arrays import write_array
+from flash.data.arrays import map_array
 from flash.data.batch import Batch, document_ids_of
 from flash.data.encoders import TextEncoder
 from flash.data.files import Document, read_documents
 from flash.data.settings import DataSettings
-from flash.errors import InputError
+from flash.data.shards import Shard, problems_of, write_shard
+from flash.errors import InputError, require
 from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
-from flash.records import digest, write_json
+from flash.records import digest, parse_json, write_json
+
+log = logging.getLogger(__name__)
+
+_SUMMARY = "summary.json"
+_FILES = {"train": "train.npy", "validation": "validation.npy"}
 
 
 @dataclass(frozen=True)
@@ -74,19 +82,34 @@ def tokenize(settings: DataSettings, tokenizer: ModelTokenizer, cache: Path) -> 
                 f"data.validation_percent={settings.validation_percent}: leaves the {split} split "
                 f"of {len(texts)} files empty; {_share_for_both([d for d, _ in texts])}"
             )
-    # The summary is written last: a folder that has it is complete.
-    if not (folder / "summary.json").is_file():
+    if not _is_whole(folder, cache):
         dtype = token_type(tokenizer)
-        for split, members in splits.items():
-            tokens = _encode(members, tokenizer, dtype, split)
-            write_array(folder / f"{split}.npy", tokens)
-        summary = {split: len(members) for split, members in splits.items()}
-        write_json(folder / "summary.json", summary)
+        written = {
+            split: write_shard(folder, file, list(_encode(splits[split], tokenizer, dtype, split)))
+            for split, file in _FILES.items()
+        }
+        write_json(folder / _SUMMARY, written)  # the last file: a folder without it is unfinished
     return TokenStreams(
-        train=np.load(folder / "train.npy", mmap_mode="r"),
-        validation=np.load(folder / "validation.npy", mmap_mode="r"),
-        digest=key,
+        map_array(folder / _FILES["train"]), map_array(folder / _FILES["validation"]), key
     )
+
+
+def _is_whole(folder: Path, cache: Path) -> bool:
+    """True if the streams in `folder` are there as they were written."""
+    path = folder / _SUMMARY
+    if not path.exists():
+        return False
+    try:
+        written = parse_json(dict[str, Shard], path.read_bytes())
+        names = {split: shard.file for split, shard in written.items()}
+        require(names == _FILES, "file", names, str(_FILES))
+    except (OSError, InputError) as error:
+        log.warning("%s: damaged, or of a former version (%s); made again", path, error)
+        return False
+    problems = problems_of(folder, list(written.values()), cache)
+    for file, problem in problems.items():
+        log.warning("%s: %s; made again", folder / file, problem)
+    return not problems
 
 
 def token_type(tokenizer: ModelTokenizer) -> type[np.unsignedinteger]:
@@ -104,18 +127,16 @@ def _share_for_both(documents: list[Document]) -> str:
 
 def _encode(
     members: list[tuple[Document, str]], tokenizer: ModelTokenizer, dtype: type, split: str
-) -> np.ndarray:
+) -> Iterator[np.ndarray]:
     encoder = TextEncoder(tokenizer)
     chunks = [members[i : i + 64] for i in range(0, len(members), 64)]
-    documents: list[np.ndarray] = []
     for chunk in progress(chunks, f"tokenizing {split}"):
         encoded = encoder.encode([text for _, text in chunk])
         for (document, _), tokens in zip(chunk, encoded, strict=True):
             if isinstance(tokens, InputError):
                 raise InputError(f"{document.path}: {tokens}") from tokens
             ids = tokens.tokens if tokens is not None else [*encoder.prefix, encoder.end_of_text]
-            documents.append(np.array(ids, dtype=dtype))
-    return np.concatenate(documents)
+            yield np.array(ids, dtype=dtype)
 
 
 class PackedSequences(Dataset[Batch]):

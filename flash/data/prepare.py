@@ -13,7 +13,7 @@ from flash.data.factory import check_present
 from flash.data.mixture import Mixture, Split, StreamedSequences
 from flash.data.packed import token_type
 from flash.data.settings import DataKind, DataSettings, PrepareSettings
-from flash.data.shards import Manifest, Shard, write_shard
+from flash.data.shards import Manifest, Shard, problems_of, write_shard
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError, require
 from flash.model.backbone import Backbone
@@ -50,7 +50,8 @@ def prepare(settings: PrepareSettings) -> Path:
     """Write the missing shards and return their folder.
 
     Raises:
-        InputError: Settings, tokenizer or data cannot be used, or the folder holds other shards.
+        InputError: Settings, tokenizer or data cannot be used, or the folder holds other shards or
+            damaged ones.
     """
     check(settings)
     data = settings.data
@@ -62,6 +63,7 @@ def prepare(settings: PrepareSettings) -> Path:
     sources = open_sources(data)
     folder = Path(settings.out) if settings.out else runs.root / "shards" / data.name
     manifest = _manifest(settings, sources, tokenizer, folder)
+    _check_written(folder, manifest, runs.tokens)
     if manifest.complete:
         log.info("%s is finished: %s tokens", folder, f"{manifest.tokens:,}")
         return folder
@@ -79,6 +81,19 @@ def prepare(settings: PrepareSettings) -> Path:
         folder,
     )
     return folder
+
+
+def _check_written(folder: Path, manifest: Manifest, cache: Path) -> None:
+    """Check the shards that are there already.
+
+    Raises:
+        InputError: One is missing or damaged.
+    """
+    written = [*manifest.shards, *filter(None, [manifest.validation])]
+    for file, problem in problems_of(folder, written, cache).items():
+        raise InputError(
+            f"{folder / file}: {problem}; copy it again, or delete {folder} to prepare it again"
+        )
 
 
 def _training_split(

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from flash.data.encoders import json_type
 from flash.data.settings import DocumentUnit, FileFormat
-from flash.errors import InputError
+from flash.errors import InputError, short
 
 UNREADABLE = (
     pa.ArrowException,
@@ -222,6 +222,22 @@ def _parsed(content: bytes) -> tuple[Any, str | None]:
         return None, f"is no JSON ({error})"
 
 
+def check_objects(path: Path) -> None:
+    """Check that each row of a JSON file is an object.
+
+    Raises:
+        InputError: A row is something else; names file and row.
+        OSError: The file is damaged (or any other error of `UNREADABLE`).
+    """
+    with _opened(path) as file:
+        for number, content in _json_contents(file, path):
+            whole = isinstance(content, bytes)
+            row, problem = _parsed(content) if whole else (content, None)
+            if not isinstance(row, dict):
+                found = problem or f"is {json_type(row)}; expected an object"
+                raise InputError(f"{path}, row {number}: {found}")
+
+
 class _Values(list[Any]):
     """Rows of a file, which can be referred to weakly."""
 
@@ -249,7 +265,7 @@ def _column_of(content: Any, column: str) -> Any:
     if not isinstance(row, dict):
         raise InputError(f"is {json_type(row)}; expected an object with {column}")
     if column not in row:
-        raise InputError(f"expected {column}, found {', '.join(row) or 'an empty object'}")
+        raise InputError(f"expected {column}, found {short(', '.join(row)) or 'an empty object'}")
     return row[column]
 
 

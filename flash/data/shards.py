@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flash.data.arrays import write_array
+from flash.data.arrays import map_array, write_array
 from flash.errors import InputError, require
 from flash.model.tokenizer import ModelTokenizer
 from flash.progress import progress
@@ -107,10 +107,13 @@ class ShardedTokens:
 
     Args:
         paths: Files of the shards, in order.
+
+    Raises:
+        InputError: A file is no array of tokens.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._arrays = [np.load(path, mmap_mode="r") for path in paths]
+        self._arrays = [map_array(path) for path in paths]
         self._ends = np.cumsum([len(array) for array in self._arrays])
 
     def __len__(self) -> int:
@@ -157,7 +160,7 @@ def open_shards(
     """
     manifest, validation = finished(folder, tokenizer)
     whole = []
-    problems = _problems(folder, [*manifest.shards, validation], cache)
+    problems = problems_of(folder, [*manifest.shards, validation], cache)
     for shard in (*manifest.shards, validation):
         problem = problems.get(shard.file)
         if problem is None:
@@ -209,8 +212,17 @@ def finished(folder: Path, tokenizer: ModelTokenizer | None) -> tuple[Manifest, 
     return manifest, manifest.validation
 
 
-def _problems(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, str]:
-    """Problems of missing and damaged files, by file name."""
+def problems_of(folder: Path, shards: Sequence[Shard], cache: Path) -> dict[str, str]:
+    """Find missing and damaged files.
+
+    Args:
+        folder: Folder of the files.
+        shards: The files as they were written.
+        cache: Folder for notes of the files whose hash was right, so that each is hashed once.
+
+    Returns:
+        The problem of each such file, by its name.
+    """
     notes = cache / f"whole_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     try:
         known = find_json(notes, dict[str, list[Any]], "check the shards again") or {}

@@ -20,7 +20,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from flash.compat.huggingface_hub import HTTPError
 from flash.data.readers import COMPRESSED, UNREADABLE, Row, pick, read_rows
 from flash.data.settings import DataSettings, DocumentUnit, FileFormat, TextSourceSettings
-from flash.errors import InputError
+from flash.errors import InputError, short
 
 log = logging.getLogger(__name__)
 
@@ -209,14 +209,16 @@ class TextSource:
 
     def _check_type(self, path: Path, schema: pa.Schema) -> None:
         named, names = f"{self.key}.column={self.settings.column}", schema.names
+        listed = short(", ".join(names))
         if self.settings.column not in names:
-            raise InputError(f"{named}: expected one of {', '.join(names)}, the columns of {path}")
+            raise InputError(f"{named}: expected one of {listed}, the columns of {path}")
         if names.count(self.settings.column) > 1:
             raise InputError(f"{named}: expected one column of this name in {path}, found several")
         found = schema.field(self.settings.column).type
         kind = found.value_type if pa.types.is_dictionary(found) else found
         types = pa.types
-        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        binary = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+        if any(is_kind(kind) for is_kind in (*binary, types.is_binary_view)):
             raise InputError(f"{named}: expected text or messages in {path}, found {found}")
 
     def _check_hub_column(self) -> None:
@@ -231,8 +233,8 @@ class TextSource:
             names = first.column_names if first is not None else []
         if self.settings.column not in names:
             raise InputError(
-                f"{self.key}.column={self.settings.column}: expected one of {', '.join(names)}, "
-                f"the columns of {self.settings.path}"
+                f"{self.key}.column={self.settings.column}: expected one of "
+                f"{short(', '.join(names))}, the columns of {self.settings.path}"
             )
 
     def _check_first_rows(self) -> None:

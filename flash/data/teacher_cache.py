@@ -1,5 +1,6 @@
 """Teacher cache: a teacher's most likely tokens for training sequences, stored on disk."""
 
+import logging
 import lzma
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -19,6 +20,8 @@ from flash.data.sampler import epoch_order
 from flash.data.teacher_codec import TopTokenCodec
 from flash.errors import InputError
 from flash.records import atomic_write
+
+log = logging.getLogger(__name__)
 
 PART_TOKENS = 2**13
 """Approximate number of targets per file. A file is computed as a whole, also for a run that needs
@@ -72,9 +75,35 @@ class TeacherCache(Dataset[Batch]):
         return self.folder / f"part_{part:05d}.safetensors"
 
     def missing(self, count: int) -> list[int]:
-        """Numbers of the missing files for a run of `count` sequences."""
+        """Numbers of the missing and damaged files for a run of `count` sequences."""
         rows = min(count, len(self))
-        return [part for part in range(-(-rows // self._rows)) if not self.path(part).is_file()]
+        return [part for part in range(-(-rows // self._rows)) if not self.has(part)]
+
+    def has(self, part: int) -> bool:
+        """True if a file is there and whole, as far as can be told without its payload.
+
+        Each sequence in the payload has a checksum of its own, which is checked when it is read.
+        """
+        path = self.path(part)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                offsets, payload = file.get_tensor("offsets"), file.get_slice("payload")
+                kinds = str(offsets.dtype), payload.get_dtype()
+                size = payload.get_shape()
+        except (OSError, SafetensorError) as error:
+            log.warning("%s: damaged (%s); made again", path, error)
+            return False
+        whole = (
+            kinds == ("torch.int64", "U8")
+            and offsets.shape == (len(self.members(part)) + 1,)
+            and [int(offsets[0]), int(offsets[-1])] == [0, *size]
+            and bool((offsets.diff() > 0).all())
+        )
+        if not whole:
+            log.warning("%s: damaged; made again", path)
+        return whole
 
     def members(self, part: int) -> Sequence[int]:
         """Indices of the sequences in a file, in the order of its rows."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flash.data.readers import UNREADABLE, check_objects
 from flash.errors import InputError, nearest
 from flash.evaluation.sandbox import check_sandbox
 from flash.evaluation.settings import SuiteSettings, TaskSettings
@@ -69,6 +70,25 @@ def _reader_of(task: TaskSettings, files: dict[str, list[str]]) -> str:
             f"{', '.join(_READERS)}, or one of these and .gz"
         )
     return known[-1]
+
+
+def _check_json(files: Any) -> None:
+    """Check the rows of JSON files, because pyarrow kills the process at a row that is null.
+
+    Args:
+        files: Paths as `datasets` takes them: one, a list, or either of these by split.
+
+    Raises:
+        InputError: A row is no object.
+    """
+    match files:
+        case dict():
+            _check_json(list(files.values()))
+        case list():
+            for each in files:
+                _check_json(each)
+        case str() if {".json", ".jsonl"} & set(Path(files).suffixes) and Path(files).is_file():
+            check_objects(Path(files))
 
 
 @dataclass(frozen=True)
@@ -137,16 +157,19 @@ class Tasks:
         from flash.compat.huggingface_hub import is_reachable
         from flash.compat.lm_eval import load_task, set_fewshot
 
-        own_files = data_files(task)
-        dataset = self._about(task.name).get("dataset_path", "of its subtasks")
+        own_files, about = data_files(task), self._about(task.name)
+        dataset = about.get("dataset_path", "of its subtasks")
         is_files = dataset in _READERS.values()
         reachable = bool(own_files) or is_files or is_reachable()
         reader = None if is_files or not own_files else _reader_of(task, own_files)
         if self.suite.allow_code_execution:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # required by the metrics of such tasks
         try:
+            _check_json([own_files, about.get("dataset_kwargs", {}).get("data_files")])
             loaded = load_task(self.manager, task.name, own_files, reader)
-        except (OSError, ValueError, DatasetsError) as error:
+        except InputError as error:
+            raise InputError(f"suite.tasks: files of {task.name}: {error}; mend it") from error
+        except (*UNREADABLE, DatasetsError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if not reachable:
                 reason = "it is not in the cache, and the hub cannot be reached"

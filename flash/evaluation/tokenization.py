@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from flash.data.chat import ChatRenderer
-from flash.errors import InputError
+from flash.errors import InputError, under
 from flash.model.tokenizer import ModelTokenizer
 
 Messages = list[dict[str, str]]
@@ -130,7 +130,9 @@ class HarnessTokenizer:
 
     @cached_property
     def _renderer(self) -> ChatRenderer:
-        return ChatRenderer(self.backend, *self.template)
+        template = self.template
+        with under(str(self.folder), ": "):
+            return ChatRenderer(self.backend, *template)
 
     def render(self, messages: Messages, *, prompt: bool = True, continued: bool = False) -> str:
         """Render a conversation with the chat template.

@@ -21,7 +21,7 @@ from flash.errors import InputError, require
 from flash.interop.gguf_tokenizer import PATTERNS_BY_NAME
 from flash.log_filters import quiet
 from flash.model.families import from_config
-from flash.model.weights import read_config
+from flash.model.weights import all_finite, read_config
 
 _NEEDED = (
     "context_length",
@@ -146,6 +146,12 @@ def _write_model(path: Path, folder: Path, fields: dict[str, Any]) -> None:
         odd |= {name: f"shape {tuple(theirs)}" for name, theirs, _ in report["mismatched_keys"]}
         for name, found in sorted(odd.items()):
             raise InputError(f"{path}: weights of {name}: found {found}; fetch the file again")
+        for name, tensor in model.state_dict().items():
+            if not all_finite(tensor):
+                raise InputError(
+                    f"{path}: weights of {name}: found values that are NaN or infinite; fetch the "
+                    "file again"
+                )
         # The weights are plain by now; the marks of the former format would be saved with them.
         model.is_quantized = False
         model.hf_quantizer = None

@@ -19,6 +19,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Name of a single file of weights, and of the index of several."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 """Names of the output head and of the embedding that it can be tied to, in every family."""
+_TYPES = ("BF16", "F16", "F32", "F64")
+"""Types of tensors, as safetensors names them, whose values are the weights themselves."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,6 +81,14 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def all_finite(values: Tensor) -> bool:
+    """True if no value is NaN or infinite; in one pass, without a copy."""
+    if values.numel() == 0:
+        return True
+    least, most = torch.aminmax(values)  # NaN if any value is
+    return bool(least.isfinite() and most.isfinite())
+
+
 def read_metadata(folder: Path) -> dict[str, str]:
     """Metadata of the folder's file of weights, or of the first of several.
 
@@ -104,7 +114,8 @@ class Weights:
             the embedding is not tied to it, whatever the config says.
 
     Raises:
-        InputError: A file is missing or damaged, or the architecture is not supported.
+        InputError: A file is missing or damaged, the architecture is not supported, or a tensor is
+            of a type that weights do not have unless they are quantized.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,8 +129,10 @@ class Weights:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118
+                        found = file.get_slice(name)
                         self._files[name] = path
-                        self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                        self._shapes[name] = tuple(found.get_shape())
+                        _check_type(path, name, found.get_dtype())
             except SafetensorError as error:
                 raise InputError(f"{path}: damaged ({error}); copy the file again") from error
         if self.spec.tie_embeddings and not self._head_is_embedding():
@@ -177,6 +190,8 @@ class Weights:
     ) -> Tensor:
         """A copy of our tensor `name`, or of the chosen rows and columns of it.
 
+        Its values are looked at while they are copied, so that no pass over the file is added.
+
         Args:
             name: Our name of the tensor.
             rows: Ascending indices of rows to keep; None keeps all.
@@ -184,7 +199,7 @@ class Weights:
             dtype: Dtype of the copy; None takes the stored one.
 
         Raises:
-            InputError: The tensor cannot be read.
+            InputError: The tensor cannot be read, or holds NaN or infinite values.
         """
         source = self._family.source(name)
         if source is None:
@@ -222,7 +237,13 @@ class Weights:
                 chunk = chunk.index_select(1, columns)
             if out is None:
                 out = torch.empty(shape, dtype=dtype or chunk.dtype)
-            out[filled : filled + chunk.shape[0]] = chunk
+            part = out[filled : filled + chunk.shape[0]]
+            part.copy_(chunk)
+            if not all_finite(part):
+                raise InputError(
+                    f"{self._files[source]}: tensor {source} has values that are NaN or infinite: "
+                    "expected finite numbers; copy the file again, or train the model again"
+                )
             filled += chunk.shape[0]
         assert out is not None
         assert filled == shape[0]
@@ -240,3 +261,11 @@ class Weights:
         for start in range(0, rows, step):
             with safe_open(self._files[source], framework="pt") as file:
                 yield start, file.get_slice(source)[start : start + step]
+
+
+def _check_type(path: Path, name: str, found: str) -> None:
+    if found not in _TYPES:
+        raise InputError(
+            f"{path}: tensor {name} is of type {found}: expected one of {', '.join(_TYPES)}; only "
+            "weights that are not quantized are read"
+        )

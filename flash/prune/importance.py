@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from flash.errors import InputError
+from flash.arch import ArchSpec
+from flash.errors import InputError, under
 from flash.model.decoder import Decoder, Layer, RMSNorm
-from flash.model.weights import weight_files
+from flash.model.weights import all_finite, read_spec, weight_files
 from flash.progress import progress
-from flash.records import atomic_write
+from flash.records import parse_json
+from flash.sealed import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _About:
+    """Facts of the scores, as JSON in the metadata of their file."""
+
+    tokens: int
+    backbone: str
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,7 @@ class Importance:
         """Write the scores to a safetensors file, atomically."""
         tensors = {"ffn": self.ffn, "model": self.model, "layers": self.layers}
         about = json.dumps({"tokens": self.tokens, "backbone": self.backbone})
-        with atomic_write(path) as file:
-            file.write(save(tensors, metadata={"importance": about}))
+        write_tensors(path, tensors, {"importance": about})
 
     @classmethod
     def read(cls, path: Path) -> "Importance":
@@ -63,13 +73,21 @@ class Importance:
         Raises:
             InputError: The file is damaged or holds no importance scores.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["importance"])
-                tensors = {name: file.get_tensor(name) for name in ("ffn", "model", "layers")}
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: not importance scores ({error}); delete it") from error
-        return cls(**tensors, **about)
+        tensors, found = read_tensors(path)
+        with under(str(path), ": not importance scores: "):
+            about = parse_json(_About, found.get("importance", "null"))
+        axes = {"ffn": 2, "model": 1, "layers": 1}
+        if {name: tensor.ndim for name, tensor in tensors.items()} != axes:
+            raise InputError(f"{path}: not importance scores: of other tensors or shapes")
+        if not all(t.dtype is torch.float32 and all_finite(t) for t in tensors.values()):
+            raise InputError(f"{path}: not importance scores: of another type, or not finite")
+        return cls(**tensors, tokens=about.tokens, backbone=about.backbone)
+
+    def fits(self, spec: ArchSpec) -> bool:
+        """True if there is a score for each layer and channel of `spec`, and no other."""
+        shapes = [tuple(scores.shape) for scores in (self.ffn, self.model, self.layers)]
+        layers = spec.num_layers
+        return shapes == [(layers, spec.ffn_dim), (spec.model_dim,), (layers,)]
 
 
 def fingerprint(folder: Path) -> str:
@@ -171,6 +189,8 @@ def cached_scores(
 ) -> Importance:
     """Read scores from `path` if they belong to this backbone; else compute and store them.
 
+    A damaged file is reported, and its scores are computed again.
+
     Args:
         path: File of the scores.
         folder: Checkpoint folder of the backbone.
@@ -179,13 +199,17 @@ def cached_scores(
         count: Number of batches, for the progress bar.
 
     Raises:
-        InputError: The file is damaged, or there is no batch.
+        InputError: There is no batch.
     """
     backbone = fingerprint(folder)
-    if path.is_file():
-        found = Importance.read(path)
-        if found.backbone == backbone:
-            return found
+    if path.exists():
+        try:
+            found = Importance.read(path)
+            if found.backbone == backbone and found.fits(read_spec(folder)):
+                return found
+            log.warning("%s: of another backbone; its scores are computed again", path)
+        except InputError as error:
+            log.warning("%s; its scores are computed again", error)
     found = score(load(), progress(batches, "importance", count), backbone)
     found.write(path)
     return found

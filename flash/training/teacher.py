@@ -151,7 +151,7 @@ def _write(
     log.info("the teacher reads %s sequences ahead -> %s", f"{total:,}", taught.folder)
     with progress_bar("teacher", total, unit="seq") as bar:
         for part in order:
-            if taught.path(part).is_file():
+            if taught.has(part):
                 bar.update(len(taught.members(part)))
                 continue
             with out_of_memory_named(recipe, dataclasses.replace(trainer, micro_batch=at_once)):

@@ -301,6 +301,7 @@ def chat_cases() -> Iterator[OddFile]:
     yield case("an integer in a list", 5, r"row 2: expected a list of messages .*an integer")
     yield case("text", "a", r"row 2: expected a list of messages .*found text")
     yield case("no role", [{"content": "x"}, ANSWER], r"row 2: expected .*found content")
+    yield case("a role of 5", [{**ASK, "role": 5}, ANSWER], r"row 2: expected a role that is text")
     yield case("null role", [{"role": None, "content": "x"}], r"row 2: expected .*role, content")
     shared = [{"from": "human", "value": "x"}]
     yield case("other keys", shared, r"row 2: expected .*found from, value")

@@ -89,6 +89,38 @@ def test_a_template_that_fails_is_an_error_of_the_conversation(tokenizer, templa
     assert "the chat template fails: " in str(error)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ 'x' * 99999999999 }}",
+        "{{ 'x' * 30000000 }}",
+        "{{ 7 ** 999999999 }}",
+    ],
+)
+def test_a_template_without_an_end_is_refused_at_once(tokenizer, template):
+    with pytest.raises(InputError, match=r"^the chat template takes more than .*; mend it$"):
+        encoder(tokenizer, template)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "a\n{{ ", "{{ 'x' | nofilter }}"])
+def test_an_error_of_syntax_is_named_once(tokenizer, template):
+    line = template.count("\n") + 1
+    with pytest.raises(
+        InputError, match=rf"^the chat template has an error of syntax in line {line}"
+    ):
+        encoder(tokenizer, template)
+
+
+def test_a_conversation_that_is_rendered_endlessly_is_an_error_of_its_own(tokenizer):
+    template = "{% for m in messages %}{{ m.content * m.content | length }}{% endfor %}"
+    long = chat(1)
+    long[1]["content"] = "x" * 9999
+    [error] = encoder(tokenizer, template).encode([long])
+    assert "the chat template writes more than 16,777,216 characters" in str(error)
+
+
 def test_other_columns_are_named(tokenizer):
     with pytest.raises(InputError, match="expected a list of messages.*found text"):
         encoder(tokenizer).check("text")

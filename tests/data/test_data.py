@@ -64,6 +64,31 @@ def test_unchanged_texts_are_not_tokenized_again(data_settings, tokenizer, tmp_p
     assert np.array_equal(again.train, first.train)
 
 
+@pytest.mark.parametrize("file", ["train.npy", "validation.npy", "summary.json"])
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-9], lambda whole: whole[:-9] + b"odd bytes"]
+)
+def test_damaged_streams_are_made_again(file, damage, data_settings, tokenizer, tmp_path, caplog):
+    first = tokenize(data_settings, tokenizer, tmp_path)
+    train, validation = np.array(first.train), np.array(first.validation)
+    path = tmp_path / f"streams_{first.digest}" / file
+    path.write_bytes(damage(path.read_bytes()))
+    again = tokenize(data_settings, tokenizer, tmp_path)
+    assert np.array_equal(again.train, train)
+    assert np.array_equal(again.validation, validation)
+    assert f"{path}: " in caplog.text
+    assert "made again" in caplog.text
+
+
+def test_a_damaged_trained_tokenizer_is_trained_again(data_settings, tmp_path, caplog):
+    path = find_tokenizer(data_settings, None, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert find_tokenizer(data_settings, None, tmp_path) == path
+    assert path.read_bytes() == whole
+    assert "it is trained again" in caplog.text
+
+
 def test_a_trained_tokenizer_belongs_to_its_text(data_settings, corpus, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

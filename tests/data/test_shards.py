@@ -1,5 +1,6 @@
 """Shards prepared ahead: the same text, resumable, checked."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from flash.data.settings import DataKind, DataSettings, PrepareSettings, TextSou
 from flash.data.shards import Manifest, ShardedTokens, open_shards
 from flash.data.tokenizer import load_tokenizer
 from flash.errors import InputError
+from flash.records import file_digest
 
 TEXTS = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" for i in range(700)]
 
@@ -211,6 +213,37 @@ def test_unusable_shards_are_named(settings, tokenizer, tmp_path):
     (folder / "manifest.json").write_text("{", "utf-8")
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):
         open_shards(folder, tokenizer, tmp_path)
+
+
+def test_shards_of_other_values_than_tokens_are_named(settings, tokenizer, tmp_path):
+    folder = prepare(settings)
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    for odd in (np.zeros((5, 5), np.uint16), np.zeros(25, np.float32)):
+        np.save(folder / "train_00000.npy", odd)
+        shard = manifest.shards[0]
+        hashed = file_digest(folder / shard.file)
+        manifest.shards[0] = dataclasses.replace(shard, sha256=hashed)
+        manifest.write(folder)
+        with pytest.raises(InputError, match=r"train_00000\.npy: expected an array of token ids"):
+            open_shards(folder, tokenizer, tmp_path)
+
+
+def test_preparing_does_not_call_damaged_shards_finished(settings):
+    folder = prepare(settings)
+    path = folder / "validation.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"validation\.npy: is damaged; .* prepare it again"):
+        prepare(settings)
+
+
+@pytest.mark.parametrize("notes", ["5", "{", '{"train_00000.npy": 5}'])
+def test_damaged_notes_only_cost_hashing(notes, settings, tokenizer, tmp_path):
+    folder = prepare(settings)
+    first = open_shards(folder, tokenizer, tmp_path)
+    [path] = tmp_path.glob("whole_*.json")
+    path.write_text(notes, "utf-8")
+    assert open_shards(folder, tokenizer, tmp_path).digest == first.digest
 
 
 def test_the_command_prepares(files, backbone_folder, tmp_path):

@@ -374,6 +374,17 @@ def test_other_data_is_asked_again(settings, task_folder, tmp_path, monkeypatch)
     assert asked == ["choice", "choice"]
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"), [("null", "is null"), ("5", "is an integer"), ("{", "is no JSON")]
+)
+def test_a_row_that_is_no_object_is_named(row, problem, settings, task_folder, tmp_path):
+    own = tmp_path / "questions.jsonl"
+    own.write_text(f"{row}\n" + (task_folder / "data.jsonl").read_text(), "utf-8")
+    task = dataclasses.replace(CHOICE, files={"test": str(own)})
+    with pytest.raises(InputError, match=rf"choice: .*questions\.jsonl, row 1: {problem}.*mend it"):
+        evaluate(with_tasks(settings, task))
+
+
 FOLDERS = [
     "hellaswag",
     "super_glue",

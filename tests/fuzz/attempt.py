@@ -25,7 +25,8 @@ class Attempt:
         prepare: Writes the input to an empty folder and returns the arguments of `flash`.
         passes: Whether the command may end well, judged from the folder and its output.
         timeout_s: Longest time of the command [s].
-        code: Code that runs in place of `flash`'s main function, for commands in parts.
+        main: Code that runs in place of `flash`'s main function, for commands in parts.
+        must_pass: Whether the command must end well.
     """
 
     what: str
@@ -33,6 +34,7 @@ class Attempt:
     passes: Callable[[Path, str], bool] = lambda folder, output: True
     timeout_s: float = 60.0
     main: Callable[[], int] | None = None
+    must_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def fault(attempt: Attempt, ending: Ending, work: Path) -> str | None:
         return f"a line of {len(lines[0])} characters"
     if not lines[0].isprintable():
         return f"control characters: {lines[0]!r}"
-    return None
+    return f"fails: {lines[0]}" if attempt.must_pass else None
 
 
 def _last_line(text: str) -> str:

@@ -178,7 +178,7 @@ def attempts_weights(random: Random, project: Path) -> Iterator[Attempt]:
         yield changed("empty", name, old[:0].clone(), may=False)
         yield changed("of 4 dimensions", name, old[None, None], may=False)
 
-    streams = [changes(name) for name in names]
+    streams: list[Iterator[Attempt]] = [changes(name) for name in names]
     yield from islice(_shuffled(streams, random), 4 * len(names))
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -191,13 +191,13 @@ def attempts_weights(random: Random, project: Path) -> Iterator[Attempt]:
         yield attempt_of(project, file, f"a header of {size}", with_header(text, size))
     values = json_changes(header, random)
     damaged = byte_changes(content, random)
-    yield from _shuffled(
-        [
-            (attempt_of(project, file, what, with_header(to_json(new))) for what, new in values),
-            (attempt_of(project, file, what, new) for what, new in islice(damaged, 2000)),
-        ],
-        random,
+    headers: Iterator[Attempt] = (
+        attempt_of(project, file, what, with_header(to_json(new))) for what, new in values
     )
+    contents: Iterator[Attempt] = (
+        attempt_of(project, file, what, new) for what, new in islice(damaged, 2000)
+    )
+    yield from _shuffled([headers, contents], random)
 
 
 def attempts_gguf(random: Random, project: Path) -> Iterator[Attempt]:

@@ -2,24 +2,24 @@
 
 import importlib
 
-from tests.fuzz import checkpoints, results, settings
+from tests.fuzz import caches, checkpoints, results, settings, texts
 
-KINDS = {**settings.KINDS, **checkpoints.KINDS, **results.KINDS}
+KINDS = {
+    **settings.KINDS,
+    **checkpoints.KINDS,
+    **texts.KINDS,
+    **caches.KINDS,
+    **results.KINDS,
+}
 
 
 def load_all() -> None:
     """Import what commands import, so that forked processes need not."""
     for name in (
-        *(
-            "torch",
-            "lightning.pytorch",
-            "transformers",
-            "tokenizers",
-            "pyarrow.parquet",
-            "datasets",
-        ),
+        *("torch", "lightning.pytorch", "transformers", "tokenizers", "datasets"),
         *("flash.cli", "flash.config", "flash.jobs", "flash.training.run", "flash.search.run"),
         *("flash.export.run", "flash.evaluation.run", "flash.data.prepare"),
+        *("flash.data.chat", "flash.data.sources", "flash.data.logical_shards"),
         *("flash.report.command", "pyarrow.parquet"),
         *("flash.interop.gguf_folder", "flash.latency.command", "optuna", "executorch.exir"),
     ):

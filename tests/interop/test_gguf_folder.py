@@ -93,6 +93,19 @@ def rewritten(file, *, without="", **changes):
     return path
 
 
+def test_a_scale_that_is_no_number_is_refused(tmp_path):
+    tokenizer, file = source(tmp_path / "source", "smollm"), tmp_path / "model.gguf"
+    write_gguf(file, decoder("FFF", False), tokenizer=tokenizer, weight_format=GgufFormat.q4_0)
+    reader = gguf.GGUFReader(file)
+    [tensor] = [tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up.weight"]
+    content = bytearray(file.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 2] = np.float16("nan").tobytes()
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight: .* NaN or infinite"):
+        convert(file, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_no_weight_or_key_of_a_file_is_made_up(tmp_path):
     tokenizer = source(tmp_path / "source", "smollm")
     file = tmp_path / "model.gguf"

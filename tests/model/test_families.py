@@ -268,6 +268,31 @@ def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path):
         Backbone.open(settings)
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int64", "bool", "complex64", "float8_e4m3fn"])
+def test_a_tensor_of_quantized_weights_is_named(kind, tmp_path):
+    their_model("llama", True).save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(path)
+    weights[name] = weights[name].to(getattr(torch, kind))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor .*up_proj\.weight is of type"):
+        Backbone.open(BackboneSettings(name="x", weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_no_number_is_found_wherever_weights_are_read(value, tmp_path):
+    their_model("llama", True).save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    importance, weights = scores(tmp_path), load_file(path)
+    weights[name][3, 2] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    message = r"model\.safetensors: tensor .*up_proj\.weight has values that are NaN or infinite"
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+    with pytest.raises(InputError, match=message):
+        prune(tmp_path, importance, read_spec(tmp_path))
+
+
 def test_an_illegal_architecture_of_a_backbone_is_named_as_it_was_typed():
     settings = BackboneSettings(name="x", arch={**PLAIN.to_dict(), "ffn_dim": 33})
     with pytest.raises(InputError, match=r"^backbone\.arch\.ffn_dim=33: expected a multiple of 32"):

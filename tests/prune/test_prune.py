@@ -1,17 +1,19 @@
 """The prune operator against the backbone with masked channels and layers."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flash.arch import ArchSpec, Attention, parse_pattern
 from flash.errors import InputError
 from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
-from flash.prune.importance import Importance, fingerprint, score
+from flash.prune.importance import Importance, cached_scores, fingerprint, score
 from flash.prune.pruning import prune, select
 
 SPEC = ArchSpec(
@@ -127,6 +129,40 @@ def test_scores_match_the_definition(backbone):
     cosine = torch.nn.functional.cosine_similarity(seen["before"], seen["after"], dim=-1)
     torch.testing.assert_close(importance.layers[1], 1 - cosine.mean())
     torch.testing.assert_close(importance.ffn[1], seen["hidden"].abs().mean(dim=(0, 1)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scores: {**scores, "ffn": scores["ffn"][:, :-1].contiguous()},
+        lambda scores: {**scores, "ffn": scores["ffn"].half()},
+        lambda scores: {**scores, "model": scores["model"] * torch.nan},
+        lambda scores: {**scores, "layers": scores["layers"][:0]},
+        lambda scores: {"ffn": scores["ffn"]},
+    ],
+)
+def test_scores_of_other_shapes_and_values_are_computed_again(change, backbone, tmp_path, caplog):
+    folder, model, _, tokens = backbone
+    path = tmp_path / "scores.safetensors"
+    args = (path, folder, lambda: model, [tokens], 1)
+    first = cached_scores(*args)
+    about = json.dumps({"tokens": first.tokens, "backbone": first.backbone})
+    save_file(change(load_file(path)), path, {"importance": about})  # as former versions wrote
+    assert cached_scores(*args).digest == first.digest
+    assert f"{path}: " in caplog.text
+    assert "computed again" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-9], lambda whole: whole[:-9] + bytes(9)])
+def test_damaged_scores_are_computed_again(damage, backbone, tmp_path, caplog):
+    folder, model, _, tokens = backbone
+    path = tmp_path / "scores.safetensors"
+    args = (path, folder, lambda: model, [tokens], 1)
+    first = cached_scores(*args)
+    path.write_bytes(damage(path.read_bytes()))
+    assert cached_scores(*args).digest == first.digest
+    assert Importance.read(path).digest == first.digest
+    assert "computed again" in caplog.text
 
 
 def test_scores_survive_a_round_trip(backbone, tmp_path):

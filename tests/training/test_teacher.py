@@ -251,6 +251,29 @@ def test_a_damaged_file_is_named(damage, data, backbone, runs, small_parts):
         fit(make_model(), data, TOP, TRAINER, teacher=taught)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_one_line_with_workers_too(workers, data, backbone, runs, small_parts):
+    taught = teacher_of(backbone, data, TOP, TRAINER, runs)
+    path = taught.path(2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([255 - whole[-9]]) + whole[-8:])
+    data.settings.workers = workers
+    with pytest.raises(InputError, match=r"part_00002.safetensors: missing or damaged") as refused:
+        fit(make_model(), data, TOP, TRAINER, teacher=taught)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-9]])
+def test_a_cut_file_is_made_again(damage, data, backbone, runs, small_parts, counted, caplog):
+    path = teacher_of(backbone, data, TOP, TRAINER, runs).path(2)
+    whole, before = path.read_bytes(), len(counted)
+    path.write_bytes(damage(whole))
+    teacher_of(backbone, data, TOP, TRAINER, runs)
+    assert path.read_bytes() == whole
+    assert sum(counted[before:]) == 8
+    assert f"{path}: damaged" in caplog.text
+
+
 def test_a_top_k_that_cannot_be_stored_is_refused_before_work(settings, counted, tmp_path):
     with pytest.raises(InputError, match=r"kd_top_k=320: expected below the vocabulary of 320"):
         train(dataclasses.replace(settings, recipe=dataclasses.replace(TOP, kd_top_k=320)))
