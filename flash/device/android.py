@@ -74,7 +74,7 @@ class AndroidDevice(RemoteDevice):
         if not fingerprint or last is None:
             raise DeviceError(
                 f"{self.where}: has no build fingerprint or list of CPUs, as every Android has "
-                f"(found {brief(fingerprint)!r}, {brief(possible)!r})"
+                f"(found '{fingerprint}', '{possible}')"
             )
         cores = int(last[1]) + 1
         self._check_cores(cores)

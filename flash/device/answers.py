@@ -96,7 +96,11 @@ def read_answer(schema: type[T], text: str, label: str) -> T:
     try:
         return parse_json(schema, text)
     except InputError as error:
-        raise DeviceError(f"{label}: answers with nonsense: {brief(str(error))}") from error
+        raise _nonsense(label, str(error)) from error
+
+
+def _nonsense(label: str, problem: str) -> DeviceError:
+    return DeviceError(f"{label}: the device answers with nonsense: {brief(problem)}")
 
 
 def read_result(text: str, job: dict[str, Any], label: str) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def read_result(text: str, job: dict[str, Any], label: str) -> dict[str, Any]:
             problem = _lack_of_scores(scored.answers, job)
             result = {"answers": [vars(score) for score in scored.answers]}
     if problem is not None:
-        raise DeviceError(f"{label}: answers with nonsense: {problem}")
+        raise _nonsense(label, problem)
     return result
 
 

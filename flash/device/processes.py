@@ -13,7 +13,7 @@ from flash.errors import DeviceError, InputError, printable
 
 LARGEST_OUTPUT = 256 << 20
 """Most bytes that a process may print; the largest honest answers are results with logits."""
-_LOOK_S = 0.05
+_LOOK_S = 0.2
 """Time between two looks at a running process [s]."""
 _LONGEST_TEXT = 300
 """Most characters of foreign text that an error repeats."""
