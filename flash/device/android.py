@@ -6,6 +6,7 @@ waits until the phone is cool, and a process during which the phone throttled is
 counted.
 """
 
+import logging
 import re
 import shlex
 import shutil
@@ -18,15 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from flash.device import llama_main, thermal
+from flash.device.answers import check_clock
 from flash.device.base import check_files, check_loaded
 from flash.device.host import exit_reason
 from flash.device.measurement import Program
+from flash.device.processes import Output, brief, run_bounded
 from flash.device.remote import (
     ConnectionLost,
-    Output,
     RemoteDevice,
     content_name,
-    run_client,
     sha256_of,
     unit_of,
 )
@@ -37,6 +38,7 @@ PROPERTIES = (
     *("ro.product.model", "ro.soc.model", "ro.board.platform"),
     *("ro.build.fingerprint", "ro.serialno"),
 )
+log = logging.getLogger(__name__)
 POLL_S = 3.0
 """Time between two readings of a phone that cools down [s]."""
 # Words in the output of a llama_main that refuses a program.
@@ -59,6 +61,7 @@ class AndroidDevice(RemoteDevice):
         weakref.finalize(self, shutil.rmtree, self._prompt_files, ignore_errors=True)
         self._serial: str | None = None
         self._throttled = 0
+        self._thermal_logged = False
 
     @property
     def where(self) -> str:
@@ -66,11 +69,14 @@ class AndroidDevice(RemoteDevice):
 
     def _identify(self) -> dict[str, str | int]:
         """Model, unit, chip, cores, threads, CPUs, build and runner of the phone."""
-        asked = "; ".join(shlex.join(["getprop", name]) for name in PROPERTIES)
-        script = f"{asked}; cat /sys/devices/system/cpu/possible"
-        answer = self._retrying(lambda: self._ask(script)).split("\n")
-        model, chip, platform, fingerprint, serial, possible = (*answer, *[""] * 6)[:6]
-        cores = int(possible.rpartition("-")[2] or 0) + 1
+        model, chip, platform, fingerprint, serial, possible = self._properties()
+        last = re.fullmatch(r"(?:.*[-,])?(\d{1,4})", possible)
+        if not fingerprint or last is None:
+            raise DeviceError(
+                f"{self.where}: has no build fingerprint or list of CPUs, as every Android has "
+                f"(found '{fingerprint}', '{possible}')"
+            )
+        cores = int(last[1]) + 1
         self._check_cores(cores)
         return {
             "device": self.settings.name,
@@ -84,6 +90,17 @@ class AndroidDevice(RemoteDevice):
             "runtime": f"llama_main {sha256_of(self._runner)[:12]}",
         }
 
+    def _properties(self) -> list[str]:
+        """Values of `PROPERTIES` and the range of CPUs; "" for what the phone does not say."""
+        asked = (
+            f"for p in {shlex.join(PROPERTIES)}; do "
+            'echo "$p=$(getprop "$p" 2>/dev/null)"; done; '
+            "echo cpus=$(cat /sys/devices/system/cpu/possible 2>/dev/null); true"
+        )
+        answer = f"\n{self._retrying(lambda: self._ask(asked))}"
+        rests = [answer.partition(f"\n{name}=")[2] for name in (*PROPERTIES, "cpus")]
+        return [brief(rest.partition("\n")[0].strip()) for rest in rests]
+
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
         """Run a measuring job; each sample is a fresh process of llama_main.
 
@@ -94,7 +111,7 @@ class AndroidDevice(RemoteDevice):
         self._check_job(job, programs)
         check_files(programs)
         self.identity()
-        started, self._throttled = time.time(), 0
+        started, began, self._throttled = time.time(), time.monotonic(), 0
         before = self._read()
         points = [(phase, tokens, f"{phase}_{tokens}") for phase, tokens in job["points"]]
         samples = {p.name: {name: [] for _, _, name in points} for p in programs}
@@ -120,7 +137,7 @@ class AndroidDevice(RemoteDevice):
             "peak_rss_kib": peak_kib,
             "samples": samples,
             "load_average": 0.0,
-            "process": {"wall_s": time.time() - started},
+            "process": {"wall_s": time.monotonic() - began},
             "device": {
                 "throttled": self._throttled,
                 "before": vars(before),
@@ -219,9 +236,10 @@ class AndroidDevice(RemoteDevice):
         marked = f'echo $$ > {pid}; exec "$@"'
         kill = (
             f"p=$(cat {pid} 2>/dev/null) && rm -f {pid} && "
-            f"grep -q {content_name(self._runner)} /proc/$p/cmdline && kill -9 $p"
+            f"grep -q {shlex.quote(content_name(self._runner))} /proc/$p/cmdline && kill -9 $p"
         )
         self._shell_quietly(kill)
+        began = time.monotonic()
         try:
             output = self._shell(shlex.join(["sh", "-c", marked, "sh", *command]),
                                  timeout_s=timeout_s)  # fmt: skip
@@ -236,10 +254,11 @@ class AndroidDevice(RemoteDevice):
         except BaseException:  # Ctrl-C: leave no process behind
             self._forget(kill)
             raise
-        run = llama_main.parse(output.out, output.err) if output.code == 0 else None
+        elapsed_s = time.monotonic() - began
+        run = llama_main.parse(output.out, output.err, label) if output.code == 0 else None
         if run is None:
-            self._explain(output, label)
-        assert run is not None
+            raise self._explained(output, label)
+        check_clock((run.prefill_ms + run.decode_ms * run.steps) / 1e3, elapsed_s, label)
         return run
 
     def _shell_quietly(self, script: str) -> None:
@@ -253,21 +272,30 @@ class AndroidDevice(RemoteDevice):
         except subprocess.TimeoutExpired:
             raise ConnectionLost("no answer") from None
 
-    def _explain(self, output: Output, label: str) -> None:
-        """Raise the error for a llama_main that printed no statistics.
+    def _explained(self, output: Output, label: str) -> Exception:
+        """The error for a llama_main that printed no statistics.
 
         Raises:
             InputError: It could not load the program.
-            DeviceError: It failed for any other reason.
         """
         if 0 <= output.code < 126 and _UNLOADABLE.search(output.out + output.err):
             error = f"{label}: cannot be loaded ({output.last_line})"
             check_loaded({"error": error, "runtime": self.identity()["runtime"]})
         reason = exit_reason(output.code, f"{output.out}\n{output.err}")
-        raise DeviceError(f"{label}: {reason}; `adb logcat` on {self.where} may say more")
+        return DeviceError(f"{label}: {reason}; `adb logcat` on {self.where} may say more")
 
     def _read(self) -> thermal.Thermal:
-        return thermal.parse(self._retrying(lambda: self._ask(thermal.SCRIPT)))
+        """Read temperature and clocks; the first time, log how the temperature is read."""
+        now = thermal.parse(self._retrying(lambda: self._ask(thermal.SCRIPT)))
+        if not self._thermal_logged:
+            self._thermal_logged = True
+            if now.celsius is None:
+                log.warning(
+                    "%s: no sensor shows a plausible temperature; it is not kept cool", self.where
+                )
+            else:
+                log.info("%s: %s %.1f C, read as %s", self.where, now.sensor, now.celsius, now.unit)
+        return now
 
     def _wait_until_cool(self) -> None:
         """Wait until the phone is below its temperature limit and no clock is limited.
@@ -325,7 +353,7 @@ class AndroidDevice(RemoteDevice):
             ConnectionLost: The adb server fails or does not answer.
         """
         try:
-            output = run_client(self._adb("devices"), 60.0)
+            output = run_bounded(self._adb("devices"), 60.0)
         except subprocess.TimeoutExpired:
             raise ConnectionLost("the adb server does not answer") from None
         if output.code != 0:
@@ -334,7 +362,7 @@ class AndroidDevice(RemoteDevice):
         return {serial: state.strip() for serial, state in pairs}
 
     def _execute(self, script: str, timeout_s: float, stdin: IO[bytes] | int) -> Output:
-        return run_client(self._adb("-s", self._chosen(), "shell", script), timeout_s, stdin)
+        return run_bounded(self._adb("-s", self._chosen(), "shell", script), timeout_s, stdin)
 
     def _failure(self, output: Output) -> Exception:
         if "unauthorized" in output.err:
@@ -353,7 +381,7 @@ class AndroidDevice(RemoteDevice):
         limit_s = self._android.push_timeout_s
         command = self._adb("-s", self._chosen(), "push", str(path), part)
         try:
-            output = run_client(command, limit_s)
+            output = run_bounded(command, limit_s)
         except subprocess.TimeoutExpired:
             raise ConnectionLost(f"{path.name} was not copied within {limit_s:.0f} s") from None
         text = output.out + output.err
@@ -380,7 +408,7 @@ class AndroidDevice(RemoteDevice):
 
     def _call(self, *words: str) -> None:
         try:
-            run_client(self._adb(*words), 30.0)
+            run_bounded(self._adb(*words), 30.0)
         except subprocess.TimeoutExpired:
             raise ConnectionLost("the adb server does not answer") from None
 

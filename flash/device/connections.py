@@ -50,6 +50,10 @@ class SshSettings:
         if self.port is not None:
             require(0 < self.port < 65536, "port", self.port, "1 to 65535")
         _check_word("python", self.python)
+        for name in ("python", "folder"):
+            value = getattr(self, name)
+            meant = "a path from the home folder, without ~, or from /"
+            require(not value.startswith("~"), name, repr(value), meant)
         timeout = self.connect_timeout_s
         require(timeout >= 1, "connect_timeout_s", timeout, "1 or more")
         _check_common(self)
@@ -98,7 +102,8 @@ class AndroidSettings:
 
     def __post_init__(self) -> None:
         if self.serial is not None:
-            _check_name("serial", self.serial)
+            _check_word("serial", self.serial, "a serial number as `adb devices` lists it")
+        _check_word("adb", self.adb)
         if self.server_port is not None:
             port = self.server_port
             require(0 < port < 65536, "server_port", port, "1 to 65535")
@@ -131,6 +136,8 @@ def _check_name(key: str, value: str) -> None:
     require(_NAME.fullmatch(value) is not None, key, repr(value), "a name or an address")
 
 
-def _check_word(key: str, value: str) -> None:
-    legal = value != "" and value.isprintable() and not value.startswith("-")
-    require(legal, key, repr(value), "a path without a leading dash or control characters")
+def _check_word(
+    key: str, value: str, meant: str = "a path without a leading dash or control characters"
+) -> None:
+    legal = value.strip() != "" and value.isprintable() and not value.startswith("-")
+    require(legal, key, repr(value), meant)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from flash.device import system_info
+from flash.device.answers import read_result
 from flash.device.base import Device, check_files, check_loaded
 from flash.device.measurement import Program
+from flash.device.processes import TooMuchOutput, brief, run_bounded
 from flash.errors import DeviceError
 from flash.log_filters import is_noise
 
@@ -32,7 +34,7 @@ class HostDevice(Device):
             "device": self.settings.name,
             **probed,
             "threads": self.settings.threads,
-            "cpus": ",".join(map(str, self.settings.cpus or ())),
+            "cpus": ",".join(map(str, self.settings.chosen_cpus or ())),
         }
 
     @property
@@ -49,7 +51,10 @@ class HostDevice(Device):
             command = [sys.executable, str(RUNNER), str(job_path), str(result_path)]
             label = ", ".join(program.name for program in programs)
             run_process(command, self.settings.variables, self.timeout_s(job), label)
-            return check_loaded(json.loads(result_path.read_text(encoding="utf-8")))
+            if not result_path.is_file():
+                raise DeviceError(f"{label}: the runner ended without a result")
+            text = result_path.read_text(encoding="utf-8", errors="replace")
+            return check_loaded(read_result(text, job, label))
 
 
 def run_process(
@@ -71,33 +76,24 @@ def run_process(
         text: Input on stdin.
 
     Raises:
-        DeviceError: The child exited with a code other than 0 or took longer than `timeout_s`.
+        DeviceError: The child exited with a code other than 0, took longer than `timeout_s`, or
+            printed too much.
     """
-    with subprocess.Popen(
-        command,
-        env={**os.environ, **variables},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-    ) as child:
+    with tempfile.TemporaryFile() as stdin:
+        stdin.write(text.encode())
+        stdin.seek(0)
         try:
-            out, err = child.communicate(text, timeout=timeout_s)
+            output = run_bounded(command, timeout_s, stdin, {**os.environ, **variables})
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
             raise DeviceError(
                 f"{label}: no result after {timeout_s:.0f} s; if the device is just slow, raise "
                 "device.run_timeout_s"
             ) from None
-        except BaseException:  # Ctrl-C included: leave no process behind
-            child.kill()
-            child.wait()
-            raise
-    if child.returncode != 0:
-        raise DeviceError(f"{label}: {exit_reason(child.returncode, err)}")
-    return out, err
+        except TooMuchOutput as error:
+            raise DeviceError(f"{label}: {error}") from None
+    if output.code != 0:
+        raise DeviceError(f"{label}: {exit_reason(output.code, output.err)}")
+    return output.out, output.err
 
 
 def exit_reason(code: int, stderr: str) -> str:
@@ -108,7 +104,8 @@ def exit_reason(code: int, stderr: str) -> str:
             "lower latency.group_size or device.lowering.max_context, or choose a smaller model"
         )
     lines = [line for line in stderr.splitlines() if line.strip() and not is_noise(line)]
-    return f"the runner exited with code {code}: {' | '.join(lines[-3:]) or 'it printed nothing'}"
+    said = " | ".join(brief(line) for line in lines[-3:])
+    return f"the runner exited with code {code}: {said or 'it printed nothing'}"
 
 
 @cache

@@ -5,20 +5,19 @@ and then a line of statistics with time stamps in whole milliseconds. Two times 
 runner.py: the TTFT includes tokenization, and a decode step includes the choice of the token.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flash.errors import InputError
+from flash.device.answers import read_answer
+from flash.errors import InputError, require
 from flash.model.tokenizer import read_backend
 
 STATISTICS = "PyTorchObserver "
 """Prefix of the line of statistics."""
 # In most vocabularies at least one of these is a token that stays one token when it is repeated.
 _PIECES = (" the", " a", "\n", "a ", " x", "a", "x", "0", ".", "the ")
-_RSS = re.compile(r"RSS after (?:loading model|finishing text generation): ([0-9.]+) MiB")
+_RSS = re.compile(r"RSS after (?:loading model|finishing text generation): (\d{1,9}(?:\.\d+)?) MiB")
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,55 @@ def arguments(
     ]
 
 
-def parse(out: str, err: str) -> Run | None:
-    """Read the output of llama_main; None if it holds no statistics."""
+@dataclass(frozen=True)
+class _Statistics:
+    """Numbers of tokens and time stamps that llama_main prints."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    model_load_start_ms: int
+    model_load_end_ms: int
+    inference_start_ms: int
+    prompt_eval_end_ms: int
+    inference_end_ms: int
+    SCALING_FACTOR_UNITS_PER_SECOND: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "generated_tokens"):
+            require(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "0 or more")
+        scale = self.SCALING_FACTOR_UNITS_PER_SECOND
+        require(0 < scale <= 10**9, "SCALING_FACTOR_UNITS_PER_SECOND", scale, "1 or more")
+        names = ("inference_start_ms", "prompt_eval_end_ms", "inference_end_ms")
+        for first, second in (names[:2], names[1:], ("model_load_start_ms", "model_load_end_ms")):
+            start, end = getattr(self, first), getattr(self, second)
+            expected = f"at least {first}={start}; the clock has jumped"
+            require(abs(end) < 2**63 and start <= end, second, end, expected)
+
+
+def parse(out: str, err: str, label: str) -> Run | None:
+    """Read the output of llama_main; None if it holds no statistics.
+
+    Args:
+        out: Its stdout.
+        err: Its stderr.
+        label: Name of the program in errors.
+
+    Raises:
+        DeviceError: The statistics are damaged or impossible.
+    """
     _, found, rest = out.rpartition(STATISTICS)
     if not found:
         return None
-    values: dict[str, Any] = json.loads(rest.splitlines()[0])
-    per_ms = values.get("SCALING_FACTOR_UNITS_PER_SECOND", 1000) / 1e3
-    steps = values["generated_tokens"]
-    decoding = (values["inference_end_ms"] - values["prompt_eval_end_ms"]) / per_ms
+    values = read_answer(_Statistics, rest.partition("\n")[0], label)
+    per_ms = values.SCALING_FACTOR_UNITS_PER_SECOND / 1e3
+    steps = values.generated_tokens
+    decoding = (values.inference_end_ms - values.prompt_eval_end_ms) / per_ms
     rss = [round(float(mib) * 1024) for mib in _RSS.findall(out + err)] or [0]
     return Run(
-        prompt_tokens=values["prompt_tokens"],
+        prompt_tokens=values.prompt_tokens,
         steps=steps,
-        load_ms=(values["model_load_end_ms"] - values["model_load_start_ms"]) / per_ms,
-        prefill_ms=(values["prompt_eval_end_ms"] - values["inference_start_ms"]) / per_ms,
+        load_ms=(values.model_load_end_ms - values.model_load_start_ms) / per_ms,
+        prefill_ms=(values.prompt_eval_end_ms - values.inference_start_ms) / per_ms,
         decode_ms=decoding / max(steps, 1),
         rss_kib=(rss[0], max(rss)),
     )

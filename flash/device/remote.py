@@ -9,20 +9,19 @@ not.
 import functools
 import logging
 import os
+import re
 import secrets
 import shlex
 import subprocess
-import tempfile
-import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, TypeVar
 
 from flash.device.base import Device
 from flash.device.connections import AndroidSettings, SshSettings
+from flash.device.processes import Output, TooMuchOutput, brief
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
 from flash.records import digest, file_digest
@@ -33,8 +32,6 @@ LONGEST_WAIT_S = 30.0
 """Longest pause before another try [s]."""
 IN_USE_S = 3600
 """Time after its last use for which a file is kept, since another client may need it [s]."""
-# Printed after a command: a client that lost the device also exits with code 255 or 1.
-_MARK = "\nflash-exit:"
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -42,75 +39,6 @@ log = logging.getLogger(__name__)
 
 class ConnectionLost(Exception):
     """The connection failed, and not the command that ran over it; another try may succeed."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """Result of a finished command.
-
-    Attributes:
-        code: Exit code.
-        out: Text on stdout.
-        err: Text on stderr, from the command or from the client program.
-    """
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last_line(self) -> str:
-        """The last line that is not blank."""
-        lines = [line for line in (self.out + "\n" + self.err).splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "no message"
-
-
-def run_client(
-    command: list[str], timeout_s: float, stdin: IO[bytes] | int = subprocess.DEVNULL
-) -> Output:
-    """Run ssh or adb to its end.
-
-    Args:
-        command: Program and arguments.
-        timeout_s: Time after which it is killed [s].
-        stdin: Its input. `subprocess.PIPE` is a pipe that stays open and empty, so that the other
-            end sees end-of-file only when this process or the connection dies.
-
-    Raises:
-        InputError: This machine has no such program.
-        subprocess.TimeoutExpired: The command took longer than `timeout_s`.
-    """
-    # Files instead of pipes: both clients leave helpers behind that would keep a pipe open.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
-            child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err)
-        except FileNotFoundError:
-            raise InputError(
-                f"{command[0]}: no such program on this machine; install it (Debian's "
-                "openssh-client for ssh, adb for phones)"
-            ) from None
-        late = threading.Event()
-        # `wait` with a time-out looks only every 50 ms, longer than most commands take.
-        timer = threading.Timer(timeout_s, lambda: (late.set(), child.kill()))
-        timer.daemon = True
-        timer.start()
-        try:
-            code = child.wait()
-        except BaseException:  # Ctrl-C included: leave no process behind
-            child.kill()
-            child.wait()
-            raise
-        finally:
-            timer.cancel()
-            if child.stdin is not None:
-                child.stdin.close()
-        if late.is_set():
-            raise subprocess.TimeoutExpired(command, timeout_s)
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode("utf-8", "replace"))
-    return Output(code, *texts)
 
 
 class RemoteDevice(Device):
@@ -167,14 +95,28 @@ class RemoteDevice(Device):
         Raises:
             ConnectionLost: The connection failed.
             InputError: The client refuses, for example because of a wrong name or key.
+            DeviceError: It printed too much.
             subprocess.TimeoutExpired: The line took longer than `timeout_s`.
         """
-        mark = shlex.quote(_MARK.replace("\n", "\\n") + "%d\\n")
-        output = self._execute(f'({script}\n); printf {mark} "$?"', timeout_s, stdin)
-        out, found, code = output.out.rpartition(_MARK)
-        if not found:
+        # A client that lost the device also exits with code 255 or 1, so the code is printed. Only
+        # what stands between the marks is ours: login shells print greetings before and after it.
+        # The marks are new each time, so that no other command's answer is taken for this one's.
+        mark = secrets.token_hex(8)
+        marked = (
+            f"printf '\\n%s\\n' flash-begin:{mark}; ({script}\n); "
+            f"printf '\\n%s%d\\n' flash-exit:{mark}: \"$?\""
+        )
+        try:
+            # `sh`, as the login shell may be another, such as fish.
+            output = self._execute(shlex.join(["exec", "sh", "-c", marked]), timeout_s, stdin)
+        except TooMuchOutput as error:
+            raise DeviceError(f"{self.where}: {error}; see what prints so much there") from None
+        text = output.out.replace("\r\n", "\n")  # of terminals, as phones before Android 7 have
+        pattern = rf"\nflash-begin:{mark}\n(.*)\nflash-exit:{mark}:(\d{{1,3}})\n"
+        found = re.search(pattern, text, re.DOTALL)
+        if found is None:
             raise self._failure(output)
-        return Output(int(code), out, output.err)
+        return Output(int(found[2]), found[1], output.err)
 
     def _ask(self, script: str, stdin: IO[bytes] | int = subprocess.DEVNULL) -> str:
         """Return stdout of a short line of shell, which must succeed.
@@ -193,10 +135,16 @@ class RemoteDevice(Device):
 
     def refused(self, output: Output) -> DeviceError:
         """Make the error for one of our own commands that failed on the device."""
-        if "No space left" in output.out + output.err:
+        text = output.out + output.err
+        if "No space left" in text:
             return DeviceError(
                 f"{self.where}: its storage is full; free some there (our files are in "
                 f"{self._link.folder}), or lower device's keep_mib"
+            )
+        if "Read-only file system" in text or "Permission denied" in text:
+            return DeviceError(
+                f"{self.where}: the folder {self._link.folder} cannot be written "
+                f"({output.last_line}); name another as device.{self.settings.kind.name}.folder"
             )
         return DeviceError(f"{self.where}: exit code {output.code}: {output.last_line}")
 
@@ -229,7 +177,8 @@ class RemoteDevice(Device):
     def _place(self, paths: Iterable[Path]) -> dict[Path, str]:
         """Send the files that the device lacks, and return the path of each file on the device."""
         names = {path: content_name(path) for path in paths}
-        missing = self._retrying(lambda: self._missing(set(names.values())))
+        sizes = {name: path.stat().st_size for path, name in names.items()}
+        missing = self._retrying(lambda: self._missing(sizes))
         for path, name in names.items():
             if name in missing:
                 missing.discard(name)
@@ -237,14 +186,20 @@ class RemoteDevice(Device):
                 self._retrying(lambda: self._trim(set(names.values())))
         return {path: self._path("files", name) for path, name in names.items()}
 
-    def _missing(self, names: set[str]) -> set[str]:
-        """Names of files that are not on the device; the others count as used now."""
+    def _missing(self, sizes: Mapping[str, int]) -> set[str]:
+        """Names of files that are not on the device; the others count as used now.
+
+        A file of another size has lost its content in a power cut.
+        """
         folder = shlex.quote(self._path("files"))
+        pairs = shlex.join(f"{size}:{name}" for name, size in sorted(sizes.items()))
         script = (
-            f"mkdir -p {folder} && cd {folder} && for f in {shlex.join(sorted(names))}; do "
-            'if [ -f "$f" ]; then touch "$f"; else echo "$f"; fi; done'
+            f"mkdir -p {folder} && cd {folder} && [ -w . ] || {{ echo 'Permission denied' >&2; "
+            f'exit 1; }}; for p in {pairs}; do f="${{p#*:}}"; '
+            'if [ "$(stat -c %s "$f" 2>/dev/null)" = "${p%%:*}" ]; then touch "$f"; '
+            'else echo "$f"; fi; done'
         )
-        return set(self._ask(script).split())
+        return set(self._ask(script).splitlines())
 
     def _send(self, path: Path, name: str) -> None:
         target = self._path("files", name)
@@ -256,7 +211,7 @@ class RemoteDevice(Device):
             raise
         quoted, digest = shlex.quote(part), sha256_of(path)
         script = (
-            f'sum=$(sha256sum < {quoted} | cut -c1-64); if [ "$sum" = {digest} ]; then '
+            f'sum=$(sha256sum < {quoted}) || exit; if [ "${{sum%% *}}" = {digest} ]; then '
             f"chmod 755 {quoted} && mv {quoted} {shlex.quote(target)}; "
             f"else rm -f {quoted}; echo damaged; fi"
         )
@@ -269,18 +224,32 @@ class RemoteDevice(Device):
         answer = self._ask(
             f"cd {folder} && date +%s && for f in *; do stat -c '%Y %s %n' \"$f\"; done"
         )
-        first, *lines = answer.split("\n")
-        files = sorted(line.split(" ", 2) for line in lines if line.count(" ") >= 2)
-        total = sum(int(size) for _, size, _ in files)
+        first, *lines = answer.splitlines()
+        now = self._number(first)
+        found = (re.fullmatch(r"(-?\d{1,18}) (\d{1,18}) (.+)", line) for line in lines)
+        files = sorted((int(f[1]), int(f[2]), f[3]) for f in found if f is not None)
+        total = sum(size for _, size, _ in files)
         doomed = []
         for used, size, name in files:
-            idle = int(first) - int(used) > IN_USE_S
+            # A time to come is one from before the board's clock was set.
+            idle = abs(now - used) > IN_USE_S
             over = total > self._link.keep_mib << 20 or name.endswith(".part")
             if idle and over and name not in needed:
                 doomed.append(name)
-                total -= int(size)
+                total -= size
         if doomed:
             self._ask(f"cd {folder} && {shlex.join(['rm', '-f', '--', *doomed])}")
+
+    def _number(self, text: str) -> int:
+        """Convert an answer of the device.
+
+        Raises:
+            DeviceError: It is no number.
+        """
+        found = re.fullmatch(r"\s*(\d{1,18})\s*", text)
+        if found is None:
+            raise DeviceError(f"{self.where}: expected a number, answers {brief(text)!r}")
+        return int(found[1])
 
     def _forget(self, script: str) -> None:
         """Clean up on the device if it can be reached; a failure is only logged."""
@@ -305,8 +274,9 @@ class RemoteDevice(Device):
 
 
 def content_name(path: Path) -> str:
-    """Name of a file on devices: the first digits of its SHA-256, and its suffix."""
-    return sha256_of(path)[:32] + path.suffix
+    """Name of a file on devices: the first digits of its SHA-256, and its suffix if it is plain."""
+    known = re.fullmatch(r"\.\w+", path.suffix, re.ASCII)  # others would be words of a shell
+    return sha256_of(path)[:32] + (path.suffix if known else "")
 
 
 def unit_of(serial: str) -> str:

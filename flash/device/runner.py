@@ -296,7 +296,10 @@ def run(job):
     started = time.time()
     clock = Clock()
     if job["cpus"] and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, job["cpus"])
+        try:
+            os.sched_setaffinity(0, job["cpus"])
+        except OSError as error:
+            sys.exit(f"device.cpus={job['cpus']}: this device does not offer them ({error})")
     prepare(job["threads"])
     result: dict[str, Any] = {"started": started, "start_ms": clock.read()["wall_s"] * 1e3}
     result["runtime"] = runtime_version()

@@ -1,5 +1,6 @@
 """Config group `device`: a device, the format of its programs, and how they are timed."""
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, field
@@ -145,6 +146,13 @@ class DeviceSettings:
             return _own_cpus()[-self.threads :]  # interrupts tend to be served by the first
         return self.cpus
 
+    @property
+    def chosen_cpus(self) -> list[int] | None:
+        """CPUs that belong to the identity: those of `cpus`, or of a mask such as taskset's."""
+        if self.cpus is None and self.kind is DeviceKind.host and _own_cpus() != _all_cpus():
+            return self.pinned
+        return self.cpus
+
 
 def thread_variables(threads: int) -> dict[str, str]:
     """Environment variables for the size of the thread pools of BLAS and OpenMP."""
@@ -155,4 +163,12 @@ def _own_cpus() -> list[int]:
     """CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _all_cpus() -> list[int]:
+    """CPUs of this machine or container: those that its first process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):
+            return sorted(os.sched_getaffinity(1))
     return list(range(os.cpu_count() or 1))

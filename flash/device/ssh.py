@@ -3,20 +3,24 @@
 All commands share one connection (ControlMaster), so that a login is not repeated for each.
 """
 
+import contextlib
 import json
 import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from flash.device.answers import Probe, check_clock, claimed_s, read_answer, read_result
 from flash.device.base import check_files, check_loaded
 from flash.device.host import RUNNER, exit_reason
 from flash.device.measurement import Program
-from flash.device.remote import ConnectionLost, Output, RemoteDevice, run_client, unit_of
+from flash.device.processes import Output, run_bounded
+from flash.device.remote import ConnectionLost, RemoteDevice, unit_of
 from flash.device.settings import DeviceSettings
 from flash.errors import DeviceError, InputError
 
@@ -60,18 +64,20 @@ class SshDevice(RemoteDevice):
     def _identify(self) -> dict[str, str | int]:
         """Processor, unit, cores, threads, CPUs, system and runtime of the board."""
         probed = self._retrying(self._probe)
-        machine = self._retrying(lambda: self._ask("cat /etc/machine-id 2>/dev/null || uname -n"))
-        self._check_cores(probed["cores"])
-        self.check_huge_pages(probed["no_huge_pages"])
+        # An image that was copied to many boards may have an empty file.
+        name = "grep . /etc/machine-id 2>/dev/null || uname -n"
+        machine = self._retrying(lambda: self._ask(name))
+        self._check_cores(probed.cores)
+        self.check_huge_pages(probed.no_huge_pages)
         return {
             "device": self.settings.name,
-            "cpu": probed["cpu"],
+            "cpu": probed.cpu,
             "unit": unit_of(machine.strip()),  # the same by any of its addresses
-            "cores": probed["cores"],
+            "cores": probed.cores,
             "threads": self.settings.threads,
             "cpus": ",".join(map(str, self.settings.pinned or ())),
-            "system": probed["system"],
-            "runtime": probed["runtime"],
+            "system": probed.system,
+            "runtime": probed.runtime,
         }
 
     def run(self, job: dict[str, Any], programs: Sequence[Program]) -> dict[str, Any]:
@@ -102,11 +108,17 @@ class SshDevice(RemoteDevice):
                 file.seek(0)
                 script = f"mkdir -p {shlex.quote(folder)} && cat > {shlex.quote(job_path)}"
                 self._ask(script, stdin=file)
+            began = time.monotonic()
             output = self._shell(shlex.join(command), timeout_s=timeout_s, stdin=subprocess.PIPE)
+            elapsed_s = time.monotonic() - began
+            if "No space left" in output.err:
+                raise self.refused(output)
             if output.code != 0:
                 raise DeviceError(f"{label}: {exit_reason(output.code, output.err)}")
-            fetch = f"cat {shlex.quote(result_path)} && {forget}"
-            return json.loads(self._ask(fetch))
+            text = self._ask(f"cat {shlex.quote(result_path)} && {forget}")
+            result = read_result(text, job, label)
+            check_clock(claimed_s(result), elapsed_s, label)
+            return result
         except BaseException as error:
             self._forget(forget)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -116,11 +128,12 @@ class SshDevice(RemoteDevice):
                 ) from None
             raise
 
-    def _probe(self) -> dict[str, Any]:
+    def _probe(self) -> Probe:
         """Ask the board's Python for processor, cores, system and runtime.
 
         Raises:
             InputError: The board lacks that Python, or the Python lacks ExecuTorch or torch.
+            DeviceError: The Python fails, or its answer is none.
         """
         python = self._ssh.python
         try:
@@ -132,10 +145,13 @@ class SshDevice(RemoteDevice):
                 f"device.ssh.python={python}: no such program on {self.where}; name one of an "
                 "environment there that has executorch and torch"
             )
+        label = f"device.ssh.python={python} on {self.where}"
         if output.code != 0:
-            raise self.refused(output)
-        probed = json.loads(output.out)
-        if not probed["runtime"]:
+            raise DeviceError(f"{label}: exit code {output.code}: {output.last_line}")
+        # A Python may print a greeting too, for example in its sitecustomize.
+        lines = [line for line in output.out.splitlines() if line.startswith("{")]
+        probed = read_answer(Probe, lines[-1] if lines else output.out, label)
+        if not probed.runtime:
             raise InputError(
                 f"device.ssh.python={python}: has no executorch with torch on {self.where}; there "
                 f"run `{python} -m pip install executorch==1.5.1 torch==2.13.0`, or name another "
@@ -153,6 +169,7 @@ class SshDevice(RemoteDevice):
             "ServerAliveInterval": "5",
             "ServerAliveCountMax": "3",
             "LogLevel": "ERROR",
+            "RemoteCommand": "none",
             "ControlMaster": "auto",
             "ControlPath": f"{self._control}/c",
             "ControlPersist": "60",  # [s]; ends the connection if we are killed
@@ -173,7 +190,7 @@ class SshDevice(RemoteDevice):
         return [*command, "--", ssh.host]
 
     def _execute(self, script: str, timeout_s: float, stdin: IO[bytes] | int) -> Output:
-        return run_client([*self._command, script], timeout_s, stdin)
+        return run_bounded([*self._command, script], timeout_s, stdin)
 
     def _failure(self, output: Output) -> Exception:
         text = output.err
@@ -193,12 +210,19 @@ class SshDevice(RemoteDevice):
                 f"device.ssh.identity: {self.where} refuses the key; put the public one into "
                 "~/.ssh/authorized_keys there (`ssh-copy-id`), or name another key or user"
             )
+        # Without the mark of its begin a command has not run; other codes are a login shell's own.
+        if "flash-begin:" not in output.out and 0 <= output.code < 255:
+            return DeviceError(
+                f"{self.where}: its login shell runs no commands (exit code {output.code}: "
+                f"{output.last_line}); expected a shell such as sh, bash or fish"
+            )
         return ConnectionLost(f"connection failed: {Output(0, '', text).last_line}")
 
     def _copy(self, path: Path, part: str) -> None:
         """Append the bytes that `part` lacks, so that an interrupted copy continues."""
         quoted = shlex.quote(part)
-        there = int(self._ask(f"if [ -f {quoted} ]; then stat -c %s {quoted}; else echo 0; fi"))
+        size = f"if [ -f {quoted} ]; then stat -c %s {quoted}; else echo 0; fi"
+        there = self._number(self._ask(size))
         with open(path, "rb", buffering=0) as file:
             file.seek(there)
             try:
@@ -224,12 +248,12 @@ def _option_path(path: str) -> str:
 
 def _exit_master(command: list[str]) -> None:
     """Tell the process that holds the shared connection to end."""
-    arguments = [command[0], "-O", "exit", *command[1:]]
-    subprocess.run(arguments, capture_output=True, check=False, timeout=30)
+    with contextlib.suppress(subprocess.TimeoutExpired, InputError, DeviceError):
+        run_bounded([command[0], "-O", "exit", *command[1:]], 10.0)
 
 
 def _close_connection(command: list[str], folder: str) -> None:
     """Close the shared connection, if there is one, and remove its folder."""
-    if any(Path(folder).iterdir()):
+    if Path(folder, "c").exists():
         _exit_master(command)
     shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,6 @@ the continuation and then the runner's statistics. `generate_text` runs this scr
 process.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ def generate_text(
         end-of-text token if the program stopped there. The runner omits unprintable characters.
 
     Raises:
-        DeviceError: The runner failed or took longer than 10 minutes.
+        DeviceError: The runner failed, took longer than 10 minutes, or printed no statistics.
     """
+    from flash.device.answers import read_answer
     from flash.device.host import run_process
     from flash.device.settings import thread_variables
     from flash.model.tokenizer import added_tokens, read_backend
@@ -38,7 +38,7 @@ def generate_text(
     command = [sys.executable, script, str(path), str(tokenizer), str(new_tokens), str(len(prefix))]
     out, _ = run_process(command, thread_variables(threads), 600.0, path.name, text=prompt)
     text, _, statistics = out.rpartition(STATISTICS)
-    return text.rstrip("\n"), json.loads(statistics)
+    return text.rstrip("\n"), read_answer(dict[str, Any], statistics.partition("\n")[0], path.name)
 
 
 def main(path: str, tokenizer: str, new_tokens: str, num_bos: str) -> None:

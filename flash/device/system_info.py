@@ -48,7 +48,7 @@ def processor():
                     maker = value.strip()
                 elif key == "CPU part" and maker + ":" + value.strip() not in cores:
                     cores.append(maker + ":" + value.strip())
-    except OSError:
+    except (OSError, ValueError):  # the latter for bytes that are no text
         pass
     name = name or board() or platform.processor() or platform.machine()
     name = " ".join([name] + cores)
@@ -61,7 +61,7 @@ def board():
     try:
         with open("/proc/device-tree/model") as file:
             return file.read().strip("\0 \n")
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 

@@ -17,9 +17,15 @@ SCRIPT = (
 SENSORS = ("skin", "batt", "cpu")
 """Parts of sensors' names, best first: phones throttle by the temperature of their skin."""
 
-_FREQUENCY = re.compile(r"/cpu(\d+)/cpufreq/(\w+):(\d+)$", re.MULTILINE)
+UNITS = {"degrees": 1, "tenths of a degree": 10, "thousandths of a degree": 1000}
+"""Units in which sensors report, by name: parts of a degree C. Linux says thousandths, but not all
+vendors' drivers keep to it, and the zones of one phone differ."""
+_COLDEST, _HOTTEST = 5, 120
+"""Range of a phone's temperatures [degrees C]; other readings are those of sensors that are off."""
+
+_FREQUENCY = re.compile(r"/cpu(\d{1,4})/cpufreq/(\w+):(\d{1,9})$", re.MULTILINE)
 _ZONE = re.compile(r"/(thermal_zone\d+)/(type|temp):(.+)$", re.MULTILINE)
-_SENSOR = re.compile(r"Temperature\{mValue=([-0-9.]+), mType=\d+, mName=([^,]+),")
+_SENSOR = re.compile(r"Temperature\{mValue=(-?\d{1,9}(?:\.\d+)?), mType=-?\d+, mName=([^,]+),")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Thermal:
         sensor: Kind of sensor that `celsius` comes from, an entry of `SENSORS`; "" if none is
             readable.
         celsius: Temperature of the hottest sensor of that kind [degrees C].
+        unit: Entry of `UNITS` in which the sensor reports, as its reading is plausible in it; "" if
+            none is readable.
         frequency_khz: Present clock by CPU [kHz].
         cap_khz: Highest clock that the system allows at present, by CPU [kHz].
         max_khz: Highest clock of the hardware, by CPU [kHz].
@@ -37,6 +45,7 @@ class Thermal:
 
     sensor: str
     celsius: float | None
+    unit: str
     frequency_khz: dict[int, int]
     cap_khz: dict[int, int]
     max_khz: dict[int, int]
@@ -52,10 +61,13 @@ def parse(text: str) -> Thermal:
     clocks: dict[str, dict[int, int]] = {}
     for cpu, name, khz in _FREQUENCY.findall(text):
         clocks.setdefault(name, {})[int(cpu)] = int(khz)
-    sensor, celsius = _hottest(_from_service(text)) or _hottest(_from_zones(text)) or ("", None)
+    sensor, celsius, unit = (
+        _hottest(_from_service(text)) or _hottest(_from_zones(text)) or ("", None, "")
+    )
     return Thermal(
         sensor=sensor,
         celsius=celsius,
+        unit=unit,
         frequency_khz=clocks.get("scaling_cur_freq", {}),
         cap_khz=clocks.get("scaling_max_freq", {}),
         max_khz=clocks.get("cpuinfo_max_freq", {}),
@@ -63,27 +75,40 @@ def parse(text: str) -> Thermal:
 
 
 def _from_service(text: str) -> list[tuple[str, float]]:
-    """Names and temperatures of the thermal service's current readings, not its cached ones."""
+    """Names and values of the thermal service's current readings, not its cached ones."""
     _, _, current = text.partition("Current temperatures from HAL:")
     return [(name, float(value)) for value, name in _SENSOR.findall(current)]
 
 
 def _from_zones(text: str) -> list[tuple[str, float]]:
-    """Names and temperatures of the kernel's thermal zones."""
+    """Names and values of the kernel's thermal zones."""
     zones: dict[str, dict[str, str]] = {}
     for zone, field, value in _ZONE.findall(text):
         zones.setdefault(zone, {})[field] = value.strip()
     return [
-        (zone["type"], int(zone["temp"]) / 1000)
+        (zone["type"], float(zone["temp"]))
         for zone in zones.values()
-        if "type" in zone and re.fullmatch(r"-?\d+", zone.get("temp", ""))
+        if "type" in zone and re.fullmatch(r"-?\d{1,9}", zone.get("temp", ""))
     ]
 
 
-def _hottest(readings: list[tuple[str, float]]) -> tuple[str, float] | None:
-    """Kind and temperature of the hottest sensor of the best kind that has a reading."""
+def in_celsius(value: float) -> tuple[float, str] | None:
+    """Temperature of a reading [degrees C] and the name of its unit; None if it is implausible.
+
+    Few values are plausible in two units: 50 to 120 are as many degrees, rather than tenths, since
+    a phone that works is seldom below 12 degrees, and a hot one must not pass for a cold one.
+    """
+    for unit, parts in UNITS.items():
+        if _COLDEST <= value / parts <= _HOTTEST:
+            return value / parts, unit
+    return None
+
+
+def _hottest(readings: list[tuple[str, float]]) -> tuple[str, float, str] | None:
+    """Kind, temperature and unit of the hottest sensor of the best kind with a plausible one."""
     for sensor in SENSORS:
-        values = [value for name, value in readings if sensor in name.lower()]
+        named = (value for name, value in readings if sensor in name.lower())
+        values = [found for found in map(in_celsius, named) if found is not None]
         if values:
-            return sensor, max(values)
+            return (sensor, *max(values))
     return None

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -161,6 +162,17 @@ def test_cut_push_goes_on_and_leaves_nothing_half(quick, connect, tmp_path, monk
     assert (quick.folder / "bin" / "cat.cut").exists()
     assert (parts / content_name(data)).read_bytes() == data.read_bytes()
     assert not list(parts.glob("*.part"))
+
+
+def test_greetings_of_a_real_login_shell_are_no_answers(quick, connect, program):
+    greets = "echo Welcome; printf 'no end'; trap 'echo bye' EXIT\n"
+    for name in (".bashrc", ".bash_logout", ".profile"):
+        (quick.home / name).write_text(greets)
+    device = connect(quick, quick.settings(python="quick"))
+    said = subprocess.run([*device._command, "true"], capture_output=True, text=True, check=True)
+    assert said.stdout in {"", "Welcome\nno end", "Welcome\nno endbye\n"}  # as the shell has it
+    assert device.identity()["cores"] == 4
+    assert device.generate(program, [1], 1) == [7]
 
 
 def test_damage_on_the_way_is_found_and_sent_again(quick, connect, tmp_path):

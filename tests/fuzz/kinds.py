@@ -2,7 +2,7 @@
 
 import importlib
 
-from tests.fuzz import caches, checkpoints, results, settings, texts
+from tests.fuzz import boards, caches, checkpoints, results, settings, texts
 
 KINDS = {
     **settings.KINDS,
@@ -10,6 +10,7 @@ KINDS = {
     **texts.KINDS,
     **caches.KINDS,
     **results.KINDS,
+    **boards.KINDS,
 }
 
 
