@@ -106,7 +106,8 @@ class SearchSettings:
     """Seconds between signs of life of a worker; after six without one, or at once when its
     process is gone from the same machine, its trial goes back to the queue."""
     retries: int = 1
-    """Further starts of a trial whose process died, before it counts as failed."""
+    """Further starts of a trial that crashed, before it counts as failed. A signal and a full disk
+    are no crashes."""
     stop_error: float = 0.05
     """Early stopping: the greatest chance at which a trial that would have reached the frontier
     may be ended before its training is over; 0 ends none (flash/search/pruner.py)."""

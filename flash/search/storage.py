@@ -1,9 +1,11 @@
 """Storage of a study: a SQLite file for one machine, PostgreSQL for several."""
 
+import errno
+import os
 import sqlite3
 import warnings
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
@@ -70,6 +72,30 @@ def connect(
             f"search.storage={shown}: expected a database that can be reached ({reason}); start "
             "it, or correct the URL"
         ) from error
+
+
+_FULL = {"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE"}
+"""Names of SQLite's errors on a full disk."""
+
+
+@contextmanager
+def full_disk_named(where: str) -> Iterator[None]:
+    """Turn an error of SQLite on a full disk into that of the system.
+
+    Args:
+        where: What cannot be written, for the error.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        found = getattr(cause, "orig", None)
+        if isinstance(found, sqlite3.Error) and found.sqlite_errorname in _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
+        raise
 
 
 def _enable_write_ahead_log(path: Path) -> None:
