@@ -34,8 +34,9 @@ def shown(value: object) -> str:
 
 
 _SECRETS = re.compile(
-    r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=password=)[^&\s'\"]+"
-    r"|(?i:(?<=_token=)|(?<=_key=)|(?<=secret=)|(?<=passwd=))[^&\s'\"]+"
+    r"(?<=://)[^/@\s]*:\S+(?=@)"
+    r"|(?i:(?<=password=)|(?<=_token=)|(?<=_key=)|(?<=secret=)|(?<=passwd=))"
+    r"(?:'[^']*'|\"[^\"]*\"|[^&\s'\"]+)"
 )
 """Passwords in URLs, and values of keys that are named as secrets."""
 

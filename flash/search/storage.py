@@ -9,13 +9,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
-import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from flash.errors import InputError, without_secrets
+from flash.errors import InputError, under, without_secrets
+from flash.search.settings import check_storage
 from flash.search.workers import FileLock, Lock, PostgresLock
 
 MISSED_BEATS = 6
@@ -67,7 +67,7 @@ def connect(
             "pip install 'psycopg[binary]'"
         ) from error
     except (SQLAlchemyError, StorageInternalError, sqlite3.Error) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = without_secrets(str(error).strip().splitlines()[0])
         raise InputError(
             f"search.storage={shown}: expected a database that can be reached ({reason}); start "
             "it, or correct the URL"
@@ -114,19 +114,6 @@ def _resolve(storage: Path | str, name: str) -> tuple[str, str, Lock]:
         storage.parent.mkdir(parents=True, exist_ok=True)
         path = storage.resolve()
         return f"sqlite:///{path}", str(storage), FileLock(path.with_name(path.name + ".lock"))
-    try:
-        url = sqlalchemy.make_url(storage)
-    except (ArgumentError, ValueError):  # the latter for a port that is no number
-        url = None
-    if url is None or not url.drivername.startswith("postgresql"):
-        raise InputError(
-            f"search.storage={without_secrets(storage)}: expected "
-            "postgresql://USER@HOST/DATABASE, or null for a SQLite file"
-        )
-    shown = without_secrets(url.render_as_string(hide_password=True))
-    if url.password is not None or {"password", "sslpassword"} & url.query.keys():
-        raise InputError(
-            f"search.storage={shown}: expected no password, since settings are logged; put it into "
-            "~/.pgpass or PGPASSWORD"
-        )
-    return storage, shown, PostgresLock(storage, name)
+    with under("search"):
+        check_storage(storage)
+    return storage, storage, PostgresLock(storage, name)

@@ -238,13 +238,22 @@ def test_only_a_kill_counts_against_the_retries(tmp_path, number, crashes):
     [
         ("mysql://me:secret@host/db", "expected postgresql://"),
         ("postgresql://me:secret@host/db", "expected no password, since settings are logged"),
+        ("postgresql://me:sec@secret/x@host/db", "expected"),
+        ("postgresql://me:sec?secret@host/db", "expected"),
+        ("postgresql://me@host/db?password=secret&sslpassword=secret", "expected no password"),
+        ("postgresql://me@host/db?a=1&sslpassword='the secret'", "expected no password"),
+        ("postgresql://me@host/db?pass%77ord=secret", "expected no password"),
         ("nonsense", "expected postgresql://"),
     ],
 )
 def test_a_storage_of_another_kind_is_refused_without_showing_its_password(url, expected):
-    with pytest.raises(InputError, match=expected) as error:
-        toy.open_toy(url, toy.make_space())
-    assert "secret" not in str(error.value)
+    for use in (
+        lambda: toy.open_toy(url, toy.make_space()),
+        lambda: toy.make_settings(storage=url),
+    ):
+        with pytest.raises(InputError, match=expected) as error:
+            use()
+        assert "secret" not in str(error.value)
 
 
 def test_a_file_that_is_no_database_is_one_line(tmp_path):
