@@ -2,20 +2,19 @@
 
 The dataclasses are the schema; YAML files under `conf/` hold only values. `entry` wraps Hydra's
 main: it composes the configuration, checks every key and converts it once. A mistake of the user
-ends in a one-line message and exit code 2 before any work starts. Ctrl-C ends with exit code 130
-and a message on how to continue.
+ends in a one-line message and exit code 2 before any work starts. Ctrl-C, SIGTERM and SIGHUP end
+with exit code 128 + number and a message on how to continue.
 """
 
 import dataclasses
 import logging
 import os
 import re
-import signal
 import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flash import commands, slurm, sweep, terminal
+from flash import commands, signals, slurm, sweep, terminal
 from flash.bundled import CONF, bundled
 from flash.compat.hydra import Job, Multirun, add_search_paths, plugin_option, run_jobs_by, this_job
 from flash.compat.omegaconf import (
@@ -37,7 +36,15 @@ from flash.compat.omegaconf import (
     child_mapping,
 )
 from flash.config_errors import explain, unknown_key
-from flash.errors import CheckFailed, DeviceError, InputError, ServiceError, printable, under
+from flash.errors import (
+    CheckFailed,
+    DeviceError,
+    InputError,
+    ServiceError,
+    os_error_number,
+    printable,
+    under,
+)
 from flash.naming import complete_names, require_own_names
 from flash.option_files import Trust, check_options, check_own_options
 from flash.outcome import Outcome, noted
@@ -222,8 +229,12 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
     Args:
         schema: Root settings of the command, for errors of Hydra and OmegaConf.
     """
-    command = commands.this_command()
-    terminal.begin_work()  # Ctrl-C is caught below
+    with signals.as_ctrl_c(), _explained(schema, commands.this_command()):
+        yield
+
+
+@contextmanager
+def _explained(schema: type, command: str) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # a reader that has ended is noticed here, not at the exit
@@ -254,16 +265,17 @@ def one_line_errors(schema: type = object) -> Iterator[None]:
         _fail(f"{where}{error.strerror}; finished work is kept, run the same command again", 1)
     except slurm.JobFailed as error:
         _fail(error.line, error.code)
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+    except KeyboardInterrupt:
+        if is_main_process():
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\nstopped; finished work is kept, go on with: {command}", file=sys.stderr)
+        sys.exit(signals.exit_code())
     except Exception as error:
         if str(error).startswith("Config group override must be"):  # of Hydra, without the group
             _fail("a config group is null: expected the name of one of its options")
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is not None:  # of a library in Rust, such as safetensors
-            problem = os.strerror(int(number[1]))
-            _fail(f"{problem}; finished work is kept, run the same command again", 1)
+        number = os_error_number(error)
+        if number is not None:
+            _fail(f"{os.strerror(number)}; finished work is kept, run the same command again", 1)
         line = slurm.explain(error)
         if line is None:
             raise

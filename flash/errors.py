@@ -1,6 +1,7 @@
 """The errors that users are meant to see, and helpers that word them."""
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,8 +34,9 @@ def shown(value: object) -> str:
 
 
 _SECRETS = re.compile(
-    r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=password=)[^&\s'\"]+"
-    r"|(?i:(?<=_token=)|(?<=_key=)|(?<=secret=)|(?<=passwd=))[^&\s'\"]+"
+    r"(?<=://)[^/@\s]*:\S+(?=@)"
+    r"|(?i:(?<=password=)|(?<=_token=)|(?<=_key=)|(?<=secret=)|(?<=passwd=))"
+    r"(?:'[^']*'|\"[^\"]*\"|[^&\s'\"]+)"
 )
 """Passwords in URLs, and values of keys that are named as secrets."""
 
@@ -141,6 +143,31 @@ class CheckFailed(RuntimeError):
 
 class ServiceError(RuntimeError):
     """A database that failed during the work: commands print it and exit with code 1."""
+
+
+def os_error_number(error: BaseException) -> int | None:
+    """Return the number of an error of the system; None if it is none.
+
+    Libraries in Rust, such as safetensors, put it into the text of errors of their own.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found is not None else None
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of writing: no space, more than the quota, more than the limit for one file."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """True if the work was stopped from outside: by a signal, or by a full disk.
+
+    The same work can succeed later, so it has not failed.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return True
+    return os_error_number(error) in _FULL
 
 
 class DeviceError(RuntimeError):

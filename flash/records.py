@@ -9,9 +9,10 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,75 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_UNFINISHED = ".flash-unfinished"
+"""End of the names of folders for files that are being written."""
+_LOCK = ".lock"
+"""Name of the file in such a folder that its writer has locked."""
+_cleaned: set[Path] = set()
+"""Folders from which this process has removed what killed writers left."""
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Yield the path of a file or folder to write, in a hidden folder beside `path`.
+
+    The block moves what it has written to `path`. The hidden folder is removed at the end, or
+    after a kill by the next process that writes beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    with ExitStack() as lock:
+        folder = _owned_folder(path, lock)
+        try:
+            yield folder / path.name
+        finally:
+            lock.close()  # first, as a file that is open cannot be removed on NFS
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owned_folder(path: Path, lock: ExitStack) -> Path:
+    """Create a hidden folder beside `path`, with a lock that says that its writer is alive.
+
+    The kernel holds the lock and frees it when the process dies, on any machine that shares the
+    folder over NFS. A process id would say nothing about other machines, nor an age about a writer
+    that is slow.
+    """
+    prefix = f".{path.name[:40]}."  # names of files have a greatest length
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_UNFINISHED, dir=path.parent))
+        file = lock.enter_context(locked(folder / _LOCK))
+        if os.fstat(file.fileno()).st_nlink:  # not removed before it was locked
+            return folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left unfinished in `folder`, once per process.
+
+    What living processes write stays, and what belongs to other users.
+    """
+    where = folder.absolute()
+    if where in _cleaned:
+        return
+    _cleaned.add(where)
+    with suppress(FileNotFoundError, PermissionError):
+        for entry in os.scandir(where):
+            if entry.name.startswith(".") and entry.name.endswith(_UNFINISHED):
+                with suppress(OSError):
+                    _remove_if_dead(Path(entry.path))
+
+
+def _remove_if_dead(folder: Path) -> None:
+    with open(folder / _LOCK, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # its writer is alive
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()  # on NFS the open lock has kept it
+    log.info("%s: removed what a killed process had left", folder)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` at the end, once it is safely on disk.
@@ -72,18 +142,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise InputError(f"{path}: expected a file, found a folder; delete it and start again")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb+") as file:
+    with unfinished(path) as temporary:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        temporary.chmod(0o644)
+        temporary.replace(path)
 
 
 @contextmanager
@@ -209,6 +273,16 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[I
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if someone holds the lock of `locked` on a file that exists."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 class JsonLines:

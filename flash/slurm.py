@@ -12,11 +12,10 @@ import shutil
 import signal
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType
 
-from flash import crash
+from flash import crash, signals
 from flash.compat import submitit
 from flash.errors import InputError
 
@@ -97,29 +96,6 @@ def explain(error: Exception) -> str | None:
     return " ".join(lines[:2])
 
 
-def stop_at_first(numbers: Sequence[int]) -> list[int]:
-    """Handle signals as Ctrl-C; only the first one raises KeyboardInterrupt.
-
-    Further signals must not disturb the reaction to the first.
-
-    Args:
-        numbers: Numbers of the signals.
-
-    Returns:
-        A list to which each signal adds its number.
-    """
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            raise KeyboardInterrupt
-
-    for number in numbers:
-        signal.signal(number, stop)
-    return received
-
-
 @contextmanager
 def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
     """Run the block as a job: errors become its result, and signals stop it as Ctrl-C does.
@@ -135,19 +111,19 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
         JobFailed: The block has failed.
     """
     queue_again = submitit.requeue_handler()
-    received = stop_at_first([signal.SIGTERM, signal.SIGUSR2])
     logging.getLogger("submitit").propagate = False  # submitit prints its records itself
     try:
-        with one_line_errors:
+        with signals.as_ctrl_c(signal.SIGUSR2), one_line_errors:
             try:
                 yield
             except KeyboardInterrupt:
+                received = signals.received()
                 names = ", ".join(signal.Signals(number).name for number in received)
                 log.warning("stopped by %s; finished work is kept", names or "SIGINT")
                 if signal.SIGUSR2 in received:
                     queue_again(signal.SIGUSR2, None)  # raises after too many times
                 # Write no result: the job may run again, and otherwise Slurm knows how it ended.
-                sys.exit(128 + (received or [signal.SIGINT])[0])
+                sys.exit(signals.exit_code())
     except CommandExit as error:
         _fail(error.line, int(error.code or 1))
     except Exception as error:  # the pickled exception will lack the traceback

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig
 
-from flash import commands, crash, slurm
+from flash import commands, crash, signals, slurm
 from flash.compat import submitit
 from flash.compat.hydra import Multirun
 from flash.errors import require
@@ -81,14 +80,13 @@ class Sweep:
 
         Raises:
             JobFailed: Some jobs have failed.
-            KeyboardInterrupt: Ctrl-C or a signal; its number is the argument.
+            KeyboardInterrupt: Ctrl-C or a signal.
         """
         try:
-            with _signals_as_ctrl_c():
-                if self._multirun.choice("launcher") == "basic":
-                    self._run_here()
-                else:
-                    self._run_by_submitit(task)
+            if self._multirun.choice("launcher") == "basic":
+                self._run_here()
+            else:
+                self._run_by_submitit(task)
         except KeyboardInterrupt:
             self._print()
             raise
@@ -183,13 +181,12 @@ def job(one_line_errors: AbstractContextManager[None]) -> Iterator[None]:
         with one_line_errors:
             yield
         return
-    received = slurm.stop_at_first([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     try:
         with one_line_errors:
             try:
                 yield
             except KeyboardInterrupt:  # the sweep says how to go on
-                sys.exit(128 + (received or [signal.SIGINT])[0])
+                sys.exit(signals.exit_code())
     except slurm.CommandExit as error:
         Outcome(State.failed, error.line, int(error.code or 1)).write(Path(path))
         raise
@@ -256,21 +253,3 @@ def _outcome_of(job: Any) -> Outcome:
     if isinstance(value, Exception):
         return Outcome(State.failed, f"{type(value).__name__}: {value}", 1)
     return value
-
-
-@contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt, with the signal's number, for the signals that end a process."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    numbers = [signal.SIGTERM, signal.SIGHUP]
-    kept = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    for number in kept:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -1,41 +1,28 @@
-"""Behavior on a terminal: width of lines, Ctrl-C before the work, readers that end, crashes.
+"""Behavior on a terminal: width of lines, readers that end, crashes.
 
 `begin` comes first in every command, so this module imports nothing that takes time.
 """
 
 import atexit
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
-from flash import crash
+from flash import crash, signals
 
 COLUMNS = 80
 """Width that tables, summaries and help texts fit into."""
 
 
 def begin() -> None:
-    """Make Ctrl-C during the imports, and a closed pipe at the end, as quiet as later ones.
+    """Make signals during the imports, and a closed pipe at the end, as quiet as later ones.
 
     An error that nothing catches becomes one line and a file.
     """
     crash.install()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    signals.begin()
     atexit.unregister(_flush)
     atexit.register(_flush)
-
-
-def _stop(number: int, frame: object) -> None:
-    os.write(2, b"\nstopped\n")
-    os._exit(130)  # an exception within an import could be swallowed, or print a traceback
-
-
-def begin_work() -> None:
-    """Turn Ctrl-C into KeyboardInterrupt again, from where it is caught."""
-    if signal.getsignal(signal.SIGINT) is _stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _flush() -> None:

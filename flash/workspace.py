@@ -29,7 +29,7 @@ from flash.paths import Runs
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits
 from flash.ranks import is_main_process
-from flash.records import digest, locked
+from flash.records import digest, locked, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
         yield
         return
     with locked(folder / ".lock", lambda: log.info("%s: waits for another command", name)):
+        remove_leftovers(folder)
         yield
 
 

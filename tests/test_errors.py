@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flash.errors import InputError, require, shown, under
+from flash.errors import InputError, is_stop, require, shown, under, without_secrets
 
 
 class SpecialError(InputError):
@@ -48,3 +48,33 @@ def test_values_are_shown_as_typed_on_a_command_line():
         assert shown(value) == text
         with pytest.raises(InputError, match=re.escape(f"key={text}: expected nothing")):
             require(False, "key", value, "nothing")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "flash search search.storage=postgresql://me:secret@host/db runs=x",
+        "postgresql://me:a@b/secret@host/db",
+        "'search.storage=postgresql://me@host/db?password=secret&sslpassword=secret' runs=x",
+        "password='the secret' runs=x",
+        'postgresql://host/db?PASSWORD="the secret"',
+        "hf_token=secret runs=x",
+    ],
+)
+def test_passwords_are_not_shown_and_the_rest_is(text):
+    shown_text = without_secrets(text)
+    assert "secret" not in shown_text
+    assert "***" in shown_text
+    assert shown_text[:8] == text[:8]
+    assert shown_text.endswith("runs=x") == text.endswith("runs=x")
+
+
+def test_an_address_without_a_password_is_shown_as_it_is():
+    for text in ("http://127.0.0.1:8080/a", "postgresql://me@host:5432/db?sslmode=require"):
+        assert without_secrets(text) == text
+
+
+def test_signals_and_full_disks_are_stops_and_other_errors_are_not():
+    assert all(map(is_stop, [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space")]))
+    assert is_stop(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert not any(map(is_stop, [ValueError(), MemoryError(), OSError(5, "I/O"), OSError("other")]))

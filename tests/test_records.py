@@ -1,7 +1,11 @@
 """Facts about JSON records: values, hashes, damage, files that several processes write."""
 
 import dataclasses
+import fcntl
 import json
+import os
+import subprocess
+import sys
 import threading
 from enum import Enum
 from pathlib import Path
@@ -81,6 +85,64 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         interrupted()
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     assert path.read_text() == "1\n"
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from flash.records import unfinished
+with unfinished(Path(sys.argv[1])) as path:
+    path.write_bytes(bytes(1000))
+    os.rename(path, path.with_name("of another name"))
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that is writing a file beside `result.json`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path / "other.ckpt")], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path, writer, monkeypatch
+):
+    def names_after_a_write():
+        monkeypatch.setattr("flash.records._cleaned", set())  # as in a new process
+        write_json(tmp_path / "result.json", 1)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    (tmp_path / ".z.of-someone-else").touch()
+    [left, mine, result] = names_after_a_write()
+    assert left.startswith(".other.ckpt.")
+    assert list((tmp_path / left).iterdir())
+    writer.kill()
+    writer.wait()
+    assert names_after_a_write() == [mine, result] == [".z.of-someone-else", "result.json"]
+
+
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    made = []
+    lock = fcntl.flock
+
+    def late(file, operation):
+        if not made:
+            made.extend(tmp_path.glob(".*"))
+            os.unlink(made[0] / ".lock")
+            made[0].rmdir()
+        lock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    write_json(tmp_path / "result.json", 1)
+    assert made
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def opened(path: Path) -> tuple[JsonLines, list]:

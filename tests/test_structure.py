@@ -18,6 +18,7 @@ ORDER = [
     "commands",
     "provenance",
     "crash",
+    "signals",
     "terminal",
     "packages",
     "renamed",

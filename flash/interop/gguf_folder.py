@@ -6,7 +6,6 @@ and decimal numbers that the file holds in float32.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from flash.interop.gguf_tokenizer import PATTERNS_BY_NAME
 from flash.log_filters import quiet
 from flash.model.families import from_config
 from flash.model.weights import all_finite, read_config
+from flash.records import unfinished
 
 _NEEDED = (
     "context_length",
@@ -48,9 +48,7 @@ def convert(path: Path, folder: Path) -> None:
     fields = _fields(path)
     splits = _pre_tokenizer(path, fields)
     _check(path, fields)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        whole = Path(temporary, "hf")
+    with unfinished(folder) as whole:
         whole.mkdir()
         _write_model(path, whole, fields)
         _restore_configs(whole, fields)

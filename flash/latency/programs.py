@@ -18,7 +18,7 @@ from flash.lowering.blocks import Block, lower_block
 from flash.lowering.lower import lower
 from flash.lowering.settings import LoweringSettings
 from flash.model.decoder import Decoder
-from flash.records import digest, read_json, replacing, write_json
+from flash.records import digest, read_json, remove_leftovers, replacing, write_json
 
 LOWERING_VERSION = 5
 """Version of the lowered programs. Raise it when flash.lowering writes other programs for the same
@@ -132,6 +132,7 @@ def cached_program(
         folder: Cache of programs; their names hash everything that affects them.
         on_lower: Called before a program is lowered, which takes seconds to minutes.
     """
+    remove_leftovers(folder)
     path = folder / f"{subject.kind.value}-{program_digest(subject, lowering)}.pte"
     if not (path.exists() and _timing(path).exists()):
         on_lower(subject)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from flash.model.decoder import Decoder
 from flash.model.families import to_config
 from flash.model.tokenizer import ModelTokenizer
 from flash.model.weights import EMBEDDING, HEAD, Weights
+from flash.records import unfinished
 
 
 def expected_shapes(spec: ArchSpec) -> dict[str, torch.Size]:
@@ -113,9 +112,8 @@ def save(
             generation_config.json, and its chat template.
         metadata: Further facts to write into the file of weights.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with unfinished(folder) as temporary:
+        temporary.mkdir()
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         token_ids = tokenizer.token_ids if tokenizer is not None else {}
         config = {**to_config(spec), **token_ids, "dtype": dtype}
@@ -130,11 +128,5 @@ def save(
             path.chmod(0o644)  # safetensors writes files that others cannot read
         temporary.chmod(0o755)
         if folder.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            folder.rename(temporary.with_name(f"{folder.name}.old"))  # removed at the end
+        temporary.rename(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace
+from flash.errors import is_stop
 from flash.progress import progress_bar
 from flash.search.objectives import Problem
 from flash.search.pareto import hypervolume, non_dominated
@@ -170,9 +171,21 @@ def _evaluate(
 ) -> Trial:
     """Evaluate one trial and record its outcome.
 
-    Raises:
-        KeyboardInterrupt: The user interrupted; the trial was returned to the queue.
+    A trial that is stopped by a signal or a full disk returns to the queue. That is no crash of the
+    trial, unlike any other exception, or the end of the process without one.
     """
+    try:
+        return _evaluated(study, trial, evaluate, problem, stop_error)
+    except BaseException as error:
+        if is_stop(error):
+            study.requeue(trial)
+        raise
+
+
+def _evaluated(
+    study: Study, trial: Trial, evaluate: Evaluate, problem: Problem, stop_error: float
+) -> Trial:
+    """Evaluate one trial and record its outcome, unless it raises an unforeseen exception."""
 
     def watch(curve: Curve) -> None:
         maybe_prune(trial, curve, study.trials(), problem, stop_error)
@@ -186,9 +199,6 @@ def _evaluate(
     except EvaluationError as error:
         _log.warning("trial %d (%s) failed: %s", trial.number, trial.spec, error)
         return study.fail(trial, str(error))
-    except KeyboardInterrupt:
-        study.requeue(trial)  # deliberate, so it does not count as a crash
-        raise
     if not math.isfinite(quality.loss):
         _log.warning("trial %d (%s) failed: its loss is %s", trial.number, trial.spec, quality.loss)
         return study.fail(trial, f"the loss is {quality.loss}")

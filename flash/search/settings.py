@@ -5,13 +5,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from omegaconf import MISSING
 
 from flash.arch import SpaceSettings
 from flash.data.settings import DataSettings
 from flash.device.settings import DeviceSettings
-from flash.errors import InputError, check_name, check_seed, nearest, require, shown
+from flash.errors import (
+    InputError,
+    check_name,
+    check_seed,
+    nearest,
+    require,
+    shown,
+    without_secrets,
+)
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
@@ -33,6 +42,31 @@ class Sampler(Enum):
     additive = "additive"
     """A score for each slot's kind, each depth and width, added up; the best sums are found
     exactly by dynamic programming (as in Puzzletron, arXiv:2411.19146)."""
+
+
+def check_storage(url: str) -> None:
+    """Check the address of a database before it reaches a log or a result.
+
+    Raises:
+        InputError: It is not of PostgreSQL, or contains a password.
+    """
+    try:
+        parts = urlsplit(url, allow_fragments=False)
+        known = parts.scheme.startswith("postgresql") and parts.port != 0
+    except ValueError:  # a port that is no number
+        known = False
+    plain, query, _ = without_secrets(url).partition("?")
+    plain = f"storage={plain}{query and '?...'}"
+    if not known:
+        raise InputError(
+            f"{plain}: expected postgresql://USER@HOST/DATABASE, or null for a SQLite file"
+        )
+    given = {key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    if parts.password is not None or given & {"password", "sslpassword"}:
+        raise InputError(
+            f"{plain}: expected no password, since settings are logged; put it into ~/.pgpass or "
+            "PGPASSWORD"
+        )
 
 
 @dataclass(kw_only=True)
@@ -105,7 +139,8 @@ class SearchSettings:
     """Seconds between signs of life of a worker; after six without one, or at once when its
     process is gone from the same machine, its trial goes back to the queue."""
     retries: int = 1
-    """Further starts of a trial whose process died, before it counts as failed."""
+    """Further starts of a trial that crashed, before it counts as failed. A signal and a full disk
+    are no crashes."""
     stop_error: float = 0.05
     """Early stopping: the greatest chance at which a trial that would have reached the frontier
     may be ended before its training is over; 0 ends none (flash/search/pruner.py)."""
@@ -138,6 +173,8 @@ class SearchSettings:
         ):
             value = getattr(self, name)
             require(value > 0, name, value, "a positive integer")
+        if self.storage is not None:
+            check_storage(self.storage)
         require(self.retries >= 0, "retries", self.retries, "0 or more")
         require(0 <= self.stop_error < 1, "stop_error", self.stop_error, "from 0 to below 1")
         require(

@@ -1,5 +1,7 @@
 """Storage of a study: a SQLite file for one machine, PostgreSQL for several."""
 
+import errno
+import os
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,13 +9,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import optuna
-import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from flash.errors import InputError, ServiceError, without_secrets
+from flash.errors import InputError, ServiceError, under, without_secrets
+from flash.search.settings import check_storage
 from flash.search.workers import FileLock, Lock, PostgresLock
 
 MISSED_BEATS = 6
@@ -97,7 +99,31 @@ def _reason(error: BaseException) -> str:
     """Reason of the driver, which Optuna's own errors only have as their cause."""
     while isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0]
+    return without_secrets(str(error).strip().splitlines()[0])
+
+
+_FULL = {"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE"}
+"""Names of SQLite's errors on a full disk."""
+
+
+@contextmanager
+def full_disk_named(where: str) -> Iterator[None]:
+    """Turn an error of SQLite on a full disk into that of the system.
+
+    Args:
+        where: What cannot be written, for the error.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        found = getattr(cause, "orig", None)
+        if isinstance(found, sqlite3.Error) and found.sqlite_errorname in _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
+        raise
 
 
 def _enable_write_ahead_log(path: Path) -> None:
@@ -116,19 +142,6 @@ def _resolve(storage: Path | str, name: str) -> tuple[str, str, Lock]:
         storage.parent.mkdir(parents=True, exist_ok=True)
         path = storage.resolve()
         return f"sqlite:///{path}", str(storage), FileLock(path.with_name(path.name + ".lock"))
-    try:
-        url = sqlalchemy.make_url(storage)
-    except (ArgumentError, ValueError):  # the latter for a port that is no number
-        url = None
-    if url is None or not url.drivername.startswith("postgresql"):
-        raise InputError(
-            f"search.storage={without_secrets(storage)}: expected "
-            "postgresql://USER@HOST/DATABASE, or null for a SQLite file"
-        )
-    shown = without_secrets(url.render_as_string(hide_password=True))
-    if url.password is not None or {"password", "sslpassword"} & url.query.keys():
-        raise InputError(
-            f"search.storage={shown}: expected no password, since settings are logged; put it into "
-            "~/.pgpass or PGPASSWORD"
-        )
-    return storage, shown, PostgresLock(storage, name)
+    with under("search"):
+        check_storage(storage)
+    return storage, storage, PostgresLock(storage, name)

@@ -2,7 +2,8 @@
 
 A trial is identified by its number. A trial left by a killed process returns to the queue under its
 own number, so the evaluation finds its checkpoints and a resumed search equals an uninterrupted
-one. (Optuna's own retry would create a new trial with another number.)
+one. (Optuna's own retry would create a new trial with another number.) Only crashes use up the
+retries of a trial: a signal and a full disk are no fault of it.
 """
 
 import logging
@@ -30,7 +31,7 @@ from flash.search.fingerprint import check_fingerprint
 from flash.search.names import arch_name
 from flash.search.objectives import Objective
 from flash.search.settings import SearchSettings
-from flash.search.storage import connect
+from flash.search.storage import connect, full_disk_named
 from flash.search.workers import Lock, Owner
 
 if TYPE_CHECKING:  # only drawn figures are shown
@@ -96,7 +97,7 @@ class Study:
         lock: Lock shared by all workers of the study.
         objectives: Objectives, in the order of the values of Optuna's trials.
         heartbeat_s: Interval of the heartbeats of a worker [s].
-        retries: Number of times that a trial restarts after its process died.
+        retries: Number of times that a trial restarts after its process crashed.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Study:
     def lock(self) -> Iterator[None]:
         """Keep all other workers from planning and taking trials; reentrant."""
         if self._depth == 0:
-            with self._lock.hold():
+            with self._lock.hold(), full_disk_named(f"study {self.name}"):
                 self._depth = 1
                 try:
                     yield
@@ -150,7 +151,7 @@ class Study:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Mark the trials started by this object as being worked on, for the duration."""
-        with self._owner.working():
+        with self._owner.working(), self._lock.sign(self._owner.token):
             yield
 
     def plan(
@@ -269,21 +270,26 @@ class Study:
         """
         with self.lock():
             running = [t for t in self.trials() if t.state is TrialState.RUNNING]
-            if not running:
-                return
-            silent = self._storage.stale_numbers()
+            silent = self._storage.stale_numbers() if running else set()
             for trial in running:
-                gone = Owner(**self._owner_of(trial)).gone()
-                if not (trial.number in silent if gone is None else gone):
-                    continue
-                crashes = trial.extra.get("crashes", 0) + 1
-                self._set(trial, "crashes", crashes)
-                if crashes <= self._retries:
-                    _log.warning("trial %d was interrupted; it starts again", trial.number)
-                    self._requeue(trial)
-                else:
-                    _log.warning("trial %d was interrupted %d times: failed", trial.number, crashes)
-                    self._fail(trial, f"its process died {crashes} times")
+                owner = Owner(**self._owner_of(trial))
+                gone = owner.gone()
+                if trial.number in silent if gone is None else gone:
+                    self._take_back(trial, owner)
+            self._lock.remove_signs()
+
+    def _take_back(self, trial: Trial, owner: Owner) -> None:
+        """Requeue the trial of a dead worker, or fail it if its retries are used up."""
+        crashes = trial.extra.get("crashes", 0)
+        if self._lock.crashed(owner.token):
+            crashes += 1
+            self._set(trial, "crashes", crashes)
+        if crashes <= self._retries:
+            _log.warning("trial %d was interrupted; it starts again", trial.number)
+            self._requeue(trial)
+        else:
+            _log.warning("trial %d was interrupted %d times: failed", trial.number, crashes)
+            self._fail(trial, f"its process died {crashes} times")
 
     def show(self, name: str, figure: "go.Figure") -> None:
         """Show a figure below the plots of optuna-dashboard, which must be installed."""
@@ -356,7 +362,7 @@ def open_study(
             recipe), as plain JSON values. An existing study must have been created with the same.
         objectives: Objectives to minimize; part of the fingerprint.
         heartbeat_s: Interval of the heartbeats of a worker [s].
-        retries: Number of times that a trial restarts after its process died.
+        retries: Number of times that a trial restarts after its process crashed.
 
     Raises:
         InputError: The storage cannot be used, or the study has another fingerprint.

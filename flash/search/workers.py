@@ -11,7 +11,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,23 +21,39 @@ import psutil
 import sqlalchemy
 from sqlalchemy.pool import NullPool
 
-from flash.records import locked
+from flash.errors import is_stop
+from flash.records import is_locked, locked
 
 _working: set[str] = set()
 """Tokens of the searches that run in this process."""
 
 
 class Lock(Protocol):
-    """Lock that one worker of a study holds at a time."""
+    """Lock that one worker of a study holds at a time, and signs of the workers that are there."""
 
     def hold(self) -> AbstractContextManager[None]:
         """Wait for the lock, and release it at the end of the block."""
+        ...
+
+    def sign(self, token: str) -> AbstractContextManager[None]:
+        """Keep a sign that the worker `token` is there; it stays only if the worker crashes."""
+        ...
+
+    def crashed(self, token: str) -> bool:
+        """Tell whether the worker `token`, which is gone, has crashed and not been stopped."""
+        ...
+
+    def remove_signs(self) -> None:
+        """Remove the signs of all workers that are gone."""
         ...
 
 
 @dataclass(frozen=True)
 class FileLock:
     """Lock for the workers of one machine, which the kernel releases if the holder dies.
+
+    The sign of a worker is a file beside it, which the worker keeps locked. A worker that a full
+    disk stops can remove a file, but write nothing into the database.
 
     Attributes:
         path: Lock file; nothing else may use it.
@@ -50,10 +66,36 @@ class FileLock:
         with locked(self.path):
             yield
 
+    @contextmanager
+    def sign(self, token: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            with self.hold():  # `remove_signs` would take a file without a lock for one of the dead
+                stack.enter_context(locked(self._sign(token)))
+            try:
+                yield
+            except BaseException as error:
+                if is_stop(error):
+                    self._sign(token).unlink(missing_ok=True)
+                raise
+            self._sign(token).unlink(missing_ok=True)
+
+    def crashed(self, token: str) -> bool:
+        return self._sign(token).exists()
+
+    def remove_signs(self) -> None:
+        for path in self.path.parent.glob(self._sign("*").name):
+            if not is_locked(path):
+                path.unlink(missing_ok=True)
+
+    def _sign(self, token: str) -> Path:
+        return self.path.with_name(f".{self.path.stem}.{token}.worker")
+
 
 @dataclass(frozen=True)
 class PostgresLock:
     """Lock for several machines, which the server releases when the holder's connection ends.
+
+    There are no signs: a worker that is stopped can write into a database on a server.
 
     Attributes:
         url: URL of the database.
@@ -73,6 +115,15 @@ class PostgresLock:
         with engine.connect() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
             yield  # the connection, hence the lock, ends here
+
+    def sign(self, token: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def crashed(self, token: str) -> bool:
+        return True
+
+    def remove_signs(self) -> None:
+        pass
 
 
 @cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from flash.errors import without_secrets
 from flash.ranks import is_main_process
 from flash.tracking.artifacts import Artifact
 from flash.tracking.backend import Backend, Metrics, RunInfo
@@ -117,5 +118,6 @@ def open_tracker(settings: LoggerSettings, folder: Path, info: RunInfo) -> Track
 
             backend = start(settings, folder, info)
     except Exception as error:  # of any library or disk
-        log.warning("%s: nothing is logged (%s: %s)", info.name, type(error).__name__, error)
+        reason = without_secrets(" ".join(str(error).split()))
+        log.warning("%s: nothing is logged (%s: %s)", info.name, type(error).__name__, reason)
     return Tracker(backend, info.name)

@@ -1,11 +1,13 @@
 """Weights & Biases backend of the tracking, which goes offline if it cannot be online."""
 
 import logging
+import netrc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import wandb
 
@@ -156,6 +158,9 @@ def _try_online(settings: LoggerSettings, folder: Path, info: RunInfo) -> wandb.
     try:
         if wandb.login(prompt=False, verify=False):
             return _init(settings, folder, info, "online")
+        key = _key_without_port(url)
+        if key is not None:
+            return _init(settings, folder, info, "online", key)
         reason = f"no key found for {url}, see `wandb login`"
     except Exception as error:  # an invalid or refused key, no connection, no answer
         text = (str(error) or type(error).__name__).splitlines()[0]
@@ -171,7 +176,23 @@ def _try_online(settings: LoggerSettings, folder: Path, info: RunInfo) -> wandb.
     return None
 
 
-def _init(settings: LoggerSettings, folder: Path, info: RunInfo, mode: Any) -> wandb.Run:
+def _key_without_port(url: str) -> str | None:
+    """Return the key of a server in netrc, where curl and others name the machine without a port.
+
+    W&B itself looks for the name with the port only.
+    """
+    host = urlsplit(url).hostname
+    try:
+        found = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser())
+    except (OSError, netrc.NetrcParseError):
+        return None
+    entry = found.authenticators(host) if host is not None else None
+    return entry[2] if entry is not None else None
+
+
+def _init(
+    settings: LoggerSettings, folder: Path, info: RunInfo, mode: Any, key: str | None = None
+) -> wandb.Run:
     target = {
         "project": settings.project or os.environ.get("WANDB_PROJECT") or "flash",
         "entity": settings.entity,
@@ -199,5 +220,6 @@ def _init(settings: LoggerSettings, folder: Path, info: RunInfo, mode: Any) -> w
             init_timeout=_INIT_TIMEOUT_S,
             finish_timeout=finish_s,
             finish_timeout_raises=True,
+            **({"api_key": key} if key is not None else {}),
         ),
     )

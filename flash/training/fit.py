@@ -17,6 +17,7 @@ from flash.data.teacher_cache import TeacherCache
 from flash.errors import InputError
 from flash.model.decoder import Decoder
 from flash.ranks import is_main_process
+from flash.records import remove_leftovers
 from flash.training.callbacks import CurveRecorder, SaveAtStep, Throughput
 from flash.training.distributed import gather, lightning_precision, make_strategy
 from flash.training.lightning_module import LanguageModeling
@@ -67,6 +68,8 @@ def fit(
     sharded = trainer.strategy is Strategy.fsdp
     trained = copy.deepcopy(model) if sharded else model
     last = folder / LAST if folder is not None else None
+    if folder is not None and is_main_process():
+        remove_leftovers(folder)
     module = _module(trained, data, recipe, trainer, teacher, last)
     shown = label if show_progress and is_main_process() else None
     data.teacher_cache = teacher if isinstance(teacher, TeacherCache) else None
@@ -208,12 +211,12 @@ def _run(
                 ) from error
             raise
         except Stopped as stopped:
+            if lightning.strategy.launcher is not None and not lightning.is_global_zero:
+                # Lightning takes any other code for a crash and kills the main process.
+                raise SystemExit(0) from None
             handler = signal.getsignal(stopped.number)
             if callable(handler):
                 handler(stopped.number, None)
-            if not lightning.is_global_zero:
-                # Lightning takes any other code for a crash and kills the main process.
-                raise SystemExit(0) from None
             raise
         except SystemExit:
             if lightning.interrupted:  # Lightning turns Ctrl-C into exit code 1

@@ -119,11 +119,11 @@ class StepGuard:
 
 
 class StopBySignal(L.Callback):
-    """Ends a run on SIGTERM or SIGUSR2, after the current step and with a checkpoint.
+    """Ends a run on SIGTERM, SIGHUP or SIGUSR2, after the current step and with a checkpoint.
 
-    Slurm sends these signals before it takes a machine away. If one rank has received a signal, all
-    ranks stop after the same step. `fit` then calls the handler that the signal had before; in a
-    Slurm job it queues the job again.
+    Slurm sends SIGTERM and SIGUSR2 before it takes a machine away. If one rank has received a
+    signal, all ranks stop after the same step. `fit` then calls the handler that the signal had
+    before; in a Slurm job it queues the job again.
 
     Args:
         path: File of the checkpoint; None writes none.
@@ -141,8 +141,9 @@ class StopBySignal(L.Callback):
             return  # only the main thread may set signal handlers
         # Lightning has set handlers of its own by now. At the end it restores those that were there
         # before; a `teardown` of this callback would come later and bring Lightning's back.
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, self._note)
 
     def on_train_batch_end(
         self,
@@ -162,11 +163,8 @@ class StopBySignal(L.Callback):
         number = self._received or signal.SIGTERM
         name = signal.Signals(number).name
         if trainer.is_global_zero:
-            log.warning(
-                "stopped by %s after step %d; go on with the same command",
-                name,
-                trainer.global_step,
-            )
+            kept = "with a checkpoint" if self.path is not None else "without a checkpoint"
+            log.warning("stopped by %s after step %d, %s", name, trainer.global_step, kept)
         raise Stopped(number)
 
 

@@ -1,9 +1,14 @@
 """Facts about several processes on one study, some of which die."""
 
+import errno
 import multiprocessing
+import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +19,7 @@ from optuna.trial import TrialState
 
 from flash.errors import InputError
 from flash.search import storage, workers
-from flash.search.loop import frontier
+from flash.search.loop import Quality, frontier
 from flash.search.workers import Owner
 from tests.search import toy_search as toy
 
@@ -152,18 +157,103 @@ def test_a_process_that_is_gone_or_whose_id_was_given_away_is_dead():
     assert replace(owner, machine="elsewhere").gone() is None
 
 
+STOPS = {
+    "Ctrl-C": KeyboardInterrupt(),
+    "the end of a training by a signal": SystemExit(143),
+    "a full disk": OSError(errno.ENOSPC, "No space left on device"),
+    "a full disk, in Rust": RuntimeError("No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_stop_is_no_crash_of_the_trial(tmp_path, stop, writable):
+    """Also if the full disk takes no entry in the database."""
+    path = tmp_path / "study.db"
+
+    def stopped(spec, number, watch):
+        if number != 3:
+            return Quality(toy.loss(spec))
+        if not writable:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        raise stop
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for _ in range(3):
+        try:
+            with pytest.raises(type(stop) if writable else OSError):
+                toy.run(path, evaluate=stopped, trials=8, retries=0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    trials = toy.run(path, trials=8, retries=0)
+    assert all(t.complete and "crashes" not in t.extra for t in trials)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("crash", [ValueError("a bug"), OSError(errno.EIO, "Input/output error")])
+def test_an_exception_of_the_evaluation_is_a_crash_of_the_trial(tmp_path, crash):
+    path = tmp_path / "study.db"
+
+    def crashing(spec, number, watch):
+        if number == 3:
+            raise crash
+        return Quality(toy.loss(spec))
+
+    for _ in range(2):
+        with pytest.raises(type(crash)):
+            toy.run(path, evaluate=crashing, trials=8, retries=1)
+    trials = toy.run(path, trials=8, retries=1)
+    assert [t.number for t in trials if not t.complete] == [3]
+    assert trials[3].extra["reason"] == "its process died 2 times"
+
+
+@pytest.mark.parametrize(("number", "crashes"), [(signal.SIGTERM, 0), (signal.SIGKILL, 1)])
+def test_only_a_kill_counts_against_the_retries(tmp_path, number, crashes):
+    """SIGKILL is also what the kernel sends to a trial that takes too much memory."""
+    path = tmp_path / "study.db"
+    for turn in (1, 2):
+        process = subprocess.Popen(
+            [sys.executable, toy.__file__, str(path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        with process:
+            assert process.stdout is not None
+            assert any(line.strip() == b"9" for line in process.stdout)  # trial 9 never ends
+            process.send_signal(number)
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        study = toy.open_toy(path, toy.make_space())
+        study.recover()
+        trial = study.trials()[9]
+        assert trial.extra.get("crashes", 0) == turn * crashes
+        expected = TrialState.FAIL if turn * crashes > 1 else TrialState.WAITING
+        assert trial.state is expected
+        if expected is TrialState.FAIL:
+            assert trial.extra["reason"] == "its process died 2 times"
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
         ("mysql://me:secret@host/db", "expected postgresql://"),
         ("postgresql://me:secret@host/db", "expected no password, since settings are logged"),
+        ("postgresql://me:sec@secret/x@host/db", "expected"),
+        ("postgresql://me:sec?secret@host/db", "expected"),
+        ("postgresql://me@host/db?password=secret&sslpassword=secret", "expected no password"),
+        ("postgresql://me@host/db?a=1&sslpassword='the secret'", "expected no password"),
+        ("postgresql://me@host/db?pass%77ord=secret", "expected no password"),
         ("nonsense", "expected postgresql://"),
     ],
 )
 def test_a_storage_of_another_kind_is_refused_without_showing_its_password(url, expected):
-    with pytest.raises(InputError, match=expected) as error:
-        toy.open_toy(url, toy.make_space())
-    assert "secret" not in str(error.value)
+    for use in (
+        lambda: toy.open_toy(url, toy.make_space()),
+        lambda: toy.make_settings(storage=url),
+    ):
+        with pytest.raises(InputError, match=expected) as error:
+            use()
+        assert "secret" not in str(error.value)
 
 
 def test_a_file_that_is_no_database_is_one_line(tmp_path):

@@ -19,6 +19,7 @@ from flash.arch import (
     kv_cache_bytes,
     weight_bytes,
 )
+from flash.config import one_line_errors
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import Quality, search
 from flash.search.objectives import Objective, Problem
@@ -158,4 +159,5 @@ if __name__ == "__main__":  # killed by a test
         time.sleep(0.05 if number < 9 else 3600)
         return Quality(loss(spec))
 
-    run(Path(sys.argv[1]), evaluate=slow, sampler=Sampler.flash)
+    with one_line_errors():
+        run(Path(sys.argv[1]), evaluate=slow, sampler=Sampler.flash)

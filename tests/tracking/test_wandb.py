@@ -1,5 +1,6 @@
 """Facts about runs on W&B: keys, connections, offline files, failures in the middle, lineage."""
 
+import base64
 import http.server
 import json
 import os
@@ -56,11 +57,16 @@ def run_script(folder: Path, **variables: str) -> tuple[list[str], float]:
     return done.stderr.splitlines(), float(done.stdout)
 
 
+asked_with: list[str | None] = []
+"""Credentials of the requests to `Refusal`."""
+
+
 class Refusal(http.server.BaseHTTPRequestHandler):
     """Answers 401 to everything, as W&B does to a key that it does not know."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
+        asked_with.append(self.headers.get("authorization"))
         self.send_response(401)
         self.end_headers()
         self.wfile.write(b'{"errors": [{"message": "user is not logged in"}]}')
@@ -100,6 +106,32 @@ def test_a_run_that_cannot_be_online_is_offline_after_one_warning(tmp_path, trou
     texts = [path.read_bytes() for path in (tmp_path / "logs").rglob("*") if path.is_file()]
     assert not any(secret.encode() in text for secret in secrets for text in texts)
     assert not any(secret in line for secret in secrets)
+
+
+@pytest.mark.parametrize("with_port", [True, False])
+def test_a_key_in_netrc_is_that_of_a_server_of_ones_own(tmp_path, with_port):
+    asked_with.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        machine = f"127.0.0.1:{server.server_port}" if with_port else "127.0.0.1"
+        netrc = tmp_path / "netrc"
+        netrc.write_text(f"machine {machine} login user password {KEY}\n")
+        netrc.chmod(0o600)
+        url = f"http://127.0.0.1:{server.server_port}"
+        [line], _ = run_script(tmp_path, NETRC=str(netrc), WANDB_BASE_URL=url)
+        server.shutdown()
+    assert asked_with[0] == f"Basic {base64.b64encode(f'api:{KEY}'.encode()).decode()}"
+    assert "no key found" not in line
+    assert KEY not in line
+    assert netrc.read_text().count("machine") == 1
+
+
+def test_a_run_that_goes_on_is_the_same_run(tmp_path):
+    for step in (0, 1, 2):
+        with open_tracker(offline(), tmp_path, info_of()) as tracker:
+            tracker.log({"train/loss": 1.0}, step)
+    runs = [run.run for run in read_runs(tmp_path)]
+    assert [run.run_id for run in runs] == [info_of().id] * 3
 
 
 def info_of(**changes) -> RunInfo:
