@@ -83,7 +83,7 @@ def test_an_answer_of_another_command_is_none(measure):
         (
             "result",
             json.dumps(RESULT).encode()[:-30],
-            "a: the device answers with nonsense: not JSON",
+            "a: the device answers with nonsense",
         ),
         ("result", b'{"samples": {}}', "started: missing"),
         ("result", json.dumps({**RESULT, "samples": {}}).encode(), "0 samples of prefill_8 of a"),
