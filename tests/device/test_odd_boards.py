@@ -80,7 +80,11 @@ def test_an_answer_of_another_command_is_none(measure):
         ("probe", json.dumps({**boards.PROBE, "cores": "8"}).encode(), 'cores="8": input should'),
         ("probe", json.dumps({**boards.PROBE, "cores": 0}).encode(), "cores=0: expected 1 to 4096"),
         ("probe", json.dumps({**boards.PROBE, "cpu": "\x1b[1m"}).encode(), r"cpu=\\x1b\[1m: exp"),
-        ("result", json.dumps(RESULT).encode()[:-30], "a: answers with nonsense: not JSON"),
+        (
+            "result",
+            json.dumps(RESULT).encode()[:-30],
+            "a: the device answers with nonsense",
+        ),
         ("result", b'{"samples": {}}', "started: missing"),
         ("result", json.dumps({**RESULT, "samples": {}}).encode(), "0 samples of prefill_8 of a"),
         ("result", json.dumps({**RESULT, "load_ms": {"a": None}}).encode(), r"load_ms\.a=null"),
@@ -302,7 +306,7 @@ def test_a_runner_without_statistics_is_one_line(tmp_path, monkeypatch):
     write_tokenizer(tmp_path / "tokenizer.json")
     for text in ("text", "text\nPyTorchObserver {", "text\nPyTorchObserver 5"):
         monkeypatch.setattr("flash.device.host.run_process", lambda *_, text=text, **__: (text, ""))
-        with pytest.raises(DeviceError, match=r"a\.pte: answers with nonsense"):
+        with pytest.raises(DeviceError, match=r"a\.pte: the device answers with nonsense"):
             generate_text(tmp_path / "a.pte", tmp_path / "tokenizer.json", "x", 1)
 
 
