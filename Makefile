@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo smollm2 test lint types cluster arm slow report reference docs clean
+.PHONY: demo smollm2 test lint types cluster arm fuzz slow report reference docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -66,6 +66,11 @@ $(SITE)/mkdocs: pyproject.toml
 
 docs: $(SITE)/mkdocs
 	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
+
+# Bad input of all kinds, `TRIES` of each; goes on where it was stopped. Hours on two cores.
+TRIES ?= 1000
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --tries $(TRIES)
 
 # Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
 cluster: $(READY)

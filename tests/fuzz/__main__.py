@@ -7,6 +7,7 @@ each attempt.
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -19,7 +20,8 @@ from tests.fuzz.base import make
 from tests.fuzz.kinds import KINDS, load_all
 
 
-def main() -> None:
+def main() -> int:
+    """Run the suite and return 1 if there are faults."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], metavar="KIND")
     parser.add_argument("--tries", type=int, default=200, help="attempts of each kind")
@@ -34,12 +36,15 @@ def main() -> None:
         json.loads(line)["kind"]
         for line in (log.read_text("utf-8").splitlines() if log.is_file() else [])
     )
+    faults = 0
     for kind in options.kinds or KINDS:
         start = 0 if options.only is not None else done[kind]
-        _try(kind, options, log, start)
+        faults += _try(kind, options, log, start)
+    return 1 if faults else 0
 
 
-def _try(kind: str, options: argparse.Namespace, log: Path, start: int) -> None:
+def _try(kind: str, options: argparse.Namespace, log: Path, start: int) -> int:
+    """Make the attempts of a kind and return the number of faults."""
     attempts = KINDS[kind](Random(f"{kind} {options.seed}"), options.folder / "project")
     found, began = 0, time.monotonic()
     for number, attempt in enumerate(islice(attempts, options.tries)):
@@ -52,7 +57,7 @@ def _try(kind: str, options: argparse.Namespace, log: Path, start: int) -> None:
             print(
                 f"{attempt.what}\n{folder}\n{ending.output}\n{ending.errors}\n{ending.code}: {said}"
             )
-            return
+            return None
         with log.open("a", encoding="utf-8") as file:
             row = {"kind": kind, "number": number, "what": attempt.what, "code": ending.code}
             said_last = ending.errors.strip().rpartition("\n")[2][:300]
@@ -63,7 +68,8 @@ def _try(kind: str, options: argparse.Namespace, log: Path, start: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - began
     print(f"{kind}: {found} faults from {start} to {options.tries} in {seconds:.0f} s", flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

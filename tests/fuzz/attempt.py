@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def _in_child(attempt: Attempt, arguments: list[str], work: Path, out: Path, err
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(work)
         sys.argv = ["flash", *arguments]
+        warnings.resetwarnings()  # those of pytest are no part of the product
         from flash.cli import main
 
         code = _exit_code(attempt.main or main)
