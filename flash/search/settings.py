@@ -50,22 +50,22 @@ def check_storage(url: str) -> None:
     Raises:
         InputError: It is not of PostgreSQL, or contains a password.
     """
+    plain, query, _ = without_secrets(url).partition("?")
+    shown_url = f"storage={plain}{query and '?...'}"
     try:
         parts = urlsplit(url, allow_fragments=False)
         known = parts.scheme.startswith("postgresql") and parts.port != 0
     except ValueError:  # a port that is no number
-        known = False
-    plain, query, _ = without_secrets(url).partition("?")
-    plain = f"storage={plain}{query and '?...'}"
-    if not known:
+        parts, known = None, False
+    if parts is None or not known:
         raise InputError(
-            f"{plain}: expected postgresql://USER@HOST/DATABASE, or null for a SQLite file"
+            f"{shown_url}: expected postgresql://USER@HOST/DATABASE, or null for a SQLite file"
         )
     given = {key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)}
     if parts.password is not None or given & {"password", "sslpassword"}:
         raise InputError(
-            f"{plain}: expected no password, since settings are logged; put it into ~/.pgpass or "
-            "PGPASSWORD"
+            f"{shown_url}: expected no password, since settings are logged; put it into "
+            "~/.pgpass or PGPASSWORD"
         )
 
 

@@ -205,6 +205,15 @@ def _init(
     if info.origin is not None:
         group, tags["arch"] = info.origin.study, info.origin.arch
     finish_s = _UPLOAD_TIMEOUT_S if settings.upload else _FINISH_TIMEOUT_S
+    own = wandb.Settings(
+        silent=True,
+        reinit="create_new",
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=finish_s,
+        finish_timeout_raises=True,
+    )
+    if key is not None:
+        own.api_key = key
     return wandb.init(
         **target,
         name=info.name,
@@ -214,12 +223,5 @@ def _init(
         job_type=info.job.value,
         tags=[f"{kind}:{value}"[:_LONGEST_TAG] for kind, value in tags.items()],
         config={**info.config, "origin": facts},
-        settings=wandb.Settings(
-            silent=True,
-            reinit="create_new",
-            init_timeout=_INIT_TIMEOUT_S,
-            finish_timeout=finish_s,
-            finish_timeout_raises=True,
-            **({"api_key": key} if key is not None else {}),
-        ),
+        settings=own,
     )
