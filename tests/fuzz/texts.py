@@ -147,7 +147,7 @@ def attempts_texts(random: Random, project: Path) -> Iterator[Attempt]:
         skip = random.random() < 0.5
         content = _parquet(column)
         fixed.append(_reading(project, what, "a.parquet", content, skip=skip, may=may))
-    for column in ("", "x", "te.xt", "a b", "Text", "TEXT", "../text", "0", "text\0"):
+    for column in ("", "x", "text.x", "a b", "Text", "TEXT", "../text", "0", "text\0"):
         name = random.choice(["a.jsonl", "a.parquet"])
         content = _parquet(texts) if name == "a.parquet" else _lines(rows)
         fixed.append(
