@@ -5,6 +5,7 @@ about settings do not wait for torch, and Ctrl-C is handled before anything slow
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -24,6 +25,9 @@ def run(verb: str) -> None:
     """
     terminal.begin()
     commands.begin(verb)
+    # Threads of OpenMP that wait for each other would spin, and a step of training take several
+    # times as long beside other work (benchmarks/busy.py). torch reads it when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = sys.argv[1:]
     from flash.config import entry, one_line_errors
     from flash.jobs import JOBS

@@ -219,6 +219,17 @@ def test_an_unknown_flag_is_one_line(folder, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(("chosen", "policy"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_sleep_unless_told_otherwise(folder, monkeypatch, chosen, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["flash", "train", "--lr"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == policy
+
+
 def test_new_says_what_it_made_and_what_comes_next(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["flash", "new", "data", "mine"])
     assert cli.main() == 0
