@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from flash.bundled import CONF
-from flash.compat.omegaconf import load_yaml
+from flash.compat.omegaconf import yaml_loader
 from flash.errors import InputError, shown, under
 
 _LARGEST = 2**20
@@ -125,7 +125,7 @@ def _read(path: Path, text: str) -> dict[str, Any]:
         InputError: It is no YAML, is empty, or has values that are not plain.
     """
     try:
-        values = load_yaml(text)
+        values = yaml.load(text, Loader=yaml_loader())  # noqa: S506 -- a safe loader
         with under(str(path), ": "):
             _check_plain(values, "", 0)
     except yaml.MarkedYAMLError as error:

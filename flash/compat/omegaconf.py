@@ -16,19 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader, split_key
 from omegaconf.errors import OmegaConfBaseException
 
 
-def load_yaml(text: str) -> Any:
-    """Parse YAML by the rules of OmegaConf.
-
-    Raises:
-        yaml.YAMLError: It is no YAML.
-    """
-    return yaml.load(text, Loader=get_yaml_loader())  # noqa: S506 -- derived from SafeLoader
+def yaml_loader() -> Any:
+    """Return OmegaConf's loader for PyYAML, a safe one."""
+    return get_yaml_loader()
 
 
 def child_mapping(node: DictConfig, key: str) -> DictConfig | None:
