@@ -33,7 +33,7 @@ def test_the_report_shows_backbone_and_winner(common, winner):
     backbone = data.models[0]
     point = "prefill_32"
     slow = backbone.predicted[point]["slowdown"]
-    in_search = data.studies[0].search["latency_points"][point][-1]
+    in_search = data.studies[0].search.latency_points[point][-1]
     assert slow == pytest.approx(backbone.exported.measurement.latencies[point].ms / in_search)
     page = render(data)
     assert "https://" not in page.split("</head>")[1]  # nothing is fetched

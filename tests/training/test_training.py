@@ -230,9 +230,8 @@ def test_every_field_of_the_trainer_but_those_named_decides_the_result():
 
 @pytest.mark.parametrize("name", ["../../out", "a/b", ".hidden"])
 def test_names_stay_in_the_folder_of_results(name, backbone_settings, data_settings, tmp_path):
-    settings = _settings(backbone_settings, data_settings, tmp_path, name=name)
     with pytest.raises(InputError, match=r"^name=.*: expected at most 128 letters"):
-        train(settings)
+        train(_settings(backbone_settings, data_settings, tmp_path, name=name))
     assert not (tmp_path.parent / "out").exists()
 
 
