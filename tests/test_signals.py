@@ -29,6 +29,11 @@ with one_line_errors():
 """
 
 
+def _plain_environment() -> dict[str, str]:
+    """Environment of a shell, without what commands within other tests have noted in it."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("FLASH_")}
+
+
 def defaults() -> None:
     """Give signals their default handlers; tests in the background begin with some ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,7 +44,7 @@ def defaults() -> None:
 def started(prepare):
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**_plain_environment(), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,7 +85,7 @@ def test_a_signal_before_the_work_is_one_word(number):
     )
     done = subprocess.run(
         [sys.executable, "-c", check],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**_plain_environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         preexec_fn=defaults,

@@ -77,6 +77,7 @@ def test_an_error_of_a_sweep_does_not_start_the_jobs(tmp_path, monkeypatch, caps
             raise RuntimeError("a bug")
 
         run_jobs_by(run)
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # commands set their own
         assert run_main(["seed=1,2"], tmp_path, monkeypatch, pytest.fail) == 1
         assert "RuntimeError: a bug" in capsys.readouterr().err
 

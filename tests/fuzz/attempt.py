@@ -1,5 +1,6 @@
 """One attempt: files in a folder, a command, and the judgement of its end."""
 
+import faulthandler
 import os
 import re
 import resource
@@ -89,6 +90,7 @@ def _in_child(attempt: Attempt, arguments: list[str], work: Path, out: Path, err
     code = 70
     try:
         os.setsid()
+        faulthandler.disable()  # pytest's would print to its own output
         for path, number in ((out, 1), (err, 2)):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(handle, number)
