@@ -30,7 +30,8 @@ from flash.search.loop import Quality, search
 from flash.search.objectives import Objective, Problem
 from flash.search.sampler import propose
 from flash.search.settings import Sampler, SearchSettings
-from flash.search.study import Study, Trial, open_study
+from flash.search.study import Study, open_study
+from flash.search.trial import Trial
 from flash.training.loss_curve import Curve, Watch
 
 MANY, KNOWN, TRIALS, SEEDS = (20, 24, 8, 1) if SMOKE else (10_000, 200, 64, 3)

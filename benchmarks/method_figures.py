@@ -46,8 +46,8 @@ from flash.search.loop import frontier
 from flash.search.pareto import choose_winners
 from flash.search.pruner import LossPrediction
 from flash.search.settings import Sampler
-from flash.search.study import Trial
 from flash.search.surrogate import draw_losses
+from flash.search.trial import Trial
 
 FIGURES = output(conf.ROOT / "docs" / "figures")
 TRIALS = (18, 20) if SMOKE else (24, 48)

@@ -27,7 +27,7 @@ from flash.search.objectives import Objective, Problem
 from flash.search.pareto import hypervolume
 from flash.search.sampler import largest, propose
 from flash.search.settings import Sampler, SearchSettings
-from flash.search.study import Trial
+from flash.search.trial import Trial
 
 SEEDS, BUDGETS, POOL = (1, (17, 20), 64) if SMOKE else (20, (25, 50, 100, 200), 512)
 SETTINGS = SearchSettings(study="table", batch=4, startup_trials=16, pool_size=POOL)

@@ -17,7 +17,7 @@ from record import SMOKE, Recorder
 
 from flash.search.objectives import Objective, Problem
 from flash.search.pruner import TrialPruned, maybe_prune
-from flash.search.study import Trial
+from flash.search.trial import Trial
 from flash.training.loss_curve import Curve
 
 ERRORS = (0.01, 0.05, 0.1, 0.2)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from flash.bundled import CONF
-from flash.compat.omegaconf import yaml_loader
+from flash.compat.omegaconf import load_yaml
 from flash.errors import InputError, shown, under
 
 _LARGEST = 2**20
@@ -50,7 +50,7 @@ _OF_LAUNCHERS = frozenset({
 
 
 class Trust(Enum):
-    """What the option files of a folder may do besides setting values."""
+    """Rights of the option files of a folder besides setting values."""
 
     everything = "everything"
     """The folder belongs to the code."""
@@ -125,7 +125,7 @@ def _read(path: Path, text: str) -> dict[str, Any]:
         InputError: It is no YAML, is empty, or has values that are not plain.
     """
     try:
-        values = yaml.load(text, Loader=yaml_loader())  # noqa: S506 -- a safe loader
+        values = load_yaml(text)
         with under(str(path), ": "):
             _check_plain(values, "", 0)
     except yaml.MarkedYAMLError as error:

@@ -21,9 +21,17 @@ from omegaconf._utils import get_yaml_loader, split_key
 from omegaconf.errors import OmegaConfBaseException
 
 
-def yaml_loader() -> Any:
-    """Return OmegaConf's loader for PyYAML, a safe one."""
-    return get_yaml_loader()
+def load_yaml(text: str) -> Any:
+    """Parse YAML by the rules of OmegaConf, whose loader is a safe one.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
+    loader = get_yaml_loader()(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def child_mapping(node: DictConfig, key: str) -> DictConfig | None:

@@ -12,7 +12,7 @@ from flash.search.loop import frontier, hypervolume_history
 from flash.search.names import arch_name
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
-from flash.search.study import Trial
+from flash.search.trial import Trial
 
 
 def write_frontier(

@@ -7,7 +7,8 @@ from typing import Any
 from flash.arch import ArchSpec, Attention, count_parameters
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.objectives import Problem
-from flash.search.study import Study, Trial
+from flash.search.study import Study
+from flash.search.trial import Trial
 from flash.tracking.tracker import Tracker
 
 Draw = Callable[[], Mapping[str, Any]]

@@ -17,7 +17,8 @@ from flash.search.pareto import hypervolume, non_dominated
 from flash.search.pruner import TrialPruned, maybe_prune
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
-from flash.search.study import Study, Trial
+from flash.search.study import Study
+from flash.search.trial import Trial
 from flash.training.loss_curve import Curve, Watch
 
 _log = logging.getLogger(__name__)

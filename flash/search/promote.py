@@ -11,7 +11,8 @@ from flash.errors import InputError
 from flash.search.loop import EvaluationError, Quality, frontier
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
-from flash.search.study import Study, Trial
+from flash.search.study import Study
+from flash.search.trial import Trial
 
 _log = logging.getLogger(__name__)
 

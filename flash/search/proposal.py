@@ -7,7 +7,7 @@ from functools import cached_property
 from flash.arch import ArchSpec, SearchSpace
 from flash.search.objectives import Problem
 from flash.search.settings import SearchSettings
-from flash.search.study import Trial
+from flash.search.trial import Trial
 
 
 @dataclass(frozen=True, kw_only=True)

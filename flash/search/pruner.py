@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from flash.search.objectives import Problem
-from flash.search.study import Trial
+from flash.search.trial import Trial
 from flash.training.loss_curve import Curve
 
 RUNGS = (0.25, 0.5, 0.75)

@@ -35,7 +35,8 @@ from flash.search.promote import promote
 from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.storage import named_errors
-from flash.search.study import Study, Trial, open_study, reopen_study
+from flash.search.study import Study, open_study, reopen_study
+from flash.search.trial import Trial
 from flash.terminal import table, wrap
 from flash.tracking.artifacts import Artifact, ArtifactKind
 from flash.tracking.backend import JobType, RunInfo
@@ -130,7 +131,7 @@ def _duration(hours: float) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What is read of a former `latency.json`."""
+    """Part of a former `latency.json` that is read."""
 
     device: dict[str, Any]
 

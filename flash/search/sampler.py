@@ -25,8 +25,8 @@ from flash.search.objectives import Problem, limited_value
 from flash.search.pareto import non_dominated
 from flash.search.proposal import ProposalRequest
 from flash.search.settings import Sampler, SearchSettings
-from flash.search.study import Trial
 from flash.search.surrogate import draw_losses
+from flash.search.trial import Trial
 
 _log = logging.getLogger(__name__)
 

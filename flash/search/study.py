@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,71 +19,24 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from flash.arch import ArchSpec, Choices, SearchSpace, count_parameters
 from flash.compat.optuna import TrialStorage
 from flash.errors import InputError, under
-from flash.records import convert
 from flash.search.fingerprint import check_fingerprint
 from flash.search.names import arch_name
 from flash.search.objectives import Objective
 from flash.search.settings import SearchSettings
 from flash.search.storage import connect, full_disk_named
+from flash.search.trial import Trial, read_trial
 from flash.search.workers import Lock, Owner
 
 if TYPE_CHECKING:  # only drawn figures are shown
     import plotly.graph_objects as go
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One candidate and its outcome."""
-
-    number: int
-    spec: ArchSpec
-    costs: Mapping[str, float]
-    """Known objectives by key of `Objective`, as computed when the trial was proposed."""
-    state: TrialState
-    loss: float | None = None
-    """Held-out loss [nats a token] of a complete trial, else None."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Facts reported by the evaluation, `reason` of a failure, `seconds` of the evaluation."""
-    batch: tuple[int, int]
-    """Number of the first trial of the same batch, and the size of the batch."""
-
-    @property
-    def complete(self) -> bool:
-        """True if the trial has a loss."""
-        return self.state is TrialState.COMPLETE
-
-    @property
-    def stopped(self) -> bool:
-        """True if the trial was pruned, that is, stopped early."""
-        return self.state is TrialState.PRUNED
-
-    @property
-    def expected_loss(self) -> float | None:
-        """Loss of a complete trial, predicted final loss of a stopped one, else None."""
-        return self.extra["estimate"] if self.stopped else self.loss
-
-    @property
-    def curve(self) -> list[float]:
-        """Training losses in equal parts of the training [nats a token]; empty if not recorded."""
-        return [loss for _, loss in self.extra.get("curve", [])]
-
-    def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
-        """Return the objective values of a complete trial, loss first."""
-        assert self.loss is not None
-        return (self.loss, *(self.costs[objective.value] for objective in objectives[1:]))
-
-    @property
-    def finished(self) -> bool:
-        """True if the trial is complete, stopped early or failed."""
-        return self.state.is_finished()
 
 
 class Study:
@@ -129,7 +81,7 @@ class Study:
         """Return all trials in order of their numbers."""
         found: list[Trial] = []
         for frozen in self._study.get_trials(deepcopy=False):
-            trial = self._finished.get(frozen.number) or _to_trial(frozen)
+            trial = self._finished.get(frozen.number) or read_trial(frozen)
             if trial.finished:  # finished trials never change, and may be thousands
                 self._finished[trial.number] = trial
             found.append(trial)
@@ -407,39 +359,6 @@ def reopen_study(storage: Path | str, name: str) -> Study:
         ) from error
     objectives = [Objective[key] for key in study.user_attrs["fingerprint"]["objectives"]]
     return Study(study, lock, objectives, heartbeat_s=1, retries=0)
-
-
-def _to_trial(frozen: FrozenTrial) -> Trial:
-    with under(f"trial {frozen.number} of the study", ": "):
-        attributes = convert(_Attributes, frozen.user_attrs)
-    extra = dict(attributes.info)
-    if attributes.reason is not None:
-        extra["reason"] = attributes.reason
-    if attributes.crashes is not None:
-        extra["crashes"] = attributes.crashes
-    if frozen.duration is not None:
-        extra["seconds"] = frozen.duration.total_seconds()
-    return Trial(
-        number=frozen.number,
-        spec=attributes.spec,
-        costs=attributes.costs,
-        state=frozen.state,
-        loss=frozen.values[0] if frozen.state is TrialState.COMPLETE else None,
-        extra=extra,
-        batch=attributes.batch,
-    )
-
-
-@dataclass(frozen=True)
-class _Attributes:
-    """What the study keeps of a trial besides what Optuna does."""
-
-    spec: ArchSpec
-    costs: dict[str, float]
-    batch: tuple[int, int]
-    info: dict[str, Any] = field(default_factory=dict)
-    reason: str | None = None
-    crashes: int | None = None
 
 
 def _distributions(space: SearchSpace, spec: ArchSpec) -> dict[str, BaseDistribution]:

@@ -253,7 +253,7 @@ def _measure(phone: bool, harmless: bool) -> Callable[[], int]:
 
 
 def _plausible(work: Path, output: str) -> bool:
-    """Whether the printed identity and times can be those of a device."""
+    """Return True if the printed identity and times can be those of a device."""
     values = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     identity, result = values["identity"], values["result"]
     texts = all(str(each).isprintable() for each in identity.values())

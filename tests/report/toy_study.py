@@ -18,7 +18,7 @@ from flash.search.frontier import write_report
 from flash.search.loop import frontier
 from flash.search.objectives import Objective
 from flash.search.promote import compare
-from flash.search.study import Trial
+from flash.search.trial import Trial
 from flash.training.result import FitResult, TrainResult, ValidationMetrics
 from tests.search import toy_search as toy
 

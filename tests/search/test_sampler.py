@@ -13,8 +13,8 @@ from flash.search.acquisition import greedy_batch
 from flash.search.pareto import hypervolume
 from flash.search.sampler import propose
 from flash.search.settings import Sampler
-from flash.search.study import Trial
 from flash.search.surrogate import features
+from flash.search.trial import Trial
 from tests.search import toy_search as toy
 
 SPACE = toy.make_space()
