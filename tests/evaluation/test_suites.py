@@ -6,11 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-import lm_eval
 import pytest
-from omegaconf import OmegaConf
 
-from flash.config import CONF
 from flash.device.connections import AndroidSettings
 from flash.device.settings import DeviceKind, DeviceSettings
 from flash.device.workload import Workload
@@ -18,7 +15,7 @@ from flash.errors import InputError
 from flash.evaluation.run import evaluate
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
 from flash.evaluation.suites import SuiteResult, as_text
-from flash.evaluation.tasks import OWN_TASKS, SANDBOXED_TASKS, Tasks
+from flash.evaluation.tasks import Tasks
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
@@ -385,64 +382,12 @@ def test_a_row_that_is_no_object_is_named(row, problem, settings, task_folder, t
         evaluate(with_tasks(settings, task))
 
 
-FOLDERS = [
-    "hellaswag",
-    "super_glue",
-    "piqa",
-    "siqa",
-    "triviaqa",
-    "nq_open",
-    "arc",
-    "winogrande",
-    "mmlu",
-    "mbpp",
-    "humaneval",
-]
-
-
-@pytest.mark.parametrize("suite", ["paper_base", "paper_chat"])
-def test_the_papers_suites_name_tasks_and_metrics_of_the_harness(suite):
-    """Compare with the task files of the harness, read without their data."""
-    from lm_eval.tasks import TaskManager
-
-    root = Path(lm_eval.__file__).parent / "tasks"
-    folders = [OWN_TASKS, SANDBOXED_TASKS, *(root / name for name in FOLDERS)]
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    for task in OmegaConf.load(CONF / "suite" / f"{suite}.yaml").tasks:
-        about = manager.task_index[task.name].cfg or {}
-        metric, chosen = task.metric.split(",")
-        listed = about.get("metric_list") or about["aggregate_metric_list"]
-        names = {Path(each["metric"]).name.removeprefix("utils.") for each in listed}
-        assert metric in names
-        assert chosen in {each["name"] for each in about.get("filter_list", [{"name": "none"}])}
-        assert set(task.paper) <= {"Flash-350M", "Flash-650M", "Flash-1.4B"}
-
-
 def test_files_of_an_unknown_kind_do_not_replace_a_data_set(settings, tmp_path):
     (tmp_path / "problems.xml").write_text("x")
     files = {"test": str(tmp_path / "problems.xml")}
     task = TaskSettings(name="humaneval_sandboxed", title="x", metric="pass@1,none", files=files)
     with pytest.raises(InputError, match=r"problems\.xml: expected a file that ends in \.arrow"):
         evaluate(with_tasks(settings, task))
-
-
-def test_humaneval_is_asked_as_the_harness_does():
-    from lm_eval.tasks import TaskManager
-
-    folders = [SANDBOXED_TASKS, Path(lm_eval.__file__).parent / "tasks" / "humaneval"]
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    ours, theirs = (
-        manager.task_index[name].cfg or {} for name in ("humaneval_sandboxed", "humaneval")
-    )
-    for key in ("dataset_path", "test_split", "doc_to_text", "output_type", "num_fewshot"):
-        assert ours[key] == theirs[key]
-    assert ours["generation_kwargs"]["until"] == theirs["generation_kwargs"]["until"]
-
-
-def test_the_papers_figures_have_its_averages():
-    tasks = OmegaConf.load(CONF / "suite" / "paper_base.yaml").tasks
-    means = [sum(task.paper[model] for task in tasks) / 9 for model in tasks[0].paper]
-    assert means == pytest.approx([45.46, 48.57, 55.06], abs=0.006)
 
 
 def test_table_has_the_papers_average_only_if_all_figures_are_there(settings):
