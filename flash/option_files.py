@@ -156,20 +156,20 @@ def _check_plain(values: Any, place: str, depth: int) -> None:
     Raises:
         InputError: One is something else; names its place.
     """
-    where = place or "the file"
+    where = f"{place}: " if place else ""
     if depth > _DEEPEST:
-        raise InputError(f"{where}: too many levels of nesting; correct it")
+        raise InputError("too many levels of nesting; correct the file")
     if isinstance(values, dict):
         for key, value in values.items():
             if not isinstance(key, str):
-                raise InputError(f"{where}: expected text as a key, found {shown(key)}; correct it")
+                raise InputError(f"{where}expected text as a key, found {shown(key)}; correct it")
             _check_plain(value, f"{place}.{key}".lstrip("."), depth + 1)
     elif isinstance(values, list):
         for number, value in enumerate(values):
             _check_plain(value, f"{place}[{number}]", depth + 1)
     elif not isinstance(values, str | int | float | bool | None):
         raise InputError(
-            f"{where}: expected text, a number, true, false or null, found a "
+            f"{where}expected text, a number, true, false or null, found a "
             f"{type(values).__name__}; correct it"
         )
 

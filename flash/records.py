@@ -232,15 +232,13 @@ def read_json(path: Path, build: Callable[[Any], T] | type[T], remedy: str) -> T
     Raises:
         InputError: The file cannot be read, is not JSON, or is refused.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: expected a file; delete it to {remedy}")
     try:
         text = path.read_bytes()
         if isinstance(build, type) or get_origin(build) is not None:  # such as `dict[str, int]`
             return parse_json(cast(type[T], build), text)
         return build(json.loads(text))
-    except IsADirectoryError as error:
-        raise InputError(
-            f"{path}: expected a file, found a folder; delete it to {remedy}"
-        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); delete it to {remedy}") from error
 

@@ -1,4 +1,4 @@
-"""Behavior on a terminal: width of lines, readers that end, crashes.
+"""Behavior on a terminal: width of lines, signals, crashes, readers that end.
 
 `begin` comes first in every command, so this module imports nothing that takes time.
 """

@@ -443,6 +443,50 @@ def test_the_folder_of_results_is_what_hydra_takes_it_for(arguments, runs):
     assert runs_in(arguments) == runs
 
 
+@pytest.mark.parametrize("argument", ["runs=", "runs=null", "runs=[a]", "runs={a: 1}"])
+def test_results_need_a_folder(argument):
+    with pytest.raises(InputError, match=r"^runs=.*: expected the path of a folder"):
+        runs_in([argument])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected settings as KEY: VALUE, found nothing"),
+        ("# nothing\n", "expected settings as KEY: VALUE, found nothing"),
+        ("[]\n", "expected settings as KEY: VALUE, found a list"),
+        ("5\n", "expected settings as KEY: VALUE, found one value"),
+        ("a: 1\na: 2\n", "line 2: found duplicate key a"),
+        ("a: 'b\n", "line 2: found unexpected end of stream"),
+        ("a: 1\n---\nb: 2\n", "line 2: but found another document"),
+        ("1: 2\n", "expected text as a key, found 1"),
+        ("a: &a [*a]\n", "too many levels of nesting"),
+        ("a: !!binary aGk=\n", "a: expected text, a number, true, false or null, found a bytes"),
+        ("\ufeffa: 1\n", "begins with a byte-order mark"),
+        ("defaults: 5\n", "defaults: expected a list"),
+        ("defaults: [{a: {b: 1}}]\n", "expected the name of an option, or GROUP: OPTION"),
+        ("defaults: [other]\n", "defaults: the option includes itself"),
+    ],
+)
+def test_an_option_file_is_read_before_hydra_sees_it(tmp_path, text, expected):
+    for name, content in (("mine", text), ("other", "defaults: [/arch/mine]\n")):
+        path = tmp_path / "arch" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=rf"arch/\w+\.yaml.*{re.escape(expected)}"):
+        check_options(tmp_path, Trust.launcher)
+
+
+def test_architectures_of_a_search_have_values_only(tmp_path):
+    path = tmp_path / "arch" / "found.yaml"
+    path.parent.mkdir()
+    for text in ("# @package _global_\nseed: 1\n", "defaults: [_self_]\nffn_dim: 64\n"):
+        path.write_text(text, "utf-8")
+        check_options(tmp_path, Trust.launcher)
+        with pytest.raises(InputError, match="expected values only, as a search writes them"):
+            check_options(tmp_path, Trust.values)
+
+
 @pytest.mark.parametrize("argument", ["runs=a,b", "runs=${oc.env:HOME}/x"])
 def test_all_jobs_have_one_folder_of_results(argument):
     with pytest.raises(InputError, match="expected one folder for all jobs"):

@@ -219,6 +219,28 @@ def test_an_unknown_flag_is_one_line(folder, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("word", ["+x._target_=os.system", "-cp", "-cn", "--config-path"])
+def test_words_that_would_run_other_code_are_refused(folder, monkeypatch, capsys, word):
+    monkeypatch.setattr(sys, "argv", ["flash", "train", word, "x"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    expected = "expected no _target_" if "_target_" in word else "no such flag"
+    assert capsys.readouterr().err.startswith(f"error: {word}: {expected}")
+
+
+def test_a_folder_of_options_on_the_command_line_is_checked(folder, monkeypatch, capsys, tmp_path):
+    hostile = tmp_path / "given" / "train" / "experiment" / "x.yaml"
+    hostile.parent.mkdir(parents=True)
+    hostile.write_text("hydra: {job_logging: null}\n", "utf-8")
+    for words in (["--config-dir", str(tmp_path / "given")], [f"--config-dir={tmp_path}/given"]):
+        monkeypatch.setattr(sys, "argv", ["flash", "train", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert "x.yaml: hydra: expected no setting of Hydra" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("chosen", "policy"), [(None, "passive"), ("active", "active")])
 def test_threads_that_wait_sleep_unless_told_otherwise(folder, monkeypatch, chosen, policy):
     monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from flash.errors import DeviceError, InputError, printable
+from flash.errors import DeviceError, InputError, printable, short
 
 LARGEST_OUTPUT = 256 << 20
 """Most bytes that a process may print; the largest honest answers are results with logits."""
@@ -46,8 +46,7 @@ class Output:
 
 def brief(text: str) -> str:
     """Return foreign text as a short printable line."""
-    line = printable(text)
-    return line if len(line) <= _LONGEST_TEXT else f"{line[:_LONGEST_TEXT]}..."
+    return short(printable(text), _LONGEST_TEXT)
 
 
 def run_bounded(

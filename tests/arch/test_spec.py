@@ -32,6 +32,23 @@ def test_the_longest_run_counts_skips_and_windows_alike():
     [
         ({"num_kv_heads": 3}, r"^num_kv_heads=3: expected a divisor of num_heads=4"),
         ({"model_dim": 100}, r"^model_dim=100: expected a multiple of 32"),
+        ({"ffn_dim": 2**40}, r"^ffn_dim=1099511627776: expected at most 2147483647"),
+        ({"rope_theta": float("inf")}, r"^rope_theta=inf: expected a positive number"),
+        ({"rope_theta": "abc"}, r"^rope_theta=abc: expected a positive number"),
+        ({"norm_eps": None}, r"^norm_eps=null: expected a positive number"),
+        ({"norm_eps": True}, r"^norm_eps=true: expected a positive number"),
+        ({"tie_embeddings": "maybe"}, r"^tie_embeddings=maybe: expected true or false"),
+        ({"rope_scaling": 5}, r"^rope_scaling=5: expected a mapping with kind and factor"),
+        (
+            {"rope_scaling": {"kind": ["linear"], "factor": 2}},
+            r"^rope_scaling\.kind=\[linear\]: expected one of linear, llama3",
+        ),
+        (
+            {"rope_scaling": {"kind": "linear", "factor": "x"}},
+            r"^rope_scaling\.factor=x: expected a number of at least 1",
+        ),
+        ({"layer_types": "F" * 10_001}, r"^layer_types=\.\.\.: expected at most 10000 layers"),
+        ({"layer_types": [None]}, r"^layer_types=null: expected one of full_attention"),
         ({"ffn_dim": 0}, r"^ffn_dim=0: expected a positive integer"),
         ({"head_dim": 33}, r"^head_dim=33: expected an even number"),
         ({"head_dim": 2}, r"^head_dim=2: expected a size whose product with num_heads=4"),

@@ -102,13 +102,11 @@ def attempts_configs(random: Random, project: Path) -> Iterator[Attempt]:
         "metadata": {"total_size": 1},
         "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors"),
     }
-    index["weight_map"] = dict(list(index["weight_map"].items()))
 
     def split(work: Path) -> None:
         (work / "hf" / "model.safetensors").rename(work / "hf" / "model-00001-of-00001.safetensors")
 
     generation = {"eos_token_id": 0, "bos_token_id": 0, "max_length": 20, "do_sample": True}
-    # Files that the folder of the project lacks are made of a copy of its config.
     yield from _shuffled(
         [
             json_attempts(project, random, "hf/config.json", config),
@@ -124,7 +122,6 @@ def attempts_configs(random: Random, project: Path) -> Iterator[Attempt]:
 def attempts_tokenizers(random: Random, project: Path) -> Iterator[Attempt]:
     """tokenizer.json of the backbone."""
     values = json.loads((project / "hf" / "tokenizer.json").read_text("utf-8"))
-    values["model"]["vocab"] = dict(values["model"]["vocab"])
     vocab = values["model"]["vocab"]
     huge = [10**6, 10**9, 2**31, 2**32 - 1, 2**32, 2**63, -1]
     for number in huge:

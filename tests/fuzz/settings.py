@@ -1,6 +1,7 @@
 """Values of settings, names and paths on the command line, and the user's own YAML."""
 
 import dataclasses
+import shutil
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,14 +46,14 @@ def leaves(schema: type, path: str = "") -> Iterator[str]:
 
 def attempts_values(random: Random, project: Path) -> Iterator[Attempt]:
     """Every setting of every command with every odd value; the checks alone are run."""
-    jobs_ = [
+    choices = [
         (verb, key, value)
         for verb, schema in ROOTS.items()
         for key in leaves(schema)
         for value in ODD
     ]
-    random.shuffle(jobs_)
-    for verb, key, value in jobs_:
+    random.shuffle(choices)
+    for verb, key, value in choices:
         override = f"{key}={value}"
         yield Attempt(
             f"flash {verb} {override}",
@@ -94,8 +95,6 @@ def link_inputs(project: Path, work: Path, *own: str) -> None:
         work: Empty folder.
         own: Names that are copied, since they will be changed.
     """
-    import shutil
-
     for path in project.iterdir():
         if path.name in own:
             copy: Any = shutil.copytree if path.is_dir() else shutil.copy

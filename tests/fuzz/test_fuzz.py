@@ -1,7 +1,10 @@
 """Short tier of the fuzz suite; `make fuzz` runs the long one."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -64,10 +67,6 @@ def test_an_unforeseen_error_is_one_line_and_a_report(tmp_path):
 
 def test_the_judgement_sees_each_fault(tmp_path):
     """A suite that finds nothing shows nothing unless it would find something."""
-    import os
-    import signal
-    import sys
-    import time
 
     def says(text: str, code: int) -> int:
         print(text, file=sys.stderr)

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import sys
 import threading
 from dataclasses import replace
@@ -135,6 +136,24 @@ def test_damaged_line_is_named(path, line):
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(InputError, match="line 2: (not a measurement|kind: missing); remove"):
+        MeasurementStore(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("ms", "1", 'result.ms="1": input should be a valid number'),
+        ("ms", float("nan"), "result.ms=nan: expected a positive number"),
+        ("rejected", 0.5, "result.rejected=0.5: input should be a valid integer"),
+        ("samples", [{}], "result.samples.0.accepted: missing"),
+    ],
+)
+def test_a_value_of_another_type_is_named(path, key, value, problem):
+    MeasurementStore(path).append(row(1))
+    values = json.loads(path.read_text())
+    values["result"][key] = value
+    path.write_text(f"{json.dumps(values)}\n")
+    with pytest.raises(InputError, match=f"line 1: {re.escape(problem)}"):
         MeasurementStore(path)
 
 

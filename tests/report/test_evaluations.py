@@ -94,6 +94,28 @@ def test_a_damaged_frontier_is_one_line(runs, key):
         read_study(runs, "toy")
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (("objectives",), ["loss", "speed"], "objectives=speed: expected one of"),
+        (("trials", 0, "loss"), "low", 'trials.0.loss="low": input should be a valid number'),
+        (("trials", 0, "spec", "ffn_dim"), 33, "trials.0.spec.ffn_dim=33: expected a multiple"),
+        (("winners",), [99], "winners=99: expected the number of a trial"),
+        (("workload", "prompts"), [], "workload.prompts=[]: expected one length or more"),
+        (("latency_points",), {}, "latency_points"),
+    ],
+)
+def test_a_wrong_value_in_a_frontier_is_named(runs, place, value, problem):
+    path = runs.study("toy") / "frontier.json"
+    report = values = json.loads(path.read_text())
+    for key in place[:-1]:
+        values = values[key]
+    values[place[-1]] = value
+    path.write_text(json.dumps(report))
+    with pytest.raises(InputError, match=rf"frontier\.json: damaged \({re.escape(problem)}"):
+        read_study(runs, "toy")
+
+
 def test_a_damaged_promotion_is_one_line(runs):
     path = runs.study("toy") / "promoted.json"
     path.write_text('{"trials": [{}]}')

@@ -7,19 +7,22 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 
-from flash.errors import InputError
+from flash.errors import InputError, ServiceError
 from flash.search import storage, workers
 from flash.search.loop import Quality, frontier
+from flash.search.storage import named_errors
 from flash.search.workers import Owner
 from tests.search import toy_search as toy
 
@@ -261,6 +264,19 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path):
     path.write_text("something else\n" * 1000)
     with pytest.raises(InputError, match="expected a database that can be reached") as error:
         toy.open_toy(path, toy.make_space())
+    assert "\n" not in str(error.value)
+
+
+def test_a_database_that_fails_during_the_work_is_one_line(tmp_path):
+    path = tmp_path / "study.db"
+    study = toy.open_toy(path, toy.make_space())
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE trials")
+    with (
+        pytest.raises(ServiceError, match=r"study\.db: the database failed \(.*no such") as error,
+        named_errors(path, "toy"),
+    ):
+        study.trials()
     assert "\n" not in str(error.value)
 
 
