@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -127,6 +128,10 @@ def save(
                 os.fsync(file.fileno())
             path.chmod(0o644)  # safetensors writes files that others cannot read
         temporary.chmod(0o755)
+        # Not in the hidden folder, which the next process removes after a kill between both moves.
+        old = folder.with_name(f".{folder.name}.old")
         if folder.exists():
-            folder.rename(temporary.with_name(f"{folder.name}.old"))  # removed at the end
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

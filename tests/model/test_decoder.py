@@ -18,6 +18,7 @@ from flash.model.checkpoint import build, load, save, state_to_save
 from flash.model.decoder import Decoder
 from flash.model.families import from_config, to_config
 from flash.model.weights import read_spec
+from flash.records import remove_leftovers
 from tests.model.greedy import generate
 
 COMMON = {
@@ -186,6 +187,26 @@ def test_an_interrupted_save_keeps_the_old_folder(tmp_path, monkeypatch):
         save(folder, spec, {name: w + 1 for name, w in weights.items()})
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_kill_between_both_moves_of_a_save_loses_nothing(tmp_path, monkeypatch):
+    folder, weights = tmp_path / "m", state_to_save(Decoder(SPEC), torch.float32)
+    save(folder, SPEC, weights)
+    before = (folder / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def killed(path, target):
+        if target == folder:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        save(folder, SPEC, weights)
+    remove_leftovers(tmp_path)
+    assert (tmp_path / ".m.old" / "model.safetensors").read_bytes() == before
+    save(folder, SPEC, weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_files_of_a_checkpoint_can_be_read_by_others(tmp_path):
