@@ -111,14 +111,21 @@ def top_log_probs(
     parts: list[TopLogProbs] = []
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in hidden.split(rows):
-            log_q = torch.log_softmax((chunk @ weight.T).float() / temperature, dim=-1)
-            top, ids = log_q.topk(k, dim=-1)
+            logits = (chunk @ weight.T).float()
+            if temperature != 1.0:
+                logits /= temperature
+            top, ids = logits.topk(k, dim=-1)
+            # The tokens that remain also give the normalization: one pass over all logits less.
+            rest = logits.scatter_(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+            total = torch.logaddexp(rest, top.logsumexp(dim=-1, keepdim=True))
+            top, rest = top - total, rest - total
             if top_p is not None:
                 # The probability of the tokens before each; sums only grow, so none is kept later.
                 enough = F.pad(top.exp().cumsum(-1)[:, :-1], (1, 0)) >= top_p
+                dropped = top.masked_fill(~enough, -torch.inf).logsumexp(dim=-1, keepdim=True)
+                rest = torch.logaddexp(rest, dropped)
                 top = top.masked_fill(enough, -torch.inf)
                 ids = torch.where(enough, ids[:, :1], ids)
-            rest = log_q.scatter_(1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
             parts.append(TopLogProbs(ids, torch.cat([top, rest], dim=-1)))
     return TopLogProbs(*map(torch.cat, zip(*parts, strict=True)))
 

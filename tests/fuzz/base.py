@@ -5,6 +5,7 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -74,11 +75,14 @@ perplexity_tokens: 64
     "recipe": f"{RECIPE[1:-1]}\n".replace(", ", "\n"),
 }
 """Options of the project's own, all with the name `small`."""
+FORMATS = ["executorch", "hf", *(["gguf"] if find_spec("llama_cpp") else [])]
+"""Formats of the exported model; a GGUF file is checked in llama.cpp, which few machines have."""
+EXPORT = ["export", "experiment=small", "model=small", f"format=[{','.join(FORMATS)}]"]
 COMMANDS = (
     ["prepare", "data=small", "data.name=small", "backbone.weights=hf", "out=shards"],
     ["search", "experiment=small"],
     ["train", "experiment=small", "+arch=small", "recipe.kd_top_k=4", "name=small"],
-    ["export", "experiment=small", "model=small", "format=[executorch,hf,gguf]"],
+    EXPORT,
 )
 """Commands whose results the project has."""
 

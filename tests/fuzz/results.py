@@ -8,23 +8,22 @@ from pathlib import Path
 from random import Random
 
 from tests.fuzz.attempt import Attempt
+from tests.fuzz.base import EXPORT, FORMATS
 from tests.fuzz.mutate import byte_changes, json_changes, to_json, write_changed
 from tests.fuzz.settings import link_inputs
 
 _REPORT = ["report"]
 _TRAIN = ["train", "experiment=small", "+arch=small", "recipe.kd_top_k=4", "name=small"]
-_EXPORT = ["export", "experiment=small", "model=small", "format=[executorch,hf,gguf]"]
 _SEARCH = ["search", "experiment=small"]
 _READERS = {
-    "studies/small/frontier.json": [_REPORT, _EXPORT, _SEARCH],
+    "studies/small/frontier.json": [_REPORT, EXPORT, _SEARCH],
     "studies/small/winners": [_REPORT, _SEARCH],
-    "models/small/result.json": [_REPORT, _TRAIN, _EXPORT],
-    "exports/small-small/export.json": [_REPORT, _EXPORT],
-    "exports/small-small/gate.json": [_REPORT, _EXPORT],
-    "exports/small-small/hf.json": [_REPORT, _EXPORT],
-    "exports/small-small/gguf.json": [_REPORT, _EXPORT],
-    "models/small/checkpoint/config.json": [_REPORT, _EXPORT],
-    "models/small/checkpoint/tokenizer_config.json": [_EXPORT],
+    "models/small/result.json": [_REPORT, _TRAIN, EXPORT],
+    "exports/small-small/export.json": [_REPORT, EXPORT],
+    "exports/small-small/gate.json": [_REPORT, EXPORT],
+    **{f"exports/small-small/{name}.json": [_REPORT, EXPORT] for name in FORMATS[1:]},
+    "models/small/checkpoint/config.json": [_REPORT, EXPORT],
+    "models/small/checkpoint/tokenizer_config.json": [EXPORT],
 }
 """JSON files below `runs`, and commands that read them."""
 

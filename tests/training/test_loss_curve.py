@@ -88,8 +88,15 @@ def test_a_cosine_schedule_cannot_be_continued():
 
 
 def test_automatic_precision_is_settled_when_settings_are_made(monkeypatch):
-    for extension, expected in (("avx512_bf16", Precision.bf16), ("avx2", Precision.fp32)):
-        monkeypatch.setattr("flash.training.settings._cpu_flags", lambda known=extension: {known})
+    fp32, bf16 = Precision.fp32, Precision.bf16
+    for words, expected in (
+        ({"GenuineIntel", "avx512_bf16", "amx_bf16"}, bf16),
+        ({"GenuineIntel", "avx512_bf16"}, fp32),
+        ({"AuthenticAMD", "avx512_bf16"}, bf16),
+        ({"AuthenticAMD", "avx2"}, fp32),
+        ({"asimd", "bf16"}, bf16),
+    ):
+        monkeypatch.setattr("flash.training.settings._cpu_words", lambda known=words: known)
         assert TrainerSettings().precision is expected
     assert native_precision("gpu") is Precision.bf16
     assert TrainerSettings(precision=Precision.fp32).precision is Precision.fp32
