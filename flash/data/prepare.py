@@ -20,7 +20,7 @@ from flash.model.backbone import Backbone
 from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.progress import progress_bar
-from flash.records import digest, plain
+from flash.records import digest, plain, remove_leftovers
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
@@ -62,6 +62,7 @@ def prepare(settings: PrepareSettings) -> Path:
 
     sources = open_sources(data)
     folder = Path(settings.out) if settings.out else runs.root / "shards" / data.name
+    remove_leftovers(folder)  # a finished folder is not written to, which would remove them
     manifest = _manifest(settings, sources, tokenizer, folder)
     _check_written(folder, manifest, runs.tokens)
     if manifest.complete:

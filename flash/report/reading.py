@@ -113,7 +113,7 @@ class _Reader:
             InputError: There is nothing to report.
         """
         studies = [found for name in names if (found := self.study(name)) is not None]
-        shown = {model.name for study in studies for model in study.models}
+        shown = {name for study in studies for model in study.models for name in _names(model)}
         others = [
             self._artifacts(
                 Model(
@@ -219,24 +219,32 @@ class _Reader:
             )
             for trial in [*study.trials, *study.stopped]
             if trial.name not in listed
-            and (trial.name in self._trainings() or trial.name in self._exports())
+            and any(_is_of(trial.name, name) for name in [*self._trainings(), *self._exports()])
         ]
         device = study.search.device.get("device")
         models = []
         for model in [backbone, *winners, *further]:
-            trained = self._trainings().get(model.name)
             exported = self._export_of(model, device)
             found = replace(
                 model,
                 # For the speed that the machine had while the export was measured.
                 predicted=(exported and exported.predicted) or model.predicted,
-                # A stored result may belong to an earlier search under the same name.
-                trained=trained if trained and trained.spec == model.spec else None,
+                trained=self._training_of(model),
                 exported=exported,
                 qat_exported=self._qat_export(model.spec, device),
             )
             models.append(self._artifacts(found))
         return models
+
+    def _training_of(self, model: Model) -> TrainResult | None:
+        """Find the training of a model, whose name may have the options of an experiment."""
+        found = [
+            (name != model.name and is_qat(result), len(name), result)
+            for name, result in self._trainings().items()
+            # A stored result may belong to an earlier search under the same name.
+            if _is_of(model.name, name) and result.spec == model.spec
+        ]
+        return min(found, key=lambda item: item[:2])[2] if found else None
 
     def _export_of(self, model: Model, device: object) -> ExportResult | None:
         """Find the export of a model for a device, which may be a part of the export's name."""
@@ -244,7 +252,7 @@ class _Reader:
         found = [
             (name, result)
             for name, result in self._exports().items()
-            if (name == model.name or name.startswith(f"{model.name}-"))
+            if _is_of(model.name, name)
             and result.spec.as_program() == spec
             and result.device.get("device") == device
         ]
@@ -281,11 +289,22 @@ class _Reader:
         found = []
         for path in sorted((self.runs.root / "evaluations").glob("*/*.json")):
             folder = path.parent.name
-            names = [n for n in specs if folder == n or folder.startswith(f"{n}-")]
+            names = [name for name in specs if _is_of(name, folder)]
             result = self.look(lambda path=path: SuiteResult.read(path)) if names else None
             if result is not None and result.spec == specs[max(names, key=len)]:
                 found.append(result)
         return found
+
+
+def _is_of(model: str, name: str) -> bool:
+    """Return True if a result of this name is of the model, with options or without."""
+    return name == model or name.startswith(f"{model}-")
+
+
+def _names(model: Model) -> set[str]:
+    """Return the names of a model and of its results; one with `qat` has a row of its own."""
+    results = (model.trained, model.exported)
+    return {model.name, *(result.name for result in results if result is not None)}
 
 
 def _study(name: str, report: StoredStudy) -> StudyData:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash.arch import ArchSpec
-from flash.errors import InputError
+from flash.errors import InputError, OutOfMemory
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
 from flash.prune.importance import Importance
@@ -15,7 +15,7 @@ from flash.records import digest
 from flash.search.loop import EvaluationError, Quality
 from flash.search.pruner import TrialPruned
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
-from flash.training.memory import is_out_of_memory
+from flash.training.memory import out_of_memory_named
 from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.teacher import teacher_of
@@ -80,20 +80,17 @@ class ShortTraining:
             watch: Callback that receives the training loss so far.
 
         Raises:
-            EvaluationError: The training diverged or ran out of memory.
+            EvaluationError: The training diverged.
+            OutOfMemory: There is too little memory; the trial goes on from its last checkpoint.
             TrialPruned: Raised by `watch` to end the trial early.
         """
         folder = self.checkpoints(spec, number)
         try:
-            quality = self._evaluate(spec, number, watch)
+            with out_of_memory_named(self.recipe, self.trainer):
+                quality = self._evaluate(spec, number, watch)
         except (TrialPruned, EvaluationError):
             _remove(folder)
             raise
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            _remove(folder)
-            raise EvaluationError(str(error) or type(error).__name__) from error
         if folder is not None:
             (folder / LAST).unlink(missing_ok=True)
         return quality
@@ -115,6 +112,8 @@ class ShortTraining:
             done = self._fit(model, spec, number, watch)
         except TrialPruned as pruned:
             pruned.info |= about
+            raise
+        except OutOfMemory:
             raise
         except InputError as error:
             raise EvaluationError(str(error)) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flash.arch import ArchSpec, count_parameters
-from flash.errors import InputError
+from flash.errors import OutOfMemory
 from flash.model.losses import CHUNK_LOGITS
 from flash.training.accelerators import local_device, uses_cuda
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
@@ -124,16 +124,17 @@ def remedy(recipe: RecipeSettings, trainer: TrainerSettings) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if PyTorch found no free memory, on a GPU or on a CPU."""
-    # For CPUs there is no class of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """True if Python, or PyTorch on a GPU or a CPU, found no free memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # for CPUs there is no class of its own
 
 
 @contextmanager
 def out_of_memory_named(
     recipe: RecipeSettings, trainer: TrainerSettings, need: StepMemory | None = None
 ) -> Iterator[None]:
-    """Raise `InputError` with `remedy` in place of the error of a device without free memory.
+    """Raise `OutOfMemory` with `remedy` in place of the error of a device without free memory.
 
     Args:
         recipe: Batch and losses.
@@ -142,7 +143,7 @@ def out_of_memory_named(
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         at_once = trainer.sequences_at_once(recipe.batch_size)
@@ -150,7 +151,7 @@ def out_of_memory_named(
         total = device_memory(trainer)
         room = f" of {total / GIB:.1f} GiB" if total else ""
         estimate = f" (needed: {need})" if need is not None else ""
-        raise InputError(
+        raise OutOfMemory(
             f"trainer.micro_batch={at_once}: the {device}{room} has run out of memory{estimate}; "
             f"{remedy(recipe, trainer)}"
         ) from error

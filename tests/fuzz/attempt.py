@@ -63,12 +63,29 @@ def run(attempt: Attempt, folder: Path) -> Ending:
         attempt: The attempt.
         folder: Empty folder.
     """
-    work, out, err = folder / "work", folder / "out", folder / "err"
-    work.mkdir(parents=True)
+    (folder / "work").mkdir(parents=True)
+    child = start(attempt, folder)
+    return finish(child, attempt, folder)
+
+
+def start(attempt: Attempt, folder: Path, name: str = "") -> int:
+    """Start an attempt in a forked process, in the folder `work`, and return its number.
+
+    Args:
+        attempt: The attempt.
+        folder: Folder with the folder `work`; has the output afterwards.
+        name: What distinguishes processes that run at the same time.
+    """
+    work = folder / "work"
     arguments = attempt.prepare(work)
     child = os.fork()
     if child == 0:
-        _in_child(attempt, arguments, work, out, err)
+        _in_child(attempt, arguments, work, folder / f"out{name}", folder / f"err{name}")
+    return child
+
+
+def finish(child: int, attempt: Attempt, folder: Path, name: str = "") -> Ending:
+    """Wait for the end of a process that `start` has started."""
     deadline, timed_out = time.monotonic() + attempt.timeout_s, False
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -80,8 +97,8 @@ def run(attempt: Attempt, folder: Path) -> Ending:
         time.sleep(0.005)
     return Ending(
         os.waitstatus_to_exitcode(status),
-        out.read_text("utf-8", errors="replace"),
-        err.read_text("utf-8", errors="replace"),
+        (folder / f"out{name}").read_text("utf-8", errors="replace"),
+        (folder / f"err{name}").read_text("utf-8", errors="replace"),
         timed_out,
     )
 

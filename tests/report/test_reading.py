@@ -127,6 +127,22 @@ def test_a_trial_shows_what_was_measured_on_the_device_of_its_study(runs, trials
     assert all(model.exported is None for model in study.models)
 
 
+def test_a_training_with_options_is_that_of_its_winner(runs, trials):
+    report = write_study(runs, trials)
+    number = report["winners"][0]
+    name, spec = report["names"][str(number)], trials[number].spec
+    write_model(runs, f"{name}-mine", spec)
+    write_model(runs, f"{name}-mine-tokens_8192", spec)
+    write_model(runs, f"{name}0", spec)
+    data = read(runs, ["toy"])
+    [model] = [model for model in data.models if model.name == name]
+    assert model.trained is not None
+    assert model.exported is not None
+    assert (model.trained.name, model.exported.name) == (f"{name}-mine", f"{name}-mine")
+    others = {f"{name}-mine-tokens_8192", f"{name}0"}
+    assert {model.name for model in data.models if model.study is None} == others
+
+
 def test_models_of_other_studies_are_left_out(runs, trials):
     write_study(runs, trials)
     rename_study(runs, "other", device="phone")

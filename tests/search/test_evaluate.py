@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flash.arch import parse_pattern
+from flash.errors import OutOfMemory, is_stop
 from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.search.evaluate import ShortTraining, remove_checkpoints
@@ -72,25 +73,25 @@ def test_an_interrupted_trial_goes_on_from_its_last_checkpoint(evaluate):
 @pytest.mark.parametrize(
     ("error", "becomes"),
     [
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), EvaluationError),
-        (torch.OutOfMemoryError("CUDA out of memory"), EvaluationError),
-        (MemoryError(), EvaluationError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemory),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
+        (MemoryError(), OutOfMemory),
         (RuntimeError("a bug"), RuntimeError),
     ],
 )
 @pytest.mark.parametrize(
     "where", ["search.evaluate.prune", "training.fit.fit", "search.evaluate.validate"]
 )
-def test_a_lack_of_memory_fails_the_trial_and_a_bug_stops_the_search(
+def test_a_lack_of_memory_stops_the_search_and_names_the_remedy(
     evaluate, monkeypatch, error, becomes, where
 ):
     def fail(*arguments, **keywords):
         raise error
 
     monkeypatch.setattr(f"flash.{where}", fail)
-    with pytest.raises(becomes):
+    with pytest.raises(becomes) as raised:
         evaluate(SPEC, 0)
-    assert left(evaluate, 0) == [] or becomes is RuntimeError
+    assert is_stop(raised.value) == (becomes is OutOfMemory)
 
 
 def test_a_diverged_trial_fails_and_leaves_nothing(evaluate):

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,7 +13,6 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
@@ -25,6 +23,7 @@ from flash.search.loop import Quality, frontier
 from flash.search.storage import named_errors
 from flash.search.workers import Owner
 from tests.search import toy_search as toy
+from tests.search.postgres import programs, server
 
 # A server that has imported everything, so that starting a worker takes milliseconds.
 SPAWN = multiprocessing.get_context("forkserver")
@@ -284,32 +283,14 @@ def test_a_database_that_fails_during_the_work_is_one_line(tmp_path):
 def postgres(tmp_path_factory):
     """URL of a PostgreSQL server on its own socket."""
     pytest.importorskip("psycopg")
-    debian = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")))  # not on the path
-    path = ":".join([workers.os.environ["PATH"], *debian])
-    initdb, pg_ctl = (shutil.which(name, path=path) for name in ("initdb", "pg_ctl"))
-    if initdb is None or pg_ctl is None:
+    if programs() is None:
         pytest.skip("needs PostgreSQL's initdb and pg_ctl: apt-get install postgresql")
     folder = tmp_path_factory.mktemp("pg")
-    data = folder / "data"
-    as_user = []
-    if workers.os.geteuid() == 0:  # the server refuses to run as root
-        for path in (*reversed(folder.parents), folder):
-            if path.is_relative_to(tmp_path_factory.getbasetemp().parent):
-                path.chmod(0o755)
-        shutil.chown(folder, "nobody")
-        as_user = ["setpriv", "--reuid=nobody", "--clear-groups"]
-
-    def call(*command):
-        subprocess.run([*as_user, *command], check=True, capture_output=True, cwd=folder)
-
-    call(initdb, "--pgdata", str(data), "--username", "flash", "--auth", "trust")
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
-    control = (pg_ctl, "--pgdata", str(data), "--log", str(folder / "log"), "--wait")
-    call(*control, "--options", options, "start")
-    try:
-        yield f"postgresql://flash@/postgres?host={folder}"
-    finally:
-        call(*control, "--mode", "immediate", "stop")
+    for path in (*reversed(folder.parents), folder):
+        if path.is_relative_to(tmp_path_factory.getbasetemp().parent):
+            path.chmod(0o755)
+    with server(folder) as url:
+        yield url
 
 
 @pytest.mark.slow
