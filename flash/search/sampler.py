@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from botorch.exceptions.errors import ModelFittingError
 from linear_operator.utils.errors import NanError, NotPSDError
+from numpy.typing import NDArray
 
 from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.errors import InputError
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _NUM_PROBES = 2048
 """Members drawn to check that the limits can be met."""
+_MOST_LEARNED = 1024
+"""Most trials that the surrogate learns from; a fit takes 10 s then, and grows with the cube."""
 _MAX_EMPTY_ROUNDS = 10
 """Consecutive rounds with few new members after which drawing ends."""
 _MAX_WALKS = 64
@@ -100,22 +103,39 @@ def _ask_surrogate(request: ProposalRequest, rng: np.random.Generator) -> list[A
     if len(pool) <= request.n:
         return pool
     others = [*request.pending, *pool]
+    learned = _learned(request, rng)
+    specs, losses = [request.specs[i] for i in learned], [request.losses[i] for i in learned]
     try:
-        draws = draw_losses(request.space, request.specs, request.losses, others, request.seed)
+        draws = draw_losses(request.space, specs, losses, others, request.seed)
     except (ModelFittingError, NotPSDError, NanError) as error:
         _log.warning("the loss model could not be fitted (%s); this batch is random", error)
         return []
-    costs = request.problem.known([*request.specs, *others])
-    first = len(request.specs) + len(request.pending)
+    costs = request.problem.known([*specs, *others])
+    first = len(specs) + len(request.pending)
     chosen = greedy_batch(draws, costs, first, request.n, request.problem.reference)
     return [pool[i - first] for i in chosen]
+
+
+def _learned(request: ProposalRequest, rng: np.random.Generator) -> list[int]:
+    """Indices of the trials to learn from: all or, of very many, the frontier and a random rest."""
+    indices = range(len(request.specs))
+    if len(indices) <= _MOST_LEARNED:
+        return [*indices]
+    front = [i for i, keep in zip(indices, _on_frontier(request), strict=True) if keep]
+    rest = np.setdiff1d(indices, front)
+    count = max(0, _MOST_LEARNED - len(front))
+    return sorted([*front, *rng.choice(rest, count, replace=False).tolist()])
+
+
+def _on_frontier(request: ProposalRequest) -> NDArray[np.bool_]:
+    """Tell for each spec with a loss whether no other is better in all objectives."""
+    return non_dominated(np.column_stack([request.losses, request.problem.known(request.specs)]))
 
 
 def _pool(request: ProposalRequest, rng: np.random.Generator) -> list[ArchSpec]:
     """Collect distinct new specs: one and two steps from the frontier, the rest drawn at random."""
     space, problem, size = request.space, request.problem, request.settings.pool_size
-    points = np.column_stack([request.losses, problem.known(request.specs)])
-    parents = [s for s, keep in zip(request.specs, non_dominated(points), strict=True) if keep]
+    parents = [s for s, keep in zip(request.specs, _on_frontier(request), strict=True) if keep]
     near = _unique(spec for parent in parents for spec in space.neighbors(parent))
     near = _draw(rng, _feasible(problem, [s for s in near if s not in request.known]), size // 2)
     # Expanding every neighbor would take seconds; a sample covers the same directions.

@@ -8,8 +8,9 @@ from botorch.exceptions.errors import ModelFittingError
 from optuna.trial import TrialState
 
 from flash.arch import parse_pattern
-from flash.search import surrogate
+from flash.search import sampler, surrogate
 from flash.search.acquisition import greedy_batch
+from flash.search.loop import frontier
 from flash.search.pareto import hypervolume
 from flash.search.sampler import propose
 from flash.search.settings import Sampler
@@ -100,6 +101,24 @@ def test_a_failed_fit_falls_back_to_random_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(surrogate, "fit_loss_model", fail)
     assert len(ask(make_trials(ask([], 8)), 4)) == 4
     assert "all attempts failed" in caplog.text
+
+
+def test_of_very_many_trials_the_frontier_and_a_sample_teach(monkeypatch):
+    learned = []
+    draw = surrogate.draw_losses
+
+    def spy(space, specs, losses, others, seed):
+        learned.append(list(specs))
+        return draw(space, specs, losses, others, seed)
+
+    monkeypatch.setattr(sampler, "draw_losses", spy)
+    monkeypatch.setattr(sampler, "_MOST_LEARNED", 12)
+    trials = make_trials(ask([], 40))
+    assert ask(trials, 4) == ask(trials, 4)
+    assert not {trial.spec for trial in trials} & set(ask(trials, 4))
+    assert len(learned[0]) == 12
+    assert learned[0] == learned[1]
+    assert {trial.spec for trial in frontier(trials, toy.PROBLEM)} <= set(learned[0])
 
 
 def test_features_lie_in_the_unit_cube_and_tell_early_from_late():
