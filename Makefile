@@ -67,10 +67,12 @@ $(SITE)/mkdocs: pyproject.toml
 docs: $(SITE)/mkdocs
 	NO_MKDOCS_2_WARNING=1 $(SITE)/mkdocs build --strict
 
-# Bad input of all kinds, `TRIES` of each; goes on where it was stopped. Hours on two cores.
+# Bad input of all kinds, `TRIES` of each, and stops of each command; goes on where it was stopped.
+# Hours on two cores.
 TRIES ?= 1000
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --tries $(TRIES)
+	$(BIN)/python -m tests.fuzz.kills
 
 # Workers of one study on a real Slurm and a real PostgreSQL (Debian's slurm-wlm and postgresql).
 cluster: $(READY)

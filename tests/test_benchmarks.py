@@ -22,6 +22,7 @@ SLOW = {
         "case_smollm2",
         "decode_cache",
         "demo",
+        "faults",
         "flash_space",
         "gpu",
         "huge_pages",

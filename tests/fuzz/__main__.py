@@ -21,7 +21,7 @@ from tests.fuzz.kinds import KINDS, load_all
 
 
 def main() -> int:
-    """Run the suite and return 1 if there are faults."""
+    """Run the suite and return 3 if there are faults."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], metavar="KIND")
     parser.add_argument("--tries", type=int, default=200, help="attempts of each kind")
@@ -40,7 +40,7 @@ def main() -> int:
     for kind in options.kinds or KINDS:
         start = 0 if options.only is not None else done[kind]
         faults += _try(kind, options, log, start)
-    return 1 if faults else 0
+    return 3 if faults else 0
 
 
 def _try(kind: str, options: argparse.Namespace, log: Path, start: int) -> int:

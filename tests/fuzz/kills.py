@@ -306,7 +306,7 @@ def _remove(path: Path) -> None:
 
 
 def main() -> int:
-    """Run the suite and return 1 if there are faults."""
+    """Run the suite and return 3 if there are faults."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.kills", description=__doc__)
     parser.add_argument("scenes", nargs="*", choices=[[], *SCENES], metavar="SCENE")
     parser.add_argument("--kills", type=int, default=20, help="stops of each scene")
@@ -320,7 +320,8 @@ def main() -> int:
     lines = log.read_text("utf-8").splitlines() if log.is_file() else []
     done = Counter(json.loads(line)["scene"] for line in lines)
     names = [name for name in options.scenes or SCENES if _is_possible(SCENES[name])]
-    return int(any([_scene(name, options, log, done[name]) for name in names]))
+    faults = sum(_scene(name, options, log, done[name]) for name in names)
+    return 3 if faults else 0
 
 
 def _is_possible(scene: Scene) -> bool:
