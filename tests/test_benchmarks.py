@@ -28,6 +28,7 @@ SLOW = {
         "huge_pages",
         "importance",
         "limits",
+        "load",
         "lowering",
     ),
     *("method_figures", "predicted", "principles", "recovery", "repeatability", "rounding"),
