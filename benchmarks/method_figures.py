@@ -13,6 +13,8 @@ needs Chrome or Chromium); without names it draws all:
 - `blocks`: measured blocks of the paper's space, their interpolation, and their sum against whole
   models (`benchmarks/flash_space.py`).
 - `rounding`: two groups of weights of the tiny backbone in 4 bits.
+- `case_frontier`, `case_patterns`: figures of the report on the study of SmolLM2-135M, whose files
+  are in benchmarks/data/smollm2.
 """
 
 import json
@@ -39,6 +41,11 @@ from flash.latency.fit import grid_subjects, make_grid
 from flash.latency.programs import Subject
 from flash.latency.settings import LatencySettings
 from flash.model.checkpoint import load
+from flash.paths import Runs
+from flash.report.data import StudyData
+from flash.report.pattern_figures import patterns
+from flash.report.reading import read_study
+from flash.report.search_figures import frontier as report_frontier
 from flash.report.style import BLUE, GRAY, GREEN, INK, ORANGE, layout
 from flash.rounding.grid import round_to_grid
 from flash.rounding.settings import LINEAR_BITS
@@ -286,6 +293,18 @@ def rounding() -> go.Figure:
     return figure.update_layout(width=900, height=360, xaxis_showgrid=False, yaxis_showgrid=False)
 
 
+def case_study() -> StudyData:
+    return read_study(Runs(conf.ROOT / "benchmarks" / "data" / "smollm2"), "smollm2")
+
+
+def case_frontier() -> go.Figure:
+    return report_frontier(case_study()).update_layout(width=900, height=440)
+
+
+def case_patterns() -> go.Figure:
+    return patterns(case_study()).update_layout(width=900, height=440)
+
+
 STAGE_ONE = (
     "choose blocks<br>and models",
     "lower them,<br>random weights",
@@ -346,6 +365,8 @@ DRAWINGS: dict[str, Callable[[], go.Figure]] = {
     "stopping": stopped,
     "blocks": blocks,
     "rounding": rounding,
+    "case_frontier": case_frontier,
+    "case_patterns": case_patterns,
 }
 
 
