@@ -151,7 +151,7 @@ def open_shards(
 
     Args:
         folder: Folder that `flash prepare` wrote.
-        tokenizer: ModelTokenizer that the shards were made with.
+        tokenizer: Tokenizer that the shards were made with.
         cache: Folder for notes of the files whose hash was right, so that each is hashed once.
         skip_damaged: Skip damaged training shards, with a warning.
 
@@ -168,9 +168,14 @@ def open_shards(
         elif skip_damaged and shard is not validation:
             log.warning("%s: %s and is skipped", folder / shard.file, problem)
         else:
+            more = (
+                f"delete {folder} to prepare all of them again"
+                if shard is validation
+                else "set data.skip_damaged=true to skip damaged training shards"
+            )
             raise InputError(
                 f"{folder / shard.file}: {problem} ({len(problems)} such files); copy it again, "
-                "or set data.skip_damaged=true to skip damaged training shards"
+                f"or {more}"
             )
     train = whole[:-1]
     if not train:
