@@ -18,11 +18,15 @@ demo: $(READY)
 	$(BIN)/python train.py -m "+arch=$$(cat runs/studies/tiny/winners)"
 	$(BIN)/python export.py
 	$(BIN)/python export.py -m "+arch=$$(cat runs/studies/tiny/winners)"
-	$(BIN)/python -m flash report --wandb flash
+	$(BIN)/python -m flash report
 
 # The whole method on a public model: hours of search and training on two cores. Each stage goes on
 # where it was stopped.
 smollm2: $(READY)
+	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { \
+	  echo "building llama.cpp, in which GGUF files are checked (about 15 minutes)"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[llama-cpp]'; }
 	[ -d runs/smollm2_135m ] || scripts/fetch_smollm2.sh runs/smollm2_135m
 	[ -d runs/texts ] || $(BIN)/python scripts/fetch_texts.py runs/texts
 	[ -d runs/cloze ] || $(BIN)/python scripts/make_cloze.py \
@@ -92,5 +96,6 @@ slow: $(READY)
 report: $(READY)
 	$(BIN)/python -m flash report
 
+# `runs`, which has all results and measurements, stays.
 clean:
-	rm -rf runs .venv .venv-arm64 .venv-docs .venv-train site
+	rm -rf .venv .venv-arm64 .venv-docs .venv-train site

@@ -51,6 +51,10 @@ _FLAGS = {
 """Flags of Hydra, but those that choose other configurations than ours."""
 
 
+_CALLED = re.compile(r"(?<![A-Za-z0-9])_target_(?![A-Za-z0-9])")
+"""Key whose value Hydra calls, anywhere in a word."""
+
+
 def _check_words(verb: str, arguments: Sequence[str]) -> None:
     """Check words that Hydra would take for what no user of flash means.
 
@@ -65,7 +69,7 @@ def _check_words(verb: str, arguments: Sequence[str]) -> None:
                 f"{word}: no such flag; settings are written as KEY=VALUE, see "
                 f"{commands.command(verb)} --help"
             )
-        if "_target_" in word:
+        if _CALLED.search(word):
             raise InputError(f"{word}: expected no _target_, which would call code; leave it out")
 
 
@@ -123,9 +127,10 @@ def _new(arguments: Sequence[str]) -> int:
     print(f"a copy of {options.group}={source}; change it before you use it")
     from flash.schemas import commands_with
 
-    sign, verb = "+" if options.group == "arch" else "", commands_with(options.group)
-    following = commands.command(verb[0] if verb else "train")
-    terminal.finish([path], f"{following} {sign}{options.group}={options.name}")
+    verb, _, group = options.group.rpartition("/")  # a group of one command alone has its name
+    sign = "+" if group == "arch" else ""
+    following = commands.command(verb or next(iter(commands_with(group)), "train"))
+    terminal.finish([path], f"{following} {sign}{group}={options.name}")
     return 0
 
 
@@ -178,7 +183,8 @@ def new_option(group: str, name: str, source: str | None = None) -> tuple[Path, 
     if chosen not in options:
         raise InputError(f"new {group} --from {chosen}: no such option; {nearest(chosen, options)}")
     text = (CONF / group / f"{chosen}.yaml").read_text("utf-8")
-    return _write_option(group, name, re.sub(r"(?m)^name: \S+$", f"name: {name}", text)), chosen
+    text = re.sub(r"(?m)^name: \S+$", lambda _: f"name: {name}", text)
+    return _write_option(group, name, text), chosen
 
 
 def new_space(group: str, name: str, backbone: Path) -> tuple[Path, int]:
@@ -274,9 +280,15 @@ def main() -> int:
     """Run the console command `flash` and return its exit code."""
     terminal.begin()
     try:
-        return _main()
+        code = _main()
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader of a help text has ended
         terminal.drop_output()
+        return 1
+    except OSError as error:  # the disk is full that has the output
+        terminal.drop_output()
+        print(f"error: the output cannot be written ({error.strerror})", file=sys.stderr)
         return 1
 
 

@@ -174,7 +174,7 @@ def keys(schema: type, prefix: str) -> Iterator[Key]:
     for field in dataclasses.fields(schema):
         annotation = hints[field.name]
         nested, between = _nested(annotation)
-        if field.name in GROUPS and nested in GROUPS.values():
+        if field.name in GROUPS and nested is not None and nested in GROUPS.values():
             continue
         path = f"{prefix}{field.name}"
         alone = nested is not annotation  # optional, or the item of a list or a mapping

@@ -34,6 +34,8 @@ def line(error: BaseException) -> str:
 def _answer(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
+    if issubclass(kind, SystemExit):
+        return  # of a thread; Python itself handles that of a process
     if error is None or not issubclass(kind, Exception):
         sys.__excepthook__(kind, error or kind(), trace)
         return

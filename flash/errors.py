@@ -137,10 +137,6 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return closest(name, names) or listed
 
 
-class OutOfMemory(InputError):
-    """A device without free memory; the same work can succeed when it has more."""
-
-
 class CheckFailed(RuntimeError):
     """A result that did not pass its check: commands print it and exit with code 1."""
 
@@ -165,11 +161,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def is_stop(error: BaseException) -> bool:
-    """True if the work was stopped from outside: by a signal, a full disk or a lack of memory.
+    """True if the work was stopped from outside, so that the same work can succeed later.
 
-    The same work can succeed later, so it has not failed.
+    A signal, a full disk and a lack of memory stop it, and input that has to be mended.
     """
-    if isinstance(error, KeyboardInterrupt | SystemExit | OutOfMemory | MemoryError):
+    if isinstance(error, KeyboardInterrupt | SystemExit | InputError | MemoryError):
         return True
     return os_error_number(error) in _FULL
 

@@ -75,7 +75,13 @@ def _search(settings: "SearchJobSettings") -> None:
         return
     study = runs.study(settings.search.study)
     if settings.stage is SearchStage.promote:
-        terminal.finish([study / "promoted.json"], _following("train", "-m", _winners(study)))
+        finished = (study / "winners").is_file()  # also an unfinished search has a frontier
+        following = (
+            _following("train", "-m", _winners(study))
+            if finished
+            else _following("search", "stage=search")
+        )
+        terminal.finish([study / "promoted.json"], following)
         return
     winners = winner_names(report)
     made = [study / "frontier.json", *([study / "winners"] if winners else [])]

@@ -27,6 +27,7 @@ from flash.compat.hydra import Multirun
 from flash.errors import require
 from flash.outcome import Outcome, State, noted
 from flash.ranks import is_main_process
+from flash.terminal import COLUMNS
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,6 @@ _LAUNCHERS = ("basic", "submitit_local", "submitit_slurm")
 """Options of `hydra/launcher` that run sweeps."""
 _OUTCOME = "FLASH_OUTCOME"
 """Environment variable of a job: the file for its outcome."""
-_WIDTH = 80
-"""Greatest width of the table [columns]."""
 _LABEL_WIDTH = 30
 """Greatest width of the table's first column."""
 
@@ -152,7 +151,7 @@ def as_text(labels: Sequence[str], outcomes: Sequence[Outcome]) -> str:
     ]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     widths = (min(first, _LABEL_WIDTH), second)
-    widths = (*widths, _WIDTH - sum(widths) - 4)
+    widths = (*widths, COLUMNS - sum(widths) - 4)
     lines = []
     for row in rows:
         cells = [

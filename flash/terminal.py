@@ -29,17 +29,17 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             drop_output()
 
 
 def drop_output() -> None:
-    """Send all further output nowhere, because its reader, such as `head`, has ended."""
+    """Send all further output nowhere: its reader, such as `head`, is gone, or its disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(nowhere, stream.fileno())
 
 

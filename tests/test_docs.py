@@ -68,6 +68,9 @@ def logical_lines(lines: list[str]) -> Iterator[list[str]]:
             words = shlex.split(text.replace("\\\n", " "), comments=True)
         except ValueError:  # a quotation is still open
             continue
+        for end in re.finditer(r"\\\n", text):
+            quoted = text.count("'", 0, end.start()) % 2
+            assert not quoted, f"a shell keeps the backslash: {text}"
         text = ""
         if words:
             yield words[: words.index(">")] if ">" in words else words

@@ -210,6 +210,19 @@ def test_a_reader_that_has_ended_is_no_error(arguments, unbuffered, folder, monk
     assert process.communicate(timeout=60)[1] == ""
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_on_a_full_disk_is_one_line(arguments, unbuffered, folder, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with open("/dev/full", "w") as full:
+        process = started(folder, *arguments, stdout=full)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "No space left on device" in errors
+
+
 def test_an_unknown_flag_is_one_line(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["flash", "train", "--lr", "1"])
     with pytest.raises(SystemExit):
@@ -227,6 +240,7 @@ def test_words_that_would_run_other_code_are_refused(folder, monkeypatch, capsys
     assert stop.value.code == 2
     expected = "expected no _target_" if "_target_" in word else "no such flag"
     assert capsys.readouterr().err.startswith(f"error: {word}: {expected}")
+    cli._check_words("train", ["runs=/data/on_target_runs"])
 
 
 def test_a_folder_of_options_on_the_command_line_is_checked(folder, monkeypatch, capsys, tmp_path):
@@ -258,6 +272,14 @@ def test_new_says_what_it_made_and_what_comes_next(folder, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "made: conf/data/mine.yaml" in out
     assert "next: flash train data=mine\n" in out
+    words = ["flash", "new", "search/experiment", "mine", "--from", "paper"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.main() == 0
+    assert "next: flash search experiment=mine\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["flash", "new", "space", "\\1"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "expected a name of letters" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["flash", "new", "space", "z", "--backbone", "NAME"])
     with pytest.raises(SystemExit):
         cli.main()

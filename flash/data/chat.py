@@ -259,7 +259,7 @@ def read_template(tokenizer: ModelTokenizer, chosen: str | None) -> str:
     if tokenizer.chat_template is None:
         raise InputError(
             "data.chat_template=null: expected a chat template beside the tokenizer, found none; "
-            "set it to a Jinja file, such as conf/data/chatml.jinja"
+            "set it to a Jinja file, such as '${bundled:conf/data/chatml.jinja}'"
         )
     return tokenizer.chat_template
 

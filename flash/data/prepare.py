@@ -20,7 +20,8 @@ from flash.model.backbone import Backbone
 from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.progress import progress_bar
-from flash.records import digest, plain, remove_leftovers
+from flash.records import digest, plain
+from flash.workspace import one_at_a_time
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
@@ -62,12 +63,24 @@ def prepare(settings: PrepareSettings) -> Path:
 
     sources = open_sources(data)
     folder = Path(settings.out) if settings.out else runs.root / "shards" / data.name
-    remove_leftovers(folder)  # a finished folder is not written to, which would remove them
+    with one_at_a_time(folder, str(folder)):
+        _write_missing(settings, sources, tokenizer, folder, runs.tokens)
+    return folder
+
+
+def _write_missing(
+    settings: PrepareSettings,
+    sources: "list[TextSource]",
+    tokenizer: ModelTokenizer,
+    folder: Path,
+    cache: Path,
+) -> None:
+    data = settings.data
     manifest = _manifest(settings, sources, tokenizer, folder)
-    _check_written(folder, manifest, runs.tokens)
+    _check_written(folder, manifest, cache)
     if manifest.complete:
         log.info("%s is finished: %s tokens", folder, f"{manifest.tokens:,}")
-        return folder
+        return
     train = _training_split(settings, sources, tokenizer)
     dtype = token_type(tokenizer)
     if manifest.validation is None:
@@ -81,7 +94,6 @@ def prepare(settings: PrepareSettings) -> Path:
         len(manifest.shards),
         folder,
     )
-    return folder
 
 
 def _check_written(folder: Path, manifest: Manifest, cache: Path) -> None:

@@ -151,8 +151,9 @@ class DataSettings:
     """Processes per rank that read (and tokenise) ahead; fewer where small data have too few shares
     for so many. 0 reads between the steps."""
     skip_damaged: bool = False
-    """Skip damaged shards and files, and rows that are no text or no conversation for the chat
-    template, with a warning and a count. False makes them an error that names file and row."""
+    """Skip damaged shards for training and damaged files, and rows that are no text or no
+    conversation for the chat template, with a warning and a count. False makes them an error that
+    names file and row."""
 
     def __post_init__(self) -> None:
         check_name("name", self.name)

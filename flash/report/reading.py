@@ -6,7 +6,7 @@ in the terminal, and all others are still shown.
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -184,7 +184,7 @@ class _Reader:
                 path.parent.name: self.look(lambda path=path: TrainResult.read(path.parent))
                 for path in sorted((self.runs.root / "models").glob("*/result.json"))
             }
-            self._trained = {name: result for name, result in found.items() if result is not None}
+            self._trained = _named(found)
         return self._trained
 
     def _exports(self) -> dict[str, ExportResult]:
@@ -193,7 +193,7 @@ class _Reader:
                 path.parent.name: self.look(lambda path=path: ExportResult.read(path.parent))
                 for path in sorted((self.runs.root / "exports").glob("*/export.json"))
             }
-            self._exported = {name: result for name, result in found.items() if result is not None}
+            self._exported = _named(found)
         return self._exported
 
     def _is_of_another_study(self, name: str, names: Sequence[str]) -> bool:
@@ -294,6 +294,14 @@ class _Reader:
             if result is not None and result.spec == specs[max(names, key=len)]:
                 found.append(result)
         return found
+
+
+R = TypeVar("R", TrainResult, ExportResult)
+
+
+def _named(found: Mapping[str, R | None]) -> dict[str, R]:
+    """Return the results that could be read, with the names of their folders."""
+    return {name: replace(each, name=name) for name, each in found.items() if each is not None}
 
 
 def _is_of(model: str, name: str) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import StudyDirection
@@ -20,6 +19,7 @@ from optuna.trial import TrialState
 from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.compat.optuna import generation_attrs
 from flash.search.acquisition import greedy_batch
+from flash.search.parameters import distributions, parameters
 from flash.search.proposal import ProposalRequest
 from flash.search.settings import Sampler
 
@@ -41,7 +41,7 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
     """
     space, problem, settings = request.space, request.problem, request.settings
     size = max(settings.startup_trials, 4)
-    distributions = _distributions(space)
+    every = distributions(space, space.depths[-1])
     costs = problem.known(request.specs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -59,7 +59,7 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
             study.add_trial(
                 optuna.create_trial(
                     params=_params(space, spec),
-                    distributions=distributions,
+                    distributions=every,
                     values=[loss, *map(float, costs[i])],
                     # Trials run in order, so that this is how Optuna would have counted.
                     system_attrs=generation_attrs(i // size),
@@ -67,7 +67,7 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
             )
         found: dict[ArchSpec, None] = {}
         for _ in range(_ASKS_PER_CANDIDATE * request.n):
-            trial = study.ask(distributions)
+            trial = study.ask(every)
             spec = _spec(space, trial.params)
             fits = spec in space and spec not in request.known and spec not in found
             if fits and problem.violation([spec])[0] <= 0:
@@ -79,29 +79,11 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
     return list(found)
 
 
-def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-    sizes = space.settings
-    choices = {
-        key: IntDistribution(c.min, c.max, step=c.step)
-        for key, c in (
-            ("num_layers", sizes.num_layers),
-            ("model_dim", sizes.model_dim),
-            ("ffn_dim", sizes.ffn_dim),
-        )
-    }
-    kinds = CategoricalDistribution([kind.value for kind in space.kinds])
-    return {**choices, **{f"layer_{i:02d}": kinds for i in range(space.depths[-1])}}
-
-
 def _params(space: SearchSpace, spec: ArchSpec) -> dict[str, int | str]:
-    unused = [Attention.full_attention] * (space.depths[-1] - spec.num_layers)
-    kinds = [*spec.layer_types, *unused]
-    return {
-        "num_layers": spec.num_layers,
-        "model_dim": spec.model_dim,
-        "ffn_dim": spec.ffn_dim,
-        **{f"layer_{i:02d}": kind.value for i, kind in enumerate(kinds)},
-    }
+    """Return the parameters with every slot of the space; those past the depth play no part."""
+    unused = (Attention.full_attention,) * (space.depths[-1] - spec.num_layers)
+    padded = parameters(spec.replace(layer_types=(*spec.layer_types, *unused)))
+    return {**padded, "num_layers": spec.num_layers}
 
 
 def _spec(space: SearchSpace, params: dict[str, int | str]) -> ArchSpec:

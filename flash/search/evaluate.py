@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash.arch import ArchSpec
-from flash.errors import InputError, OutOfMemory
 from flash.model.checkpoint import build
 from flash.model.decoder import Decoder
 from flash.prune.importance import Importance
@@ -18,6 +17,7 @@ from flash.training.loss_curve import MAX_PARTS, Curve, Watch
 from flash.training.memory import out_of_memory_named
 from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import RecipeSettings, TrainerSettings
+from flash.training.stability import Diverged
 from flash.training.teacher import teacher_of
 from flash.training.validation import validate
 from flash.workspace import Workspace
@@ -26,8 +26,8 @@ from flash.workspace import Workspace
 class ShortTraining:
     """Evaluator that prunes each candidate and trains it on the same tokens in the same order.
 
-    An interrupted trial resumes from its last checkpoint. With a recipe whose schedule is `wsd`, a
-    complete trial leaves a checkpoint from which it can be trained longer.
+    An interrupted trial resumes from its last checkpoint, which stays until `release`. With a
+    recipe whose schedule is `wsd`, a complete trial leaves one from which it can be trained longer.
 
     Args:
         workspace: Backbone, training data and folders.
@@ -81,19 +81,17 @@ class ShortTraining:
 
         Raises:
             EvaluationError: The training diverged.
-            OutOfMemory: There is too little memory; the trial goes on from its last checkpoint.
+            InputError: There is too little memory, or a file that the training reads is damaged.
             TrialPruned: Raised by `watch` to end the trial early.
         """
+        with out_of_memory_named(self.recipe, self.trainer):
+            return self._evaluate(spec, number, watch)
+
+    def release(self, spec: ArchSpec, number: int) -> None:
+        """Remove the last checkpoint of a trial whose outcome is recorded."""
         folder = self.checkpoints(spec, number)
-        try:
-            with out_of_memory_named(self.recipe, self.trainer):
-                quality = self._evaluate(spec, number, watch)
-        except (TrialPruned, EvaluationError):
-            _remove(folder)
-            raise
         if folder is not None:
             (folder / LAST).unlink(missing_ok=True)
-        return quality
 
     def _evaluate(self, spec: ArchSpec, number: int, watch: Watch | None) -> Quality:
         backbone = self.workspace.backbone.folder
@@ -113,9 +111,7 @@ class ShortTraining:
         except TrialPruned as pruned:
             pruned.info |= about
             raise
-        except OutOfMemory:
-            raise
-        except InputError as error:
+        except Diverged as error:
             raise EvaluationError(str(error)) from error
         after = validate(model, self.workspace.data, self.trainer.precision)
         return Quality(
@@ -162,11 +158,6 @@ class ShortTraining:
         return Curve(tuple(losses), min(steps, MAX_PARTS)).points(tokens)
 
 
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def remove_checkpoints(evaluate: ShortTraining, beaten: set[int]) -> None:
     """Remove the checkpoints of dominated trials; each takes three times the size of its weights.
 
@@ -179,5 +170,6 @@ def remove_checkpoints(evaluate: ShortTraining, beaten: set[int]) -> None:
     if evaluate.folder is None or not evaluate.folder.is_dir():
         return
     for path in evaluate.folder.iterdir():
-        if int(path.name.partition("_")[0]) in beaten:
+        number = path.name.partition("_")[0]
+        if number.isdecimal() and int(number) in beaten:
             shutil.rmtree(path, ignore_errors=True)

@@ -18,29 +18,30 @@ def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
 
 
 def check_fingerprint(
-    name: str, storage: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+    key: str, name: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str
 ) -> None:
     """Compare a stored fingerprint with the current one, key by key.
 
     Args:
+        key: Setting that names the study.
         name: Name of the study.
-        storage: Location of the study, as shown to users.
         stored: Fingerprint with which the study was created.
         wanted: Fingerprint of the current settings.
+        remedy: End of the error.
 
     Raises:
         InputError: The fingerprints differ; the message lists every differing key.
     """
     old, new = _flat(stored), _flat(plain(wanted))  # tuples come back as lists
     differing = [
-        f"{key} (was {shown(old.get(key))}, is now {shown(new.get(key))})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"{each} (was {shown(old.get(each))}, is now {shown(new.get(each))})"
+        for each in sorted(old.keys() | new.keys())
+        if old.get(each) != new.get(each)
     ]
     if differing:
         raise InputError(
-            f"search.study={name}: expected the settings that the study was made with, but these "
-            f"differ: {'; '.join(differing)}; choose another search.study or delete {storage}"
+            f"{key}={name}: expected the settings that the study was made with, but these differ: "
+            f"{'; '.join(differing)}; {remedy}"
         )
 
 

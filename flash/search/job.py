@@ -106,6 +106,7 @@ def _check(settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
             "start more workers instead"
         )
     check_devices(settings.trainer)
+    settings.trainer.accumulation(settings.recipe.batch_size)  # raises: it must be a whole number
     check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
     workspace.check_data()
 

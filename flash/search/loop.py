@@ -14,7 +14,7 @@ from flash.errors import is_stop
 from flash.progress import progress_bar
 from flash.search.objectives import Problem
 from flash.search.pareto import hypervolume, non_dominated
-from flash.search.pruner import TrialPruned, maybe_prune
+from flash.search.pruner import TrialPruned, at_rung, maybe_prune
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
 from flash.search.study import Study
@@ -79,13 +79,13 @@ def search(
         InputError: No member of the space obeys the limits.
     """
     check_limits(space, problem, seed)
-
+    exhausted = set[int]()
     with study.working(), progress_bar("search", settings.trials, unit="trial") as bar:
         while True:
-            trial = _next_trial(study, space, problem, settings, seed)
+            trial = _next_trial(study, space, problem, settings, seed, exhausted)
             if trial is not None:
                 finished = _evaluate(study, trial, evaluate, problem, settings.stop_error)
-                if on_trial is not None:
+                if on_trial is not None and finished.finished:  # not given to another worker
                     on_trial(finished)
             trials = study.trials()
             bar.n = sum(trial.finished for trial in trials)
@@ -122,7 +122,7 @@ def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float
     reference = np.asarray(problem.reference)
     front, volume = np.empty((0, len(reference))), 0.0
     for trial in trials:
-        if trial.complete:
+        if trial.complete and problem.is_feasible(trial.costs):
             point = np.asarray(trial.point(problem.objectives))
             beaten = (front <= point).all(axis=1).any()  # most points are, and change nothing
             if (point < reference).all() and not beaten:
@@ -135,32 +135,52 @@ def hypervolume_history(trials: Sequence[Trial], problem: Problem) -> list[float
 
 
 def _next_trial(
-    study: Study, space: SearchSpace, problem: Problem, settings: SearchSettings, seed: int
+    study: Study,
+    space: SearchSpace,
+    problem: Problem,
+    settings: SearchSettings,
+    seed: int,
+    exhausted: set[int],
 ) -> Trial | None:
-    """Start the first waiting trial; plan a batch if none waits. None if no trial is left."""
+    """Start the first waiting trial; plan a batch if none waits. None if no trial is left.
+
+    Args:
+        study: Storage of all state.
+        space: Search space.
+        problem: Objectives, limits and reference point.
+        settings: Sampler, number of trials and batch sizes.
+        seed: Seed that fixes all proposals.
+        exhausted: Numbers of trials after which no further candidate was found; may grow.
+    """
     with study.lock():
         study.recover()
         study.enqueue(space)  # a kill may have followed a plan
         trial = study.start()
-        if trial is None and _plan(study, space, problem, settings, seed):
+        if trial is None and _plan(study, space, problem, settings, seed, exhausted):
             study.enqueue(space)
             trial = study.start()
         return trial
 
 
 def _plan(
-    study: Study, space: SearchSpace, problem: Problem, settings: SearchSettings, seed: int
+    study: Study,
+    space: SearchSpace,
+    problem: Problem,
+    settings: SearchSettings,
+    seed: int,
+    exhausted: set[int],
 ) -> bool:
     """Plan a batch; return False when the budget is spent or the space is exhausted."""
     trials = study.trials()
     wanted = min(
         settings.batch if trials else settings.startup_trials, settings.trials - len(trials)
     )
-    if wanted <= 0:
+    if wanted <= 0 or len(trials) in exhausted:
         return False
     specs = propose(space, trials, wanted, problem=problem, settings=settings, seed=seed)
     if not specs:
         _log.warning("the space holds no more architectures; %d trials are all", len(trials))
+        exhausted.add(len(trials))
         return False
     costs = {key: [float(v) for v in values] for key, values in problem.costs(specs).items()}
     study.plan(specs, costs, (len(trials), len(specs)))
@@ -172,8 +192,8 @@ def _evaluate(
 ) -> Trial:
     """Evaluate one trial and record its outcome.
 
-    A trial that is stopped by a signal or a full disk returns to the queue. That is no crash of the
-    trial, unlike any other exception, or the end of the process without one.
+    A trial that is stopped from outside returns to the queue. That is no crash of the trial, unlike
+    any other exception, or the end of the process without one.
     """
     try:
         return _evaluated(study, trial, evaluate, problem, stop_error)
@@ -189,7 +209,8 @@ def _evaluated(
     """Evaluate one trial and record its outcome, unless it raises an unforeseen exception."""
 
     def watch(curve: Curve) -> None:
-        maybe_prune(trial, curve, study.trials(), problem, stop_error)
+        if stop_error > 0 and at_rung(curve):
+            maybe_prune(trial, curve, study.trials(), problem, stop_error)
 
     try:
         with study.heartbeat(trial):

@@ -84,6 +84,11 @@ class LossPrediction:
         return float(stats.t.cdf((math.log(loss) - self.mean) / self.scale, self.dof))
 
 
+def at_rung(curve: Curve) -> bool:
+    """Return True at those parts of a training after which a trial may be pruned."""
+    return len(curve.losses) in {round(rung * curve.parts) for rung in RUNGS} - {curve.parts}
+
+
 def maybe_prune(
     trial: Trial, curve: Curve, trials: Sequence[Trial], problem: Problem, error: float
 ) -> None:
@@ -100,9 +105,9 @@ def maybe_prune(
     Raises:
         TrialPruned: The probability of reaching the frontier is too low.
     """
-    done = len(curve.losses)
-    if error <= 0 or done not in {round(rung * curve.parts) for rung in RUNGS} - {curve.parts}:
+    if error <= 0 or not at_rung(curve):
         return
+    done = len(curve.losses)
     known = [
         (t.curve[done - 1], t.loss)
         for t in trials
@@ -116,7 +121,9 @@ def maybe_prune(
     rivals = [
         t.loss
         for t in trials
-        if t.loss is not None and all(t.costs[key] <= trial.costs[key] for key in keys)
+        if t.loss is not None
+        and problem.is_feasible(t.costs)
+        and all(t.costs[key] <= trial.costs[key] for key in keys)
     ]
     chance = prediction.probability_below(min([problem.reference[0], *rivals]))
     if chance < error / len(RUNGS):

@@ -75,11 +75,10 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
         f"{job.space.count():,}",
         f"{job.space.count_slots():,}",
     )
-    if settings.search.from_study is not None:
-        report = _rescore(job, settings.search.from_study)
-    else:
-        with named_errors(job.storage(settings.search.study), settings.search.study):
-            report = _use_study(job, figures)
+    source = settings.search.from_study
+    used = source or settings.search.study
+    with named_errors(job.storage(used), used):
+        report = _use_study(job, figures) if source is None else _rescore(job, source)
     if settings.stage is not SearchStage.promote:
         _describe(job, report)
     return report
@@ -190,6 +189,7 @@ def _stage_two(
         trial_log = SearchLog(tracker, problem, backbone_ms)
 
         def on_trial(trial: Trial) -> None:
+            evaluate.release(trial.spec, trial.number)
             trials = study.trials()
             trial_log.log_trial(trial, trials)
             best = {each.number for each in frontier(trials, problem)}
@@ -271,6 +271,8 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
         shorter,
     )
     report = promote(study, problem, settings.search.promote, longer, recipe.tokens)
+    for row in report["trials"]:
+        longer.release(ArchSpec.from_dict(row["spec"]), row["number"])
     write_json(job.folder / "promoted.json", report)
     rows = [["trial", "loss", f"loss after {recipe.tokens:,} tokens"]]
     for row in report["trials"]:
@@ -298,7 +300,7 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     study = reopen_study(job.storage(source), source)
     old = {k: v for k, v in study.fingerprint.items() if k not in _OF_THE_DEVICE}
     new = {k: v for k, v in job.identity.items() if k not in _OF_THE_DEVICE}
-    check_fingerprint(source, f"the study {source}", old, new)
+    check_fingerprint("search.from_study", source, old, new, "choose another study")
     latency = latency_of(settings, job.space, job.workspace)
     problem = problem_of(job, study, latency)
     trials = rescore(study.trials(), problem)

@@ -208,13 +208,13 @@ def check_limits(space: SearchSpace, problem: Problem, seed: int) -> None:
         return
     costs = {key: float(values[0]) for key, values in problem.costs([best]).items()}
     breaches = [
-        f"{key}={limit:g} (the nearest of {len(drawn)} members, {best}, has "
+        f"search.limits.{key}={limit:g} (the nearest of {len(drawn)} members, {best}, has "
         f"{limited_value(costs, key):.4g})"
         for key, limit in problem.limits.items()
         if limited_value(costs, key) > limit
     ]
     raise InputError(
-        f"search.limits.{'; '.join(breaches)}: expected limits that some member of space "
+        f"{'; '.join(breaches)}: expected limits that some member of space "
         f"{space.settings.name} obeys; raise them or choose a space with smaller members"
     )
 

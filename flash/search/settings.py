@@ -139,8 +139,8 @@ class SearchSettings:
     """Seconds between signs of life of a worker; after six without one, or at once when its
     process is gone from the same machine, its trial goes back to the queue."""
     retries: int = 1
-    """Further starts of a trial that crashed, before it counts as failed. A signal and a full disk
-    are no crashes."""
+    """Further starts of a trial that crashed, before it counts as failed. Signals, a full disk and
+    errors for lack of memory are no crashes; a process that the kernel kills is one."""
     stop_error: float = 0.05
     """Early stopping: the greatest chance at which a trial that would have reached the frontier
     may be ended before its training is over; 0 ends none (flash/search/pruner.py)."""
@@ -261,7 +261,8 @@ class SearchJobSettings:
     search: SearchSettings = MISSING
     """Multi-objective search (stage 2)."""
     worker: int = 0
-    """Number of this worker among those on one study: `-m worker='range(0,16)'` starts sixteen.
+    """Number of this worker among those on one study: with `hydra/launcher=submitit_slurm`,
+    `-m worker='range(0,16)'` starts sixteen at once.
     Workers are equal; only the run's name in the logs differs."""
     seed: int = 0
     """Seed of proposals, data order and training."""

@@ -30,7 +30,7 @@ def connect(
     name: str,
     heartbeat_s: int,
     open_study: Callable[[RDBStorage], optuna.Study],
-) -> tuple[optuna.Study, str, Lock]:
+) -> tuple[optuna.Study, Lock]:
     """Connect to the storage and open a study in it.
 
     Args:
@@ -40,10 +40,11 @@ def connect(
         open_study: Creates or loads the study in the connected storage.
 
     Returns:
-        The study, its storage as shown to users, and the lock that its workers share.
+        The study, and the lock that its workers share.
 
     Raises:
         InputError: The storage cannot be used.
+        OSError: The disk is full.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url, shown, lock = _resolve(storage, name)
@@ -51,7 +52,7 @@ def connect(
     # Workers idle for hours while they train, and should not hold server connections meanwhile.
     engine = {"connect_args": {"timeout": _BUSY_S}} if sqlite else {"poolclass": NullPool}
     try:
-        with lock.hold(), warnings.catch_warnings():
+        with lock.hold(), full_disk_named(shown), warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(storage, Path):
                 _enable_write_ahead_log(storage)
@@ -61,7 +62,7 @@ def connect(
                 heartbeat_interval=heartbeat_s,
                 grace_period=MISSED_BEATS * heartbeat_s,
             )
-            return open_study(database), shown, lock
+            return open_study(database), lock
     except ImportError as error:
         raise InputError(
             f"search.storage={shown}: its driver is missing ({error.__cause__ or error}); "
@@ -69,8 +70,11 @@ def connect(
         ) from error
     except _ERRORS as error:
         raise InputError(
-            f"search.storage={shown}: expected a database that can be reached ({_reason(error)}); "
-            "start it, or correct the URL"
+            f"{shown}: expected a study's database ({_reason(error)}); move a damaged file away to "
+            "begin anew"
+            if sqlite
+            else f"search.storage={shown}: expected a database that can be reached "
+            f"({_reason(error)}); start it, or correct the URL"
         ) from error
 
 
@@ -118,9 +122,9 @@ def full_disk_named(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, StorageInternalError) as error:
+    except _ERRORS as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        found = getattr(cause, "orig", None)
+        found = getattr(cause, "orig", cause)
         if isinstance(found, sqlite3.Error) and found.sqlite_errorname in _FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
         raise

@@ -198,6 +198,8 @@ class StoredStudy:
             require(key in self.reference, f"reference.{key}", None, "a number")
         require(self.reference.get("loss") is not None, "reference.loss", None, "a number")
         numbers = {str(trial.number) for trial in self.trials}
+        for number in self.names:
+            require(number in numbers, "names", number, "the number of a trial")
         for key in ("frontier", "winners"):
             for number in getattr(self, key):
                 require(str(number) in numbers, key, number, "the number of a trial")

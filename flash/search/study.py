@@ -3,18 +3,18 @@
 A trial is identified by its number. A trial left by a killed process returns to the queue under its
 own number, so the evaluation finds its checkpoints and a resumed search equals an uninterrupted
 one. (Optuna's own retry would create a new trial with another number.) Only crashes use up the
-retries of a trial: a signal and a full disk are no fault of it.
+retries of a trial: what stops it from outside is no fault of it.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
@@ -22,12 +22,13 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from flash.arch import ArchSpec, Choices, SearchSpace, count_parameters
+from flash.arch import ArchSpec, SearchSpace, count_parameters
 from flash.compat.optuna import TrialStorage
 from flash.errors import InputError, under
 from flash.search.fingerprint import check_fingerprint
 from flash.search.names import arch_name
 from flash.search.objectives import Objective
+from flash.search.parameters import distributions, parameters
 from flash.search.settings import SearchSettings
 from flash.search.storage import connect, full_disk_named
 from flash.search.trial import Trial, read_trial
@@ -37,6 +38,12 @@ if TYPE_CHECKING:  # only drawn figures are shown
     import plotly.graph_objects as go
 
 _log = logging.getLogger(__name__)
+
+
+_OUTAGE_S = 600.0
+"""Time for which the outcome of a trial, which took hours, waits for a server [s]."""
+_RETRY_S = 5.0
+"""Pause between attempts to reach a server [s]."""
 
 
 class Study:
@@ -129,12 +136,11 @@ class Study:
         for number, row in enumerate(planned["rows"][there - first :], there):
             with under(f"study {self.name}: planned trial: spec"):
                 spec = ArchSpec.from_dict(row["spec"])
-            distributions = _distributions(space, spec)
             self._study.add_trial(
                 optuna.create_trial(
                     state=TrialState.WAITING,
-                    params=_params(spec, distributions),
-                    distributions=distributions,
+                    params=parameters(spec),
+                    distributions=distributions(space, spec.num_layers),
                     user_attrs={
                         # For the dashboard, which plots attributes that are numbers.
                         "name": arch_name(self.name, number, spec),
@@ -185,34 +191,50 @@ class Study:
 
     def complete(self, trial: Trial, loss: float, info: Mapping[str, Any]) -> Trial:
         """Record the result of a trial; `info` must be plain JSON values."""
-        with self.lock():
-            if self._is_mine(trial):
-                self._record(trial, info)
-                costs = [trial.costs[objective.value] for objective in self.objectives[1:]]
-                self._study.tell(trial.number, (loss, *costs))
-            return self._get(trial.number)
+        costs = [trial.costs[objective.value] for objective in self.objectives[1:]]
+
+        def record() -> None:
+            self._record(trial, info)
+            self._study.tell(trial.number, (loss, *costs))
+
+        return self._end(trial, record)
 
     def fail(self, trial: Trial, reason: str) -> Trial:
         """Record that a trial failed, with the reason."""
-        with self.lock():
-            if self._is_mine(trial):
-                self._fail(trial, reason)
-            return self._get(trial.number)
+        return self._end(trial, lambda: self._fail(trial, reason))
 
     def stop(self, trial: Trial, reason: str, info: Mapping[str, Any]) -> Trial:
         """Record that a trial was stopped early; `info` holds `estimate`, its predicted loss."""
-        with self.lock():
-            if self._is_mine(trial):
-                self._record(trial, info)
-                self._set(trial, "reason", reason)
-                self._study.tell(trial.number, state=TrialState.PRUNED)
-            return self._get(trial.number)
+
+        def record() -> None:
+            self._record(trial, info)
+            self._set(trial, "reason", reason)
+            self._study.tell(trial.number, state=TrialState.PRUNED)
+
+        return self._end(trial, record)
 
     def requeue(self, trial: Trial) -> None:
         """Return a trial of this worker to the queue under its own number."""
         with self.lock():
             if self._is_mine(trial):
                 self._requeue(trial)
+
+    def _end(self, trial: Trial, record: Callable[[], None]) -> Trial:
+        """Record the outcome of a trial of this worker, when the server can be reached again."""
+        deadline = time.monotonic() + _OUTAGE_S
+        while True:
+            try:
+                with self.lock():
+                    if self._is_mine(trial):
+                        record()
+                    return self._get(trial.number)
+            except (SQLAlchemyError, StorageInternalError) as error:
+                if not self._lock.remote or time.monotonic() > deadline:
+                    raise
+                _log.warning(
+                    "trial %d: its outcome waits for the database: %s", trial.number, error
+                )
+                time.sleep(_RETRY_S)
 
     def recover(self) -> None:
         """Requeue the running trials of dead workers; fail those whose retries are used up.
@@ -334,8 +356,11 @@ def open_study(
             study.set_user_attr("fingerprint", wanted)
         return study
 
-    study, shown, lock = connect(storage, name, heartbeat_s, create)
-    check_fingerprint(name, shown, study.user_attrs["fingerprint"], wanted)
+    study, lock = connect(storage, name, heartbeat_s, create)
+    remedy = "choose another search.study"
+    if isinstance(storage, Path):
+        remedy += f", or delete {storage}"
+    check_fingerprint("search.study", name, study.user_attrs["fingerprint"], wanted, remedy)
     return Study(study, lock, objectives, heartbeat_s, retries)
 
 
@@ -352,31 +377,11 @@ def reopen_study(storage: Path | str, name: str) -> Study:
     try:
         if isinstance(storage, Path) and not storage.is_file():
             raise KeyError
-        study, _, lock = connect(storage, name, 1, load)
-    except KeyError as error:  # raised by Optuna for an unknown name
+        study, lock = connect(storage, name, 1, load)
+        keys = study.user_attrs["fingerprint"]["objectives"]
+    except KeyError as error:  # an unknown name, or a search that was killed as it began
         raise InputError(
             f"search.from_study={name}: expected a study that exists; run its search first"
         ) from error
-    objectives = [Objective[key] for key in study.user_attrs["fingerprint"]["objectives"]]
+    objectives = [Objective[key] for key in keys]
     return Study(study, lock, objectives, heartbeat_s=1, retries=0)
-
-
-def _distributions(space: SearchSpace, spec: ArchSpec) -> dict[str, BaseDistribution]:
-    """Distributions of the parameters for the dashboard; slots past the depth are absent."""
-
-    def sizes(choices: Choices) -> IntDistribution:
-        return IntDistribution(choices.min, choices.max, step=choices.step)
-
-    kinds = CategoricalDistribution([kind.value for kind in space.kinds])
-    return {
-        "num_layers": sizes(space.settings.num_layers),
-        "model_dim": sizes(space.settings.model_dim),
-        "ffn_dim": sizes(space.settings.ffn_dim),
-        **{f"layer_{i:02d}": kinds for i in range(spec.num_layers)},
-    }
-
-
-def _params(spec: ArchSpec, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
-    kinds = {f"layer_{i:02d}": kind.value for i, kind in enumerate(spec.layer_types)}
-    sizes = {key: getattr(spec, key) for key in distributions if key not in kinds}
-    return {**sizes, **kinds}

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import psutil
 import sqlalchemy
@@ -30,6 +30,11 @@ _working: set[str] = set()
 
 class Lock(Protocol):
     """Lock that one worker of a study holds at a time, and signs of the workers that are there."""
+
+    @property
+    def remote(self) -> bool:
+        """True if a server holds the lock, which can go away and come back."""
+        ...
 
     def hold(self) -> AbstractContextManager[None]:
         """Wait for the lock, and release it at the end of the block."""
@@ -60,6 +65,7 @@ class FileLock:
     """
 
     path: Path
+    remote: ClassVar[bool] = False
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -95,7 +101,8 @@ class FileLock:
 class PostgresLock:
     """Lock for several machines, which the server releases when the holder's connection ends.
 
-    There are no signs: a worker that is stopped can write into a database on a server.
+    There are no signs: a worker that is stopped can write into a database on a server. One whose
+    server is away for long counts as crashed.
 
     Attributes:
         url: URL of the database.
@@ -104,6 +111,7 @@ class PostgresLock:
 
     url: str
     name: str
+    remote: ClassVar[bool] = True
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -177,6 +185,9 @@ class Owner:
         if self.pid == os.getpid():
             return self.token not in _working
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1.0
+            process = psutil.Process(self.pid)
+            other = abs(process.create_time() - self.started) > 1.0
+            # One whose parent does not wait for it, as in a container without an init process.
+            return other or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True

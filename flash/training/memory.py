@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flash.arch import ArchSpec, count_parameters
-from flash.errors import OutOfMemory
+from flash.errors import InputError
 from flash.model.losses import CHUNK_LOGITS
 from flash.training.accelerators import local_device, uses_cuda
 from flash.training.settings import Precision, RecipeSettings, Strategy, TrainerSettings
@@ -110,8 +110,8 @@ def remedy(recipe: RecipeSettings, trainer: TrainerSettings) -> str:
     """The setting that halves the memory of a step, or what is left to do if none does."""
     at_once = trainer.sequences_at_once(recipe.batch_size)
     if at_once > 1:
-        # The largest divisor of half the batch keeps the batch, and so the result, as it is.
-        smaller = next(n for n in range(at_once // 2, 0, -1) if at_once % n == 0)
+        # A divisor of the batch keeps the batch, and so the result, as it is.
+        smaller = next(n for n in range(at_once // 2, 0, -1) if recipe.batch_size % n == 0)
         return (
             f"trainer.micro_batch={smaller} at least halves the activations, with the same result"
         )
@@ -134,7 +134,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory_named(
     recipe: RecipeSettings, trainer: TrainerSettings, need: StepMemory | None = None
 ) -> Iterator[None]:
-    """Raise `OutOfMemory` with `remedy` in place of the error of a device without free memory.
+    """Raise `InputError` with `remedy` in place of the error of a device without free memory.
 
     Args:
         recipe: Batch and losses.
@@ -151,7 +151,7 @@ def out_of_memory_named(
         total = device_memory(trainer)
         room = f" of {total / GIB:.1f} GiB" if total else ""
         estimate = f" (needed: {need})" if need is not None else ""
-        raise OutOfMemory(
+        raise InputError(
             f"trainer.micro_batch={at_once}: the {device}{room} has run out of memory{estimate}; "
             f"{remedy(recipe, trainer)}"
         ) from error

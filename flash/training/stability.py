@@ -37,6 +37,10 @@ class StepStatus(Enum):
     """The loss is far above those of the recent steps."""
 
 
+class Diverged(InputError):
+    """A training whose learning rate is too high for its model."""
+
+
 class StepGuard:
     """Checks each optimizer step by its loss and gradient norm, and counts those left out.
 
@@ -79,7 +83,7 @@ class StepGuard:
             norm: Gradient norm before clipping.
 
         Raises:
-            InputError: More than `max_skipped` steps in a row must be left out.
+            Diverged: More than `max_skipped` steps in a row must be left out.
         """
         status = StepStatus.good
         if not torch.tensor([loss, norm]).isfinite().all():
@@ -93,7 +97,7 @@ class StepGuard:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.max_skipped:
-            raise InputError(
+            raise Diverged(
                 f"recipe.lr={self.lr}: training diverged, {self.skipped_in_a_row} steps in a row "
                 f"had to be left out (loss {loss:.3g}, gradient norm {norm:.3g}); lower it"
             )
@@ -103,10 +107,10 @@ class StepGuard:
         """Check that a run of `steps` steps did not end with a long row of steps left out.
 
         Raises:
-            InputError: Half of the steps or more were left out in a row at the end.
+            Diverged: Half of the steps or more were left out in a row at the end.
         """
         if 2 * self.skipped_in_a_row >= steps > 0:
-            raise InputError(
+            raise Diverged(
                 f"recipe.lr={self.lr}: training diverged, its last {self.skipped_in_a_row} of "
                 f"{steps} steps had to be left out; lower it"
             )

@@ -144,6 +144,8 @@ def _write(
     model = load_teacher(backbone, trainer.precision).to(device)
     answer = _top_k_outputs(model, recipe, trainer, backbone.folder)
     at_once = trainer.micro_batch or min(recipe.batch_size, _DEFAULT_BATCH)
+    # Nothing is kept for gradients, so that checkpointing would save nothing.
+    reading = dataclasses.replace(trainer, micro_batch=at_once, activation_checkpointing=True)
     # Each process begins at a part of its own and skips those that others have written meanwhile.
     first = rank_fraction() * len(missing)
     order = missing[int(first) :] + missing[: int(first)]
@@ -154,7 +156,7 @@ def _write(
             if taught.has(part):
                 bar.update(len(taught.members(part)))
                 continue
-            with out_of_memory_named(recipe, dataclasses.replace(trainer, micro_batch=at_once)):
+            with out_of_memory_named(recipe, reading):
                 for done in taught.write(part, answer, at_once):
                     bar.update(done)
 

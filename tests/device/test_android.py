@@ -292,7 +292,9 @@ def test_two_phones_of_a_model_are_two_devices(make_phone, connect, pte, tmp_pat
     keys = [each.key(SubjectKind.model, {}) for each in conditions]
     assert keys[0] == keys[2] != keys[1]
     with pytest.raises(InputError, match=r"but these differ: device\.unit \(was"):
-        check_fingerprint("s", "x", {"device": one.identity()}, {"device": two.identity()})
+        check_fingerprint(
+            "key", "s", {"device": one.identity()}, {"device": two.identity()}, "choose another"
+        )
     former = json.loads(json.dumps(one.identity()))
     one.check_unit(former, tmp_path)
     with pytest.raises(InputError, match=r"^device\.name=mine: .* of another device of this name"):

@@ -143,6 +143,15 @@ def test_a_training_with_options_is_that_of_its_winner(runs, trials):
     assert {model.name for model in data.models if model.study is None} == others
 
 
+def test_a_result_has_the_name_of_its_folder(runs):
+    write_model(runs, "mine", toy.BACKBONE)
+    for folder in (runs.model, runs.export):
+        folder("mine").rename(folder("renamed"))
+    data = read(runs)
+    assert [model.name for model in data.models] == ["renamed"]
+    assert data.faults == []
+
+
 def test_models_of_other_studies_are_left_out(runs, trials):
     write_study(runs, trials)
     rename_study(runs, "other", device="phone")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash.arch import parse_pattern
-from flash.errors import OutOfMemory, is_stop
+from flash.errors import InputError, is_stop
 from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.search.evaluate import ShortTraining, remove_checkpoints
@@ -67,15 +67,20 @@ def test_an_interrupted_trial_goes_on_from_its_last_checkpoint(evaluate):
     assert seen == [1, 2, 3, 4, 4, 5, 6, 7, 8]  # part 4 came before its checkpoint
     assert resumed.loss == whole.loss
     assert resumed.info["curve"] == whole.info["curve"]
+    assert left(evaluate, 1) == ["last.ckpt", "stable.ckpt"]
+    seen.clear()
+    again = evaluate(SPEC, 1, interrupt)  # killed before its result was recorded
+    assert (again.loss, again.info["curve"], seen) == (whole.loss, whole.info["curve"], [])
+    evaluate.release(SPEC, 1)
     assert left(evaluate, 1) == ["stable.ckpt"]
 
 
 @pytest.mark.parametrize(
     ("error", "becomes"),
     [
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemory),
-        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory),
-        (MemoryError(), OutOfMemory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), InputError),
+        (torch.OutOfMemoryError("CUDA out of memory"), InputError),
+        (MemoryError(), InputError),
         (RuntimeError("a bug"), RuntimeError),
     ],
 )
@@ -91,17 +96,20 @@ def test_a_lack_of_memory_stops_the_search_and_names_the_remedy(
     monkeypatch.setattr(f"flash.{where}", fail)
     with pytest.raises(becomes) as raised:
         evaluate(SPEC, 0)
-    assert is_stop(raised.value) == (becomes is OutOfMemory)
+    assert is_stop(raised.value) == (becomes is InputError)
 
 
-def test_a_diverged_trial_fails_and_leaves_nothing(evaluate):
+def test_a_diverged_trial_fails_and_faults_around_it_stop_the_search(evaluate):
     evaluate.recipe = dataclasses.replace(RECIPE, lr=1e30)
     with pytest.raises(EvaluationError, match="training diverged"):
         evaluate(SPEC, 0)
-    assert left(evaluate, 0) == []
+    evaluate.recipe = dataclasses.replace(RECIPE, kd_weight=0.9, kd_top_k=16)
+    with pytest.raises(InputError, match="teacher") as raised:
+        evaluate(SPEC, 1)
+    assert is_stop(raised.value)
 
 
-def test_a_pruned_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
+def test_a_pruned_trial_tells_how_far_it_came(evaluate):
     def stop(curve):
         if len(curve.losses) == 6:
             raise TrialPruned(3.0, 0.01, curve)
@@ -112,7 +120,6 @@ def test_a_pruned_trial_tells_how_far_it_came_and_leaves_nothing(evaluate):
     assert info["tokens"] == 6 * 128
     assert [tokens for tokens, _ in info["curve"]] == [128 * part for part in range(1, 7)]
     assert info["importance"] == evaluate.importance.digest
-    assert left(evaluate, 0) == []
 
 
 def test_only_beaten_candidates_lose_their_checkpoints(evaluate):
@@ -123,8 +130,7 @@ def test_only_beaten_candidates_lose_their_checkpoints(evaluate):
         folder.mkdir(parents=True)
         (folder / "stable.ckpt").touch()  # 2 is being trained by another worker
         names.append(folder.name)
+    (Path(evaluate.folder or "") / ".DS_Store").touch()
     remove_checkpoints(evaluate, {1, 7})
-    assert sorted(path.name for path in Path(evaluate.folder or "").iterdir()) == [
-        names[0],
-        names[2],
-    ]
+    there = sorted(path.name for path in Path(evaluate.folder or "").iterdir())
+    assert there == [".DS_Store", names[0], names[2]]

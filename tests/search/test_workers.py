@@ -14,8 +14,10 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 
+import psutil
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from flash.errors import InputError, ServiceError
 from flash.search import storage, workers
@@ -146,6 +148,47 @@ def test_silence_tells_of_the_dead_on_other_machines(tmp_path, monkeypatch):
     assert [t.state for t in here.trials()] == [TrialState.WAITING, TrialState.RUNNING]
 
 
+def test_a_process_that_nobody_waits_for_is_dead():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it stays, as without an init process
+    started = psutil.Process(child).create_time()
+    assert Owner(Owner.make().machine, child, started, "t").gone()
+    os.waitpid(child, 0)
+
+
+def test_a_full_disk_is_no_unreachable_database(tmp_path, monkeypatch):
+    def fail(path):
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorname = "SQLITE_FULL"
+        raise error
+
+    monkeypatch.setattr(storage, "_enable_write_ahead_log", fail)
+    with pytest.raises(OSError, match="No space left") as raised:
+        toy.open_toy(tmp_path / "study.db", toy.make_space())
+    assert raised.value.errno == errno.ENOSPC
+
+
+def test_the_end_of_a_trial_waits_for_a_server_that_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("flash.search.study._RETRY_S", 0.01)
+    opened = toy.open_toy(tmp_path / "study.db", toy.make_space())
+    monkeypatch.setattr(workers.FileLock, "remote", True)
+    away = iter([True, True])
+
+    def record(*_):
+        if next(away, False):
+            raise OperationalError("tell", None, ConnectionError("server closed"))
+
+    monkeypatch.setattr(opened, "_record", record)
+    space = toy.make_space()
+    with opened.working():
+        specs = space.stratified(toy.np.random.default_rng(0), 1)
+        opened.plan(specs, {k: v.tolist() for k, v in toy.costs(specs).items()}, (0, 1))
+        opened.enqueue(space)
+        assert opened.complete(opened.start(), 2.0, {}).complete
+
+
 def test_a_process_that_is_gone_or_whose_id_was_given_away_is_dead():
     process = SPAWN.Process(target=time.sleep, args=(60,))
     process.start()
@@ -261,7 +304,7 @@ def test_a_storage_of_another_kind_is_refused_without_showing_its_password(url, 
 def test_a_file_that_is_no_database_is_one_line(tmp_path):
     path = tmp_path / "study.db"
     path.write_text("something else\n" * 1000)
-    with pytest.raises(InputError, match="expected a database that can be reached") as error:
+    with pytest.raises(InputError, match="expected a study's database .*move a damaged") as error:
         toy.open_toy(path, toy.make_space())
     assert "\n" not in str(error.value)
 
