@@ -74,7 +74,8 @@ def test_an_address_without_a_password_is_shown_as_it_is():
         assert without_secrets(text) == text
 
 
-def test_signals_and_full_disks_are_stops_and_other_errors_are_not():
+def test_what_comes_from_outside_stops_work_and_other_errors_end_it():
     assert all(map(is_stop, [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space")]))
     assert is_stop(RuntimeError("I/O error: No space left on device (os error 28)"))
-    assert not any(map(is_stop, [ValueError(), MemoryError(), OSError(5, "I/O"), OSError("other")]))
+    assert all(map(is_stop, [MemoryError(), InputError("last.ckpt: damaged; delete it")]))
+    assert not any(map(is_stop, [ValueError(), OSError(5, "I/O"), OSError("other")]))

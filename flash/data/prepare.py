@@ -20,8 +20,7 @@ from flash.model.backbone import Backbone
 from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.progress import progress_bar
-from flash.records import digest, plain
-from flash.workspace import one_at_a_time
+from flash.records import digest, locked, plain, remove_leftovers
 
 if TYPE_CHECKING:
     from flash.data.sources import TextSource
@@ -63,7 +62,8 @@ def prepare(settings: PrepareSettings) -> Path:
 
     sources = open_sources(data)
     folder = Path(settings.out) if settings.out else runs.root / "shards" / data.name
-    with one_at_a_time(folder, str(folder)):
+    with locked(folder / ".lock", lambda: log.info("%s: waits for another command", folder)):
+        remove_leftovers(folder)
         _write_missing(settings, sources, tokenizer, folder, runs.tokens)
     return folder
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flash.arch import ArchSpec
 from flash.commands import command
 from flash.device.program_limits import ProgramLimits
-from flash.errors import InputError
+from flash.errors import InputError, require
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text, one_line
 from flash.evaluation.tasks import OWN_TASKS, SANDBOXED_TASKS, Tasks, data_files
@@ -190,10 +190,20 @@ def check(settings: EvaluateSettings) -> None:
     Raises:
         InputError: Settings, weights or data files cannot be used, or a stored result is damaged.
     """
+    subject = _checked(settings)
+    for task in settings.suite.chosen:
+        TaskResult.read(_folder(settings, subject.name), task.name)
+
+
+def _checked(settings: EvaluateSettings) -> EvaluatedModel:
+    """Open the model, once its settings and the files of the tasks are checked."""
+    include = settings.suite.include
+    if include is not None:
+        require(Path(include).is_dir(), "suite.include", include, "a folder")
     subject = EvaluatedModel.open(settings)
     for task in settings.suite.chosen:
         data_files(task)
-        TaskResult.read(_folder(settings, subject.name), task.name)
+    return subject
 
 
 def _folder(settings: EvaluateSettings, name: str) -> Path:
@@ -209,7 +219,7 @@ def evaluate(settings: EvaluateSettings) -> SuiteResult:
         InputError: Settings, weights, tasks or datasets cannot be used.
         DeviceError: The process of the program died.
     """
-    subject = EvaluatedModel.open(settings)
+    subject = _checked(settings)
     folder = Runs(Path(settings.runs)).evaluation(subject.name)
     results, new = _results(settings, subject, _folder(settings, subject.name))
     figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -81,8 +80,6 @@ class SuiteSettings:
         unknown = set(self.leave_out) - set(names)
         require(not unknown, "leave_out", self.leave_out, f"some of {shown(names)}")
         require(bool(self.chosen), "leave_out", self.leave_out, "at least one task left")
-        if self.include is not None:
-            require(Path(self.include).is_dir(), "include", self.include, "a folder")
 
     @property
     def chosen(self) -> list[TaskSettings]:
