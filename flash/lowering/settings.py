@@ -226,7 +226,8 @@ class GateSettings:
     than torchao, which moves single activations by one 8-bit step: 4e-6 was seen on small random
     weights, 0.03 on absurdly large ones."""
     min_agreement_runtime: float = 0.9
-    """Quantised .pte against exported: share of positions with the same likeliest token."""
+    """Quantised .pte against exported: share of positions with the same likeliest token. Tokens
+    whose log-probabilities differ by at most sqrt(2 max_kl_runtime) count as equally likely."""
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens", "decode_tokens"):
