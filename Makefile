@@ -37,7 +37,7 @@ smollm2: $(READY)
 	  backbone.weights=runs/smollm2_135m
 	$(BIN)/python search.py experiment=smollm2
 	$(BIN)/python search.py experiment=smollm2 stage=promote
-	$(BIN)/python export.py experiment=smollm2
+	$(BIN)/python export.py experiment=smollm2 'format=[executorch,hf,gguf]'
 	$(BIN)/python train.py -m experiment=smollm2 "+arch=$$(cat runs/studies/smollm2/winners)"
 	$(BIN)/python export.py -m experiment=smollm2 "+arch=$$(cat runs/studies/smollm2/winners)"
 	$(BIN)/python -m flash report --study smollm2
