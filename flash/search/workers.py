@@ -31,10 +31,8 @@ _working: set[str] = set()
 class Lock(Protocol):
     """Lock that one worker of a study holds at a time, and signs of the workers that are there."""
 
-    @property
-    def remote(self) -> bool:
-        """True if a server holds the lock, which can go away and come back."""
-        ...
+    remote: ClassVar[bool]
+    """True if a server holds the lock, which can go away and come back."""
 
     def hold(self) -> AbstractContextManager[None]:
         """Wait for the lock, and release it at the end of the block."""
