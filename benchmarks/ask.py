@@ -23,11 +23,11 @@ from flash.device.workload import Point
 from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import LoweringSettings
 from flash.progress import progress
-from flash.search import study
 from flash.search.fingerprint import space_fingerprint
 from flash.search.frontier import write_report
 from flash.search.loop import Quality, search
 from flash.search.objectives import Objective, Problem
+from flash.search.parameters import distributions, parameters
 from flash.search.sampler import propose
 from flash.search.settings import Sampler, SearchSettings
 from flash.search.study import Study, open_study
@@ -154,12 +154,11 @@ def fill(path: Path, space: SearchSpace, many: list[Trial], asked: Problem) -> N
         connection.exec_driver_sql("PRAGMA synchronous=OFF")
     stored = optuna.load_study(study_name="many", storage=storage)
     for trial in progress(many, "filling a study"):
-        distributions = study._distributions(space, trial.spec)
         stored.add_trial(
             optuna.create_trial(
                 values=trial.point(asked.objectives),
-                params=study._params(trial.spec, distributions),
-                distributions=distributions,
+                params=parameters(trial.spec),
+                distributions=distributions(space, trial.spec.num_layers),
                 user_attrs={
                     "spec": trial.spec.to_dict(),
                     "costs": dict(trial.costs),
