@@ -53,7 +53,7 @@ class ParityLimits:
         if self.max_kl < math.inf:
             rules.append(f"kl <= {self.max_kl:g}")
         if self.min_agreement > 0:
-            rules.append(f"agreement >= {self.min_agreement:g}")
+            rules.append(f"agreement >= {self.min_agreement:.2g}")
         return " and ".join(rules) or "no limit"
 
 

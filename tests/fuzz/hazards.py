@@ -1,4 +1,4 @@
-"""What stops a command from outside: signals, power cuts, full disks, too little memory, clocks."""
+"""Stops of a command from outside: signals, power cuts, full disks, too little memory, clocks."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ _MAY_MOUNT = 1 << 21
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command needs that nothing stops.
+    """Needs of a command that nothing stops.
 
     Attributes:
         seconds: Time that it takes [s].

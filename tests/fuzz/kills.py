@@ -91,13 +91,13 @@ def _search(work: Path) -> Any:
 
 
 def _shared_search(work: Path) -> Any:
-    """What is certain with several workers, whose order decides what is tried."""
+    """Read what is certain with several workers, whose order decides what is tried."""
     trials = _frontier(work)["trials"]
     return [(t["number"], t["state"]) for t in trials]
 
 
 def _measurements(work: Path) -> Any:
-    """What has been measured, without the times."""
+    """Read what has been measured, without the times."""
     lines = (work / "runs/measurements.jsonl").read_text("utf-8").splitlines()
     return sorted((row["key"], row["kind"]) for row in map(json.loads, lines))
 
