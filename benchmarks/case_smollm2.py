@@ -69,13 +69,19 @@ def file(name: str) -> Path:
     return made(FOLDER / name, __file__, "--make")
 
 
+def exported(name: str) -> Path:
+    """Return the program that `flash export experiment=smollm2` has made of a model."""
+    [found] = RUNS.exports.glob(f"{name}-{STUDY}*/model.pte")
+    return found
+
+
 def programs(winners: list[str]) -> dict[str, Path]:
     """Return the programs to time, by name."""
     if SMOKE:
         own = {"backbone": file("a.pte"), "winner": file("b.pte")}
     else:
-        own = {"backbone": RUNS.export(BACKBONE) / "model.pte"}
-        own |= {name: RUNS.export(name) / "model.pte" for name in winners}
+        own = {"backbone": exported(BACKBONE)}
+        own |= {name: exported(name) for name in winners}
     return {**own, STOCK: file(f"{STOCK}.pte")}
 
 

@@ -137,7 +137,7 @@ def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatc
     assert all(trials[n]["costs"]["size_mib"] <= sizes[2] for n in report["frontier"])
     assert [t["loss"] for t in report["trials"]] == [t["loss"] for t in searched["trials"]]
     settings.seed += 1
-    with pytest.raises(InputError, match="search.study=t: .*seed"):
+    with pytest.raises(InputError, match=r"search\.from_study=t: .*seed"):
         run_search(settings)
 
 
