@@ -71,7 +71,7 @@ def file(name: str) -> Path:
 
 def exported(name: str) -> Path:
     """Return the program that `flash export experiment=smollm2` has made of a model."""
-    [found] = RUNS.exports.glob(f"{name}-{STUDY}*/model.pte")
+    [found] = (RUNS.root / "exports").glob(f"{name}-{STUDY}*/model.pte")
     return found
 
 
