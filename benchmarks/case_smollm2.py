@@ -7,6 +7,8 @@ without, whichever is faster). One thread, fp32 caches, fresh processes of all i
 
 `prefill_ms` and `decode_ms` at 512 and 2,048 tokens; `prefill_speedup` and `decode_speedup` of each
 winner are the others' times divided by its own, turn by turn: `WINNER/OTHER/POINT`.
+`prefill_prediction` and `decode_prediction` of own programs: what stage 1 of the search predicts on
+this machine, divided by the time of each turn; what stage 1 lacks is measured first.
 
 `python benchmarks/case_smollm2.py [WINNER ...]`; other files are kept in runs/case.
 """
@@ -14,11 +16,12 @@ winner are the others' times divided by its own, turn by turn: `WINNER/OTHER/POI
 import sys
 from pathlib import Path
 
+import yaml
 from llama_timing import FP32, LlamaTiming, is_installed
 from record import SMOKE, Recorder, made, output
 
 import conf
-from flash.arch import ArchSpec
+from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.host import HostDevice
 from flash.device.measurement import Program
 from flash.device.settings import DeviceSettings
@@ -27,6 +30,9 @@ from flash.interop.baselines import to_stock_model
 from flash.interop.export_llm import lower_stock
 from flash.interop.gguf import write_gguf
 from flash.interop.settings import GgufFormat
+from flash.latency.fit import collect
+from flash.latency.settings import LatencySettings
+from flash.latency.store import MeasurementStore
 from flash.lowering.lower import lower, write
 from flash.lowering.settings import AttentionForm, LoweringSettings
 from flash.model.decoder import Decoder
@@ -35,7 +41,7 @@ from flash.paths import Runs
 PROMPTS, CONTEXTS, STEPS, TURNS = [2048, 512], [512, 2048], 16, 3
 if SMOKE:
     PROMPTS, CONTEXTS, STEPS, TURNS = [32, 16], [16, 32], 2, 1
-CONTEXT = max(PROMPTS) + 2 * STEPS
+CONTEXT = max(PROMPTS) + 4 * STEPS
 FOLDER = output(conf.ROOT / "runs" / "case")
 RUNS = Runs(conf.ROOT / "runs")
 STUDY, BACKBONE = "smollm2", "smollm2_135m"
@@ -85,6 +91,33 @@ def programs(winners: list[str]) -> dict[str, Path]:
     return {**own, STOCK: file(f"{STOCK}.pte")}
 
 
+def predicted_ms(winners: list[str]) -> dict[str, dict[str, float]]:
+    """Predict the times of the backbone and winners [ms], by name and point."""
+    if SMOKE:
+        return {}
+    specs = {"backbone": spec().as_program()}
+    for name in winners:
+        text = (RUNS.found_arch / f"{name}.yaml").read_text("utf-8")
+        specs[name] = ArchSpec.from_dict(yaml.safe_load(text)).as_program()
+    settings = DeviceSettings(
+        lowering=lowering("backbone"),
+        workload=Workload(prompts=PROMPTS, contexts=CONTEXTS[:1]),
+    )
+    model = collect(
+        space=SearchSpace(conf.group(f"space/{STUDY}", SpaceSettings), spec()),
+        backbone=spec(),
+        device=HostDevice(settings),
+        workload=settings.workload,
+        lowering=settings.lowering,
+        settings=LatencySettings(),
+        store=MeasurementStore(RUNS.measurements),
+        cache_dir=RUNS.lowered,
+        seed=0,
+    )
+    found = zip(specs, model.predict(list(specs.values())), strict=True)
+    return {name: {point: each["mean_ms"] for point, each in t.items()} for name, t in found}
+
+
 def times_ms(name: str, path: Path) -> dict[str, float]:
     """Time a program in a fresh process: the fastest run at each point [ms]."""
     settings = DeviceSettings(
@@ -124,6 +157,11 @@ def main(winners: list[str]) -> None:
             times = {point: 1e3 * seconds for point, seconds in llama.best().items()}
             found.setdefault(LLAMA, []).append(times)
     record = Recorder("case_smollm2")
+    for name, points in predicted_ms(own).items():
+        for point, ms in points.items():
+            phase, _, tokens = point.partition("_")
+            ratios = [ms / turn[point] for turn in found[name]]
+            record.add(f"{name}/{tokens}", f"{phase}_prediction", ratios, "ratio")
     for name, turns in found.items():
         for point in turns[0]:
             phase, _, tokens = point.partition("_")
