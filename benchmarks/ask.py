@@ -157,7 +157,7 @@ def fill(path: Path, space: SearchSpace, many: list[Trial], asked: Problem) -> N
         stored.add_trial(
             optuna.create_trial(
                 values=trial.point(asked.objectives),
-                params=parameters(trial.spec),
+                params=parameters(space, trial.spec),
                 distributions=distributions(space, trial.spec.num_layers),
                 user_attrs={
                     "spec": trial.spec.to_dict(),

@@ -49,9 +49,10 @@ def _measure(folder: Path, result: Path) -> None:
     backbone, winner = _specs()
     torch.manual_seed(1)
     importance = Importance(
-        ffn=torch.rand(backbone.num_layers, backbone.ffn_dim),
+        ffn=torch.rand(backbone.num_layers, max(backbone.ffn_dims)),
         model=torch.rand(backbone.model_dim),
         layers=torch.rand(backbone.num_layers),
+        heads=torch.rand(backbone.num_layers, backbone.num_heads),
         tokens=1,
         backbone="random",
     )

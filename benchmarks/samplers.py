@@ -44,7 +44,7 @@ class Table:
         missing = [spec for spec in tabular.members(self.space) if spec not in self.loss]
         if missing:
             raise SystemExit(
-                f"{tabular.TABLE}: {len(missing)} of {self.space.count()} members are missing; "
+                f"{tabular.path()}: {len(missing)} of {self.space.count()} members are missing; "
                 "run benchmarks/tabular.py"
             )
         top = largest(self.space)

@@ -1,11 +1,11 @@
-"""Tabular benchmark for samplers: every member of a small space, pruned and trained.
+"""Tabular benchmarks for samplers: every member of a small space, pruned and trained.
 
-`python benchmarks/tabular.py [--reverse] [--limit N]` goes through all members of `space()` in a
-fixed random order, evaluates each as a trial of a search is evaluated, and appends one line of JSON
-for each to `benchmarks/data/tiny_tabular.jsonl`. It can be stopped or killed at any time and
-resumes with the missing members. A second process that starts from the other end, with `--reverse`,
-shares the work. The first `NOISE_SPECS` candidates are also trained with a second seed (another
-order of the text), which shows the noise of a loss.
+`python benchmarks/tabular.py [TABLE] [--reverse] [--limit N]` goes through all members of a space
+of `TABLES` in a fixed random order, evaluates each as a trial of a search is evaluated, and appends
+one line of JSON for each to `benchmarks/data/TABLE.jsonl`. It can be stopped or killed at any time
+and resumes with the missing members. A second process that starts from the other end, with
+`--reverse`, shares the work. The first `NOISE_SPECS` candidates are also trained with a second seed
+(another order of the text), which shows the noise of a loss.
 
 A line holds `spec`, `seed`, `loss` (nats a token, or null with a `reason`), `prefill_ms`,
 `decode_ms`, `tokens`, `precision`, `seconds`. Lines without a precision were computed in bf16;
@@ -16,6 +16,7 @@ rates of a nominal core. They are a fixed function of the spec, so the table dep
 """
 
 import argparse
+import dataclasses
 import logging
 import time
 import warnings
@@ -27,7 +28,7 @@ import rows
 from record import SMOKE, Recorder, output
 
 import conf
-from flash.arch import ArchSpec, Choices, SearchSpace, SpaceSettings
+from flash.arch import ArchSpec, Attention, Choices, FfnChoices, SearchSpace, SpaceSettings
 from flash.device.workload import Point
 from flash.latency.cost_model import SpecTable, nominal_work_ms
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
@@ -39,15 +40,30 @@ from flash.search.loop import EvaluationError
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 from flash.workspace import Workspace
 
-TABLE = conf.ROOT / "benchmarks" / "data" / "tiny_tabular.jsonl"
 SPACE = SpaceSettings(
     name="tabular",
     num_layers=Choices(min=5, max=6),
     model_dim=Choices(min=192, max=256, step=64),
-    ffn_dim=Choices(min=320, max=576, step=256),
+    ffn_dim=FfnChoices(min=320, max=576, step=256),
     max_efficient_run=1,  # keeps all kinds and a space small enough to exhaust
 )
 """512 members: 128 patterns, two widths, two FFN widths."""
+WIDE = SpaceSettings(
+    name="wide",
+    num_layers=Choices(min=5, max=5),
+    model_dim=Choices(min=256, max=256),
+    ffn_dim=FfnChoices(min=192, max=576, step=384, per_layer=True),
+    num_kv_heads=[1, 2],
+    kinds=[Attention.full_attention, Attention.skip_attention],
+    max_efficient_run=1,
+)
+"""832 members: 13 patterns, two FFN widths in each of 5 layers, one or two key heads."""
+UNIFORM = dataclasses.replace(
+    WIDE, name="uniform", ffn_dim=FfnChoices(min=192, max=576, step=96), num_kv_heads=None
+)
+"""65 members: the same patterns with one of five FFN widths, so that it has mean widths, too."""
+TABLES = {"tiny_tabular": [SPACE], "tiny_wide": [WIDE, UNIFORM]}
+"""Spaces whose members are in a table, by its name."""
 DATA = conf.stdlib(validation_sequences=16)
 RECIPE = conf.short(
     RecipeSettings(name="tabular", tokens=12288, batch_size=1, lr=1e-3, warmup_ratio=0.1)
@@ -57,9 +73,14 @@ LIMIT = 2 if SMOKE else None
 """Number of candidates to train in this run."""
 
 
-def space() -> SearchSpace:
-    """Return the space whose members are in the table."""
-    return SearchSpace(SPACE, Backbone.open(conf.TINY).spec)
+def space(settings: SpaceSettings = SPACE) -> SearchSpace:
+    """Return a space whose members are in a table."""
+    return SearchSpace(settings, Backbone.open(conf.TINY).spec)
+
+
+def path(table: str = "tiny_tabular") -> Path:
+    """Return the file of a table."""
+    return conf.ROOT / "benchmarks" / "data" / f"{table}.jsonl"
 
 
 def members(space: SearchSpace) -> list[ArchSpec]:
@@ -79,21 +100,21 @@ def members(space: SearchSpace) -> list[ArchSpec]:
     return [ordered[i] for i in np.random.default_rng(0).permutation(len(ordered))]
 
 
-def tasks(space: SearchSpace) -> list[tuple[ArchSpec, int]]:
-    """List the pairs (candidate, seed) in the order in which they are trained."""
-    specs = members(space)
+def tasks(table: str) -> list[tuple[ArchSpec, int]]:
+    """List the pairs (candidate, seed) of a table in the order in which they are trained."""
+    specs = list(dict.fromkeys(spec for each in TABLES[table] for spec in members(space(each))))
     repeated = [(spec, seed) for spec in specs[:NOISE_SPECS] for seed in (0, 1)]
     return repeated + [(spec, 0) for spec in specs[NOISE_SPECS:]]
 
 
-def read(table: Path = TABLE) -> list[dict[str, Any]]:
-    """Read the lines so far."""
-    return rows.read(table)
+def read(table: str = "tiny_tabular") -> list[dict[str, Any]]:
+    """Read the lines of a table so far."""
+    return rows.read(path(table))
 
 
-def done(table: Path) -> set[tuple[ArchSpec, int]]:
-    """Return the pairs (candidate, seed) that are in the table."""
-    return {(row["spec"], row["seed"]) for row in read(table)}
+def done(file: Path) -> set[tuple[ArchSpec, int]]:
+    """Return the pairs (candidate, seed) that are in a file."""
+    return {(row["spec"], row["seed"]) for row in rows.read(file)}
 
 
 def nominal_ms(spec: ArchSpec, form: SlidingForm = SlidingForm.ring) -> dict[str, float]:
@@ -127,14 +148,15 @@ def evaluators(precision: Precision) -> dict[int, ShortTraining]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("table", nargs="?", choices=TABLES, default="tiny_tabular")
     parser.add_argument("--reverse", action="store_true", help="begin with the last")
     parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help="stop after N")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    wanted = tasks(space())[:: -1 if arguments.reverse else 1]
-    table = output(TABLE)
+    wanted = tasks(arguments.table)[:: -1 if arguments.reverse else 1]
+    table = output(path(arguments.table))
     finished = done(table)
     left = [task for task in wanted if task not in finished][: arguments.limit]
     precision = Precision[arguments.precision]
@@ -152,7 +174,7 @@ def main() -> None:
                 row |= {"loss": None, "reason": str(error)}
             rows.append(table, {**row, **nominal_ms(spec), "seconds": time.perf_counter() - start})
             bar.update()
-    Recorder("tabular").add("table", "rows", [len(read(table))], "rows")
+    Recorder("tabular").add(arguments.table, "rows", [len(rows.read(table))], "rows")
 
 
 if __name__ == "__main__":

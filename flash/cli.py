@@ -212,7 +212,7 @@ def new_space(group: str, name: str, backbone: Path) -> tuple[Path, int]:
             raise InputError("expected a Hugging Face folder with config.json, found none")
         spec = read_spec(backbone)
     settings = propose_space(name, spec)
-    sizes = f"{spec.num_layers} layers, width {spec.model_dim}, FFN {spec.ffn_dim}"
+    sizes = f"{spec.num_layers} layers, width {spec.model_dim}, FFN {spec.ffn_range}"
     path = _write_option(group, name, space_yaml(settings, f"{backbone.name} ({sizes})"))
     return path, SearchSpace(settings, spec).count()
 

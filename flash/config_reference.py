@@ -108,14 +108,17 @@ def _one_line(text: str) -> str:
 def member_docs(schema: type) -> dict[str, str]:
     """Documentation of fields or enum members: the string literal that follows each of them."""
     docs: dict[str, str] = {}
-    body = _class_body(schema)
-    for node, following in zip(body, body[1:], strict=False):
-        match node, following:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]),
-                ast.Expr(value=ast.Constant(value=str(text))),
-            ):
-                docs[name] = _one_line(text)
+    bases = [base for base in schema.__mro__[1:] if dataclasses.is_dataclass(base)]
+    for owner in (*reversed(bases), schema):
+        body = _class_body(owner)
+        for node, following in zip(body, body[1:], strict=False):
+            match node, following:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name))
+                    | ast.Assign(targets=[ast.Name(id=name)]),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    docs[name] = _one_line(text)
     return docs | _attribute_docs(schema)
 
 

@@ -12,7 +12,7 @@ from flash.arch.counts import (
     training_flops_per_token,
     weight_bytes,
 )
-from flash.arch.space import Choices, SearchSpace, SpaceSettings
+from flash.arch.space import Choices, FfnChoices, SearchSpace, SpaceSettings
 from flash.arch.spec import (
     GROUP,
     ArchSpec,
@@ -28,6 +28,7 @@ __all__ = [
     "Attention",
     "CacheFormat",
     "Choices",
+    "FfnChoices",
     "ParameterCount",
     "Quantization",
     "RopeKind",

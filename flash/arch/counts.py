@@ -57,7 +57,7 @@ def count_parameters(spec: ArchSpec) -> ParameterCount:
         embedding=table,
         head=0 if spec.tie_embeddings else table,
         attention=attention_layers * per_attention,
-        ffn=spec.num_layers * 3 * spec.model_dim * spec.ffn_dim,
+        ffn=3 * spec.model_dim * sum(spec.ffn_dims),
         vectors=(spec.num_layers + 1) * spec.model_dim
         + attention_layers * (spec.model_dim + vectors),
     )
@@ -114,14 +114,13 @@ def linear_parts(spec: ArchSpec) -> dict[str, tuple[int, int]]:
     A part is an attention half (`layers.0.self_attn`), an FFN half (`layers.0.mlp`) or `lm_head`.
     """
     q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    width, hidden = spec.model_dim, spec.ffn_dim
+    width = spec.model_dim
     attention = (width * (2 * q_dim + 2 * kv_dim), q_dim + 2 * kv_dim + width)
-    ffn = (3 * width * hidden, 2 * hidden + width)
     parts = {}
-    for i, kind in enumerate(spec.layer_types):
+    for i, (kind, hidden) in enumerate(zip(spec.layer_types, spec.ffn_dims, strict=True)):
         if kind.attends:
             parts[f"layers.{i}.self_attn"] = attention
-        parts[f"layers.{i}.mlp"] = ffn
+        parts[f"layers.{i}.mlp"] = (3 * width * hidden, 2 * hidden + width)
     return {**parts, "lm_head": (spec.vocab_size * width, spec.vocab_size)}
 
 

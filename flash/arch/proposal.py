@@ -2,7 +2,7 @@
 
 import math
 
-from flash.arch.space import Choices, SpaceSettings
+from flash.arch.space import Choices, FfnChoices, SpaceSettings
 from flash.arch.spec import GROUP, ArchSpec
 
 _SMALLEST = {"num_layers": 10 / 16, "model_dim": 1024 / 2048, "ffn_dim": 2048 / 8192}
@@ -18,19 +18,21 @@ def propose_space(name: str, backbone: ArchSpec) -> SpaceSettings:
     backbone's own. Widths are whole groups of 32, in steps that give at most 25 values.
     """
 
-    def widths(size: str) -> Choices:
-        largest = getattr(backbone, size) // GROUP
+    def widths(size: str, limit: int) -> tuple[int, int, int]:
+        largest = limit // GROUP
         smallest = math.ceil(_SMALLEST[size] * largest)
         step = math.ceil((largest - smallest) / (_MOST_VALUES - 1)) or 1
         smallest = largest - (largest - smallest) // step * step
-        return Choices(min=smallest * GROUP, max=largest * GROUP, step=step * GROUP)
+        return smallest * GROUP, largest * GROUP, step * GROUP
 
     depth = backbone.num_layers
+    least, greatest, step = widths("model_dim", backbone.model_dim)
+    least_ffn, greatest_ffn, step_ffn = widths("ffn_dim", min(backbone.ffn_dims))
     return SpaceSettings(
         name=name,
         num_layers=Choices(min=math.ceil(_SMALLEST["num_layers"] * depth), max=depth),
-        model_dim=widths("model_dim"),
-        ffn_dim=widths("ffn_dim"),
+        model_dim=Choices(min=least, max=greatest, step=step),
+        ffn_dim=FfnChoices(min=least_ffn, max=greatest_ffn, step=step_ffn),
     )
 
 

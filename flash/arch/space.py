@@ -1,14 +1,20 @@
 """The search space: its settings, its members, their number, and ways to draw them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
-from flash.arch.spec import ArchSpec, Attention
+from flash.arch.spec import GROUP, ArchSpec, Attention
 from flash.errors import InputError, check_name, require, under
+
+Choice = TypeVar("Choice")
+
+WIDTH_KNOTS = 3
+"""Knots over depth of the lines that drawn FFN widths follow."""
 
 
 @dataclass(kw_only=True)
@@ -39,6 +45,14 @@ class Choices:
 
 
 @dataclass(kw_only=True)
+class FfnChoices(Choices):
+    """Values of the FFN width, of the whole model or of each layer."""
+
+    per_layer: bool = False
+    """Each layer has a width of its own. The paper has one for all."""
+
+
+@dataclass(kw_only=True)
 class SpaceSettings:
     """Config group `space`: the searched sizes (Table 3) and the rule on patterns (Sec. 3.5)."""
 
@@ -48,8 +62,12 @@ class SpaceSettings:
     """Depth, d_L [layers]."""
     model_dim: Choices
     """Residual-stream width, d_model; multiples of 32."""
-    ffn_dim: Choices
+    ffn_dim: FfnChoices
     """FFN hidden width, d_ffn; multiples of 32."""
+    num_heads: list[int] | None = None
+    """Numbers of query heads; null is the backbone's, as in the paper."""
+    num_kv_heads: list[int] | None = None
+    """Numbers of key and value heads, divisors of the backbone's; null is the backbone's."""
     kinds: list[Attention] = field(default_factory=lambda: list(Attention))
     """Attention kinds that a layer may have; full attention must be among them."""
     max_efficient_run: int = 2
@@ -65,6 +83,10 @@ class SpaceSettings:
             [kind.value for kind in self.kinds],
             "a list with full_attention in it",
         )
+        for key in ("num_heads", "num_kv_heads"):
+            values = getattr(self, key)
+            valid = values is None or (len(values) > 0 and min(values) > 0)
+            require(valid, key, values, "null, or a list of positive integers")
         run = self.max_efficient_run
         require(run >= 0, "max_efficient_run", run, "0 or more")
 
@@ -87,11 +109,12 @@ class SearchSpace:
         self.depths = settings.num_layers.values
         self.model_dims = settings.model_dim.values
         self.ffn_dims = settings.ffn_dim.values
+        self.per_layer = settings.ffn_dim.per_layer
         self.kinds = tuple(sorted(set(settings.kinds), key=list(Attention).index))
         for key, values, limit in (
             ("num_layers", self.depths, backbone.num_layers),
             ("model_dim", self.model_dims, backbone.model_dim),
-            ("ffn_dim", self.ffn_dims, backbone.ffn_dim),
+            ("ffn_dim", self.ffn_dims, min(backbone.ffn_dims)),
         ):
             if values[-1] > limit:
                 raise InputError(
@@ -104,6 +127,31 @@ class SearchSpace:
                 self.base.replace(model_dim=model_dim)
             for ffn_dim in self.ffn_dims:
                 self.base.replace(ffn_dim=ffn_dim)
+            self.heads = self._legal_heads(backbone)
+
+    def _legal_heads(self, backbone: ArchSpec) -> tuple[tuple[int, int], ...]:
+        """All numbers of query heads and key heads that go together, fewest first.
+
+        Raises:
+            InputError: A number is not one that pruning can make, or goes with no other.
+        """
+        queries = self.settings.num_heads or [backbone.num_heads]
+        keys = self.settings.num_kv_heads or [backbone.num_kv_heads]
+        for num in queries:
+            fits = num <= backbone.num_heads and num * backbone.head_dim % GROUP == 0
+            expected = f"at most the backbone's {backbone.num_heads}, in whole groups of {GROUP}"
+            require(fits, "num_heads", num, f"{expected} with head_dim={backbone.head_dim}")
+        for num in keys:
+            divides = backbone.num_kv_heads % num == 0
+            expected = f"a divisor of the backbone's {backbone.num_kv_heads}, as heads are merged"
+            require(divides, "num_kv_heads", num, expected)
+        pairs = sorted({(q, kv) for q in queries for kv in keys if q % kv == 0})
+        for name, wanted, place in (("num_heads", queries, 0), ("num_kv_heads", keys, 1)):
+            lone = [num for num in wanted if num not in {pair[place] for pair in pairs}]
+            other = keys if place == 0 else queries
+            expected = "a " + ("multiple" if place == 0 else "divisor") + f" of one of {other}"
+            require(not lone, name, lone, expected)
+        return tuple(pairs)
 
     def __contains__(self, spec: ArchSpec) -> bool:
         return self.violated_rule(spec) is None
@@ -111,17 +159,27 @@ class SearchSpace:
     def violated_rule(self, spec: ArchSpec) -> str | None:
         """The rule that keeps `spec` out of the space; None for a member."""
         same = self.base.replace(
-            layer_types=spec.layer_types, model_dim=spec.model_dim, ffn_dim=spec.ffn_dim
+            layer_types=spec.layer_types,
+            model_dim=spec.model_dim,
+            ffn_dim=spec.ffn_dim,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
         )
         if spec != same:
-            return "heads, vocabulary or other fixed settings differ from the backbone's"
-        for key, value, choices in (
-            ("num_layers", spec.num_layers, self.depths),
-            ("model_dim", spec.model_dim, self.model_dims),
-            ("ffn_dim", spec.ffn_dim, self.ffn_dims),
+            return "vocabulary or other fixed settings differ from the backbone's"
+        for key, values, choices in (
+            ("num_layers", (spec.num_layers,), self.depths),
+            ("model_dim", (spec.model_dim,), self.model_dims),
+            ("ffn_dim", spec.ffn_dims, self.ffn_dims),
         ):
-            if value not in choices:
-                return f"{key}={value} is not among {choices[0]}..{choices[-1]}"
+            for value in values:
+                if value not in choices:
+                    return f"{key}={value} is not among {choices[0]}..{choices[-1]}"
+        if isinstance(spec.ffn_dim, tuple) and not self.per_layer:
+            return f"ffn_dim={spec.ffn_range} differs from layer to layer"
+        if (spec.num_heads, spec.num_kv_heads) not in self.heads:
+            known = ", ".join(f"{q}/{kv}" for q, kv in self.heads)
+            return f"heads {spec.num_heads}/{spec.num_kv_heads} are not among {known}"
         if not set(spec.layer_types) <= set(self.kinds):
             return f"pattern {spec.pattern} has a kind that the space lacks"
         if spec.longest_efficient_run > self.settings.max_efficient_run:
@@ -160,35 +218,64 @@ class SearchSpace:
 
     def count(self, *, constrained: bool = True) -> int:
         """Exact number of distinct architectures, within the rules or without them."""
-        patterns = sum(self.count_patterns(depth, constrained=constrained) for depth in self.depths)
-        return patterns * len(self.model_dims) * len(self.ffn_dims)
+        shapes = sum(
+            self.count_patterns(depth, constrained=constrained) * self._count_widths(depth)
+            for depth in self.depths
+        )
+        return shapes * len(self.model_dims) * len(self.heads)
+
+    def _count_widths(self, depth: int) -> int:
+        """Number of ways to give FFN widths to `depth` layers."""
+        return len(self.ffn_dims) ** (depth if self.per_layer else 1)
 
     def count_slots(self) -> int:
         """Size of the space as the paper counts it, with a pattern of full depth at every depth.
 
         For Table 3 this is 3^16 x 7 x 25 x 9 = 67.8e9, the paper's "about 70 billion".
         """
-        sizes = len(self.depths) * len(self.model_dims) * len(self.ffn_dims)
-        return len(self.kinds) ** self.depths[-1] * sizes
+        sizes = len(self.depths) * len(self.model_dims) * self._count_widths(self.depths[-1])
+        return len(self.kinds) ** self.depths[-1] * sizes * len(self.heads)
 
-    def make(self, model_dim: int, ffn_dim: int, layer_types: tuple[Attention, ...]) -> ArchSpec:
+    def make(
+        self,
+        model_dim: int,
+        ffn_dim: int | Sequence[int],
+        layer_types: tuple[Attention, ...],
+        heads: tuple[int, int] | None = None,
+    ) -> ArchSpec:
         """The spec with these values and the backbone's for all else; it need not be a member."""
-        return self.base.replace(model_dim=model_dim, ffn_dim=ffn_dim, layer_types=layer_types)
+        num_heads, num_kv_heads = heads or (self.base.num_heads, self.base.num_kv_heads)
+        return self.base.replace(
+            model_dim=model_dim,
+            ffn_dim=ffn_dim,
+            layer_types=layer_types,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+        )
 
     def sample(self, rng: np.random.Generator) -> ArchSpec:
         """One architecture, uniform over all members of the space."""
-        patterns = np.array([self.count_patterns(depth) for depth in self.depths], dtype=float)
-        depth = int(rng.choice(self.depths, p=patterns / patterns.sum()))
+        members = np.array(
+            [self.count_patterns(depth) * self._count_widths(depth) for depth in self.depths],
+            dtype=float,
+        )
+        depth = int(rng.choice(self.depths, p=members / members.sum()))
         return self.sample_at_depth(rng, depth)
 
     def sample_at_depth(self, rng: np.random.Generator, depth: int) -> ArchSpec:
         """One architecture, uniform over the members that have `depth` layers."""
         model_dim = int(rng.choice(self.model_dims))
-        ffn_dim = int(rng.choice(self.ffn_dims))
+        each = rng.choice(self.ffn_dims, depth).tolist() if self.per_layer else None
+        ffn_dim = each or int(rng.choice(self.ffn_dims))
+        heads = self._sample_heads(rng)
         while True:  # repeats only after a pattern of skips alone, which is rare or impossible
-            spec = self.make(model_dim, ffn_dim, self._sample_pattern(rng, depth))
+            spec = self.make(model_dim, ffn_dim, self._sample_pattern(rng, depth), heads)
             if spec in self:
                 return spec
+
+    def _sample_heads(self, rng: np.random.Generator) -> tuple[int, int]:
+        # A space without the choice draws nothing, so that its samples stay those of a seed.
+        return self.heads[int(rng.integers(len(self.heads))) if len(self.heads) > 1 else 0]
 
     def _sample_pattern(self, rng: np.random.Generator, depth: int) -> tuple[Attention, ...]:
         cheap = [kind for kind in self.kinds if kind.efficient]
@@ -222,14 +309,44 @@ class SearchSpace:
         )
         for depth, model_dim, ffn_dim in sizes:
             drawn = self.sample_at_depth(rng, depth)
-            found[self.make(model_dim, ffn_dim, drawn.layer_types)] = None
+            heads = (drawn.num_heads, drawn.num_kv_heads)
+            found[self.shaped(rng, model_dim, ffn_dim, drawn.layer_types, heads)] = None
         return list(found)
+
+    def shaped(
+        self,
+        rng: np.random.Generator,
+        model_dim: int,
+        ffn_dim: int,
+        layer_types: tuple[Attention, ...],
+        heads: tuple[int, int],
+    ) -> ArchSpec:
+        """The spec with these values; if each layer has its own FFN width, they are drawn.
+
+        Drawn widths have about `ffn_dim` as their mean and follow a smooth shape over depth.
+        """
+        depth = len(layer_types)
+        widths = self._sample_widths(rng, depth, ffn_dim) if self.per_layer else ffn_dim
+        return self.make(model_dim, widths, layer_types, heads)
+
+    def _sample_widths(self, rng: np.random.Generator, depth: int, middle: int) -> list[int]:
+        """Draw FFN widths that follow a line over depth with `WIDTH_KNOTS` knots.
+
+        Widths drawn for each layer alone would nearly always have the same mean and no trend. One
+        draw in four has the same width in all layers.
+        """
+        last = len(self.ffn_dims) - 1
+        center = self.ffn_dims.index(middle)
+        spread = rng.integers(4) / 3 * last
+        knots = center + spread * (rng.random(WIDTH_KNOTS) - 0.5)
+        places = np.interp(np.linspace(0, 1, depth), np.linspace(0, 1, WIDTH_KNOTS), knots)
+        return [self.ffn_dims[i] for i in places.round().clip(0, last).astype(int)]
 
     def neighbors(self, spec: ArchSpec) -> Iterator[ArchSpec]:
         """Members one step away from `spec`.
 
-        A step changes the kind of one layer, adds or removes a layer, or moves a width to the next
-        value.
+        A step changes the kind of one layer, adds or removes a layer, or moves a size to the next
+        value: a width, the FFN width of one layer or of a third of them, or the heads.
         """
         seen = {spec}
         for candidate in self._steps(spec):
@@ -238,18 +355,42 @@ class SearchSpace:
                 yield candidate
 
     def _steps(self, spec: ArchSpec) -> Iterator[ArchSpec]:
-        kinds = spec.layer_types
+        kinds, widths = spec.layer_types, spec.ffn_dims
         for i in range(len(kinds)):
             for kind in self.kinds:
                 yield spec.replace(layer_types=(*kinds[:i], kind, *kinds[i + 1 :]))
             if len(kinds) > 1:
-                yield spec.replace(layer_types=kinds[:i] + kinds[i + 1 :])
+                yield spec.replace(
+                    layer_types=kinds[:i] + kinds[i + 1 :], ffn_dim=widths[:i] + widths[i + 1 :]
+                )
         for i in range(len(kinds) + 1):
+            # A new layer has the width of the one in front of it, the first that of the next.
+            beside = (*widths[:i], widths[max(i - 1, 0)], *widths[i:])
             for kind in self.kinds:
-                yield spec.replace(layer_types=(*kinds[:i], kind, *kinds[i:]))
-        for field_name, choices in (("model_dim", self.model_dims), ("ffn_dim", self.ffn_dims)):
-            value = getattr(spec, field_name)
-            index = choices.index(value)
+                yield spec.replace(layer_types=(*kinds[:i], kind, *kinds[i:]), ffn_dim=beside)
+        for model_dim in _beside(self.model_dims, spec.model_dim):
+            yield spec.replace(model_dim=model_dim)
+        for first, end in self._runs(len(kinds)):
             for step in (-1, 1):
-                if 0 <= index + step < len(choices):
-                    yield spec.replace(**{field_name: choices[index + step]})
+                moved = [_moved(self.ffn_dims, width, step) for width in widths[first:end]]
+                yield spec.replace(ffn_dim=(*widths[:first], *moved, *widths[end:]))
+        for heads in _beside(self.heads, (spec.num_heads, spec.num_kv_heads)):
+            yield spec.replace(num_heads=heads[0], num_kv_heads=heads[1])
+
+    def _runs(self, depth: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of the runs of layers whose FFN widths a step moves together."""
+        yield 0, depth
+        if self.per_layer:
+            yield from ((depth * i // 3, depth * (i + 1) // 3) for i in range(3))
+            yield from ((i, i + 1) for i in range(depth))
+
+
+def _beside(choices: Sequence[Choice], value: Choice) -> list[Choice]:
+    """The choices next to `value`, the lower one first."""
+    index = choices.index(value)
+    return [*choices[max(index - 1, 0) : index], *choices[index + 1 : index + 2]]
+
+
+def _moved(choices: Sequence[int], value: int, step: int) -> int:
+    """The choice `step` places from `value`, or the last on that side."""
+    return choices[min(max(choices.index(value) + step, 0), len(choices) - 1)]

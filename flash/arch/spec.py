@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -130,7 +130,8 @@ class ArchSpec:
 
     Attributes:
         model_dim: Residual-stream width, d_model.
-        ffn_dim: FFN hidden width, d_ffn, the same in every layer.
+        ffn_dim: FFN hidden width, d_ffn, of all layers or, as a list, of each. A list of equal
+            widths becomes one number.
         layer_types: Attention kind of each layer; its length is the depth, d_L. The constructor
             also takes the names of the kinds, or a `pattern`.
         num_heads: Query heads; not searched in the paper.
@@ -151,7 +152,7 @@ class ArchSpec:
     """
 
     model_dim: int
-    ffn_dim: int
+    ffn_dim: int | tuple[int, ...]
     layer_types: tuple[Attention, ...]
     num_heads: int
     num_kv_heads: int
@@ -178,13 +179,14 @@ class ArchSpec:
         require(len(kinds) <= _MOST_LAYERS, "layer_types", "...", f"at most {_MOST_LAYERS} layers")
         kinds = parse_pattern(kinds) if isinstance(kinds, str) else map(Attention.parse, kinds)
         object.__setattr__(self, "layer_types", tuple(kinds))
+        require(bool(self.layer_types), "layer_types", "[]", "at least one layer")
+        self._check_ffn_dims()
         if isinstance(self.rope_scaling, Mapping):
             with under("rope_scaling"):
                 scaling = RopeScaling.from_dict(self.rope_scaling)
             object.__setattr__(self, "rope_scaling", scaling)
         sizes = (
             "model_dim",
-            "ffn_dim",
             "num_heads",
             "num_kv_heads",
             "head_dim",
@@ -200,14 +202,7 @@ class ArchSpec:
         scaling = self.rope_scaling
         valid = scaling is None or isinstance(scaling, RopeScaling)
         require(valid, "rope_scaling", scaling, "a mapping with kind and factor, or null")
-        for name in ("model_dim", "ffn_dim"):
-            value = getattr(self, name)
-            require(
-                value % GROUP == 0,
-                name,
-                value,
-                f"a multiple of {GROUP}, the group size of the 4-bit weights",
-            )
+        _require_groups(self.model_dim, "model_dim")
         require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -222,15 +217,48 @@ class ArchSpec:
             f"a size whose product with num_heads={self.num_heads} is a multiple of {GROUP}, the "
             "group size of the 4-bit weights",
         )
-        require(bool(self.layer_types), "layer_types", "[]", "at least one layer")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
             require(is_number(value) and value > 0, name, value, "a positive number")
+
+    def _check_ffn_dims(self) -> None:
+        """Check the FFN widths; equal ones become one number, so that equal models are equal."""
+        if isinstance(self.ffn_dim, Sequence) and not isinstance(self.ffn_dim, str):
+            require(
+                len(self.ffn_dim) == self.num_layers,
+                "ffn_dim",
+                list(self.ffn_dim),
+                f"one width, or one for each of {self.num_layers} layers",
+            )
+            object.__setattr__(self, "ffn_dim", tuple(self.ffn_dim))
+        for width in self.ffn_dims:
+            _require_size(width, "ffn_dim")
+            _require_groups(width, "ffn_dim")
+        if len(set(self.ffn_dims)) == 1:
+            object.__setattr__(self, "ffn_dim", self.ffn_dims[0])
 
     @property
     def num_layers(self) -> int:
         """Depth, d_L."""
         return len(self.layer_types)
+
+    @property
+    def ffn_dims(self) -> tuple[int, ...]:
+        """FFN hidden width of each layer."""
+        if isinstance(self.ffn_dim, tuple):
+            return self.ffn_dim
+        return (self.ffn_dim,) * self.num_layers
+
+    @property
+    def mean_ffn_dim(self) -> float:
+        """Mean FFN hidden width of the layers."""
+        return sum(self.ffn_dims) / self.num_layers
+
+    @property
+    def ffn_range(self) -> str:
+        """FFN hidden width as text: one number, or the least and the greatest."""
+        least, greatest = min(self.ffn_dims), max(self.ffn_dims)
+        return f"{least}" if least == greatest else f"{least}-{greatest}"
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -275,6 +303,8 @@ class ArchSpec:
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["layer_types"] = [kind.value for kind in self.layer_types]
+        if isinstance(self.ffn_dim, tuple):
+            values["ffn_dim"] = list(self.ffn_dim)
         del values["qkv_bias"], values["rope_scaling"]
         if self.qkv_bias:
             values["qkv_bias"] = True
@@ -305,7 +335,7 @@ class ArchSpec:
         return cls.from_dict(json.loads(text))
 
     def __str__(self) -> str:
-        return f"{self.num_layers}L d{self.model_dim} f{self.ffn_dim} {self.pattern}"
+        return f"{self.num_layers}L d{self.model_dim} f{self.ffn_range} {self.pattern}"
 
 
 def _require_size(value: Any, name: str) -> None:
@@ -316,6 +346,16 @@ def _require_size(value: Any, name: str) -> None:
     """
     require(type(value) is int and value > 0, name, value, "a positive integer")
     require(value <= _LARGEST_SIZE, name, value, f"at most {_LARGEST_SIZE}")
+
+
+def _require_groups(value: int, name: str) -> None:
+    """Check that a width is a whole number of groups.
+
+    Raises:
+        InputError: It is not.
+    """
+    expected = f"a multiple of {GROUP}, the group size of the 4-bit weights"
+    require(value % GROUP == 0, name, value, expected)
 
 
 def _checked(values: Mapping[str, Any], schema: type) -> Mapping[str, Any]:

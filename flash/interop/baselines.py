@@ -93,8 +93,15 @@ def to_stock_model(spec: ArchSpec) -> StockModel:
     ExecuTorch's Llama.
 
     Raises:
-        InputError: `spec` has linear rotary scaling, which that decoder lacks.
+        InputError: `spec` has linear rotary scaling or several FFN widths, which that decoder
+            lacks.
     """
+    require(
+        isinstance(spec.ffn_dim, int),
+        "arch.ffn_dim",
+        spec.ffn_range,
+        "one width for all layers, as ExecuTorch's decoder has",
+    )
     params: dict[str, Any] = {
         "dim": spec.model_dim,
         "hidden_dim": spec.ffn_dim,

@@ -68,7 +68,8 @@ class _LlamaCppModel:
 
     Attributes:
         architecture: Architecture of llama.cpp.
-        spec: Our architecture with attention wherever that of llama.cpp attends.
+        spec: Our architecture with attention wherever that of llama.cpp attends, and with one FFN
+            width if it has no more.
     """
 
     architecture: gguf.MODEL_ARCH
@@ -103,7 +104,7 @@ def _llama_cpp_model(spec: ArchSpec) -> _LlamaCppModel:
         )
         full = Attention.full_attention
         kinds = [kind if kind is not Attention.sliding_attention else full for kind in kinds]
-    skips = not all(kind.attends for kind in kinds)
+    by_layer = not all(kind.attends for kind in kinds) or isinstance(spec.ffn_dim, tuple)
     if spec.qk_norm:
         llama3 = spec.rope_scaling is not None and spec.rope_scaling.kind is RopeKind.llama3
         require(
@@ -114,7 +115,8 @@ def _llama_cpp_model(spec: ArchSpec) -> _LlamaCppModel:
             "rotary frequencies; export as pte or hf",
         )
         kinds, architecture = [Attention.full_attention] * len(kinds), gguf.MODEL_ARCH.QWEN3
-    elif skips:
+        spec = spec.replace(ffn_dim=max(spec.ffn_dims))
+    elif by_layer:
         kinds[0], architecture = Attention.full_attention, gguf.MODEL_ARCH.DECI
     else:
         architecture = gguf.MODEL_ARCH.LLAMA
@@ -210,11 +212,11 @@ def _add_shape(writer: GGUFWriter, target: _LlamaCppModel) -> None:
         attends = [kind.attends for kind in spec.layer_types]
         writer.add_head_count([spec.num_heads if there else 0 for there in attends])
         writer.add_head_count_kv([spec.num_kv_heads if there else 0 for there in attends])
-        writer.add_feed_forward_length([spec.ffn_dim] * spec.num_layers)
+        writer.add_feed_forward_length(spec.ffn_dims)
     else:
         writer.add_head_count(spec.num_heads)
         writer.add_head_count_kv(spec.num_kv_heads)
-        writer.add_feed_forward_length(spec.ffn_dim)
+        writer.add_feed_forward_length(max(spec.ffn_dims))
     writer.add_rope_dimension_count(spec.head_dim)
     writer.add_rope_freq_base(spec.rope_theta)
     if spec.rope_scaling is not None and spec.rope_scaling.kind is RopeKind.linear:

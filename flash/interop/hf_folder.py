@@ -3,6 +3,7 @@
 The library's classes build no layer without attention. A skipped layer is therefore written with an
 attention whose weights are zeros, so that it adds nothing. The logits are those of the model, but
 the speed is not: this attention is computed, and its keys and values are cached, like any other's.
+They have one FFN width too: narrower FFNs are filled up with channels of zeros.
 """
 
 import logging
@@ -38,24 +39,29 @@ def zero_filled_state(model: Decoder, spec: ArchSpec) -> dict[str, Tensor]:
 
     Args:
         model: The decoder.
-        spec: Its architecture, except that more layers may attend.
+        spec: Its architecture, except that more layers may attend and FFNs may be wider.
 
     Returns:
-        Float32 tensors by name. Those that `model` lacks are zero, or one for the gains of norms.
+        Float32 tensors by name. What `model` lacks is zero, or one for the gains of norms.
     """
     weights = state_to_save(model, torch.float32)
     for name, shape in expected_shapes(spec).items():
-        if name not in weights:
-            weights[name] = torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)
+        own = weights.get(name)
+        if own is None or own.shape != shape:
+            filled = torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0)
+            if own is not None:  # a narrower FFN
+                filled[tuple(slice(size) for size in own.shape)] = own
+            weights[name] = filled
     return weights
 
 
 def transformers_spec(spec: ArchSpec) -> ArchSpec:
     """Find the architecture of a transformers class that can express `spec` with added zeros.
 
-    A skipped layer becomes a layer with zero attention. Where the model has windows it becomes a
-    sliding one, which keeps its useless cache short, else a full one. With attention in every
-    layer, `flash.model.families.to_config` finds the class, for this folder and for checkpoints.
+    All FFNs become as wide as the widest. A skipped layer becomes a layer with zero attention.
+    Where the model has windows it becomes a sliding one, which keeps its useless cache short, else
+    a full one. With attention in every layer, `flash.model.families.to_config` finds the class, for
+    this folder and for checkpoints.
 
     Raises:
         InputError: The model has both QK-norm and biases, which none of these classes has.
@@ -70,7 +76,7 @@ def transformers_spec(spec: ArchSpec) -> ArchSpec:
     sliding = Attention.sliding_attention in spec.layer_types
     replacement = Attention.sliding_attention if sliding else Attention.full_attention
     kinds = tuple(kind if kind.attends else replacement for kind in spec.layer_types)
-    return spec.replace(layer_types=kinds)
+    return spec.replace(layer_types=kinds, ffn_dim=max(spec.ffn_dims))
 
 
 def write_hf(

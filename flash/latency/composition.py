@@ -4,11 +4,11 @@ All attention halves of a kind share the plan of a call, such as a mask. One hal
 plan and half; a pair has a half more; the last half of a model, which answers for one token, is
 measured as well. From these three follow the latencies of plan, half and last half.
 
-The latency of an attention half depends on its kind and model_dim, that of an FFN half on model_dim
-and ffn_dim, that of embedding and head on model_dim. Their work is at most bilinear in these sizes
-(a matrix product costs model_dim x ffn_dim). Each is therefore measured on a small grid and
-interpolated linearly on each axis, and the number of lowerings does not grow with the number of
-architectures.
+The latency of an attention half depends on its kind, its heads and model_dim, that of an FFN half
+on model_dim and ffn_dim, that of embedding and head on model_dim. Their work is at most bilinear in
+the widths (a matrix product costs model_dim x ffn_dim). Each is therefore measured on a small grid
+and interpolated linearly on each axis of a width, and the number of lowerings does not grow with
+the number of architectures. Numbers of heads are few, and all are measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,6 @@ from flash.lowering.blocks import LAST, PAIR
 from flash.lowering.settings import LoweringSettings
 
 FIXED_SIZES = (
-    "num_heads",
-    "num_kv_heads",
     "head_dim",
     "vocab_size",
     "qk_norm",
@@ -34,6 +32,10 @@ FIXED_SIZES = (
     "sliding_window",
 )
 """Sizes that affect blocks and that the search does not change."""
+
+
+Heads = tuple[int, int]
+"""Numbers of query heads and of key and value heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,13 @@ class BlockShape:
         name: Name of its `BlockKind`.
         model_dim: Width of the residual stream.
         ffn_dim: Hidden width of an FFN half, else None.
+        heads: Query heads and key heads of attention halves, else None.
     """
 
     name: str
     model_dim: int
     ffn_dim: int | None = None
+    heads: Heads | None = None
 
 
 ENDS, FFN = "ends", "ffn"
@@ -65,11 +69,15 @@ def grid_points(choices: Sequence[int], num: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Grid of measured parts: every kind at every width, every FFN at every pair of widths."""
+    """Grid of measured parts.
+
+    Attention is measured at every width with all numbers of heads, FFNs at every pair of widths.
+    """
 
     model_dims: tuple[int, ...]
     ffn_dims: tuple[int, ...]
     kinds: tuple[Attention, ...]
+    heads: tuple[Heads, ...]
 
     def parts(self) -> list[BlockShape]:
         """List all parts to measure."""
@@ -77,7 +85,8 @@ class Grid:
         return [
             *(BlockShape(name=ENDS, model_dim=d) for d in self.model_dims),
             *(
-                BlockShape(name=f"{kind}{form}", model_dim=d)
+                BlockShape(name=f"{kind}{form}", model_dim=d, heads=heads)
+                for heads in self.heads
                 for kind in attending
                 for form in ("", PAIR, LAST)
                 for d in self.model_dims
@@ -132,67 +141,94 @@ class BlockTable:
         self.smallest_ms = min(values_ms[part] for part in grid.parts())
         self._fixed = tuple(getattr(base, name) for name in FIXED_SIZES)
         self._tables = {
-            part.name: np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
+            (part.name, part.heads): np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
             for part in grid.parts()
         }
         for part in grid.parts():
             row = grid.model_dims.index(part.model_dim)
             column = 0 if part.ffn_dim is None else grid.ffn_dims.index(part.ffn_dim)
-            self._tables[part.name][row, column] = values_ms[part]
-        for kind in grid.kinds:
-            if kind.attends:
-                self._separate(kind.value)
+            self._tables[part.name, part.heads][row, column] = values_ms[part]
+        for heads in grid.heads:
+            for kind in grid.kinds:
+                if kind.attends:
+                    self._separate(kind.value, heads)
 
-    def _separate(self, kind: str) -> None:
+    def _separate(self, kind: str, heads: Heads) -> None:
         """Separate the latencies of half, plan and last half."""
-        one, pair, last = (self._tables.pop(f"{kind}{form}") for form in ("", PAIR, LAST))
+        forms = [f"{kind}{form}" for form in ("", PAIR, LAST)]
+        one, pair, last = (self._tables.pop((name, heads)) for name in forms)
         plan = 2 * one - pair
-        self._tables |= {kind: pair - one, f"{kind}{_PLAN}": plan, f"{kind}{LAST}": last - plan}
+        self._tables[kind, heads] = pair - one
+        self._tables[f"{kind}{_PLAN}", heads] = plan
+        self._tables[f"{kind}{LAST}", heads] = last - plan
 
     def compose(self, specs: Specs) -> "Composition":
         """Sum the parts of each model.
 
         Raises:
-            InputError: A spec has a kind that was not measured, or differs from the measured
-                blocks in `FIXED_SIZES`.
+            InputError: A spec has a kind or numbers of heads that were not measured, or differs
+                from the measured blocks in `FIXED_SIZES`.
         """
         table = SpecTable.of(specs)
         self._check(table)
-        model_dims = table.column("model_dim").astype(float)
-        ffn_dims = table.column("ffn_dim").astype(float)
         depths = table.column("num_layers")
-        counts = _counts(table)
-        total = self._interpolate(ENDS, model_dims)
-        total += depths * self._interpolate(FFN, model_dims, ffn_dims)
+        whole, tail = self._ffns(table)
+        total = self._at(ENDS, None, table.column("model_dim")) + whole
         num_kinds = np.zeros(len(table))
-        for kind, numbers in counts.items():
+        for kind, numbers in _counts(table).items():
             if kind.attends and numbers.any():
                 present = numbers > 0
-                total += numbers * self._interpolate(kind.value, model_dims)
-                total += present * self._interpolate(f"{kind.value}{_PLAN}", model_dims)
+                total += numbers * self._halves(kind.value, table)
+                total += present * self._halves(f"{kind.value}{_PLAN}", table)
                 num_kinds += present
         if self._lowering.prefill_last_only and self.point.phase is Phase.prefill:
-            total -= self._unread(table, model_dims, ffn_dims)
+            total -= self._unread(table, tail)
         return Composition(total, 1 + depths + num_kinds)
 
-    def _unread(self, table: SpecTable, model_dims: Values, ffn_dims: Values) -> Values:
+    def _unread(self, table: SpecTable, ffns: Values) -> Values:
         """Compute the excess of the parts, measured on all tokens, over those in a model's tail.
 
         An FFN in the tail processes one token of each call.
+
+        Args:
+            table: Sizes of the models.
+            ffns: Latencies of the FFN halves in the tail [ms].
         """
         tokens, chunk = self.point.tokens, self._lowering.chunk
         one_token = -(-tokens // chunk) / tokens
-        ffns = table.column("num_tail") * self._interpolate(FFN, model_dims, ffn_dims)
         unread = (1 - one_token) * ffns
         for kind in (Attention.full_attention, Attention.sliding_attention):
             last = table.column(f"last_{kind.value.removesuffix('_attention')}")
             if last.any():
-                unread += last * self._interpolate(kind.value, model_dims)
-                unread -= last * self._interpolate(f"{kind.value}{LAST}", model_dims)
+                unread += last * self._halves(kind.value, table)
+                unread -= last * self._halves(f"{kind.value}{LAST}", table)
         return unread
 
-    def _interpolate(self, name: str, x: Values, y: Values | None = None) -> Values:
-        table = self._tables[name]
+    def _ffns(self, table: SpecTable) -> tuple[Values, Values]:
+        """Sum the FFN halves of all layers, and of those in the tail [ms]."""
+        models, places = table.ffn_dims.nonzero()
+        widths = table.ffn_dims[models, places]
+        each_ms = self._at(FFN, None, table.column("model_dim")[models], widths)
+        tail = places >= table.ffn_dims.shape[1] - table.column("num_tail")[models]
+        return (
+            np.bincount(models, each_ms, len(table)),
+            np.bincount(models, each_ms * tail, len(table)),
+        )
+
+    def _halves(self, name: str, table: SpecTable) -> Values:
+        """Interpolate the latency of one part of the attention halves for each model [ms]."""
+        found = np.zeros(len(table))
+        for heads in self.grid.heads:
+            mine = (_heads(table) == heads).all(axis=1)
+            if mine.any():
+                found[mine] = self._at(name, heads, table.column("model_dim")[mine])
+        return found
+
+    def _at(
+        self, name: str, heads: Heads | None, x: np.ndarray, y: np.ndarray | None = None
+    ) -> Values:
+        """Interpolate a part at widths x, and an FFN half at FFN widths y [ms]."""
+        table = self._tables[name, heads]
         i, u = _locate(self.grid.model_dims, x)
         next_i = np.minimum(i + 1, table.shape[0] - 1)
         if y is None:
@@ -210,6 +246,13 @@ class BlockTable:
                 raise InputError(
                     f"arch.{name}={wrong[0]}: expected {expected}, as in the measured blocks of "
                     f"{self.point}; measure blocks for this backbone"
+                )
+        for heads in np.unique(_heads(table)[table.num_attending > 0], axis=0):
+            if tuple(heads) not in self.grid.heads:
+                known = ", ".join(f"{q}/{kv}" for q, kv in self.grid.heads)
+                raise InputError(
+                    f"arch.num_heads={heads[0]} with arch.num_kv_heads={heads[1]}: expected heads "
+                    f"whose blocks were measured at {self.point} ({known}); add them to space"
                 )
         for kind, numbers in _counts(table).items():
             if kind not in self.grid.kinds and numbers.any():
@@ -229,11 +272,16 @@ def _counts(table: SpecTable) -> dict[Attention, np.ndarray]:
     }
 
 
+def _heads(table: SpecTable) -> np.ndarray:
+    """Numbers of query heads and of key heads of each model, shape `(n, 2)`."""
+    return np.stack([table.column("num_heads"), table.column("num_kv_heads")], axis=1)
+
+
 def _axis(grid: Grid, name: str) -> tuple[int | None, ...]:
     return grid.ffn_dims if name == FFN else (None,)
 
 
-def _locate(axis: tuple[int, ...], x: Values) -> tuple[np.ndarray, Values]:
+def _locate(axis: tuple[int, ...], x: np.ndarray) -> tuple[np.ndarray, Values]:
     """Return the index below each x and the fraction to the next; ends are extrapolated."""
     if len(axis) == 1:
         return np.zeros(len(x), dtype=int), np.zeros(len(x))

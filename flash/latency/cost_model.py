@@ -21,7 +21,6 @@ Values = Float[np.ndarray, " n"]
 
 SIZES = (
     "model_dim",
-    "ffn_dim",
     "num_heads",
     "num_kv_heads",
     "head_dim",
@@ -33,7 +32,16 @@ SIZES = (
 )
 """Attributes of a spec that a table holds unchanged."""
 _sizes = attrgetter(*SIZES)
-_COUNTS = ("num_layers", "num_full", "num_sliding", "num_tail", "last_full", "last_sliding")
+_COUNTS = (
+    "num_layers",
+    "num_full",
+    "num_sliding",
+    "num_tail",
+    "last_full",
+    "last_sliding",
+    "ffn_total",
+    "ffn_tail",
+)
 _COLUMN = {name: i for i, name in enumerate((*SIZES, *_COUNTS))}
 
 
@@ -47,10 +55,14 @@ class SpecTable:
     Attributes:
         values: Columns `SIZES`; then the numbers of layers, of layers with full attention, of
             layers with sliding attention and of layers in the tail; then two 0/1 flags: the last
-            layer with attention is full, or it is sliding.
+            layer with attention is full, or it is sliding; then the sums of the FFN widths of all
+            layers and of those in the tail.
+        ffn_dims: FFN width of each layer. The last column is the last layer's; specs with fewer
+            layers than columns have zeros in front.
     """
 
-    values: Int[np.ndarray, "n 16"]
+    values: Int[np.ndarray, "n 17"]
+    ffn_dims: Int[np.ndarray, "n depth"]
 
     @classmethod
     def of(cls, specs: "Specs") -> "SpecTable":
@@ -59,20 +71,24 @@ class SpecTable:
             return specs
         full, sliding = Attention.full_attention, Attention.sliding_attention
         rows: list[tuple[int, ...]] = []
-        for spec in specs:
+        depth = max((spec.num_layers for spec in specs), default=0)
+        ffn_dims = np.zeros((len(specs), depth), dtype=np.int64)
+        for spec, widths in zip(specs, ffn_dims, strict=True):
             kinds = spec.layer_types
             last = max((i for i, kind in enumerate(kinds) if kind.attends), default=0)
             counts = (len(kinds), kinds.count(full), kinds.count(sliding), len(kinds) - last)
             ends = (kinds[last] is full, kinds[last] is sliding)
-            rows.append((*_sizes(spec), *counts, *ends))
-        return cls(np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)))
+            widths[depth - len(kinds) :] = spec.ffn_dims
+            sums = (sum(spec.ffn_dims), sum(spec.ffn_dims[last:]))
+            rows.append((*_sizes(spec), *counts, *ends, *sums))
+        return cls(np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)), ffn_dims)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, index: Any) -> "SpecTable":
         """Select some of the specs by a slice, a mask or an array of indices."""
-        return SpecTable(self.values[index])
+        return SpecTable(self.values[index], self.ffn_dims[index])
 
     def column(self, name: str) -> Int[np.ndarray, " n"]:
         """Return one column for every spec: a name in `SIZES`, a count or a flag."""
@@ -107,7 +123,7 @@ class SpecTable:
     @property
     def ffn_weights(self) -> Int[np.ndarray, " n"]:
         """Number of weights of all FFN projections."""
-        return self.column("num_layers") * 3 * self.column("model_dim") * self.column("ffn_dim")
+        return 3 * self.column("model_dim") * self.column("ffn_total")
 
     @property
     def head_weights(self) -> Int[np.ndarray, " n"]:
@@ -210,6 +226,7 @@ def nominal_work_ms(
     attending = table.num_attending
     skips = lowering.prefill_last_only and point.phase is Phase.prefill
     tail = table.column("num_tail") * skips
+    ffn_total, ffn_tail = table.column("ffn_total"), table.column("ffn_tail") * skips
     lasts = (table.column("last_full") + table.column("last_sliding")) * skips
 
     def gemm(weights: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
@@ -217,11 +234,11 @@ def nominal_work_ms(
 
     operators = _FFN_OPERATORS * layers + _ATTENTION_OPERATORS * attending
     columns = {
-        "ffn_gemm": gemm(table.ffn_weights, _rows(tokens, calls, tail, layers)),
+        "ffn_gemm": gemm(table.ffn_weights, _rows(tokens, calls, ffn_tail, ffn_total)),
         "attention_gemm": gemm(table.query_weights, _rows(tokens, calls, lasts, attending))
         + gemm(table.attention_weights - table.query_weights, tokens),
         "head": gemm(table.head_weights, calls),
-        "ffn_elements": tokens * (layers - tail) * table.column("ffn_dim") / _ELEMENTS,
+        "ffn_elements": tokens * (ffn_total - ffn_tail) / _ELEMENTS,
         "model_elements": tokens
         * ((1 + layers - tail + attending) * model_dim + lasts * 2 * table.kv_dim)
         / _ELEMENTS,
@@ -293,13 +310,14 @@ def _attention(
 
 
 def _rows(tokens: int, calls: int, tail: np.ndarray, all_: np.ndarray) -> np.ndarray:
-    """Average the rows of a product over all layers; tail layers see one token of each call."""
+    """Average the rows of a product over all layers, or weights; the tail sees one token a call."""
     return tokens + (calls - tokens) * tail / np.maximum(all_, 1)
 
 
 def shape_features(table: SpecTable) -> Float[np.ndarray, "n 5"]:
-    """Return logs of depth, model_dim and ffn_dim, and shares of full and sliding layers."""
+    """Return logs of depth and mean widths, and shares of full and sliding layers."""
     depth = table.column("num_layers")
-    sizes = [np.log(table.column(name)) for name in ("num_layers", "model_dim", "ffn_dim")]
+    ffn_dims = table.column("ffn_total") / depth
+    sizes = [np.log(each) for each in (depth, table.column("model_dim"), ffn_dims)]
     shares = [table.column(name) / depth for name in ("num_full", "num_sliding")]
     return np.stack([*sizes, *shares], axis=1)

@@ -288,8 +288,9 @@ def make_grid(space: SearchSpace, backbone: ArchSpec, settings: LatencySettings)
     kinds = {*space.kinds, *backbone.layer_types}
     return Grid(
         model_dims=grid_points([*space.model_dims, backbone.model_dim], settings.grid_widths),
-        ffn_dims=grid_points([*space.ffn_dims, backbone.ffn_dim], settings.grid_ffn),
+        ffn_dims=grid_points([*space.ffn_dims, *backbone.ffn_dims], settings.grid_ffn),
         kinds=tuple(sorted(kinds, key=lambda kind: kind.value)),
+        heads=tuple(dict.fromkeys([*space.heads, (backbone.num_heads, backbone.num_kv_heads)])),
     )
 
 
@@ -368,8 +369,13 @@ def grid_subjects(grid: Grid, backbone: ArchSpec) -> list[Subject]:
     """Return the blocks of a grid, in the order of `Grid.parts`."""
 
     def block(part: BlockShape) -> Block:
-        ffn_dim = backbone.ffn_dim if part.ffn_dim is None else part.ffn_dim
-        spec = backbone.replace(model_dim=part.model_dim, ffn_dim=ffn_dim)
+        num_heads, num_kv_heads = part.heads or (backbone.num_heads, backbone.num_kv_heads)
+        spec = backbone.replace(
+            model_dim=part.model_dim,
+            ffn_dim=part.ffn_dim or backbone.ffn_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+        )
         return Block.of(BlockKind[part.name], spec)
 
     return [Subject(block=block(part)) for part in grid.parts()]

@@ -110,7 +110,7 @@ class Block:
         spec = self.spec
         match self.kind:
             case BlockKind.ffn:
-                return f"ffn d{spec.model_dim} f{spec.ffn_dim}"
+                return f"ffn d{spec.model_dim} f{spec.ffn_range}"
             case BlockKind.ends:
                 return f"ends d{spec.model_dim} v{spec.vocab_size}"
         sliding = self.kind.attention is Attention.sliding_attention
@@ -182,7 +182,9 @@ class _Attention(nn.Module):
 class _Ffn(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
-        self.half_layer = FfnHalf(RMSNorm(spec.model_dim, spec.norm_eps), FeedForward(spec))
+        self.half_layer = FfnHalf(
+            RMSNorm(spec.model_dim, spec.norm_eps), FeedForward(spec.model_dim, spec.ffn_dims[0])
+        )
 
     def forward(self, x: Tensor, input_pos: Tensor) -> Tensor:
         return self.half_layer(x)

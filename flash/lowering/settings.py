@@ -164,7 +164,7 @@ class LoweringSettings:
         )
         if self.quantization is Quantization.fp32:
             return
-        widths = (spec.model_dim, spec.ffn_dim, spec.num_heads * spec.head_dim)
+        widths = (spec.model_dim, *sorted({*spec.ffn_dims}), spec.num_heads * spec.head_dim)
         require(
             all(width % self.group_size == 0 for width in widths),
             "device.lowering.group_size",

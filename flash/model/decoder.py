@@ -120,11 +120,11 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, spec: ArchSpec) -> None:
+    def __init__(self, model_dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.model_dim, spec.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(spec.model_dim, spec.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(spec.ffn_dim, spec.model_dim, bias=False)
+        self.gate_proj = nn.Linear(model_dim, ffn_dim, bias=False)
+        self.up_proj = nn.Linear(model_dim, ffn_dim, bias=False)
+        self.down_proj = nn.Linear(ffn_dim, model_dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b s c"]) -> Float[Tensor, "b s c"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -133,14 +133,14 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Attention, unless skipped, and FFN, each behind a norm and added to the residual stream."""
 
-    def __init__(self, spec: ArchSpec, kind: Attention) -> None:
+    def __init__(self, spec: ArchSpec, kind: Attention, ffn_dim: int) -> None:
         super().__init__()
         self.kind = kind
         if kind is not Attention.skip_attention:
             self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps)
             self.self_attn = SelfAttention(spec, kind)
         self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps)
-        self.mlp = FeedForward(spec)
+        self.mlp = FeedForward(spec.model_dim, ffn_dim)
 
     def forward(
         self,
@@ -161,7 +161,8 @@ class Transformer(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.model_dim)
-        self.layers = nn.ModuleList(Layer(spec, kind) for kind in spec.layer_types)
+        layers = zip(spec.layer_types, spec.ffn_dims, strict=True)
+        self.layers = nn.ModuleList(Layer(spec, kind, ffn_dim) for kind, ffn_dim in layers)
         self.norm = RMSNorm(spec.model_dim, spec.norm_eps)
 
 

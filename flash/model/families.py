@@ -79,13 +79,13 @@ class Family:
 
 
 def _is_plain(spec: ArchSpec) -> bool:
-    """True if all layers have attention, without QK-norm and without biases."""
-    return _attends(spec) and not spec.qk_norm and not spec.qkv_bias
+    """True if all layers have attention and one FFN width, without QK-norm and biases."""
+    return _is_stock(spec) and not spec.qk_norm and not spec.qkv_bias
 
 
-def _attends(spec: ArchSpec) -> bool:
-    """True if all layers have attention."""
-    return all(kind.attends for kind in spec.layer_types)
+def _is_stock(spec: ArchSpec) -> bool:
+    """True if all layers have attention and the same FFN width."""
+    return all(kind.attends for kind in spec.layer_types) and isinstance(spec.ffn_dim, int)
 
 
 def _is_llama(spec: ArchSpec) -> bool:
@@ -131,10 +131,12 @@ def _own_values(stock: Stock, config: Config) -> dict[str, Any]:
     """Values of a config of our own."""
     kinds = config.get("layer_types")
     require(bool(kinds), "layer_types", kinds, "the kind of each layer")
+    widths = config.get("intermediate_sizes")
     return {
         "layer_types": kinds,
         "qk_norm": bool(config.get("use_qk_norm", False)),
         "qkv_bias": bool(config.get("use_qkv_bias", False)),
+        **({"ffn_dim": widths} if widths is not None else {}),
     }
 
 
@@ -197,14 +199,14 @@ FAMILIES = (
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
-        can_express=lambda spec: spec.qk_norm and not spec.qkv_bias and _attends(spec),
+        can_express=lambda spec: spec.qk_norm and not spec.qkv_bias and _is_stock(spec),
         spec_values=lambda stock, config: {"layer_types": stock.layer_types, "qk_norm": True},
         biases=("attention_bias",),
     ),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
-        can_express=lambda spec: spec.qkv_bias and not spec.qk_norm and _attends(spec),
+        can_express=lambda spec: spec.qkv_bias and not spec.qk_norm and _is_stock(spec),
         spec_values=lambda stock, config: {
             "layer_types": stock.layer_types,
             "qk_norm": False,
@@ -283,7 +285,7 @@ def to_config(spec: ArchSpec) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_size": spec.model_dim,
-        "intermediate_size": spec.ffn_dim,
+        "intermediate_size": max(spec.ffn_dims),
         "num_hidden_layers": spec.num_layers,
         "layer_types": [kind.value for kind in spec.layer_types],
         "num_attention_heads": spec.num_heads,
@@ -303,6 +305,8 @@ def to_config(spec: ArchSpec) -> dict[str, Any]:
         # Without it, AutoTokenizer suspects the tokenizer of every Ministral folder.
         "transformers_version": "5.23.0",
     }
+    if isinstance(spec.ffn_dim, tuple):
+        config["intermediate_sizes"] = list(spec.ffn_dim)
     if spec.qkv_bias:
         config["use_qkv_bias"] = True
     if spec.rope_scaling is not None:
@@ -365,7 +369,8 @@ def from_config(config: Config, source: str = "config.json") -> ArchSpec:
             return ArchSpec(**values)
         except InputError as error:
             name, equals, rest = str(error).partition("=")
-            key = {**_CONFIG_KEYS, "ffn_dim": family.ffn_key}.get(name, name)
+            widths = "intermediate_sizes" if "intermediate_sizes" in config else family.ffn_key
+            key = {**_CONFIG_KEYS, "ffn_dim": widths}.get(name, name)
             raise InputError(f"{key}{equals}{rest}") from error
 
 

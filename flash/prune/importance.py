@@ -1,4 +1,4 @@
-"""Importance of FFN channels, residual channels and layers, from one pass over calibration text."""
+"""Importance of channels, layers and query heads, from one pass over calibration text."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flash.arch import ArchSpec
 from flash.errors import InputError, under
-from flash.model.decoder import Decoder, Layer, RMSNorm
+from flash.model.decoder import Decoder, Layer, RMSNorm, SelfAttention
 from flash.model.weights import all_finite, read_spec, weight_files
 from flash.progress import progress
 from flash.records import parse_json
@@ -37,11 +37,14 @@ class Importance:
     """Importance metrics of the paper (Sec. 3.3), as means over all calibration positions.
 
     Attributes:
-        ffn: Mean magnitude of each hidden FFN activation, `(layers, ffn_dim)`.
+        ffn: Mean magnitude of each hidden FFN activation, `(layers, ffn_dim)`. Narrower layers
+            have zeros at the end.
         model: Mean magnitude of each channel of the norms' outputs, over all norms,
             `(model_dim,)`. The paper's formula has one value per position, which cannot rank
             channels; here it is computed per channel.
         layers: 1 - mean cosine similarity of a layer's input and output, `(layers,)`.
+        heads: Mean magnitude of each query head's output in front of the output projection,
+            `(layers, num_heads)`; zeros in layers without attention. The paper keeps all heads.
         tokens: Number of calibration positions.
         backbone: `fingerprint` of the scored weights.
     """
@@ -49,12 +52,17 @@ class Importance:
     ffn: Float[Tensor, "layers ffn_dim"]
     model: Float[Tensor, " model_dim"]
     layers: Float[Tensor, " layers"]
+    heads: Float[Tensor, "layers num_heads"]
     tokens: int
     backbone: str
 
     @property
     def digest(self) -> str:
-        """Hash of the scores, to record with the models that were pruned by them."""
+        """Hash of the scores, to record with the models that were pruned by them.
+
+        Those of heads are left out: they come from the same pass, and hashes of the others stand in
+        results that were made before there were any.
+        """
         hasher = hashlib.sha256()
         for scores in (self.ffn, self.model, self.layers):
             hasher.update(scores.contiguous().numpy().tobytes())
@@ -62,7 +70,7 @@ class Importance:
 
     def write(self, path: Path) -> None:
         """Write the scores to a safetensors file, atomically."""
-        tensors = {"ffn": self.ffn, "model": self.model, "layers": self.layers}
+        tensors = {name: getattr(self, name) for name in _AXES}
         about = json.dumps({"tokens": self.tokens, "backbone": self.backbone})
         write_tensors(path, tensors, {"importance": about})
 
@@ -76,18 +84,25 @@ class Importance:
         tensors, found = read_tensors(path)
         with under(str(path), ": not importance scores: "):
             about = parse_json(_About, found.get("importance", "null"))
-        axes = {"ffn": 2, "model": 1, "layers": 1}
-        if {name: tensor.ndim for name, tensor in tensors.items()} != axes:
+        if {name: tensor.ndim for name, tensor in tensors.items()} != _AXES:
             raise InputError(f"{path}: not importance scores: of other tensors or shapes")
         if not all(t.dtype is torch.float32 and all_finite(t) for t in tensors.values()):
             raise InputError(f"{path}: not importance scores: of another type, or not finite")
         return cls(**tensors, tokens=about.tokens, backbone=about.backbone)
 
     def fits(self, spec: ArchSpec) -> bool:
-        """True if there is a score for each layer and channel of `spec`, and no other."""
-        shapes = [tuple(scores.shape) for scores in (self.ffn, self.model, self.layers)]
+        """True if there is a score for each layer, channel and head of `spec`, and no other."""
         layers = spec.num_layers
-        return shapes == [(layers, spec.ffn_dim), (spec.model_dim,), (layers,)]
+        return {name: tuple(getattr(self, name).shape) for name in _AXES} == {
+            "ffn": (layers, max(spec.ffn_dims)),
+            "model": (spec.model_dim,),
+            "layers": (layers,),
+            "heads": (layers, spec.num_heads),
+        }
+
+
+_AXES = {"ffn": 2, "model": 1, "layers": 1, "heads": 2}
+"""Number of axes of each tensor of scores."""
 
 
 def fingerprint(folder: Path) -> str:
@@ -125,6 +140,15 @@ def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
 
         return hook
 
+    def head_hook(
+        index: int, attention: SelfAttention
+    ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            heads = args[0].abs().flatten(0, 1).unflatten(-1, (-1, attention.head_dim))
+            sums.add(f"heads.{index}", heads.mean(dim=-1))
+
+        return hook
+
     def layer_hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             before, after = args[0].flatten(0, 1).float(), output[0].flatten(0, 1).float()
@@ -141,6 +165,9 @@ def _hooks(sums: _Sums, model: Decoder) -> list[Any]:
         assert isinstance(layer, Layer)
         handles.append(layer.mlp.down_proj.register_forward_pre_hook(ffn_hook(index)))
         handles.append(layer.register_forward_hook(layer_hook(index)))
+        if layer.kind.attends:
+            hook = head_hook(index, layer.self_attn)
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(hook))
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
             handles.append(module.register_forward_hook(norm_hook))
@@ -175,13 +202,22 @@ def score(model: Decoder, batches: Iterable[Tensor], backbone: str) -> Importanc
     if tokens == 0:
         raise InputError("recipe.calibration_tokens: expected at least one batch of text")
     layers = range(model.spec.num_layers)
+    widest, num_heads = max(model.spec.ffn_dims), model.spec.num_heads
+    attending = model.spec.attention_layers
     return Importance(
-        ffn=torch.stack([sums.mean(f"ffn.{i}") for i in layers]),
+        ffn=torch.stack([_padded(sums.mean(f"ffn.{i}"), widest) for i in layers]),
         model=sums.mean("model"),
         layers=torch.cat([sums.mean(f"layer.{i}") for i in layers]),
+        heads=torch.stack([
+            sums.mean(f"heads.{i}") if i in attending else torch.zeros(num_heads) for i in layers
+        ]),
         tokens=tokens,
         backbone=backbone,
     )
+
+
+def _padded(scores: Float[Tensor, " n"], length: int) -> Float[Tensor, " length"]:
+    return F.pad(scores, (0, length - len(scores)))
 
 
 def cached_scores(

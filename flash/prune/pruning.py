@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flash.arch import ArchSpec, Attention
+from flash.arch import ArchSpec
 from flash.errors import InputError, shown
 from flash.model.checkpoint import expected_shapes
 from flash.model.weights import Weights
@@ -20,12 +20,14 @@ class Selection:
     Attributes:
         layers: Kept layers, `(num_layers,)`.
         model: Kept residual channels, `(model_dim,)`.
-        ffn: Kept FFN channels of each kept layer, `(num_layers, ffn_dim)`.
+        ffn: Kept FFN channels of each kept layer, `(ffn_dims[i],)`.
+        heads: Kept query heads of each kept layer, `(num_layers, num_heads)`.
     """
 
     layers: Tensor
     model: Tensor
-    ffn: Tensor
+    ffn: list[Tensor]
+    heads: Tensor
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -40,16 +42,25 @@ def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
     Raises:
         InputError: A size of `spec` is larger, or it differs in a value that pruning cannot change.
     """
-    for key in ("num_layers", "model_dim", "ffn_dim"):
-        wanted, limit = getattr(spec, key), getattr(backbone, key)
+    same_depth = spec.num_layers == backbone.num_layers  # then layers keep their places
+    limits = backbone.ffn_dims if same_depth else [min(backbone.ffn_dims)] * spec.num_layers
+    for key, wanted, limit in (
+        ("num_layers", spec.num_layers, backbone.num_layers),
+        ("model_dim", spec.model_dim, backbone.model_dim),
+        ("num_heads", spec.num_heads, backbone.num_heads),
+        *(("ffn_dim", *pair) for pair in zip(spec.ffn_dims, limits, strict=True)),
+    ):
         if wanted > limit:
             raise InputError(
                 f"arch.{key}={wanted}: expected at most the backbone's {limit}; "
                 "lower it or choose a larger backbone"
             )
+    if backbone.num_kv_heads % spec.num_kv_heads:
+        raise InputError(
+            f"arch.num_kv_heads={spec.num_kv_heads}: expected a divisor of the backbone's "
+            f"{backbone.num_kv_heads}, since equal numbers of its heads are merged"
+        )
     fixed = (
-        "num_heads",
-        "num_kv_heads",
         "head_dim",
         "vocab_size",
         "qk_norm",
@@ -68,46 +79,82 @@ def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
 
 
 def select(importance: Importance, spec: ArchSpec) -> Selection:
-    """The highest-scoring layers, residual channels and FFN channels for `spec`.
+    """The highest-scoring layers, channels and query heads for `spec`.
 
     Channels are chosen one by one, and the kept ones are packed. Group-wise quantization only needs
-    their number to be a multiple of the group size, which `ArchSpec` checks.
+    their number to be a multiple of the group size, which `ArchSpec` checks. Of the query heads,
+    each key head of the candidate keeps as many.
     """
     layers = _top(importance.layers, spec.num_layers)
+    groups = importance.heads[layers].unflatten(1, (spec.num_kv_heads, -1))
+    firsts = torch.arange(spec.num_kv_heads)[:, None] * groups.shape[2]
+    kept = _top(groups, spec.num_heads // spec.num_kv_heads) + firsts
     return Selection(
         layers=layers,
         model=_top(importance.model, spec.model_dim),
-        ffn=_top(importance.ffn[layers], spec.ffn_dim),
+        ffn=[
+            _top(importance.ffn[layer], width)
+            for layer, width in zip(layers, spec.ffn_dims, strict=True)
+        ],
+        heads=kept.flatten(1),
     )
 
 
-def _rows_and_columns(
-    name: str, selection: Selection, kinds: tuple[Attention, ...]
-) -> tuple[str, Tensor | None, Tensor | None]:
-    """The backbone's tensor for the candidate's tensor `name`, and its rows and columns to keep.
+@dataclass(frozen=True)
+class _Part:
+    """The part of a tensor of the backbone that makes a tensor of a candidate.
 
-    None for rows or columns keeps all of them.
+    Attributes:
+        source: Name of the backbone's tensor.
+        rows: Kept rows; None keeps all.
+        columns: Kept columns; None keeps all.
+        merged: True if the key heads of the backbone are merged to those of the candidate.
     """
+
+    source: str
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    merged: bool = False
+
+
+def _part(name: str, selection: Selection, spec: ArchSpec) -> _Part:
+    """The part of the backbone that makes the candidate's tensor `name`."""
     if not name.startswith("model.layers."):
         if name == "model.norm.weight":
-            return name, selection.model, None
-        return name, None, selection.model  # embedding and head: vocabulary x channels
+            return _Part(name, selection.model)
+        return _Part(name, None, selection.model)  # embedding and head: vocabulary x channels
     _, _, index, rest = name.split(".", 3)
     slot = int(index)
     source = f"model.layers.{int(selection.layers[slot])}.{rest}"
-    ffn = selection.ffn[slot]
-    assert kinds[slot] is not Attention.skip_attention or not rest.startswith("self_attn")
+    ffn, heads = selection.ffn[slot], selection.heads[slot]
+    query_rows = (heads[:, None] * spec.head_dim + torch.arange(spec.head_dim)).flatten()
+    assert spec.layer_types[slot].attends or not rest.startswith("self_attn")
     if rest.endswith("layernorm.weight"):
-        return source, selection.model, None
-    if rest.endswith(("q_norm.weight", "k_norm.weight", ".bias")):
-        return source, None, None
-    if rest.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-        return source, None, selection.model
-    if rest.endswith("o_proj.weight"):
-        return source, selection.model, None
-    if rest.endswith("down_proj.weight"):
-        return source, selection.model, ffn
-    return source, ffn, selection.model  # gate_proj, up_proj
+        return _Part(source, selection.model)
+    if rest.endswith(("q_norm.weight", "k_norm.weight")):
+        return _Part(source)
+    match rest.split(".")[1:]:
+        case ["q_proj", kind]:
+            return _Part(source, query_rows, selection.model if kind == "weight" else None)
+        case ["k_proj" | "v_proj", kind]:
+            columns = selection.model if kind == "weight" else None
+            return _Part(source, None, columns, merged=True)
+        case ["o_proj", _]:
+            return _Part(source, selection.model, query_rows)
+        case ["down_proj", _]:
+            return _Part(source, selection.model, ffn)
+    return _Part(source, ffn, selection.model)  # gate_proj, up_proj
+
+
+def _merged(tensor: Tensor, spec: ArchSpec) -> Tensor:
+    """Average the rows of the backbone's key or value heads that make one of the candidate's.
+
+    Neighboring heads are merged (GQA, arXiv:2305.13245).
+    """
+    heads = tensor.unflatten(0, (spec.num_kv_heads, -1, spec.head_dim))
+    if heads.shape[1] == 1:
+        return tensor
+    return heads.float().mean(dim=1).flatten(0, 1).to(tensor.dtype)
 
 
 def prune(folder: Path, importance: Importance, spec: ArchSpec) -> dict[str, Tensor]:
@@ -127,16 +174,17 @@ def prune(folder: Path, importance: Importance, spec: ArchSpec) -> dict[str, Ten
     """
     stored = Weights(folder)  # raises before any work if a file is damaged
     check_fits(spec, stored.spec)
-    wanted = (stored.spec.num_layers, stored.spec.ffn_dim)
-    if tuple(importance.ffn.shape) != wanted:
+    if not importance.fits(stored.spec):
         raise InputError(
-            f"importance scores are for {tuple(importance.ffn.shape)} layers x FFN channels: "
-            f"expected {wanted}; delete them to score again"
+            f"importance scores are for {tuple(importance.ffn.shape)} layers x FFN channels, "
+            f"{len(importance.model)} channels and {importance.heads.shape[1]} heads: expected "
+            f"those of {stored.spec}; delete them to score again"
         )
     stored.check(expected_shapes(stored.spec))
     selection = select(importance, spec)
     weights = {}
     for name in expected_shapes(spec):
-        source, rows, columns = _rows_and_columns(name, selection, spec.layer_types)
-        weights[name] = stored.read(source, rows, columns)
+        part = _part(name, selection, spec)
+        tensor = stored.read(part.source, part.rows, part.columns)
+        weights[name] = _merged(tensor, spec) if part.merged else tensor
     return weights

@@ -95,9 +95,9 @@ def _layers(spec: ArchSpec, widest: int, widest_ffn: int) -> list[dict[str, obje
             "kind": _KIND_CLASS[kind],
             "label": kind.value.replace("_", " "),
             "attention_pct": 100 * spec.model_dim / widest,
-            "ffn_pct": 100 * spec.ffn_dim / widest_ffn,
+            "ffn_pct": 100 * ffn_dim / widest_ffn,
         }
-        for index, kind in enumerate(spec.layer_types)
+        for index, (kind, ffn_dim) in enumerate(zip(spec.layer_types, spec.ffn_dims, strict=True))
     ]
 
 
@@ -235,7 +235,7 @@ def _diagrams(data: ReportData) -> list[dict[str, object]]:
     """Describe the layers of all models, with widths relative to the widest one."""
     specs = [model.spec for model in data.models]
     widest = max((spec.model_dim for spec in specs), default=1)
-    widest_ffn = max((spec.ffn_dim for spec in specs), default=1)
+    widest_ffn = max((max(spec.ffn_dims) for spec in specs), default=1)
     return [
         {
             "name": model.title,

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.compat.optuna import generation_attrs
 from flash.search.acquisition import greedy_batch
-from flash.search.parameters import distributions, parameters
+from flash.search.parameters import distributions, member, parameters
 from flash.search.proposal import ProposalRequest
 from flash.search.settings import Sampler
 
@@ -34,10 +34,11 @@ _ASKS_PER_CANDIDATE = 64
 def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
     """Propose up to n members of the space with the Optuna sampler named by `settings.sampler`.
 
-    The parameters are the depth, both widths and an attention kind for every layer slot. Slots past
-    the depth are ignored, and reported to Optuna as full attention. A suggestion that breaks a rule
-    of the space, exceeds a limit or is known already is reported as a failed trial and costs only
-    its own ask.
+    The parameters are the depth, the widths, the heads if there is a choice, and an attention kind
+    for every layer slot, with an FFN width if each layer has its own. Slots past the depth are
+    ignored, and reported to Optuna as full attention of the last width. A suggestion that breaks a
+    rule of the space, exceeds a limit or is known already is reported as a failed trial and costs
+    only its own ask.
     """
     space, problem, settings = request.space, request.problem, request.settings
     size = max(settings.startup_trials, 4)
@@ -68,7 +69,7 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
         found: dict[ArchSpec, None] = {}
         for _ in range(_ASKS_PER_CANDIDATE * request.n):
             trial = study.ask(every)
-            spec = _spec(space, trial.params)
+            spec = member(space, trial.params)
             fits = spec in space and spec not in request.known and spec not in found
             if fits and problem.violation([spec])[0] <= 0:
                 found[spec] = None  # its trial stays running, so the next suggestions avoid it
@@ -82,18 +83,15 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
 def _params(space: SearchSpace, spec: ArchSpec) -> dict[str, int | str]:
     """Return the parameters with every slot of the space; those past the depth play no part."""
     unused = (Attention.full_attention,) * (space.depths[-1] - spec.num_layers)
-    padded = parameters(spec.replace(layer_types=(*spec.layer_types, *unused)))
-    return {**padded, "num_layers": spec.num_layers}
-
-
-def _spec(space: SearchSpace, params: dict[str, int | str]) -> ArchSpec:
-    depth = int(params["num_layers"])
-    kinds = tuple(Attention.parse(str(params[f"layer_{i:02d}"])) for i in range(depth))
-    return space.make(int(params["model_dim"]), int(params["ffn_dim"]), kinds)
+    widths = (*spec.ffn_dims, *(spec.ffn_dims[-1],) * len(unused))
+    longest = spec.replace(layer_types=(*spec.layer_types, *unused), ffn_dim=widths)
+    return {**parameters(space, longest), "num_layers": spec.num_layers}
 
 
 class AdditiveScores:
-    """Additive model of the log-loss: a score for each depth, width and kind in each layer slot.
+    """Additive model of the log-loss: a score for each size and for each kind in each layer slot.
+
+    FFN widths that differ by layer have a score per layer slot and unit of their logarithm.
 
     The scores are fitted to finished trials by ridge regression. Puzzletron instead measures the
     score of each block with the rest of the network intact; here all samplers learn from the same
@@ -126,10 +124,19 @@ class AdditiveScores:
             for value, choices in (
                 (spec.num_layers, space.depths),
                 (spec.model_dim, space.model_dims),
-                (spec.ffn_dim, space.ffn_dims),
+                ((spec.num_heads, spec.num_kv_heads), space.heads),
             )
         ]
-        return np.concatenate([*sizes, slots.ravel()])
+        return np.concatenate([*sizes, self._widths(spec), slots.ravel()])
+
+    def _widths(self, spec: ArchSpec) -> NDArray[np.float64]:
+        """Encode the FFN width: by its value or, if each layer has its own, by layer slot."""
+        space = self._space
+        if not space.per_layer:
+            return np.array([float(spec.ffn_dims[0] == choice) for choice in space.ffn_dims])
+        logs = np.zeros(space.depths[-1])
+        logs[: spec.num_layers] = np.log(np.array(spec.ffn_dims) / space.ffn_dims[-1])
+        return logs
 
     def predict(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
         """Predict the losses [nats a token] of `specs`, shape `(specs,)`."""
@@ -169,17 +176,18 @@ class AdditiveScores:
 def ask_additive(request: ProposalRequest) -> list[ArchSpec]:
     """Propose up to n members with the greatest improvement according to `AdditiveScores`.
 
-    The patterns found by dynamic programming are crossed with all widths. At most `pool_size` of
-    these candidates, drawn at random, compete.
+    The patterns found by dynamic programming are crossed with all sizes; FFN widths that differ by
+    layer are drawn. At most `pool_size` of these candidates, drawn at random, compete.
     """
     space, problem, size = request.space, request.problem, request.settings.pool_size
     scores = AdditiveScores(space, request.specs, request.losses)
     patterns = [pattern for depth in space.depths for pattern in scores.best_patterns(depth)]
-    choices = list(itertools.product(space.model_dims, space.ffn_dims, patterns))
-    order = np.random.default_rng(request.seed).permutation(len(choices))
+    choices = list(itertools.product(space.model_dims, space.ffn_dims, patterns, space.heads))
+    rng = np.random.default_rng(request.seed)
+    order = rng.permutation(len(choices))
     pool: list[ArchSpec] = []
     for start in range(0, len(order), size):
-        drawn = (space.make(*choices[int(i)]) for i in order[start : start + size])
+        drawn = (space.shaped(rng, *choices[int(i)]) for i in order[start : start + size])
         new = [spec for spec in drawn if spec in space and spec not in request.known]
         pool += [s for s, over in zip(new, problem.violation(new), strict=True) if over <= 0]
         if len(pool) >= size:

@@ -14,6 +14,12 @@ def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
     settings = asdict(space.settings)
     settings["kinds"] = [kind.value for kind in space.kinds]
     del settings["name"]  # renaming a space changes no result
+    # Studies that were made before there were these choices have none of the keys.
+    if not space.per_layer:
+        del settings["ffn_dim"]["per_layer"]
+    for key in ("num_heads", "num_kv_heads"):
+        if settings[key] is None:
+            del settings[key]
     return {"space": settings, "backbone_arch": space.base.to_dict()}
 
 

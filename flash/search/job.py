@@ -152,7 +152,7 @@ def open_space(settings: SpaceSettings, backbone: ArchSpec) -> SearchSpace:
         ("model_dim", space.model_dims),
         ("ffn_dim", space.ffn_dims),
     ):
-        size = getattr(backbone, key)
+        size = max(backbone.ffn_dims) if key == "ffn_dim" else getattr(backbone, key)
         if 2 * values[-1] < size:
             raise InputError(
                 f"space.{key}.max={values[-1]}: expected at least half of the backbone's {size}, "

@@ -67,7 +67,9 @@ def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
         **{f"search/{key}": value for key, value in trial.costs.items()},
         "search/parameters": count_parameters(spec).total,
         "search/model_dim": spec.model_dim,
-        "search/ffn_dim": spec.ffn_dim,
+        "search/ffn_dim": spec.mean_ffn_dim,
+        "search/num_heads": spec.num_heads,
+        "search/num_kv_heads": spec.num_kv_heads,
         "search/num_layers": spec.num_layers,
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -173,7 +175,9 @@ def _row(report: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": spec.pattern,
         "num_layers": spec.num_layers,
         "model_dim": spec.model_dim,
-        "ffn_dim": spec.ffn_dim,
+        "ffn_dim": spec.mean_ffn_dim,
+        "num_heads": spec.num_heads,
+        "num_kv_heads": spec.num_kv_heads,
         **{kind.value: spec.layer_types.count(kind) for kind in Attention},
         "longest_efficient_run": spec.longest_efficient_run,
         "parameters": count_parameters(spec).total,

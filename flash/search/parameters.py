@@ -1,8 +1,10 @@
 """Sizes and kinds of layers of an architecture, as parameters of an Optuna trial."""
 
+from collections.abc import Mapping
+
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from flash.arch import ArchSpec, Choices, SearchSpace
+from flash.arch import ArchSpec, Attention, Choices, SearchSpace
 
 
 def distributions(space: SearchSpace, num_layers: int) -> dict[str, BaseDistribution]:
@@ -12,23 +14,51 @@ def distributions(space: SearchSpace, num_layers: int) -> dict[str, BaseDistribu
         return IntDistribution(choices.min, choices.max, step=choices.step)
 
     kinds = CategoricalDistribution([kind.value for kind in space.kinds])
+    widths = sizes(space.settings.ffn_dim)
+    heads = CategoricalDistribution([_text(pair) for pair in space.heads])
     return {
         "num_layers": sizes(space.settings.num_layers),
         "model_dim": sizes(space.settings.model_dim),
-        "ffn_dim": sizes(space.settings.ffn_dim),
-        **{_slot(i): kinds for i in range(num_layers)},
+        **{name: widths for name in _ffn_names(space, num_layers)},
+        **({"heads": heads} if len(space.heads) > 1 else {}),
+        **{slot(i): kinds for i in range(num_layers)},
     }
 
 
-def parameters(spec: ArchSpec) -> dict[str, int | str]:
-    """Return the parameters of an architecture, with a slot for each of its layers."""
+def parameters(space: SearchSpace, spec: ArchSpec) -> dict[str, int | str]:
+    """Return the parameters of a member of a space, with a slot for each of its layers."""
+    heads = _text((spec.num_heads, spec.num_kv_heads))
     return {
         "num_layers": spec.num_layers,
         "model_dim": spec.model_dim,
-        "ffn_dim": spec.ffn_dim,
-        **{_slot(i): kind.value for i, kind in enumerate(spec.layer_types)},
+        **dict(zip(_ffn_names(space, spec.num_layers), spec.ffn_dims, strict=False)),
+        **({"heads": heads} if len(space.heads) > 1 else {}),
+        **{slot(i): kind.value for i, kind in enumerate(spec.layer_types)},
     }
 
 
-def _slot(layer: int) -> str:
+def member(space: SearchSpace, values: Mapping[str, int | str]) -> ArchSpec:
+    """Return the architecture with these parameters; slots past its depth are left out."""
+    depth = int(values["num_layers"])
+    widths = [int(values[name]) for name in _ffn_names(space, depth)]
+    heads = {_text(pair): pair for pair in space.heads}
+    return space.make(
+        int(values["model_dim"]),
+        widths if space.per_layer else widths[0],
+        tuple(Attention.parse(str(values[slot(i)])) for i in range(depth)),
+        heads[str(values.get("heads", next(iter(heads))))],
+    )
+
+
+def slot(layer: int) -> str:
+    """Return the name of the parameter with the kind of a layer."""
     return f"layer_{layer:02d}"
+
+
+def _ffn_names(space: SearchSpace, num_layers: int) -> list[str]:
+    """Return the names of the FFN widths: one for each layer if the space has that many."""
+    return [f"ffn_{i:02d}" for i in range(num_layers)] if space.per_layer else ["ffn_dim"]
+
+
+def _text(heads: tuple[int, int]) -> str:
+    return f"{heads[0]}/{heads[1]}"

@@ -220,22 +220,23 @@ def check_limits(space: SearchSpace, problem: Problem, seed: int) -> None:
 
 
 def largest(space: SearchSpace) -> ArchSpec:
-    """Return the member with the greatest depth and widths and full attention in every layer."""
+    """Return the member with the greatest sizes and full attention in every layer."""
     return space.make(
         space.model_dims[-1],
         space.ffn_dims[-1],
         (Attention.full_attention,) * space.depths[-1],
+        space.heads[-1],
     )
 
 
 def smallest(space: SearchSpace) -> ArchSpec:
-    """Return a member with the least depth and widths and the most layers of the cheapest kind."""
+    """Return a member with the least sizes and the most layers of the cheapest kind."""
     longest, cheap = space.settings.max_efficient_run, space.kinds[-1]
     kinds = tuple(
         cheap if i % (longest + 1) < longest else Attention.full_attention
         for i in range(space.depths[0])
     )
-    spec = space.make(space.model_dims[0], space.ffn_dims[0], kinds)
+    spec = space.make(space.model_dims[0], space.ffn_dims[0], kinds, space.heads[0])
     full = (*kinds[:-1], Attention.full_attention)  # if skipping all layers is not allowed
     return spec if spec in space else spec.replace(layer_types=full)
 

@@ -139,7 +139,7 @@ class Study:
             self._study.add_trial(
                 optuna.create_trial(
                     state=TrialState.WAITING,
-                    params=parameters(spec),
+                    params=parameters(space, spec),
                     distributions=distributions(space, spec.num_layers),
                     user_attrs={
                         # For the dashboard, which plots attributes that are numbers.

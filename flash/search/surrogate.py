@@ -22,6 +22,8 @@ DEPTH_BINS = 8
 """Number of bins of relative depth in `features`. Trained on 50 and tested on 88 members of the
 tabular benchmark (benchmarks/tabular.py), 4 bins gave 2.6 times the error of 8, and no larger
 number was better."""
+WIDTH_BINS = 4
+"""Number of relative depths near which `features` averages FFN widths that differ by layer."""
 FIT_TOLERANCE = 1e-6
 """Relative gain in likelihood at which fitting stops; SciPy's default takes ten times longer."""
 MC_SAMPLES = 64
@@ -29,7 +31,7 @@ MC_SAMPLES = 64
 
 
 def features(space: SearchSpace, spec: ArchSpec) -> NDArray[np.float64]:
-    """Encode a spec as a vector in the unit cube, shape `(3 + DEPTH_BINS * 2 + 1,)`.
+    """Encode a spec as a vector in the unit cube, of `3 + DEPTH_BINS * 2 + 1` numbers or more.
 
     - Depth and the logarithms of both widths: loss follows powers of the sizes, so a step matters
       more at the narrow end.
@@ -38,22 +40,45 @@ def features(space: SearchSpace, spec: ArchSpec) -> NDArray[np.float64]:
       roles. Relative positions make specs of unequal depth comparable, and few bins can be learned
       from tens of trials: a one-hot encoding of every slot gave nearly twice the error.
     - Share of adjacent layers that are both efficient, since runs of them hurt (Sec. 3.5).
+    - With an FFN width for each layer, the logarithm of the width near each of `WIDTH_BINS`
+      relative depths, less their mean; with a choice of heads, the logarithms of both numbers.
     """
     sizes = [
         _unit(spec.num_layers, space.depths),
         _unit(np.log(spec.model_dim), np.log(space.model_dims)),
-        _unit(np.log(spec.ffn_dim), np.log(space.ffn_dims)),
+        _unit(np.log(spec.mean_ffn_dim), np.log(space.ffn_dims)),
     ]
-    positions = np.linspace(0, DEPTH_BINS - 1, spec.num_layers)
-    weights = np.maximum(0, 1 - abs(positions[:, None] - np.arange(DEPTH_BINS)))
-    weights /= weights.sum(axis=0).clip(min=1e-9)
+    weights = _near(spec.num_layers, DEPTH_BINS)
     shares = [
         np.array([layer is kind for layer in spec.layer_types], dtype=float) @ weights
         for kind in (Attention.sliding_attention, Attention.skip_attention)
     ]
     efficient = [layer.efficient for layer in spec.layer_types]
     pairs = [a and b for a, b in itertools.pairwise(efficient)]
-    return np.concatenate([sizes, *shares, [float(np.mean(pairs)) if pairs else 0.0]])
+    runs = float(np.mean(pairs)) if pairs else 0.0
+    return np.concatenate([sizes, *shares, [runs], *_wider_features(space, spec)])
+
+
+def _wider_features(space: SearchSpace, spec: ArchSpec) -> list[NDArray[np.float64]]:
+    """Encode what only wider spaces than the paper's choose."""
+    found: list[NDArray[np.float64]] = []
+    if space.per_layer:
+        span = max(np.log(space.ffn_dims[-1] / space.ffn_dims[0]), 1e-9)
+        logs = np.log(np.array(spec.ffn_dims) / spec.mean_ffn_dim) / span
+        found.append(logs @ _near(spec.num_layers, WIDTH_BINS) / 2 + 0.5)
+    if len(space.heads) > 1:
+        pairs = np.log(space.heads)
+        mine = np.log([spec.num_heads, spec.num_kv_heads])
+        spans = [np.sort(np.unique(column)) for column in pairs.T]
+        found.append(np.array([_unit(v, c) for v, c in zip(mine, spans, strict=True)]))
+    return found
+
+
+def _near(num_layers: int, bins: int) -> NDArray[np.float64]:
+    """Weights of layers in means near evenly spaced relative depths, shape `(layers, bins)`."""
+    positions = np.linspace(0, bins - 1, num_layers)
+    weights = np.maximum(0, 1 - abs(positions[:, None] - np.arange(bins)))
+    return weights / weights.sum(axis=0).clip(min=1e-9)
 
 
 def _unit(value: float, choices: Sequence[float] | NDArray[np.float64]) -> float:

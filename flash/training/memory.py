@@ -62,12 +62,14 @@ def activation_bytes_per_token(
     """
     size = 2 if precision is Precision.bf16 else 4
     norm = 3 * 4 + (1 if precision is Precision.bf16 else 0)
-    ffn = norm * spec.model_dim + 4 * size * spec.ffn_dim
     q_dim, kv_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = norm * spec.model_dim + 2 * size * (q_dim + kv_dim) + 4 * spec.num_heads
     if spec.qk_norm:
         attention += 8 * (q_dim + kv_dim)
-    layers = [ffn + (attention if kind.attends else 0) for kind in spec.layer_types]
+    layers = [
+        norm * spec.model_dim + 4 * size * ffn_dim + (attention if kind.attends else 0)
+        for kind, ffn_dim in zip(spec.layer_types, spec.ffn_dims, strict=True)
+    ]
     rest = 10 * spec.model_dim
     if checkpointing:
         return 4 * spec.model_dim * len(layers) + max(layers) + rest

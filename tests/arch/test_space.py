@@ -1,9 +1,18 @@
+import dataclasses
 from itertools import product
 
 import numpy as np
 import pytest
 
-from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
+from flash.arch import (
+    ArchSpec,
+    Attention,
+    Choices,
+    FfnChoices,
+    SearchSpace,
+    SpaceSettings,
+    parse_pattern,
+)
 from flash.errors import InputError
 
 BACKBONE = ArchSpec(
@@ -20,13 +29,13 @@ TABLE_3 = SpaceSettings(
     name="flash",
     num_layers=Choices(min=10, max=16),
     model_dim=Choices(min=1024, max=2048, step=128),
-    ffn_dim=Choices(min=2048, max=8192, step=256),
+    ffn_dim=FfnChoices(min=2048, max=8192, step=256),
 )
 SMALL = SpaceSettings(
     name="small",
     num_layers=Choices(min=2, max=5),
     model_dim=Choices(min=64, max=128, step=64),
-    ffn_dim=Choices(min=128, max=192, step=64),
+    ffn_dim=FfnChoices(min=128, max=192, step=64),
 )
 
 
@@ -94,10 +103,87 @@ def test_non_members_are_told_why():
         "ffn_dim=256": good.replace(ffn_dim=256),
         "3 efficient layers in a row": good.replace(layer_types=parse_pattern("F-S-")),
         "no attention": good.replace(layer_types=parse_pattern("--")),
-        "fixed settings": good.replace(num_heads=16),
+        "fixed settings": good.replace(head_dim=32),
+        "heads 16/8 are not among 32/8": good.replace(num_heads=16),
     }
     for reason, spec in reasons.items():
         assert reason in (space.violated_rule(spec) or "")
+
+
+WIDE = dataclasses.replace(
+    SMALL,
+    num_layers=Choices(min=2, max=3),
+    ffn_dim=FfnChoices(min=128, max=192, step=64, per_layer=True),
+    num_heads=[16, 32],
+    num_kv_heads=[4, 8],
+)
+
+
+def test_widths_by_layer_and_heads_are_counted_as_enumerated():
+    space = SearchSpace(WIDE, BACKBONE)
+    members = {
+        space.make(model_dim, widths, pattern, heads)
+        for depth in space.depths
+        for pattern in product(space.kinds, repeat=depth)
+        for widths in product(space.ffn_dims, repeat=depth)
+        for model_dim in space.model_dims
+        for heads in product([16, 32], [4, 8])
+    }
+    assert space.count() == sum(spec in space for spec in members)
+    rng = np.random.default_rng(0)
+    drawn = {space.sample(rng) for _ in range(500)} | set(space.stratified(rng, 500))
+    assert drawn <= members
+    assert all(spec in space for spec in drawn)
+    assert {(s.num_heads, s.num_kv_heads) for s in drawn} == set(space.heads)
+
+
+def test_a_step_changes_the_width_of_one_layer_a_run_or_the_heads():
+    space = SearchSpace(WIDE, BACKBONE)
+    spec = space.make(64, (128, 192, 128), parse_pattern("FFF"), (32, 8))
+    neighbors = list(space.neighbors(spec))
+    assert all(n in space for n in neighbors)
+    changed = {n.ffn_dims for n in neighbors if n.layer_types == spec.layer_types}
+    assert {(192, 192, 128), (128, 128, 128), (128, 192, 192), (192, 192, 192)} <= changed
+    assert space.make(64, spec.ffn_dims, spec.layer_types, (32, 4)) in neighbors
+    assert {n.ffn_dims for n in neighbors if n.num_layers == 2} == {
+        (128, 192),
+        (192, 128),
+        (128,) * 2,
+    }
+
+
+def test_widths_by_layer_are_not_members_of_a_space_with_one():
+    space = SearchSpace(SMALL, BACKBONE)
+    spec = space.make(64, (128, 192), parse_pattern("FF"))
+    assert space.violated_rule(spec) == "ffn_dim=128-192 differs from layer to layer"
+
+
+def test_drawn_widths_follow_a_shape_over_depth():
+    """Independent draws would have the same mean in every model and no trend over depth."""
+    settings = dataclasses.replace(
+        TABLE_3, ffn_dim=FfnChoices(min=2048, max=8192, step=256, per_layer=True)
+    )
+    space = SearchSpace(settings, BACKBONE)
+    specs = space.stratified(np.random.default_rng(0), 500)
+    means = [spec.mean_ffn_dim for spec in specs]
+    assert np.std(means) > 1500  # about 450 with independent draws
+    assert any(isinstance(spec.ffn_dim, int) for spec in specs)
+    trends = [np.polyfit(range(s.num_layers), s.ffn_dims, 1)[0] for s in specs]
+    assert min(trends) < -150
+    assert max(trends) > 150
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": [64]}, r"^space\.num_heads=64: expected at most the backbone's 32"),
+        ({"num_kv_heads": [3]}, r"^space\.num_kv_heads=3: expected a divisor of the backbone's 8"),
+        ({"num_heads": [12], "num_kv_heads": [8]}, r"^space\.num_heads=\[12\]: .* \[8\]"),
+    ],
+)
+def test_heads_that_pruning_cannot_make_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        SearchSpace(dataclasses.replace(SMALL, **change), BACKBONE)
 
 
 def test_a_space_larger_than_the_backbone_is_refused():
@@ -108,7 +194,7 @@ def test_a_space_larger_than_the_backbone_is_refused():
 
 @pytest.mark.parametrize("key", ["model_dim", "ffn_dim"])
 def test_widths_that_are_not_whole_groups_are_refused(key):
-    odd = SpaceSettings(**{**vars(SMALL), key: Choices(min=64, max=128, step=16)})
+    odd = SpaceSettings(**{**vars(SMALL), key: FfnChoices(min=64, max=128, step=16)})
     with pytest.raises(InputError, match=rf"^space\.{key}=80: expected a multiple of 32"):
         SearchSpace(odd, BACKBONE)
 
@@ -117,6 +203,7 @@ def test_widths_that_are_not_whole_groups_are_refused(key):
     ("change", "message"),
     [
         ({"kinds": [Attention.skip_attention]}, r"^kinds=\[skip_attention\]: .*full_attention"),
+        ({"num_kv_heads": []}, r"^num_kv_heads=\[\]: expected null, or a list of positive"),
         ({"max_efficient_run": -1}, "^max_efficient_run=-1: expected 0 or more"),
     ],
 )

@@ -21,6 +21,15 @@ def test_round_trips():
     assert parse_pattern(SPEC.pattern) == SPEC.layer_types
 
 
+def test_widths_by_layer_round_trip_and_equal_ones_are_one_number():
+    spec = SPEC.replace(ffn_dim=(576, 576, 32, 64, 576))
+    assert ArchSpec.from_json(spec.to_json()) == spec
+    assert spec.to_dict()["ffn_dim"] == [576, 576, 32, 64, 576]
+    assert "f32-576" in str(spec)
+    assert SPEC.replace(ffn_dim=[576] * 5) == SPEC
+    assert SPEC.ffn_dims == (576,) * 5
+
+
 def test_the_longest_run_counts_skips_and_windows_alike():
     assert SPEC.longest_efficient_run == 2
     assert SPEC.replace(layer_types=parse_pattern("FFF")).longest_efficient_run == 0
@@ -32,6 +41,9 @@ def test_the_longest_run_counts_skips_and_windows_alike():
     [
         ({"num_kv_heads": 3}, r"^num_kv_heads=3: expected a divisor of num_heads=4"),
         ({"model_dim": 100}, r"^model_dim=100: expected a multiple of 32"),
+        ({"ffn_dim": [576, 32]}, r"^ffn_dim=\[576, 32\]: expected one width, or one for each of 5"),
+        ({"ffn_dim": [576, 32, 32, 32, 33]}, r"^ffn_dim=33: expected a multiple of 32"),
+        ({"ffn_dim": [576, 32, 32, 32, "x"]}, r"^ffn_dim=x: expected a positive integer"),
         ({"ffn_dim": 2**40}, r"^ffn_dim=1099511627776: expected at most 2147483647"),
         ({"rope_theta": float("inf")}, r"^rope_theta=inf: expected a positive number"),
         ({"rope_theta": "abc"}, r"^rope_theta=abc: expected a positive number"),

@@ -214,6 +214,16 @@ def test_skipped_layers_have_no_heads_and_no_tensors(tmp_path):
     )
 
 
+def test_widths_by_layer_are_an_array_where_llama_cpp_reads_one(tmp_path):
+    reader = written(tmp_path / "a.gguf", decoder("FF", ffn_dim=(96, 32)))
+    assert value(reader, "general.architecture") == "deci"
+    assert value(reader, "deci.feed_forward_length") == [96, 32]
+    assert tensors(reader)["blk.1.ffn_down.weight"].shape == (64, 32)
+    padded = written(tmp_path / "b.gguf", decoder("FF", qk_norm=True, ffn_dim=(96, 32)))
+    assert value(padded, "qwen3.feed_forward_length") == 96
+    assert not tensors(padded)["blk.1.ffn_down.weight"][:, 32:].any()
+
+
 @pytest.mark.parametrize("pattern", ["-F-", "---"])
 def test_the_first_layer_has_heads_since_llama_cpp_takes_their_size_there(tmp_path, pattern):
     reader = written(tmp_path / "a.gguf", decoder(pattern))

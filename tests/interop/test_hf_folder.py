@@ -57,6 +57,13 @@ def test_stock_transformers_gives_the_same_logits(toy, text, tmp_path, pattern, 
     assert not list((tmp_path / "hf").glob("*.py"))
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_widths_by_layer_are_filled_up_with_zeros(toy, text, tmp_path, qk_norm):
+    model = uneven(toy("F-F", qk_norm, ffn_dim=(96, 32, 64)))
+    write_hf(tmp_path / "hf", model)
+    assert check_both(tmp_path / "hf", model, text).ffn_dim == 96
+
+
 @pytest.mark.parametrize(
     ("pattern", "qk_norm", "changes", "model_type"),
     [

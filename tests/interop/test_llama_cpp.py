@@ -62,6 +62,8 @@ def prompt(prose) -> torch.Tensor:
         ("--", {}),
         ("-F-", {"qk_norm": True, "rope_scaling": LINEAR}),
         ("FF", {"num_heads": 6}),
+        ("FF-F", {"ffn_dim": (96, 32, 64, 160), "num_kv_heads": 1}),
+        ("FF", {"ffn_dim": (96, 32), "qk_norm": True}),
     ],
 )
 def test_llama_cpp_gives_the_same_logits(tmp_path, prompt, pattern, changes):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings
+from flash.arch import ArchSpec, Attention, Choices, FfnChoices, SearchSpace, SpaceSettings
 from flash.device.workload import Phase, Point
 from flash.lowering.settings import AttentionForm, LoweringSettings, SlidingForm
 
@@ -29,7 +29,7 @@ FLASH = SearchSpace(
         name="flash",
         num_layers=Choices(min=10, max=16),
         model_dim=Choices(min=1024, max=2048, step=128),
-        ffn_dim=Choices(min=2048, max=8192, step=256),
+        ffn_dim=FfnChoices(min=2048, max=8192, step=256),
     ),
     BACKBONE,
 )
@@ -48,7 +48,7 @@ TINY = SearchSpace(
         name="tiny",
         num_layers=Choices(min=4, max=8),
         model_dim=Choices(min=128, max=256, step=32),
-        ffn_dim=Choices(min=192, max=576, step=64),
+        ffn_dim=FfnChoices(min=192, max=576, step=64),
     ),
     SMALL,
 )

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from flash.arch import ArchSpec, Attention, Choices, SearchSpace, SpaceSettings, parse_pattern
+from flash.arch import (
+    ArchSpec,
+    Attention,
+    Choices,
+    FfnChoices,
+    SearchSpace,
+    SpaceSettings,
+    parse_pattern,
+)
 from flash.device.host import HostDevice
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
@@ -39,7 +47,7 @@ SPACE = SearchSpace(
         name="test",
         num_layers=Choices(min=3, max=6),
         model_dim=Choices(min=128, max=256, step=32),
-        ffn_dim=Choices(min=256, max=1024, step=64),
+        ffn_dim=FfnChoices(min=256, max=1024, step=64),
     ),
     BACKBONE,
 )
@@ -330,7 +338,7 @@ def test_stage_one_on_this_machine(tmp_path):
         name="smallest",
         num_layers=Choices(min=1, max=2),
         model_dim=Choices(min=64, max=64),
-        ffn_dim=Choices(min=64, max=128, step=32),
+        ffn_dim=FfnChoices(min=64, max=128, step=32),
         kinds=[Attention.full_attention, Attention.skip_attention],
     )
     device_settings = DeviceSettings(

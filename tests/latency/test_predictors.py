@@ -1,5 +1,6 @@
 """Facts about the latency predictors, on synthetic devices with a known truth."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -9,6 +10,7 @@ from flash.arch import (
     ArchSpec,
     Attention,
     Choices,
+    FfnChoices,
     SearchSpace,
     SpaceSettings,
     count_parameters,
@@ -42,7 +44,7 @@ SPACE = SearchSpace(
         name="test",
         num_layers=Choices(min=4, max=8),
         model_dim=Choices(min=128, max=256, step=32),
-        ffn_dim=Choices(min=256, max=1024, step=64),
+        ffn_dim=FfnChoices(min=256, max=1024, step=64),
     ),
     BACKBONE,
 )
@@ -50,7 +52,18 @@ GRID = Grid(
     model_dims=grid_points(SPACE.model_dims, 3),
     ffn_dims=grid_points(SPACE.ffn_dims, 3),
     kinds=SPACE.kinds,
+    heads=SPACE.heads,
 )
+WIDE = SearchSpace(
+    dataclasses.replace(
+        SPACE.settings,
+        ffn_dim=FfnChoices(min=256, max=1024, step=64, per_layer=True),
+        num_heads=[2, 4],
+        num_kv_heads=[1, 2],
+    ),
+    BACKBONE,
+)
+WIDE_GRID = dataclasses.replace(GRID, heads=WIDE.heads)
 
 
 POINT = Point(Phase.prefill, 64)
@@ -67,34 +80,36 @@ def part_ms(part):
         return 0.05 + 1e-4 * d + 2e-5 * part.ffn_dim + 1.5e-6 * d * part.ffn_dim
     kind = FULL if part.name.startswith(FULL.value) else SLIDING
     halves = 2 if part.name.endswith("_pair") else 0.4 if part.name.endswith("_last") else 1
-    return plan_ms(kind) + halves * half_ms(kind, d)
+    return plan_ms(kind, part.heads) + halves * half_ms(kind, d, part.heads)
 
 
-def plan_ms(kind):
+def plan_ms(kind, heads):
     """Latency of what all attention halves of a kind share [ms]."""
-    return 0.2 if kind is FULL else 0.5
+    return (0.1 if kind is FULL else 0.25) * heads[0] / heads[1]
 
 
-def half_ms(kind, d):
+def half_ms(kind, d, heads):
     """Latency of an attention half without the plan [ms]."""
-    return (0.3 if kind is FULL else 0.7) + 4e-3 * d
+    return (0.3 if kind is FULL else 0.7) + 1e-3 * d * (heads[0] + 0.5 * (heads[1] - 2))
 
 
 def model_ms(spec):
     parts = [BlockShape(name="ends", model_dim=spec.model_dim)]
-    parts += [BlockShape(name="ffn", model_dim=spec.model_dim, ffn_dim=spec.ffn_dim)] * len(
-        spec.layer_types
-    )
+    parts += [
+        BlockShape(name="ffn", model_dim=spec.model_dim, ffn_dim=width) for width in spec.ffn_dims
+    ]
+    heads = (spec.num_heads, spec.num_kv_heads)
     attending = [kind for kind in spec.layer_types if kind.attends]
-    attention = sum(half_ms(kind, spec.model_dim) for kind in attending)
-    return sum(map(part_ms, parts)) + attention + sum(map(plan_ms, set(attending)))
+    attention = sum(half_ms(kind, spec.model_dim, heads) for kind in attending)
+    plans = sum(plan_ms(kind, heads) for kind in set(attending))
+    return sum(map(part_ms, parts)) + attention + plans
 
 
-def table(rng=None, noise=0.0):
-    values = {part: part_ms(part) for part in GRID.parts()}
+def table(rng=None, noise=0.0, grid=GRID):
+    values = {part: part_ms(part) for part in grid.parts()}
     if rng is not None:
         values = {part: v * np.exp(noise * rng.standard_normal()) for part, v in values.items()}
-    return BlockTable(POINT, BACKBONE, GRID, values, WHOLE)
+    return BlockTable(POINT, BACKBONE, grid, values, WHOLE)
 
 
 def truth(specs):
@@ -112,6 +127,26 @@ def test_composition_is_exact_for_a_bilinear_device():
     np.testing.assert_allclose(table().compose(specs).total_ms, truth(specs), rtol=1e-12)
 
 
+def test_composition_is_exact_for_widths_by_layer_and_any_heads():
+    specs = WIDE.stratified(np.random.default_rng(0), 200)
+    assert {(spec.num_heads, spec.num_kv_heads) for spec in specs} == set(WIDE.heads)
+    assert any(isinstance(spec.ffn_dim, tuple) for spec in specs)
+    total = table(grid=WIDE_GRID).compose(specs).total_ms
+    np.testing.assert_allclose(total, truth(specs), rtol=1e-12)
+
+
+def test_a_tail_has_the_widths_of_its_own_layers():
+    skip, widths = Attention.skip_attention, (1024, 1024, 256, 320)
+    spec = BACKBONE.replace(layer_types=(FULL, FULL, skip, skip), ffn_dim=widths)
+    values = {part: part_ms(part) for part in GRID.parts()}
+    left = BlockTable(POINT, BACKBONE, GRID, values, LoweringSettings(max_context=64))
+    d = spec.model_dim
+    parts = [BlockShape(name="ffn", model_dim=d, ffn_dim=width) for width in widths[1:]]
+    heads = (spec.num_heads, spec.num_kv_heads)
+    unread = sum(map(part_ms, parts)) * (1 - 1 / 64) + 0.6 * half_ms(FULL, d, heads)
+    assert left.compose([spec]).total_ms == pytest.approx(model_ms(spec) - unread)
+
+
 def test_composition_leaves_out_what_a_prompt_does_not_read():
     full, skip = FULL, Attention.skip_attention
     lowering = LoweringSettings(max_context=64, prefill_chunk=32)
@@ -121,7 +156,9 @@ def test_composition_leaves_out_what_a_prompt_does_not_read():
     [whole], [left] = (each.compose([tailed]).total_ms for each in (table(), unread))
     ffn = part_ms(BlockShape(name="ffn", model_dim=tailed.model_dim, ffn_dim=tailed.ffn_dim))
     tail = 3 * ffn * (1 - 2 / 64)  # two calls of 32 tokens, one token each
-    assert left == pytest.approx(whole - tail - 0.6 * half_ms(full, tailed.model_dim))
+    assert left == pytest.approx(
+        whole - tail - 0.6 * half_ms(full, tailed.model_dim, GRID.heads[0])
+    )
     decode = BlockTable(Point(Phase.decode, 64), BACKBONE, GRID, values, lowering)
     assert decode.compose([tailed]).total_ms == table().compose([tailed]).total_ms
     [nothing] = unread.compose([BACKBONE.replace(layer_types=(skip,) * 4)]).total_ms
@@ -142,18 +179,20 @@ def test_composition_counts_calls():
 
 
 def test_grid_of_one_width_is_constant_in_it():
-    grid = Grid(model_dims=(256,), ffn_dims=GRID.ffn_dims, kinds=SPACE.kinds)
+    grid = dataclasses.replace(GRID, model_dims=(256,))
     lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()}, WHOLE)
     np.testing.assert_allclose(lone.compose([BACKBONE]).total_ms, truth([BACKBONE]))
 
 
 def test_blocks_of_other_heads_are_refused():
-    with pytest.raises(InputError, match="arch.num_heads=8: expected 4"):
+    with pytest.raises(
+        InputError, match="arch.num_heads=8 with .*: expected heads .* measured .*4/2"
+    ):
         table().compose([BACKBONE.replace(num_heads=8)])
 
 
 def test_kind_without_a_measured_block_is_refused():
-    grid = Grid(model_dims=(256,), ffn_dims=(1024,), kinds=(FULL,))
+    grid = Grid(model_dims=(256,), ffn_dims=(1024,), kinds=(FULL,), heads=SPACE.heads)
     lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()}, WHOLE)
     with pytest.raises(InputError, match="sliding_attention"):
         lone.compose([BACKBONE.replace(layer_types=(FULL, SLIDING))])

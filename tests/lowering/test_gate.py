@@ -34,6 +34,13 @@ def test_fp32_program_equals_the_decoder(toy, settings, text, pattern, attention
     assert all(result.error < 1e-5 for result in report.stages)
 
 
+def test_widths_by_layer_and_few_key_heads_run_as_in_the_decoder(toy, settings, text):
+    changes = {"ffn_dim": (64, 160), "num_heads": 2, "num_kv_heads": 1}
+    report = check_parity(toy("FF", **changes), settings("fp32"), text, SHORT)
+    assert report.passed, report
+    assert all(result.error < 1e-5 for result in report.stages)
+
+
 def test_prefill_runs_in_xnnpack(toy, settings):
     """Products, softmax and norms: outside it they would be portable loops, ten times slower."""
     program = read_program(lower(toy("FF"), settings())).program

@@ -1,5 +1,6 @@
 """The decoder against transformers' classes, and its cache against the full forward pass."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,20 @@ def test_stock_transformers_refuses_patterns_that_it_would_build_wrongly(tmp_pat
     save(tmp_path / "m", spec, state_to_save(Decoder(spec), torch.float32))
     with pytest.raises(ValueError, match="mobilellm_flash"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_widths_by_layer_are_read_as_they_were_written(tmp_path):
+    spec = SPEC.replace(ffn_dim=(96, 32, 64))
+    model = Decoder(spec)
+    save(tmp_path / "m", spec, state_to_save(model, torch.float32))
+    again = load(tmp_path / "m")
+    assert again.spec == spec
+    assert [layer.mlp.up_proj.out_features for layer in again.model.layers] == [96, 32, 64]
+    with pytest.raises(ValueError, match="mobilellm_flash"):  # and not computed as another model
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    with pytest.raises(InputError, match=r"intermediate_sizes=\[96, 32\]: .* each of 3 layers"):
+        from_config(config | {"intermediate_sizes": [96, 32]})
 
 
 @pytest.mark.parametrize("pattern", ["FFF", "F-F", "FSF", "-SF"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flash.arch import Attention, Choices, SpaceSettings
+from flash.arch import Attention, Choices, FfnChoices, SpaceSettings
 from flash.data.settings import DataKind, DataSettings
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Workload
@@ -32,7 +32,7 @@ SPACE = SpaceSettings(
     name="test",
     num_layers=Choices(min=1, max=2),
     model_dim=Choices(min=32, max=64, step=32),
-    ffn_dim=Choices(min=64, max=128, step=64),
+    ffn_dim=FfnChoices(min=64, max=128, step=64),
     kinds=[Attention.full_attention, Attention.skip_attention],
     max_efficient_run=1,
 )

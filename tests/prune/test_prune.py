@@ -58,6 +58,41 @@ def test_pruned_ffn_equals_masked_ffn(backbone):
     torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
 
 
+def test_widths_by_layer_equal_masks_by_layer(backbone):
+    folder, model, importance, tokens = backbone
+    spec = SPEC.replace(ffn_dim=(32, 96, 64, 32))
+    pruned = build(spec, prune(folder, importance, spec))
+    selection = select(importance, spec)
+    assert [len(kept) for kept in selection.ffn] == [32, 96, 64, 32]
+    for i, layer in enumerate(model.model.layers):
+        mask = torch.zeros(SPEC.ffn_dim).index_fill(0, selection.ffn[i], 1.0)
+        layer.mlp.down_proj.weight.data *= mask
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_pruned_heads_equal_heads_without_output(backbone):
+    folder, model, importance, tokens = backbone
+    spec = SPEC.replace(num_heads=2)  # one of two query heads for each key head
+    pruned = build(spec, prune(folder, importance, spec))
+    kept = select(importance, spec).heads
+    assert [sorted(h // 2 for h in heads) for heads in kept.tolist()] == [[0, 1]] * 4
+    for heads, layer in zip(kept, model.model.layers, strict=True):
+        mask = torch.zeros(4, 16).index_fill(0, heads, 1.0).flatten()
+        layer.self_attn.o_proj.weight.data *= mask
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_key_heads_equal_a_backbone_with_their_mean(backbone):
+    folder, model, importance, tokens = backbone
+    spec = SPEC.replace(num_kv_heads=1)
+    pruned = build(spec, prune(folder, importance, spec))
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            mean = projection.weight.data.view(2, 16, -1).mean(dim=0)
+            projection.weight.data = mean.repeat(2, 1)
+    torch.testing.assert_close(pruned(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+
+
 def test_pruned_layers_equal_bypassed_layers(backbone):
     folder, model, importance, tokens = backbone
     spec = SPEC.replace(layer_types=parse_pattern("FF"))
@@ -118,6 +153,7 @@ def test_scores_do_not_depend_on_how_the_text_is_batched(backbone):
     torch.testing.assert_close(whole.ffn, parts.ffn)
     torch.testing.assert_close(whole.model, parts.model)
     torch.testing.assert_close(whole.layers, parts.layers)
+    torch.testing.assert_close(whole.heads, parts.heads)
 
 
 def test_scores_match_the_definition(backbone):
@@ -125,10 +161,13 @@ def test_scores_match_the_definition(backbone):
     layer, seen = model.model.layers[1], {}
     layer.register_forward_hook(lambda m, args, out: seen.update(before=args[0], after=out[0]))
     layer.mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.update(hidden=args[0]))
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args: seen.update(heads=args[0]))
     model(tokens)
     cosine = torch.nn.functional.cosine_similarity(seen["before"], seen["after"], dim=-1)
     torch.testing.assert_close(importance.layers[1], 1 - cosine.mean())
     torch.testing.assert_close(importance.ffn[1], seen["hidden"].abs().mean(dim=(0, 1)))
+    heads = seen["heads"].abs().unflatten(-1, (4, 16)).mean(dim=(0, 1, 3))
+    torch.testing.assert_close(importance.heads[1], heads)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +217,9 @@ def test_scores_survive_a_round_trip(backbone, tmp_path):
     [
         ({"model_dim": 128}, r"arch\.model_dim=128: expected at most the backbone's 64"),
         ({"ffn_dim": 128}, r"arch\.ffn_dim=128: expected at most the backbone's 96"),
-        ({"num_kv_heads": 4}, r"arch\.num_kv_heads=4: expected the backbone's 2"),
+        ({"ffn_dim": (96, 96, 96, 128)}, r"arch\.ffn_dim=128: expected at most the backbone's 96"),
+        ({"num_heads": 8}, r"arch\.num_heads=8: expected at most the backbone's 4"),
+        ({"num_kv_heads": 4}, r"arch\.num_kv_heads=4: expected a divisor of the backbone's 2"),
         ({"tie_embeddings": False}, r"arch\.tie_embeddings=false"),
     ],
 )

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from flash.arch import Choices, SearchSpace, SpaceSettings
+from flash.arch import Choices, FfnChoices, SearchSpace, SpaceSettings
 from flash.search.estimate import step_seconds, trial_hours
 from flash.training.settings import Precision, RecipeSettings, TrainerSettings
 from tests.conftest import SMALL
@@ -16,7 +16,7 @@ SPACE = SearchSpace(
         name="one",
         num_layers=Choices(min=3, max=3),
         model_dim=Choices(min=64, max=64, step=32),
-        ffn_dim=Choices(min=128, max=128, step=32),
+        ffn_dim=FfnChoices(min=128, max=128, step=32),
     ),
     SMALL,
 )

@@ -11,6 +11,7 @@ from flash.arch import parse_pattern
 from flash.search import sampler, surrogate
 from flash.search.acquisition import greedy_batch
 from flash.search.loop import frontier
+from flash.search.parameters import distributions, member, parameters
 from flash.search.pareto import hypervolume
 from flash.search.sampler import propose
 from flash.search.settings import Sampler
@@ -18,7 +19,7 @@ from flash.search.surrogate import features
 from flash.search.trial import Trial
 from tests.search import toy_search as toy
 
-SPACE = toy.make_space()
+SPACE, WIDE = toy.make_space(), toy.make_wide_space()
 
 
 def make_trials(specs, start=0):
@@ -48,17 +49,27 @@ def hypervolume_after(num_trials, seed, space, **changes):
     return hypervolume([t.point(toy.PROBLEM.objectives) for t in trials], toy.PROBLEM.reference)
 
 
+@pytest.mark.parametrize("space", [SPACE, WIDE], ids=["plain", "wide"])
 @pytest.mark.parametrize("kind", Sampler)
-def test_proposals_are_members_never_repeat_and_depend_on_the_seed_alone(kind):
+def test_proposals_are_members_never_repeat_and_depend_on_the_seed_alone(kind, space):
     trials = []
     for n in (8, 4, 4, 4):
-        specs = ask(trials, n, sampler=kind)
+        specs = ask(trials, n, space, sampler=kind)
         assert len(specs) == n
-        assert specs == ask(trials, n, sampler=kind)
-        assert all(spec in SPACE for spec in specs)
+        assert specs == ask(trials, n, space, sampler=kind)
+        assert all(spec in space for spec in specs)
         trials += make_trials(specs, start=len(trials))
     assert len({trial.spec for trial in trials}) == len(trials)
-    assert ask(trials, 4, sampler=kind) != ask(trials, 4, sampler=kind, seed=1)
+    assert ask(trials, 4, space, sampler=kind) != ask(trials, 4, space, sampler=kind, seed=1)
+
+
+def test_the_parameters_of_a_member_make_it_again():
+    rng = np.random.default_rng(0)
+    for space in (SPACE, WIDE):
+        for spec in space.stratified(rng, 50):
+            values = parameters(space, spec)
+            assert member(space, values) == spec
+            assert values.keys() == distributions(space, spec.num_layers).keys()
 
 
 def test_start_up_includes_the_largest_member():
@@ -86,7 +97,7 @@ def test_without_two_different_losses_proposals_are_random(losses):
 def test_an_exhausted_space_gives_fewer_and_then_none():
     space = toy.make_space(depth=4, min_dim=256)  # only patterns of 4 layers and FFN widths
     space = toy.SearchSpace(
-        replace(space.settings, ffn_dim=toy.Choices(min=768, max=768)), toy.BACKBONE
+        replace(space.settings, ffn_dim=toy.FfnChoices(min=768, max=768)), toy.BACKBONE
     )
     trials = []
     while specs := ask(trials, 8, space):
@@ -121,16 +132,27 @@ def test_of_very_many_trials_the_frontier_and_a_sample_teach(monkeypatch):
     assert {trial.spec for trial in frontier(trials, toy.PROBLEM)} <= set(learned[0])
 
 
-def test_features_lie_in_the_unit_cube_and_tell_early_from_late():
+@pytest.mark.parametrize("space", [SPACE, WIDE], ids=["plain", "wide"])
+def test_features_lie_in_the_unit_cube(space):
     rng = np.random.default_rng(0)
-    rows = np.array([features(SPACE, spec) for spec in SPACE.stratified(rng, 200)])
+    rows = np.array([features(space, spec) for spec in space.stratified(rng, 200)])
     assert rows.min() >= 0
     assert rows.max() <= 1
+    assert rows.std(axis=0).min() > 0.02  # each feature tells members apart
+
+
+def test_features_tell_early_from_late():
     early, late = (
         features(SPACE, SPACE.make(256, 768, parse_pattern(pattern)))
         for pattern in ("-FFFFFFF", "FFFFFFF-")
     )
     assert np.linalg.norm(early - late) > 0.5
+    kinds = parse_pattern("FFFF")
+    rising, falling = (
+        features(WIDE, WIDE.make(256, widths, kinds))
+        for widths in ((256, 256, 768, 768), (768, 768, 256, 256))
+    )
+    assert np.linalg.norm(rising - falling) > 0.5
 
 
 def test_greedy_batch_takes_the_greatest_expected_hypervolume_gain():

@@ -4,6 +4,7 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from flash.arch import (
     Attention,
     CacheFormat,
     Choices,
+    FfnChoices,
     Quantization,
     SearchSpace,
     SpaceSettings,
@@ -43,25 +45,34 @@ def make_space(depth: int = 8, min_depth: int = 4, min_dim: int = 128) -> Search
         name="toy",
         num_layers=Choices(min=min_depth, max=depth),
         model_dim=Choices(min=min_dim, max=256, step=32),
-        ffn_dim=Choices(min=256, max=768, step=64),
+        ffn_dim=FfnChoices(min=256, max=768, step=64),
     )
     return SearchSpace(settings, BACKBONE)
 
 
+def make_wide_space() -> SearchSpace:
+    """Make a space with FFN widths by layer and a choice of heads."""
+    widths = FfnChoices(min=256, max=768, step=64, per_layer=True)
+    settings = replace(make_space().settings, ffn_dim=widths, num_heads=[2, 4], num_kv_heads=[1, 2])
+    return SearchSpace(settings, BACKBONE)
+
+
 def loss(spec: ArchSpec) -> float:
-    """Compute a loss that falls with every size; attention helps most in early layers."""
+    """Compute a loss that falls with every size; early layers help most."""
     weights = np.exp(-np.linspace(0.0, 2.0, spec.num_layers))
     harm = {"F": 0.0, "S": 0.3, "-": 1.0}
     missing = weights @ [harm[letter] for letter in spec.pattern] / weights.sum()
-    sizes = 8 * spec.model_dim**-0.5 + 6 * spec.ffn_dim**-0.5 + 3 / spec.num_layers
+    ffns = weights @ np.array(spec.ffn_dims, dtype=float) ** -0.5 / weights.sum()
+    heads = 0.1 * (4 - spec.num_heads) + 0.02 * (2 - spec.num_kv_heads)
+    sizes = 8 * spec.model_dim**-0.5 + 6 * ffns + 3 / spec.num_layers + heads
     return float(2.0 + sizes + 0.8 * missing + 0.05 * spec.longest_efficient_run)
 
 
 def latency(specs: Sequence[ArchSpec]) -> np.ndarray:
     cost = {"F": 4.0, "S": 3.6, "-": 0.0}
     rows = [
-        sum(cost[letter] for letter in spec.pattern) * spec.model_dim / 256
-        + spec.num_layers * spec.model_dim * spec.ffn_dim / 20000
+        sum(cost[letter] for letter in spec.pattern) * spec.model_dim / 256 * spec.num_heads / 4
+        + spec.model_dim * sum(spec.ffn_dims) / 20000
         for spec in specs
     ]
     return np.array(rows)
