@@ -12,6 +12,7 @@ from flash.arch.counts import (
     training_flops_per_token,
     weight_bytes,
 )
+from flash.arch.distance import distance
 from flash.arch.space import Choices, FfnChoices, SearchSpace, SpaceSettings
 from flash.arch.spec import (
     GROUP,
@@ -37,6 +38,7 @@ __all__ = [
     "SpaceSettings",
     "count_parameters",
     "decode_flops",
+    "distance",
     "kv_cache_bytes",
     "linear_parts",
     "parse_pattern",

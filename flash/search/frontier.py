@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from flash.arch import distance
 from flash.errors import InputError
 from flash.records import write_json, write_text
 from flash.search.loop import frontier, hypervolume_history
@@ -13,6 +14,17 @@ from flash.search.names import arch_name
 from flash.search.objectives import Problem
 from flash.search.pareto import choose_winners
 from flash.search.trial import Trial
+
+
+def shortlist(front: Sequence[Trial], problem: Problem, k: int) -> list[Trial]:
+    """Choose up to k trials of the frontier that differ in their costs and as architectures.
+
+    The first adds most hypervolume; each further one adds most, weighted by the distance of its
+    architecture from the nearest before it.
+    """
+    points = [trial.point(problem.objectives) for trial in front]
+    distances = [[distance(a.spec, b.spec) for b in front] for a in front]
+    return [front[i] for i in choose_winners(points, problem.reference, k, distances)]
 
 
 def write_frontier(
@@ -61,7 +73,7 @@ def write_report(
 
     The key `latency_ms` of a trial is the headline latency, whatever the objectives are. `frontier`
     and `winners` are lists of trial numbers: the frontier fastest first, the winners in the order
-    in which they were chosen (`choose_winners`).
+    in which they were chosen (`shortlist`).
 
     Args:
         path: File to write.
@@ -75,7 +87,6 @@ def write_report(
         The content of the file.
     """
     front = frontier(trials, problem)
-    points = [trial.point(problem.objectives) for trial in front]
     keys = [objective.value for objective in problem.objectives]
     headline = problem.headline
     reference = dict(zip(keys, problem.reference, strict=True))
@@ -86,9 +97,7 @@ def write_report(
         "limits": dict(problem.limits),
         "reference": {**reference, "latency_ms": reference.get(headline)},
         "frontier": [trial.number for trial in front],
-        "winners": [
-            front[i].number for i in choose_winners(points, problem.reference, num_winners)
-        ],
+        "winners": [trial.number for trial in shortlist(front, problem, num_winners)],
         "hypervolume": hypervolume_history(trials, problem),
         "trials": [
             {

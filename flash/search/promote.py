@@ -8,9 +8,9 @@ from scipy import stats
 
 from flash.arch import ArchSpec
 from flash.errors import InputError
+from flash.search.frontier import shortlist
 from flash.search.loop import EvaluationError, Quality, frontier
 from flash.search.objectives import Problem
-from flash.search.pareto import choose_winners
 from flash.search.study import Study
 from flash.search.trial import Trial
 
@@ -47,8 +47,7 @@ def promote(
         InputError: The study has no frontier yet.
     """
     front = frontier(study.trials(), problem)
-    points = [trial.point(problem.objectives) for trial in front]
-    best = [front[i] for i in choose_winners(points, problem.reference, k)]
+    best = shortlist(front, problem, k)
     if not best:
         raise InputError(
             f"search.study={study.name}: expected trials within the reference point to promote; "

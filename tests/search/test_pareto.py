@@ -36,5 +36,15 @@ def test_first_winner_is_the_knee_and_the_others_spread():
     assert min(others) < knee < max(others)
 
 
+def test_of_two_points_in_a_gap_the_less_similar_one_wins():
+    points = [(1.0, 9.0), (5.0, 5.0), (5.3, 4.9), (9.0, 1.0)]
+    similar, reference = np.ones((4, 4)), (10.0, 10.0)
+    assert choose_winners(points, reference, 2)[0] == 1
+    similar[1, 2] = similar[2, 1] = 0.01
+    assert choose_winners(points, reference, 3, similar)[:3] == [1, 0, 3]
+    similar[1] = similar[:, 1] = 0.01  # all are near the first, and volume decides again
+    assert choose_winners(points, reference, 3, similar) == choose_winners(points, reference, 3)
+
+
 def test_no_more_winners_than_points_that_count():
     assert choose_winners([(1.0, 1.0), (2.0, 2.0), (9.0, 0.5)], (4.0, 4.0), 3) == [0]
