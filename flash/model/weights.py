@@ -204,16 +204,15 @@ class Weights:
         source = self._family.source(name)
         if source is None:
             return torch.ones(self.spec.head_dim, dtype=dtype or self._stored_dtype())
+        order = self._family.row_order(name, self.spec)
         try:
-            out = self._gather(source, rows, columns, dtype)
+            out = self._gather(source, rows if order is None else None, columns, dtype)
         except SafetensorError as error:
             path = self._files[source]
             raise InputError(f"{path}: tensor {source} cannot be read ({error})") from error
-        order = self._family.row_order(name, self.spec)
         if order is None:
             return out
-        assert rows is None  # pruning keeps heads whole
-        return out[order]
+        return out[order if rows is None else order[rows]]
 
     def _stored_dtype(self) -> torch.dtype:
         name = next(iter(self._files))

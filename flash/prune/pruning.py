@@ -21,13 +21,13 @@ class Selection:
         layers: Kept layers, `(num_layers,)`.
         model: Kept residual channels, `(model_dim,)`.
         ffn: Kept FFN channels of each kept layer, `(ffn_dims[i],)`.
-        heads: Kept query heads of each kept layer, `(num_layers, num_heads)`.
+        heads: Kept query heads of each kept layer, `(num_layers, num_heads)`; None keeps all.
     """
 
     layers: Tensor
     model: Tensor
     ffn: list[Tensor]
-    heads: Tensor
+    heads: Tensor | None
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -85,10 +85,11 @@ def select(importance: Importance, spec: ArchSpec) -> Selection:
     their number to be a multiple of the group size, which `ArchSpec` checks. Of the query heads,
     each key head of the candidate keeps as many.
     """
-    layers = _top(importance.layers, spec.num_layers)
-    groups = importance.heads[layers].unflatten(1, (spec.num_kv_heads, -1))
-    firsts = torch.arange(spec.num_kv_heads)[:, None] * groups.shape[2]
-    kept = _top(groups, spec.num_heads // spec.num_kv_heads) + firsts
+    layers, heads = _top(importance.layers, spec.num_layers), None
+    if spec.num_heads < importance.heads.shape[1]:
+        groups = importance.heads[layers].unflatten(1, (spec.num_kv_heads, -1))
+        firsts = torch.arange(spec.num_kv_heads)[:, None] * groups.shape[2]
+        heads = (_top(groups, spec.num_heads // spec.num_kv_heads) + firsts).flatten(1)
     return Selection(
         layers=layers,
         model=_top(importance.model, spec.model_dim),
@@ -96,7 +97,7 @@ def select(importance: Importance, spec: ArchSpec) -> Selection:
             _top(importance.ffn[layer], width)
             for layer, width in zip(layers, spec.ffn_dims, strict=True)
         ],
-        heads=kept.flatten(1),
+        heads=heads,
     )
 
 
@@ -126,8 +127,10 @@ def _part(name: str, selection: Selection, spec: ArchSpec) -> _Part:
     _, _, index, rest = name.split(".", 3)
     slot = int(index)
     source = f"model.layers.{int(selection.layers[slot])}.{rest}"
-    ffn, heads = selection.ffn[slot], selection.heads[slot]
-    query_rows = (heads[:, None] * spec.head_dim + torch.arange(spec.head_dim)).flatten()
+    ffn, query_rows = selection.ffn[slot], None
+    if selection.heads is not None:
+        firsts = selection.heads[slot][:, None] * spec.head_dim
+        query_rows = (firsts + torch.arange(spec.head_dim)).flatten()
     assert spec.layer_types[slot].attends or not rest.startswith("self_attn")
     if rest.endswith("layernorm.weight"):
         return _Part(source, selection.model)

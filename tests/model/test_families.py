@@ -20,7 +20,7 @@ from flash.model.families import from_config, to_config
 from flash.model.settings import BackboneSettings
 from flash.model.weights import read_spec
 from flash.prune.importance import Importance, score
-from flash.prune.pruning import prune
+from flash.prune.pruning import prune, select
 from tests.model.config_variants import random_model
 from tests.model.test_decoder import COMMON, assert_same_logits
 
@@ -123,6 +123,22 @@ def test_a_pruned_checkpoint_runs_in_their_class(name, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     tokens = torch.randint(0, 97, (2, 30))
     assert_same_logits(ours(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_cut_heads_equal_heads_without_output(name, tmp_path):
+    """Whatever the order of rotary pairs in the file."""
+    their_model(name, True).save_pretrained(tmp_path)
+    whole, importance = load(tmp_path), scores(tmp_path)
+    spec = whole.spec.replace(num_heads=whole.spec.num_kv_heads)
+    assert spec != whole.spec
+    pruned = build(spec, prune(tmp_path, importance, spec))
+    for heads, layer in zip(select(importance, spec).heads, whole.model.layers, strict=True):
+        mask = torch.zeros(whole.spec.num_heads, spec.head_dim).index_fill(0, heads, 1.0)
+        layer.self_attn.o_proj.weight.data *= mask.flatten()
+    tokens = torch.randint(0, 97, (2, 30))
+    assert_same_logits(pruned(tokens), whole(tokens))
 
 
 @pytest.mark.parametrize("pattern", ["FFF", "FSF", "SSS"])
