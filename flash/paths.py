@@ -54,6 +54,10 @@ class Runs:
         """Return the file of a backbone's importance scores."""
         return self.root / "importance" / f"{backbone}.safetensors"
 
+    def backbone(self, name: str) -> Path:
+        """Return the folder of a backbone with a smaller vocabulary."""
+        return self.root / "backbones" / name
+
     def teacher(self, key: str) -> Path:
         """Return the folder of precomputed teacher outputs on training sequences."""
         return self.root / "teachers" / key

@@ -1,5 +1,6 @@
 """Inputs that a command opens once: results folder, backbone, text, importance, device."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from flash.model.checkpoint import save, state_to_save
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
 from flash.model.tokenizer import ModelTokenizer
+from flash.model.weights import read_spec
 from flash.paths import Runs
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits
+from flash.prune.vocabulary import cut_backbone, kept_tokens, same_tokens
 from flash.ranks import is_main_process
 from flash.records import digest, locked, remove_leftovers
 
@@ -178,6 +181,52 @@ class Workspace:
             seed=self.seed,
             cache=self.runs.tokens,
         )
+
+    def for_vocabulary(self, size: int) -> "Workspace":
+        """Return the workspace of a model with fewer tokens than the backbone.
+
+        Its backbone has the rows of these tokens only, and is written at the first use. They are
+        those of the model's own tokenizer if there is one, else those that the training text uses
+        most.
+
+        Args:
+            size: Number of tokens of the model.
+
+        Raises:
+            InputError: The vocabulary cannot be cut, or the text cannot be used.
+        """
+        whole = self.backbone
+        if size == whole.spec.vocab_size:
+            return self
+        settings = dataclasses.replace(self._settings, tokenizer=None)
+        source = dataclasses.replace(self, model_folder=None)
+        own = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
+        cut = load_tokenizer(own, settings) if own is not None and own.is_file() else None
+        if whole.folder is None:
+            raise InputError(
+                f"arch.vocab_size={size}: expected the backbone's {whole.spec.vocab_size}, since "
+                f"backbone {whole.name} has no weights to inherit; set backbone.weights"
+            )
+        chosen = cut.digest if cut is not None else source.data.digest
+        name = f"{whole.name}_{size}_{digest([fingerprint(whole.folder), chosen])}"
+        folder = self.runs.backbone(name)
+        checkpoint = folder / "checkpoint"
+        with locked(folder / ".lock"):  # also between the processes of one training
+            if not checkpoint.is_dir():
+                remove_leftovers(folder)
+                if cut is not None:
+                    kept = same_tokens(source.tokenizer, cut)
+                else:
+                    with under("arch"):
+                        kept = kept_tokens(source.tokenizer, size, source.data.token_counts())
+                cut_backbone(whole.folder, source.tokenizer, kept, checkpoint)
+        backbone = Backbone(whole.name, read_spec(checkpoint), checkpoint)
+        return dataclasses.replace(self, backbone=backbone, data_settings=settings)
+
+    @property
+    def _settings(self) -> DataSettings:
+        assert self.data_settings is not None
+        return self.data_settings
 
     def importance(self, calibration_tokens: int) -> Importance:
         """Return the backbone's importance scores on the first training text, stored for later.

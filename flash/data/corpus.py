@@ -7,7 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -26,6 +28,8 @@ from flash.records import write_text
 
 log = logging.getLogger(__name__)
 
+_MOST_COUNTED, _MOST_STREAMED, _AT_ONCE = 2**30, 2**24, 2**20
+"""Most tokens that are counted of stored and of streamed text, and tokens read at a time."""
 MAX_BATCH = 16
 """Most validation or calibration sequences per batch."""
 
@@ -142,6 +146,22 @@ class PackedData:
         values = {**self.identity, "seed": self.seed}
         del values["validation_sequences"]
         return values
+
+    def token_counts(self) -> Int[np.ndarray, " vocab"]:
+        """Count how often each token stands in the training text, of which much is read at most."""
+        counts = np.zeros(len(self.bytes), dtype=np.int64)
+        for tokens in self._counted():
+            counts += np.bincount(tokens, minlength=len(counts))
+        return counts
+
+    def _counted(self) -> Iterator[np.ndarray]:
+        if isinstance(self.train_set, PackedSequences):
+            stream = self.train_set.tokens
+            end = min(len(stream), _MOST_COUNTED)
+            yield from (stream[i : min(i + _AT_ONCE, end)] for i in range(0, end, _AT_ONCE))
+        else:
+            count = _MOST_STREAMED // self.settings.seq_len
+            yield from (batch.tokens.numpy() for batch in first_sequences(self.train_set, count))
 
     def calibration_batches(self, tokens: int) -> Iterator[Tensor]:
         """Yield training sequences `(b, seq_len)` for importance scores, about `tokens` in all."""

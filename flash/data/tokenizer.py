@@ -63,6 +63,10 @@ class ByteCounter:
         probe = tokenizer.backend.encode("x", add_special_tokens=False).ids
         self._adds_blank = int(self._lengths[probe].sum()) > 1
 
+    def __len__(self) -> int:
+        """Number of token ids."""
+        return len(self._lengths)
+
     def count(self, before: np.ndarray, tokens: np.ndarray) -> int:
         """Count the bytes of `tokens`, each of which follows the token `before`.
 

@@ -48,6 +48,7 @@ def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
         ("num_layers", spec.num_layers, backbone.num_layers),
         ("model_dim", spec.model_dim, backbone.model_dim),
         ("num_heads", spec.num_heads, backbone.num_heads),
+        ("vocab_size", spec.vocab_size, backbone.vocab_size),
         *(("ffn_dim", *pair) for pair in zip(spec.ffn_dims, limits, strict=True)),
     ):
         if wanted > limit:
@@ -62,7 +63,6 @@ def check_fits(spec: ArchSpec, backbone: ArchSpec) -> None:
         )
     fixed = (
         "head_dim",
-        "vocab_size",
         "qk_norm",
         "qkv_bias",
         "rope_theta",
@@ -170,13 +170,15 @@ def prune(folder: Path, importance: Importance, spec: ArchSpec) -> dict[str, Ten
     Args:
         folder: Checkpoint folder of the backbone.
         importance: Importance scores of the backbone.
-        spec: Architecture of the candidate.
+        spec: Architecture of the candidate, with the backbone's vocabulary; see
+            `flash.prune.vocabulary` for a backbone with a smaller one.
 
     Raises:
         InputError: `spec` or the scores do not fit the backbone, or a file is missing or damaged.
     """
     stored = Weights(folder)  # raises before any work if a file is damaged
     check_fits(spec, stored.spec)
+    assert spec.vocab_size == stored.spec.vocab_size
     if not importance.fits(stored.spec):
         raise InputError(
             f"importance scores are for {tuple(importance.ffn.shape)} layers x FFN channels, "

@@ -68,6 +68,24 @@ def kept_tokens(
     return sorted([*forced, *free[: size - len(forced)]])
 
 
+def same_tokens(tokenizer: ModelTokenizer, cut: ModelTokenizer) -> list[int]:
+    """Find the tokens of a smaller vocabulary in the whole one.
+
+    Returns:
+        Their ids there, in the order of the smaller one.
+
+    Raises:
+        InputError: The whole one lacks a token.
+    """
+    ids = [tokenizer.backend.token_to_id(cut.backend.id_to_token(i)) for i in range(cut.size)]
+    if None in ids:
+        raise InputError(
+            f"{cut.path}: has the token {cut.backend.id_to_token(ids.index(None))!r}, which "
+            f"{tokenizer.path} lacks: expected a vocabulary that was cut out of it"
+        )
+    return ids
+
+
 def _used(document: Document, counts: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
     """Number of uses of each token: in the text, and as a part of longer tokens."""
     vocabulary: dict[str, int] = document["model"]["vocab"]
@@ -150,8 +168,8 @@ def _byte_level(tokenizer: ModelTokenizer) -> Document:
     kinds = [document["model"]["type"], *_types(document["decoder"])]
     if kinds[0] != "BPE" or "ByteLevel" not in kinds:
         raise InputError(
-            f"{tokenizer.path}: expected a byte-level BPE, whose vocabulary can be cut, and not "
-            f"{' with '.join(kinds)}; leave vocab_size out"
+            f"vocab_size: expected the whole vocabulary, as {tokenizer.path} is of the kind "
+            f"{' with '.join(kinds)}, and only that of a byte-level BPE can be cut"
         )
     return document
 

@@ -195,7 +195,7 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
     if settings.recipe.inherit:
         backbone.fetch()
-    workspace = _workspace(settings, backbone)
+    workspace = _workspace(settings, backbone).for_vocabulary(spec.vocab_size)
     key = _key(settings, spec, workspace)
     with one_at_a_time(workspace.runs.model(name), name):
         return _train_once(settings, name, spec, workspace, key, later)

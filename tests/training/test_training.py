@@ -19,6 +19,7 @@ from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.model.decoder import Decoder
 from flash.model.settings import BackboneSettings
+from flash.model.tokenizer import ModelTokenizer
 from flash.tracking.settings import LoggerKind, LoggerSettings
 from flash.training.fit import fit
 from flash.training.run import train
@@ -263,6 +264,39 @@ def test_a_recipe_that_inherits_nothing_starts_from_random_weights(
     alone = dataclasses.replace(settings, backbone=shape, recipe=heir, data=own, name="alone")
     same = train(alone)
     assert (same.key, same.before, same.after) == (result.key, result.before, result.after)
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_a_smaller_vocabulary_is_cut_taught_and_kept(
+    backbone_settings, data_settings, tmp_path, top_k
+):
+    recipe = dataclasses.replace(RECIPE, kd_weight=0.5, kd_top_k=top_k)
+    arch = {"vocab_size": 290, "ffn_dim": 64}
+    first = _settings(backbone_settings, data_settings, tmp_path, arch=arch, recipe=recipe)
+    result = train(first)
+    folder = tmp_path / "runs" / "models" / "candidate" / "checkpoint"
+    tokenizer = ModelTokenizer.open(folder / "tokenizer.json")
+    assert load(folder).spec.vocab_size == result.spec.vocab_size == tokenizer.size == 290
+    assert result.after.loss < result.before.loss
+    # A further training has the same tokens, whatever its text uses most.
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(60):
+        (other / f"{i}.py").write_text("zyx wvu tsr qpo nml kji hgf edc ba 9876543210 " * 40)
+    text = dataclasses.replace(data_settings, path=str(other))
+    second = dataclasses.replace(first, arch={}, start="candidate", data=text, name="second")
+    assert train(second).spec == result.spec
+    again = ModelTokenizer.open(folder.parents[1] / "second" / "checkpoint" / "tokenizer.json")
+    assert again.identity == tokenizer.identity
+
+
+def test_vocabularies_that_cannot_be_cut_are_refused(backbone_settings, data_settings, tmp_path):
+    settings = _settings(backbone_settings, data_settings, tmp_path, arch={"vocab_size": 100})
+    with pytest.raises(InputError, match=r"^arch\.vocab_size=100: expected 2\d\d .*bytes"):
+        train(settings)
+    settings.arch = {"vocab_size": 100_000}
+    with pytest.raises(InputError, match=r"^arch\.vocab_size=100000: expected at most the backb"):
+        train(settings)
 
 
 def test_an_arch_that_does_not_fit_is_refused_before_any_work(
