@@ -141,8 +141,7 @@ class Workspace:
     @property
     def _own_tokenizer(self) -> Path | None:
         """The tokenizer.json of the model, else of the backbone; None if both have none."""
-        own = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
-        return own if own is not None and own.is_file() else self.backbone.tokenizer
+        return self._model_tokenizer or self.backbone.tokenizer
 
     def check_data(self) -> None:
         """Check the text and its tokenizer as far as possible without reading the text.
@@ -195,18 +194,14 @@ class Workspace:
         Raises:
             InputError: The vocabulary cannot be cut, or the text cannot be used.
         """
+        self.check_vocabulary(size)
         whole = self.backbone
         if size == whole.spec.vocab_size:
             return self
+        assert whole.folder is not None
         settings = dataclasses.replace(self._settings, tokenizer=None)
         source = dataclasses.replace(self, model_folder=None)
-        own = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
-        cut = load_tokenizer(own, settings) if own is not None and own.is_file() else None
-        if whole.folder is None:
-            raise InputError(
-                f"arch.vocab_size={size}: expected the backbone's {whole.spec.vocab_size}, since "
-                f"backbone {whole.name} has no weights to inherit; set backbone.weights"
-            )
+        cut = load_tokenizer(self._model_tokenizer, settings) if self._model_tokenizer else None
         chosen = cut.digest if cut is not None else source.data.digest
         name = f"{whole.name}_{size}_{digest([fingerprint(whole.folder), chosen])}"
         folder = self.runs.backbone(name)
@@ -222,6 +217,33 @@ class Workspace:
                 cut_backbone(whole.folder, source.tokenizer, kept, checkpoint)
         backbone = Backbone(whole.name, read_spec(checkpoint), checkpoint)
         return dataclasses.replace(self, backbone=backbone, data_settings=settings)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Check that a model with `size` tokens can be trained, without reading the text.
+
+        Raises:
+            InputError: The backbone has more tokens, and no weights; or the text is stored as its
+                tokens.
+        """
+        if size == self.backbone.spec.vocab_size:
+            return
+        key = f"arch.vocab_size={size}: expected the backbone's {self.backbone.spec.vocab_size}"
+        if self.backbone.folder is None:
+            raise InputError(
+                f"{key}, since backbone {self.backbone.name} has no weights to inherit; set "
+                "backbone.weights"
+            )
+        if self._settings.kind is DataKind.shards and self._model_tokenizer is None:
+            raise InputError(
+                f"{key}, since data.kind=shards holds its tokens; train on the text that the "
+                "shards were made of"
+            )
+
+    @property
+    def _model_tokenizer(self) -> Path | None:
+        """The tokenizer.json of the model; None if there is none."""
+        path = self.model_folder / "tokenizer.json" if self.model_folder is not None else None
+        return path if path is not None and path.is_file() else None
 
     @property
     def _settings(self) -> DataSettings:

@@ -109,8 +109,11 @@ def check(settings: TrainSettings) -> None:
                 tokens = stage.recipe.qat_calibration_tokens
                 check_calibration("recipe.qat_calibration_tokens", tokens, spec)
             if backbone.folder is not None and stage.recipe.inherit:
-                check_top_k(stage.recipe, stage.data, backbone.spec.vocab_size)
-            _workspace(stage, backbone).check_data()
+                check_top_k(stage.recipe, stage.data, spec.vocab_size)
+            workspace = _workspace(stage, backbone)
+            if stage.start is None:
+                workspace.check_vocabulary(spec.vocab_size)
+            workspace.check_data()
     for stage in stages:
         TrainResult.read(runs.model(result_name(stage)))
 

@@ -294,6 +294,10 @@ def test_vocabularies_that_cannot_be_cut_are_refused(backbone_settings, data_set
     settings = _settings(backbone_settings, data_settings, tmp_path, arch={"vocab_size": 100})
     with pytest.raises(InputError, match=r"^arch\.vocab_size=100: expected 2\d\d .*bytes"):
         train(settings)
+    shards = dataclasses.replace(data_settings, kind=DataKind.shards)
+    settings.arch = {"vocab_size": 290}
+    with pytest.raises(InputError, match=r"^arch\.vocab_size=290: .* data\.kind=shards holds its"):
+        train(dataclasses.replace(settings, data=shards))
     settings.arch = {"vocab_size": 100_000}
     with pytest.raises(InputError, match=r"^arch\.vocab_size=100000: expected at most the backb"):
         train(settings)
