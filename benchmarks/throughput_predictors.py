@@ -35,6 +35,7 @@ def _blocks() -> BlockPredictor:
         ffn_dims=grid_points(SPACE.ffn_dims, 3),
         kinds=SPACE.kinds,
         heads=SPACE.heads,
+        vocab_sizes=SPACE.vocab_sizes,
     )
     parts_ms = {part: 1e-3 * part.model_dim * (part.ffn_dim or 64) ** 0.5 for part in grid.parts()}
     return BlockPredictor(BlockTable(POINT, BACKBONE, grid, parts_ms, LoweringSettings()))

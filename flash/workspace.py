@@ -195,9 +195,20 @@ class Workspace:
             InputError: The vocabulary cannot be cut, or the text cannot be used.
         """
         self.check_vocabulary(size)
-        whole = self.backbone
-        if size == whole.spec.vocab_size:
+        if size == self.backbone.spec.vocab_size:
             return self
+        if size not in self._cut:
+            self._cut[size] = self._cut_to(size)
+        return self._cut[size]
+
+    @cached_property
+    def _cut(self) -> dict[int, "Workspace"]:
+        """Workspaces of models with fewer tokens, by their number."""
+        return {}
+
+    def _cut_to(self, size: int) -> "Workspace":
+        """Write the backbone with `size` tokens, unless it exists, and return its workspace."""
+        whole = self.backbone
         assert whole.folder is not None
         settings = dataclasses.replace(self._settings, tokenizer=None)
         source = dataclasses.replace(self, model_folder=None)
@@ -218,8 +229,12 @@ class Workspace:
         backbone = Backbone(whole.name, read_spec(checkpoint), checkpoint)
         return dataclasses.replace(self, backbone=backbone, data_settings=settings)
 
-    def check_vocabulary(self, size: int) -> None:
+    def check_vocabulary(self, size: int, key: str = "arch.vocab_size") -> None:
         """Check that a model with `size` tokens can be trained, without reading the text.
+
+        Args:
+            size: Number of tokens.
+            key: Setting that says so, for errors.
 
         Raises:
             InputError: The backbone has more tokens, and no weights; or the text is stored as its
@@ -227,15 +242,15 @@ class Workspace:
         """
         if size == self.backbone.spec.vocab_size:
             return
-        key = f"arch.vocab_size={size}: expected the backbone's {self.backbone.spec.vocab_size}"
+        wanted = f"{key}={size}: expected the backbone's {self.backbone.spec.vocab_size}"
         if self.backbone.folder is None:
             raise InputError(
-                f"{key}, since backbone {self.backbone.name} has no weights to inherit; set "
+                f"{wanted}, since backbone {self.backbone.name} has no weights to inherit; set "
                 "backbone.weights"
             )
         if self._settings.kind is DataKind.shards and self._model_tokenizer is None:
             raise InputError(
-                f"{key}, since data.kind=shards holds its tokens; train on the text that the "
+                f"{wanted}, since data.kind=shards holds its tokens; train on the text that the "
                 "shards were made of"
             )
 

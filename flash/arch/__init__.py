@@ -13,7 +13,7 @@ from flash.arch.counts import (
     weight_bytes,
 )
 from flash.arch.distance import distance
-from flash.arch.space import Choices, FfnChoices, SearchSpace, SpaceSettings
+from flash.arch.space import Choices, FfnChoices, SearchSpace, SpaceSettings, Variant
 from flash.arch.spec import (
     GROUP,
     ArchSpec,
@@ -36,6 +36,7 @@ __all__ = [
     "RopeScaling",
     "SearchSpace",
     "SpaceSettings",
+    "Variant",
     "count_parameters",
     "decode_flops",
     "distance",

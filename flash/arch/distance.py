@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
+from flash.arch.space import Variant
 from flash.arch.spec import ArchSpec
 
 _PLACES = 64
@@ -13,21 +14,21 @@ def distance(first: ArchSpec, second: ArchSpec) -> float:
     """Distance from 0 (equal in all that is searched) to 1.
 
     The mean of five parts, each from 0 to 1: the share of relative depth at which the kinds of
-    attention differ, and the ratios of depth, width, FFN width (averaged over relative depth) and
-    heads. A ratio counts by its binary logarithm; 2 and more count as 1.
+    attention differ, and the ratios of depth, width, FFN width (averaged over relative depth), and
+    of heads and vocabulary together. A ratio counts by its binary logarithm; 2 and more count as 1.
     """
     layers = [np.arange(_PLACES) * spec.num_layers // _PLACES for spec in (first, second)]
     kinds, ffn_dims = (
         [np.array(getattr(spec, key))[i] for spec, i in zip((first, second), layers, strict=True)]
         for key in ("layer_types", "ffn_dims")
     )
-    heads = [(spec.num_heads, spec.num_kv_heads) for spec in (first, second)]
+    variants = [Variant.of(spec) for spec in (first, second)]
     parts = [
         np.mean(kinds[0] != kinds[1]),
         _ratio(first.num_layers, second.num_layers),
         _ratio(first.model_dim, second.model_dim),
         _ratio(*ffn_dims),
-        _ratio(*heads),
+        _ratio(*variants),
     ]
     return float(np.mean(parts))
 

@@ -4,14 +4,29 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from flash.arch.spec import GROUP, ArchSpec, Attention
 from flash.errors import InputError, check_name, require, under
 
-Choice = TypeVar("Choice")
+
+class Variant(NamedTuple):
+    """Sizes that all layers share and of which a space has few values."""
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads."""
+    vocab_size: int
+    """Tokens in the vocabulary."""
+
+    @classmethod
+    def of(cls, spec: ArchSpec) -> "Variant":
+        """Return the variant that an architecture has."""
+        return cls(spec.num_heads, spec.num_kv_heads, spec.vocab_size)
+
 
 WIDTH_KNOTS = 3
 """Knots over depth of the lines that drawn FFN widths follow."""
@@ -68,6 +83,8 @@ class SpaceSettings:
     """Numbers of query heads; null is the backbone's, as in the paper."""
     num_kv_heads: list[int] | None = None
     """Numbers of key and value heads, divisors of the backbone's; null is the backbone's."""
+    vocab_size: list[int] | None = None
+    """Sizes of the vocabulary, at most the backbone's; null is the backbone's."""
     kinds: list[Attention] = field(default_factory=lambda: list(Attention))
     """Attention kinds that a layer may have; full attention must be among them."""
     max_efficient_run: int = 2
@@ -83,7 +100,7 @@ class SpaceSettings:
             [kind.value for kind in self.kinds],
             "a list with full_attention in it",
         )
-        for key in ("num_heads", "num_kv_heads"):
+        for key in ("num_heads", "num_kv_heads", "vocab_size"):
             values = getattr(self, key)
             valid = values is None or (len(values) > 0 and min(values) > 0)
             require(valid, key, values, "null, or a list of positive integers")
@@ -127,7 +144,23 @@ class SearchSpace:
                 self.base.replace(model_dim=model_dim)
             for ffn_dim in self.ffn_dims:
                 self.base.replace(ffn_dim=ffn_dim)
+            self.vocab_sizes = self._legal_vocab_sizes(backbone)
             self.heads = self._legal_heads(backbone)
+        self.variants = tuple(
+            Variant(*heads, vocab_size) for heads in self.heads for vocab_size in self.vocab_sizes
+        )
+
+    def _legal_vocab_sizes(self, backbone: ArchSpec) -> tuple[int, ...]:
+        """All sizes of the vocabulary, ascending.
+
+        Raises:
+            InputError: A size is larger than the backbone's.
+        """
+        sizes = self.settings.vocab_size or [backbone.vocab_size]
+        for size in sizes:
+            expected = f"at most the backbone's {backbone.vocab_size}"
+            require(size <= backbone.vocab_size, "vocab_size", size, expected)
+        return tuple(sorted(set(sizes)))
 
     def _legal_heads(self, backbone: ArchSpec) -> tuple[tuple[int, int], ...]:
         """All numbers of query heads and key heads that go together, fewest first.
@@ -156,17 +189,21 @@ class SearchSpace:
     def __contains__(self, spec: ArchSpec) -> bool:
         return self.violated_rule(spec) is None
 
+    def describe(self, spec: ArchSpec) -> str:
+        """The text of a spec, with heads and vocabulary where the space has a choice."""
+        heads = f" h{spec.num_heads}/{spec.num_kv_heads}" if len(self.heads) > 1 else ""
+        return f"{spec}{heads}" + (f" v{spec.vocab_size}" if len(self.vocab_sizes) > 1 else "")
+
     def violated_rule(self, spec: ArchSpec) -> str | None:
         """The rule that keeps `spec` out of the space; None for a member."""
         same = self.base.replace(
             layer_types=spec.layer_types,
             model_dim=spec.model_dim,
             ffn_dim=spec.ffn_dim,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
+            **Variant.of(spec)._asdict(),
         )
         if spec != same:
-            return "vocabulary or other fixed settings differ from the backbone's"
+            return "fixed settings differ from the backbone's"
         for key, values, choices in (
             ("num_layers", (spec.num_layers,), self.depths),
             ("model_dim", (spec.model_dim,), self.model_dims),
@@ -180,6 +217,8 @@ class SearchSpace:
         if (spec.num_heads, spec.num_kv_heads) not in self.heads:
             known = ", ".join(f"{q}/{kv}" for q, kv in self.heads)
             return f"heads {spec.num_heads}/{spec.num_kv_heads} are not among {known}"
+        if spec.vocab_size not in self.vocab_sizes:
+            return f"vocab_size={spec.vocab_size} is not among {[*self.vocab_sizes]}"
         if not set(spec.layer_types) <= set(self.kinds):
             return f"pattern {spec.pattern} has a kind that the space lacks"
         if spec.longest_efficient_run > self.settings.max_efficient_run:
@@ -222,7 +261,7 @@ class SearchSpace:
             self.count_patterns(depth, constrained=constrained) * self._count_widths(depth)
             for depth in self.depths
         )
-        return shapes * len(self.model_dims) * len(self.heads)
+        return shapes * len(self.model_dims) * len(self.variants)
 
     def _count_widths(self, depth: int) -> int:
         """Number of ways to give FFN widths to `depth` layers."""
@@ -234,23 +273,19 @@ class SearchSpace:
         For Table 3 this is 3^16 x 7 x 25 x 9 = 67.8e9, the paper's "about 70 billion".
         """
         sizes = len(self.depths) * len(self.model_dims) * self._count_widths(self.depths[-1])
-        return len(self.kinds) ** self.depths[-1] * sizes * len(self.heads)
+        return len(self.kinds) ** self.depths[-1] * sizes * len(self.variants)
 
     def make(
         self,
         model_dim: int,
         ffn_dim: int | Sequence[int],
         layer_types: tuple[Attention, ...],
-        heads: tuple[int, int] | None = None,
+        variant: Variant | None = None,
     ) -> ArchSpec:
         """The spec with these values and the backbone's for all else; it need not be a member."""
-        num_heads, num_kv_heads = heads or (self.base.num_heads, self.base.num_kv_heads)
+        sizes = (variant or Variant.of(self.base))._asdict()
         return self.base.replace(
-            model_dim=model_dim,
-            ffn_dim=ffn_dim,
-            layer_types=layer_types,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            model_dim=model_dim, ffn_dim=ffn_dim, layer_types=layer_types, **sizes
         )
 
     def sample(self, rng: np.random.Generator) -> ArchSpec:
@@ -267,15 +302,16 @@ class SearchSpace:
         model_dim = int(rng.choice(self.model_dims))
         each = rng.choice(self.ffn_dims, depth).tolist() if self.per_layer else None
         ffn_dim = each or int(rng.choice(self.ffn_dims))
-        heads = self._sample_heads(rng)
+        variant = self._sample_variant(rng)
         while True:  # repeats only after a pattern of skips alone, which is rare or impossible
-            spec = self.make(model_dim, ffn_dim, self._sample_pattern(rng, depth), heads)
+            spec = self.make(model_dim, ffn_dim, self._sample_pattern(rng, depth), variant)
             if spec in self:
                 return spec
 
-    def _sample_heads(self, rng: np.random.Generator) -> tuple[int, int]:
-        # A space without the choice draws nothing, so that its samples stay those of a seed.
-        return self.heads[int(rng.integers(len(self.heads))) if len(self.heads) > 1 else 0]
+    def _sample_variant(self, rng: np.random.Generator) -> Variant:
+        # A space without a choice draws nothing, so that its samples stay those of a seed.
+        count = len(self.variants)
+        return self.variants[int(rng.integers(count)) if count > 1 else 0]
 
     def _sample_pattern(self, rng: np.random.Generator, depth: int) -> tuple[Attention, ...]:
         cheap = [kind for kind in self.kinds if kind.efficient]
@@ -309,8 +345,8 @@ class SearchSpace:
         )
         for depth, model_dim, ffn_dim in sizes:
             drawn = self.sample_at_depth(rng, depth)
-            heads = (drawn.num_heads, drawn.num_kv_heads)
-            found[self.shaped(rng, model_dim, ffn_dim, drawn.layer_types, heads)] = None
+            shaped = self.shaped(rng, model_dim, ffn_dim, drawn.layer_types, Variant.of(drawn))
+            found[shaped] = None
         return list(found)
 
     def shaped(
@@ -319,7 +355,7 @@ class SearchSpace:
         model_dim: int,
         ffn_dim: int,
         layer_types: tuple[Attention, ...],
-        heads: tuple[int, int],
+        variant: Variant,
     ) -> ArchSpec:
         """The spec with these values; if each layer has its own FFN width, they are drawn.
 
@@ -327,7 +363,7 @@ class SearchSpace:
         """
         depth = len(layer_types)
         widths = self._sample_widths(rng, depth, ffn_dim) if self.per_layer else ffn_dim
-        return self.make(model_dim, widths, layer_types, heads)
+        return self.make(model_dim, widths, layer_types, variant)
 
     def _sample_widths(self, rng: np.random.Generator, depth: int, middle: int) -> list[int]:
         """Draw FFN widths that follow a line over depth with `WIDTH_KNOTS` knots.
@@ -346,7 +382,8 @@ class SearchSpace:
         """Members one step away from `spec`.
 
         A step changes the kind of one layer, adds or removes a layer, or moves a size to the next
-        value: a width, the FFN width of one layer or of a third of them, or the heads.
+        value: a width, the FFN width of one layer or of a third of them, a number of heads, or the
+        vocabulary.
         """
         seen = {spec}
         for candidate in self._steps(spec):
@@ -374,8 +411,15 @@ class SearchSpace:
             for step in (-1, 1):
                 moved = [_moved(self.ffn_dims, width, step) for width in widths[first:end]]
                 yield spec.replace(ffn_dim=(*widths[:first], *moved, *widths[end:]))
-        for heads in _beside(self.heads, (spec.num_heads, spec.num_kv_heads)):
-            yield spec.replace(num_heads=heads[0], num_kv_heads=heads[1])
+        for variant in self._variants_beside(Variant.of(spec)):
+            yield spec.replace(**variant._asdict())
+
+    def _variants_beside(self, variant: Variant) -> Iterator[Variant]:
+        """Variants that differ in one size, by one value of those that go with the other sizes."""
+        for i, name in enumerate(Variant._fields):
+            along = {v[i]: v for v in self.variants if v._replace(**{name: variant[i]}) == variant}
+            for value in _beside(sorted(along), variant[i]):
+                yield along[value]
 
     def _runs(self, depth: int) -> Iterator[tuple[int, int]]:
         """Begin and end of the runs of layers whose FFN widths a step moves together."""
@@ -385,7 +429,7 @@ class SearchSpace:
             yield from ((i, i + 1) for i in range(depth))
 
 
-def _beside(choices: Sequence[Choice], value: Choice) -> list[Choice]:
+def _beside(choices: Sequence[int], value: int) -> list[int]:
     """The choices next to `value`, the lower one first."""
     index = choices.index(value)
     return [*choices[max(index - 1, 0) : index], *choices[index + 1 : index + 2]]

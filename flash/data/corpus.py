@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,19 @@ class PackedData:
         values = {**self.identity, "seed": self.seed}
         del values["validation_sequences"]
         return values
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Mean UTF-8 bytes of the held-out tokens that count in a loss."""
+        num_bytes = tokens = 0
+        for i in range(len(self.validation_set)):
+            sequence = self.validation_set[i]
+            before, targets = sequence.tokens[:-1], sequence.tokens[1:]
+            if sequence.loss_mask is not None:
+                before, targets = before[sequence.loss_mask], targets[sequence.loss_mask]
+            num_bytes += self.bytes.count(before.numpy(), targets.numpy())
+            tokens += len(targets)
+        return num_bytes / max(tokens, 1)
 
     def token_counts(self) -> Int[np.ndarray, " vocab"]:
         """Count how often each token stands in the training text, of which much is read at most."""

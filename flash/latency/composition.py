@@ -26,7 +26,6 @@ from flash.lowering.settings import LoweringSettings
 
 FIXED_SIZES = (
     "head_dim",
-    "vocab_size",
     "qk_norm",
     "qkv_bias",
     "sliding_window",
@@ -47,14 +46,23 @@ class BlockShape:
         model_dim: Width of the residual stream.
         ffn_dim: Hidden width of an FFN half, else None.
         heads: Query heads and key heads of attention halves, else None.
+        vocab_size: Rows of embedding and head, else None.
     """
 
     name: str
     model_dim: int
     ffn_dim: int | None = None
     heads: Heads | None = None
+    vocab_size: int | None = None
+
+    @property
+    def table(self) -> "Table":
+        """Key of the table in which the part is interpolated."""
+        return self.name, self.heads or self.vocab_size
 
 
+Table = tuple[str, Heads | int | None]
+"""Key of a table: the name of the parts, and their heads or vocabulary if they depend on them."""
 ENDS, FFN = "ends", "ffn"
 _PLAN = "_plan"
 """End of the name of what halves of a kind share, with the cost of a call."""
@@ -71,19 +79,25 @@ def grid_points(choices: Sequence[int], num: int) -> tuple[int, ...]:
 class Grid:
     """Grid of measured parts.
 
-    Attention is measured at every width with all numbers of heads, FFNs at every pair of widths.
+    Attention is measured at every width with all numbers of heads, FFNs at every pair of widths,
+    and the ends at every width with all vocabularies.
     """
 
     model_dims: tuple[int, ...]
     ffn_dims: tuple[int, ...]
     kinds: tuple[Attention, ...]
     heads: tuple[Heads, ...]
+    vocab_sizes: tuple[int, ...]
 
     def parts(self) -> list[BlockShape]:
         """List all parts to measure."""
         attending = [kind.value for kind in self.kinds if kind.attends]
         return [
-            *(BlockShape(name=ENDS, model_dim=d) for d in self.model_dims),
+            *(
+                BlockShape(name=ENDS, model_dim=d, vocab_size=size)
+                for size in self.vocab_sizes
+                for d in self.model_dims
+            ),
             *(
                 BlockShape(name=f"{kind}{form}", model_dim=d, heads=heads)
                 for heads in self.heads
@@ -140,14 +154,14 @@ class BlockTable:
         self.grid = grid
         self.smallest_ms = min(values_ms[part] for part in grid.parts())
         self._fixed = tuple(getattr(base, name) for name in FIXED_SIZES)
-        self._tables = {
-            (part.name, part.heads): np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
+        self._tables: dict[Table, np.ndarray] = {
+            part.table: np.empty((len(grid.model_dims), len(_axis(grid, part.name))))
             for part in grid.parts()
         }
         for part in grid.parts():
             row = grid.model_dims.index(part.model_dim)
             column = 0 if part.ffn_dim is None else grid.ffn_dims.index(part.ffn_dim)
-            self._tables[part.name, part.heads][row, column] = values_ms[part]
+            self._tables[part.table][row, column] = values_ms[part]
         for heads in grid.heads:
             for kind in grid.kinds:
                 if kind.attends:
@@ -166,14 +180,14 @@ class BlockTable:
         """Sum the parts of each model.
 
         Raises:
-            InputError: A spec has a kind or numbers of heads that were not measured, or differs
-                from the measured blocks in `FIXED_SIZES`.
+            InputError: A spec has a kind, a vocabulary or numbers of heads that were not measured,
+                or differs from the measured blocks in `FIXED_SIZES`.
         """
         table = SpecTable.of(specs)
         self._check(table)
         depths = table.column("num_layers")
         whole, tail = self._ffns(table)
-        total = self._at(ENDS, None, table.column("model_dim")) + whole
+        total = self._ends(table) + whole
         num_kinds = np.zeros(len(table))
         for kind, numbers in _counts(table).items():
             if kind.attends and numbers.any():
@@ -208,7 +222,7 @@ class BlockTable:
         """Sum the FFN halves of all layers, and of those in the tail [ms]."""
         models, places = table.ffn_dims.nonzero()
         widths = table.ffn_dims[models, places]
-        each_ms = self._at(FFN, None, table.column("model_dim")[models], widths)
+        each_ms = self._at((FFN, None), table.column("model_dim")[models], widths)
         tail = places >= table.ffn_dims.shape[1] - table.column("num_tail")[models]
         return (
             np.bincount(models, each_ms, len(table)),
@@ -221,14 +235,20 @@ class BlockTable:
         for heads in self.grid.heads:
             mine = (_heads(table) == heads).all(axis=1)
             if mine.any():
-                found[mine] = self._at(name, heads, table.column("model_dim")[mine])
+                found[mine] = self._at((name, heads), table.column("model_dim")[mine])
         return found
 
-    def _at(
-        self, name: str, heads: Heads | None, x: np.ndarray, y: np.ndarray | None = None
-    ) -> Values:
+    def _ends(self, table: SpecTable) -> Values:
+        """Interpolate the latency of embedding and head for each model [ms]."""
+        found = np.zeros(len(table))
+        for size in self.grid.vocab_sizes:
+            mine = table.column("vocab_size") == size
+            found[mine] = self._at((ENDS, size), table.column("model_dim")[mine])
+        return found
+
+    def _at(self, key: Table, x: np.ndarray, y: np.ndarray | None = None) -> Values:
         """Interpolate a part at widths x, and an FFN half at FFN widths y [ms]."""
-        table = self._tables[name, heads]
+        table = self._tables[key]
         i, u = _locate(self.grid.model_dims, x)
         next_i = np.minimum(i + 1, table.shape[0] - 1)
         if y is None:
@@ -246,6 +266,12 @@ class BlockTable:
                 raise InputError(
                     f"arch.{name}={wrong[0]}: expected {expected}, as in the measured blocks of "
                     f"{self.point}; measure blocks for this backbone"
+                )
+        for size in np.unique(table.column("vocab_size")):
+            if size not in self.grid.vocab_sizes:
+                raise InputError(
+                    f"arch.vocab_size={size}: expected one whose ends were measured at "
+                    f"{self.point} ({', '.join(map(str, self.grid.vocab_sizes))}); add it to space"
                 )
         for heads in np.unique(_heads(table)[table.num_attending > 0], axis=0):
             if tuple(heads) not in self.grid.heads:

@@ -291,6 +291,7 @@ def make_grid(space: SearchSpace, backbone: ArchSpec, settings: LatencySettings)
         ffn_dims=grid_points([*space.ffn_dims, *backbone.ffn_dims], settings.grid_ffn),
         kinds=tuple(sorted(kinds, key=lambda kind: kind.value)),
         heads=tuple(dict.fromkeys([*space.heads, (backbone.num_heads, backbone.num_kv_heads)])),
+        vocab_sizes=tuple(dict.fromkeys([*space.vocab_sizes, backbone.vocab_size])),
     )
 
 
@@ -375,6 +376,7 @@ def grid_subjects(grid: Grid, backbone: ArchSpec) -> list[Subject]:
             ffn_dim=part.ffn_dim or backbone.ffn_dim,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
+            vocab_size=part.vocab_size or backbone.vocab_size,
         )
         return Block.of(BlockKind[part.name], spec)
 

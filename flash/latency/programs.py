@@ -98,7 +98,11 @@ class Subject:
     def __str__(self) -> str:
         if self.block is not None:
             return str(self.block)
-        return str(self.spec) if self.stock is None else self.stock.name
+        if self.stock is not None:
+            return self.stock.name
+        assert self.spec is not None
+        # Its text shows neither heads nor vocabulary, nor the place of each width.
+        return f"{self.spec} {digest(self.spec.to_dict())[:4]}"
 
     @property
     def _shape(self) -> Shape:

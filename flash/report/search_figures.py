@@ -236,6 +236,7 @@ def _spec_columns(trials: Sequence[TrialPoint]) -> list[tuple[str, list[int]]]:
         ("d_ffn", [round(spec.mean_ffn_dim) for spec in specs]),
         ("heads", [spec.num_heads for spec in specs]),
         ("key heads", [spec.num_kv_heads for spec in specs]),
+        ("tokens", [spec.vocab_size for spec in specs]),
         *((name, [spec.layer_types.count(kind) for spec in specs]) for name, kind in kinds),
         ("longest run", [spec.longest_efficient_run for spec in specs]),
     ]

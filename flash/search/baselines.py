@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from flash.arch import ArchSpec, Attention, SearchSpace
+from flash.arch import ArchSpec, Attention, SearchSpace, Variant
 from flash.compat.optuna import generation_attrs
 from flash.search.acquisition import greedy_batch
 from flash.search.parameters import distributions, member, parameters
@@ -34,11 +34,11 @@ _ASKS_PER_CANDIDATE = 64
 def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
     """Propose up to n members of the space with the Optuna sampler named by `settings.sampler`.
 
-    The parameters are the depth, the widths, the heads if there is a choice, and an attention kind
-    for every layer slot, with an FFN width if each layer has its own. Slots past the depth are
-    ignored, and reported to Optuna as full attention of the last width. A suggestion that breaks a
-    rule of the space, exceeds a limit or is known already is reported as a failed trial and costs
-    only its own ask.
+    The parameters are the depth, the widths, heads and vocabulary if there is a choice, and a kind
+    of attention for every layer slot, with an FFN width if each layer has its own. Slots past the
+    depth are ignored, and reported to Optuna as full attention of the last width. A suggestion that
+    breaks a rule of the space, exceeds a limit or is known already is reported as a failed trial
+    and costs only its own ask.
     """
     space, problem, settings = request.space, request.problem, request.settings
     size = max(settings.startup_trials, 4)
@@ -124,7 +124,7 @@ class AdditiveScores:
             for value, choices in (
                 (spec.num_layers, space.depths),
                 (spec.model_dim, space.model_dims),
-                ((spec.num_heads, spec.num_kv_heads), space.heads),
+                (Variant.of(spec), space.variants),
             )
         ]
         return np.concatenate([*sizes, self._widths(spec), slots.ravel()])
@@ -182,7 +182,7 @@ def ask_additive(request: ProposalRequest) -> list[ArchSpec]:
     space, problem, size = request.space, request.problem, request.settings.pool_size
     scores = AdditiveScores(space, request.specs, request.losses)
     patterns = [pattern for depth in space.depths for pattern in scores.best_patterns(depth)]
-    choices = list(itertools.product(space.model_dims, space.ffn_dims, patterns, space.heads))
+    choices = list(itertools.product(space.model_dims, space.ffn_dims, patterns, space.variants))
     rng = np.random.default_rng(request.seed)
     order = rng.permutation(len(choices))
     pool: list[ArchSpec] = []

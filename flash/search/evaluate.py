@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flash.arch import ArchSpec
@@ -18,13 +19,33 @@ from flash.training.memory import out_of_memory_named
 from flash.training.result import LAST, STABLE, FitResult
 from flash.training.settings import RecipeSettings, TrainerSettings
 from flash.training.stability import Diverged
-from flash.training.teacher import teacher_of
+from flash.training.teacher import Teacher, teacher_of
 from flash.training.validation import validate
 from flash.workspace import Workspace
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What the candidates with one vocabulary are made of and learn from.
+
+    Attributes:
+        workspace: Backbone and text with this vocabulary.
+        importance: Importance scores of this backbone.
+        teacher: Teacher, or its stored outputs.
+        per_token: Nats a token of the whole vocabulary for one nat a token of this one.
+    """
+
+    workspace: Workspace
+    importance: Importance
+    teacher: Teacher | None
+    per_token: float
+
+
 class ShortTraining:
     """Evaluator that prunes each candidate and trains it on the same tokens in the same order.
+
+    Losses of candidates with fewer tokens than the backbone are given for a token of the backbone:
+    they are proportional to bits per byte, and comparable.
 
     An interrupted trial resumes from its last checkpoint, which stays until `release`. With a
     recipe whose schedule is `wsd`, a complete trial leaves one from which it can be trained longer.
@@ -38,6 +59,7 @@ class ShortTraining:
         folder: Folder for checkpoints, with a subfolder for each candidate; None keeps none.
         shorter: Evaluator whose trials are continued here from their checkpoints; None starts
             from the pruned weights.
+        vocab_sizes: Vocabularies whose inputs are made now; others are made when they are needed.
     """
 
     def __init__(
@@ -49,20 +71,34 @@ class ShortTraining:
         seed: int,
         folder: Path | None = None,
         shorter: "ShortTraining | None" = None,
+        vocab_sizes: Sequence[int] | None = None,
     ) -> None:
         self.workspace, self.importance = workspace, importance
         self.recipe, self.trainer, self.seed = recipe, trainer, seed
         self.folder, self.shorter = folder, shorter
-        self._teacher = teacher_of(
-            workspace.backbone, workspace.data, recipe, trainer, workspace.runs
-        )
+        self._inputs: dict[int, _Inputs] = {}
+        for size in vocab_sizes or [workspace.backbone.spec.vocab_size]:
+            self._of(size)
+
+    def _of(self, vocab_size: int) -> _Inputs:
+        """Return the inputs of candidates with this vocabulary, and make them if they are new."""
+        if vocab_size not in self._inputs:
+            whole, cut = self.workspace, self.workspace.for_vocabulary(vocab_size)
+            importance, per_token = self.importance, 1.0
+            if cut is not whole:
+                importance = cut.importance(self.recipe.calibration_tokens)
+                per_token = whole.data.bytes_per_token / cut.data.bytes_per_token
+            teacher = teacher_of(cut.backbone, cut.data, self.recipe, self.trainer, cut.runs)
+            self._inputs[vocab_size] = _Inputs(cut, importance, teacher, per_token)
+        return self._inputs[vocab_size]
 
     def checkpoints(self, spec: ArchSpec, number: int) -> Path | None:
         """Return the folder of a candidate's checkpoints; its name hashes all that affects them."""
         if self.folder is None:
             return None
-        trained = [self.recipe.decisive(), self.seed, self.workspace.data.train_identity]
-        decisive = [spec.to_dict(), self.importance.digest, self.trainer.decisive(), trained]
+        inputs = self._of(spec.vocab_size)
+        trained = [self.recipe.decisive(), self.seed, inputs.workspace.data.train_identity]
+        decisive = [spec.to_dict(), inputs.importance.digest, self.trainer.decisive(), trained]
         return self.folder / f"{number:05d}_{digest(decisive)}"
 
     def stable(self, spec: ArchSpec, number: int) -> Path | None:
@@ -94,44 +130,48 @@ class ShortTraining:
             (folder / LAST).unlink(missing_ok=True)
 
     def _evaluate(self, spec: ArchSpec, number: int, watch: Watch | None) -> Quality:
-        backbone = self.workspace.backbone.folder
+        inputs = self._of(spec.vocab_size)
+        backbone, importance = inputs.workspace.backbone.folder, inputs.importance
         assert backbone is not None
         start = time.perf_counter()
         from lightning import seed_everything  # takes seconds; a finished search has no use for it
 
         seed_everything(self.seed, verbose=False)
-        model = build(spec, prune(backbone, self.importance, spec), f"trial {number}")
+        model = build(spec, prune(backbone, importance, spec), f"trial {number}")
         about = {
-            "importance": self.importance.digest,
+            "importance": importance.digest,
             "seed": self.seed,
             "prune_s": time.perf_counter() - start,
         }
         try:
-            done = self._fit(model, spec, number, watch)
+            done = self._fit(model, spec, number, watch, inputs)
         except TrialPruned as pruned:
             pruned.info |= about
             raise
         except Diverged as error:
             raise EvaluationError(str(error)) from error
-        after = validate(model, self.workspace.data, self.trainer.precision)
+        after = validate(model, inputs.workspace.data, self.trainer.precision)
         return Quality(
-            after.loss,
+            after.loss * inputs.per_token,
             {
                 **about,
                 "bits_per_byte": after.bits_per_byte,
                 "tokens": done.tokens,
                 "tokens_per_s": done.tokens_per_s,
-                "curve": self._points(done.curve),
+                "curve": self._points(done.curve, inputs),
             },
         )
 
-    def _fit(self, model: Decoder, spec: ArchSpec, number: int, watch: Watch | None) -> FitResult:
+    def _fit(
+        self, model: Decoder, spec: ArchSpec, number: int, watch: Watch | None, inputs: _Inputs
+    ) -> FitResult:
         def watched(curve: Curve) -> None:
+            losses = tuple(loss * inputs.per_token for loss in curve.losses)
             try:
                 if watch is not None:
-                    watch(curve)
+                    watch(Curve(losses, curve.parts))
             except TrialPruned as pruned:
-                seen = self._points(curve.losses)
+                seen = self._points(curve.losses, inputs)
                 pruned.info |= {"curve": seen, "tokens": int(seen[-1][0])}
                 raise
 
@@ -139,10 +179,10 @@ class ShortTraining:
 
         return fit(
             model,
-            self.workspace.data,
+            inputs.workspace.data,
             self.recipe,
             self.trainer,
-            teacher=self._teacher,
+            teacher=inputs.teacher,
             folder=self.checkpoints(spec, number),
             start=self.shorter.stable(spec, number) if self.shorter is not None else None,
             keep_stable=self.shorter is None,
@@ -150,8 +190,9 @@ class ShortTraining:
             show_progress=False,
         )
 
-    def _points(self, losses: Sequence[float]) -> list[list[float]]:
+    def _points(self, losses: Sequence[float], inputs: _Inputs) -> list[list[float]]:
         """Pair each recorded training loss with the number of tokens seen by then."""
+        losses = [loss * inputs.per_token for loss in losses]
         seq_len = self.workspace.data.settings.seq_len
         steps = self.recipe.steps(seq_len)
         tokens = steps * self.recipe.batch_size * seq_len

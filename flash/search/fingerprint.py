@@ -17,7 +17,7 @@ def space_fingerprint(space: SearchSpace) -> dict[str, Any]:
     # Studies that were made before there were these choices have none of the keys.
     if not space.per_layer:
         del settings["ffn_dim"]["per_layer"]
-    for key in ("num_heads", "num_kv_heads"):
+    for key in ("num_heads", "num_kv_heads", "vocab_size"):
         if settings[key] is None:
             del settings[key]
     return {"space": settings, "backbone_arch": space.base.to_dict()}

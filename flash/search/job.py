@@ -1,7 +1,7 @@
 """Job of a search: its validated settings, opened inputs, objectives and evaluator."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.settings import DeviceSettings
+from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError, shown, under
+from flash.latency.cost_model import Values
 from flash.latency.fit import LatencyModel, collect
 from flash.latency.store import MeasurementStore
 from flash.model.backbone import Backbone
@@ -105,9 +107,11 @@ def _check(settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
             f"trainer.devices={settings.trainer.devices}: expected 1 for the trials of a search; "
             "start more workers instead"
         )
+    for size in space.vocab_sizes:
+        workspace.check_vocabulary(size, "space.vocab_size")
     check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # raises: it must be a whole number
-    check_top_k(settings.recipe, settings.data, backbone.spec.vocab_size)
+    check_top_k(settings.recipe, settings.data, space.vocab_sizes[0])
     workspace.check_data()
 
 
@@ -184,19 +188,72 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
 def latency_of(
     settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
 ) -> LatencyModel:
-    """Run stage 1: measure latencies that the store lacks and fit the device's predictors."""
+    """Run stage 1: measure latencies that the store lacks and fit the device's predictors.
+
+    The first prompt is a text: with a choice of vocabularies it is timed with the number of tokens
+    that it has in each.
+
+    Raises:
+        InputError: The program's context is too short for the longest one.
+    """
     runs = workspace.runs
     return collect(
         space=space,
         backbone=workspace.backbone.spec,
         device=workspace.device,
-        workload=settings.device.workload,
+        workload=_workload(settings.device, token_lengths(space, workspace)),
         lowering=settings.device.lowering,
         settings=settings.latency,
         store=MeasurementStore(runs.measurements),
         cache_dir=runs.lowered,
         seed=settings.seed,
     )
+
+
+def token_lengths(space: SearchSpace, workspace: Workspace) -> dict[int, float]:
+    """Tokens of each vocabulary that write what one token of the backbone's does, on held-out text.
+
+    No text is read if there is only the backbone's.
+    """
+    whole = workspace.backbone.spec.vocab_size
+    lengths = {whole: 1.0}
+    for size in set(space.vocab_sizes) - {whole}:
+        cut = workspace.for_vocabulary(size)
+        lengths[size] = workspace.data.bytes_per_token / cut.data.bytes_per_token
+    return lengths
+
+
+def _prompt(device: DeviceSettings, length: float) -> int:
+    """Tokens of the first prompt with a vocabulary of this length."""
+    return round(device.workload.prompts[0] * length)
+
+
+def headline(job: SearchJob, length: float) -> str:
+    """Name of the latency that is minimized, for a vocabulary of this length."""
+    device = job.settings.device
+    if job.settings.latency.objective is Phase.prefill:
+        return Point(Phase.prefill, _prompt(device, length)).name
+    return Point(Phase.decode, device.workload.contexts[0]).name
+
+
+def _workload(device: DeviceSettings, lengths: Mapping[int, float]) -> Workload:
+    """Workload with the first prompt in each vocabulary; the backbone's comes first.
+
+    Raises:
+        InputError: The context is too short for the longest one.
+    """
+    workload = device.workload
+    if not workload.prompts:
+        return workload
+    prompts = [_prompt(device, length) for length in lengths.values()]
+    for size, tokens in zip(lengths, prompts, strict=True):
+        if tokens > device.lowering.max_context:
+            raise InputError(
+                f"device.lowering.max_context={device.lowering.max_context}: expected at least "
+                f"{tokens}, since the first prompt has so many tokens with "
+                f"space.vocab_size={size}"
+            )
+    return replace(workload, prompts=list(dict.fromkeys([*prompts, *workload.prompts])))
 
 
 def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
@@ -214,7 +271,7 @@ def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
         loss = study.remember(
             f"baseline_{digest(job.baseline.to_dict())}", lambda: _baseline_loss(job)
         )
-    costs = _costs(latency, settings.device)
+    costs = _costs(latency, settings.device, token_lengths(job.space, job.workspace))
     baseline = {key: float(v[0]) for key, v in costs([job.baseline]).items()}
     return Problem(
         costs=costs,
@@ -239,21 +296,43 @@ def _baseline_loss(job: SearchJob) -> float:
         ) from error
 
 
-def _costs(latency: LatencyModel, device: DeviceSettings) -> Costs:
-    """Return the function that computes the known objectives of candidates."""
-    lowering = device.lowering
-    points = {}
-    for point in latency.predictors:  # the first point of each phase is the headline
-        points.setdefault(Objective[point.phase.value].value, point)
+def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, float]) -> Costs:
+    """Return the function that computes the known objectives of candidates.
+
+    Latencies are those of a text: of the tokens that the first prompt has in the candidate's
+    vocabulary, and of as many decode steps as write what one token of the backbone's does.
+
+    Args:
+        latency: Fitted predictors.
+        device: Settings of device and program.
+        lengths: Tokens of each vocabulary for one of the backbone's.
+    """
+    lowering, workload = device.lowering, device.workload
+    points: dict[Phase, Callable[[float], tuple[Point, float]]] = {}
+    if workload.prompts:
+        points[Phase.prefill] = lambda n: (Point(Phase.prefill, _prompt(device, n)), 1.0)
+    if workload.contexts:
+        points[Phase.decode] = lambda n: (Point(Phase.decode, workload.contexts[0]), n)
+
+    def predict(phase: Phase, specs: Sequence[ArchSpec]) -> tuple[Values, Values]:
+        mean, upper = np.empty(len(specs)), np.empty(len(specs))
+        for size, length in lengths.items():
+            mine = np.array([spec.vocab_size == size for spec in specs], dtype=bool)
+            if mine.any():
+                point, steps = points[phase](length)
+                chosen = [spec for spec, its in zip(specs, mine, strict=True) if its]
+                interval = latency.predictors[point].predict(chosen)
+                mean[mine], upper[mine] = interval.mean * steps, interval.high * steps
+        return mean, upper
 
     def costs(specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
         specs = [spec.as_program() for spec in specs]
         size = np.array([lowering.weight_bytes(spec) for spec in specs]) / _MIB
         cache = np.array([lowering.cache_bytes(spec) for spec in specs]) / _MIB
         predicted = {}
-        for key, point in points.items():
-            interval = latency.predictors[point].predict(specs)
-            predicted |= {key: interval.mean, high(key): interval.high}
+        for phase in points:
+            key = Objective[phase.value].value
+            predicted[key], predicted[high(key)] = predict(phase, specs)
         return {**predicted, "size_mib": size, "memory_mib": size + cache}
 
     return costs
@@ -269,4 +348,5 @@ def evaluation_of(job: SearchJob, folder: Path | None) -> ShortTraining:
         settings.trainer,
         settings.seed,
         folder,
+        vocab_sizes=job.space.vocab_sizes,
     )

@@ -70,6 +70,7 @@ def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
         "search/ffn_dim": spec.mean_ffn_dim,
         "search/num_heads": spec.num_heads,
         "search/num_kv_heads": spec.num_kv_heads,
+        "search/vocab_size": spec.vocab_size,
         "search/num_layers": spec.num_layers,
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -178,6 +179,7 @@ def _row(report: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_dim": spec.mean_ffn_dim,
         "num_heads": spec.num_heads,
         "num_kv_heads": spec.num_kv_heads,
+        "vocab_size": spec.vocab_size,
         **{kind.value: spec.layer_types.count(kind) for kind in Attention},
         "longest_efficient_run": spec.longest_efficient_run,
         "parameters": count_parameters(spec).total,

@@ -22,11 +22,13 @@ from flash.search.frontier import write_frontier, write_report
 from flash.search.job import (
     SearchJob,
     evaluation_of,
+    headline,
     latency_of,
     open_job,
     open_space,
     open_workspace,
     problem_of,
+    token_lengths,
 )
 from flash.search.logs import SearchLog, log_study, show_curves
 from flash.search.loop import frontier, rescore, search
@@ -269,6 +271,7 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
         settings.seed,
         job.folder / "promoted",
         shorter,
+        job.space.vocab_sizes,
     )
     report = promote(study, problem, settings.search.promote, longer, recipe.tokens)
     for row in report["trials"]:
@@ -373,16 +376,18 @@ def _describe(job: SearchJob, report: dict[str, Any]) -> None:
     by_number = {trial["number"]: trial for trial in report["trials"]}
     failed = sum(trial["state"] == "fail" for trial in report["trials"])
     objective = report["objective"]
+    lengths = token_lengths(job.space, job.workspace)
     rows = [["arch", "loss", f"{objective} ms [90 %]", "params", "pattern"]]
     for number in report["frontier"]:
         spec = ArchSpec.from_dict(by_number[number]["spec"])
-        target = report["predicted"][str(number)][objective]
+        point = headline(job, lengths[spec.vocab_size])
+        target = report["predicted"][str(number)][point]
         rows.append([
             f"{report['names'][str(number)]}{'*' if number in report['winners'] else ''}",
             f"{by_number[number]['loss']:.3f}",
             f"{target['mean_ms']:.1f} [{target['low_ms']:.1f}, {target['high_ms']:.1f}]",
             f"{count_parameters(spec).total / 1e6:.2f}M",
-            str(spec),
+            job.space.describe(spec),
         ])
     print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner\n")
     print(table(rows))

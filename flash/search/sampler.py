@@ -225,7 +225,7 @@ def largest(space: SearchSpace) -> ArchSpec:
         space.model_dims[-1],
         space.ffn_dims[-1],
         (Attention.full_attention,) * space.depths[-1],
-        space.heads[-1],
+        space.variants[-1],
     )
 
 
@@ -236,7 +236,7 @@ def smallest(space: SearchSpace) -> ArchSpec:
         cheap if i % (longest + 1) < longest else Attention.full_attention
         for i in range(space.depths[0])
     )
-    spec = space.make(space.model_dims[0], space.ffn_dims[0], kinds, space.heads[0])
+    spec = space.make(space.model_dims[0], space.ffn_dims[0], kinds, space.variants[0])
     full = (*kinds[:-1], Attention.full_attention)  # if skipping all layers is not allowed
     return spec if spec in space else spec.replace(layer_types=full)
 

@@ -16,7 +16,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from linear_operator.utils.warnings import NumericalWarning
 from numpy.typing import NDArray
 
-from flash.arch import ArchSpec, Attention, SearchSpace
+from flash.arch import ArchSpec, Attention, SearchSpace, Variant
 
 DEPTH_BINS = 8
 """Number of bins of relative depth in `features`. Trained on 50 and tested on 88 members of the
@@ -41,7 +41,8 @@ def features(space: SearchSpace, spec: ArchSpec) -> NDArray[np.float64]:
       from tens of trials: a one-hot encoding of every slot gave nearly twice the error.
     - Share of adjacent layers that are both efficient, since runs of them hurt (Sec. 3.5).
     - With an FFN width for each layer, the logarithm of the width near each of `WIDTH_BINS`
-      relative depths, less their mean; with a choice of heads, the logarithms of both numbers.
+      relative depths, less their mean; with a choice of heads or
+      vocabulary, the logarithms of their numbers.
     """
     sizes = [
         _unit(spec.num_layers, space.depths),
@@ -66,11 +67,10 @@ def _wider_features(space: SearchSpace, spec: ArchSpec) -> list[NDArray[np.float
         span = max(np.log(space.ffn_dims[-1] / space.ffn_dims[0]), 1e-9)
         logs = np.log(np.array(spec.ffn_dims) / spec.mean_ffn_dim) / span
         found.append(logs @ _near(spec.num_layers, WIDTH_BINS) / 2 + 0.5)
-    if len(space.heads) > 1:
-        pairs = np.log(space.heads)
-        mine = np.log([spec.num_heads, spec.num_kv_heads])
-        spans = [np.sort(np.unique(column)) for column in pairs.T]
-        found.append(np.array([_unit(v, c) for v, c in zip(mine, spans, strict=True)]))
+    for value, column in zip(Variant.of(spec), np.transpose(space.variants), strict=True):
+        choices = np.unique(column)
+        if len(choices) > 1:
+            found.append(np.array([_unit(np.log(value), np.log(choices))]))
     return found
 
 

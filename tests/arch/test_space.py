@@ -11,6 +11,7 @@ from flash.arch import (
     FfnChoices,
     SearchSpace,
     SpaceSettings,
+    Variant,
     parse_pattern,
 )
 from flash.errors import InputError
@@ -116,35 +117,37 @@ WIDE = dataclasses.replace(
     ffn_dim=FfnChoices(min=128, max=192, step=64, per_layer=True),
     num_heads=[16, 32],
     num_kv_heads=[4, 8],
+    vocab_size=[1024, 202048],
 )
 
 
 def test_widths_by_layer_and_heads_are_counted_as_enumerated():
     space = SearchSpace(WIDE, BACKBONE)
     members = {
-        space.make(model_dim, widths, pattern, heads)
+        space.make(model_dim, widths, pattern, Variant(*sizes))
         for depth in space.depths
         for pattern in product(space.kinds, repeat=depth)
         for widths in product(space.ffn_dims, repeat=depth)
         for model_dim in space.model_dims
-        for heads in product([16, 32], [4, 8])
+        for sizes in product([16, 32], [4, 8], [1024, 202048])
     }
     assert space.count() == sum(spec in space for spec in members)
     rng = np.random.default_rng(0)
     drawn = {space.sample(rng) for _ in range(500)} | set(space.stratified(rng, 500))
     assert drawn <= members
     assert all(spec in space for spec in drawn)
-    assert {(s.num_heads, s.num_kv_heads) for s in drawn} == set(space.heads)
+    assert {Variant.of(spec) for spec in drawn} == set(space.variants)
 
 
 def test_a_step_changes_the_width_of_one_layer_a_run_or_the_heads():
     space = SearchSpace(WIDE, BACKBONE)
-    spec = space.make(64, (128, 192, 128), parse_pattern("FFF"), (32, 8))
+    spec = space.make(64, (128, 192, 128), parse_pattern("FFF"), Variant(32, 8, 1024))
     neighbors = list(space.neighbors(spec))
     assert all(n in space for n in neighbors)
     changed = {n.ffn_dims for n in neighbors if n.layer_types == spec.layer_types}
     assert {(192, 192, 128), (128, 128, 128), (128, 192, 192), (192, 192, 192)} <= changed
-    assert space.make(64, spec.ffn_dims, spec.layer_types, (32, 4)) in neighbors
+    variants = {Variant.of(n) for n in neighbors}
+    assert variants == {(32, 8, 1024), (16, 8, 1024), (32, 4, 1024), (32, 8, 202048)}
     assert {n.ffn_dims for n in neighbors if n.num_layers == 2} == {
         (128, 192),
         (192, 128),
@@ -176,6 +179,7 @@ def test_drawn_widths_follow_a_shape_over_depth():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"vocab_size": [10**6]}, r"^space\.vocab_size=1000000: expected at most the backbone's"),
         ({"num_heads": [64]}, r"^space\.num_heads=64: expected at most the backbone's 32"),
         ({"num_kv_heads": [3]}, r"^space\.num_kv_heads=3: expected a divisor of the backbone's 8"),
         ({"num_heads": [12], "num_kv_heads": [8]}, r"^space\.num_heads=\[12\]: .* \[8\]"),

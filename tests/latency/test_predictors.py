@@ -13,6 +13,7 @@ from flash.arch import (
     FfnChoices,
     SearchSpace,
     SpaceSettings,
+    Variant,
     count_parameters,
     decode_flops,
     prefill_flops,
@@ -53,6 +54,7 @@ GRID = Grid(
     ffn_dims=grid_points(SPACE.ffn_dims, 3),
     kinds=SPACE.kinds,
     heads=SPACE.heads,
+    vocab_sizes=SPACE.vocab_sizes,
 )
 WIDE = SearchSpace(
     dataclasses.replace(
@@ -60,10 +62,11 @@ WIDE = SearchSpace(
         ffn_dim=FfnChoices(min=256, max=1024, step=64, per_layer=True),
         num_heads=[2, 4],
         num_kv_heads=[1, 2],
+        vocab_size=[256, 512],
     ),
     BACKBONE,
 )
-WIDE_GRID = dataclasses.replace(GRID, heads=WIDE.heads)
+WIDE_GRID = dataclasses.replace(GRID, heads=WIDE.heads, vocab_sizes=WIDE.vocab_sizes)
 
 
 POINT = Point(Phase.prefill, 64)
@@ -75,7 +78,7 @@ def part_ms(part):
     """Latency of a part whose cost is that of matrix products: bilinear in the widths [ms]."""
     d = part.model_dim
     if part.name == "ends":
-        return 0.1 + 2e-3 * d
+        return 0.1 + 2e-3 * d + 1e-6 * d * (part.vocab_size - 512)
     if part.name == "ffn":
         return 0.05 + 1e-4 * d + 2e-5 * part.ffn_dim + 1.5e-6 * d * part.ffn_dim
     kind = FULL if part.name.startswith(FULL.value) else SLIDING
@@ -94,7 +97,7 @@ def half_ms(kind, d, heads):
 
 
 def model_ms(spec):
-    parts = [BlockShape(name="ends", model_dim=spec.model_dim)]
+    parts = [BlockShape(name="ends", model_dim=spec.model_dim, vocab_size=spec.vocab_size)]
     parts += [
         BlockShape(name="ffn", model_dim=spec.model_dim, ffn_dim=width) for width in spec.ffn_dims
     ]
@@ -127,9 +130,9 @@ def test_composition_is_exact_for_a_bilinear_device():
     np.testing.assert_allclose(table().compose(specs).total_ms, truth(specs), rtol=1e-12)
 
 
-def test_composition_is_exact_for_widths_by_layer_and_any_heads():
+def test_composition_is_exact_for_widths_by_layer_any_heads_and_vocabularies():
     specs = WIDE.stratified(np.random.default_rng(0), 200)
-    assert {(spec.num_heads, spec.num_kv_heads) for spec in specs} == set(WIDE.heads)
+    assert {Variant.of(spec) for spec in specs} == set(WIDE.variants)
     assert any(isinstance(spec.ffn_dim, tuple) for spec in specs)
     total = table(grid=WIDE_GRID).compose(specs).total_ms
     np.testing.assert_allclose(total, truth(specs), rtol=1e-12)
@@ -162,7 +165,7 @@ def test_composition_leaves_out_what_a_prompt_does_not_read():
     decode = BlockTable(Point(Phase.decode, 64), BACKBONE, GRID, values, lowering)
     assert decode.compose([tailed]).total_ms == table().compose([tailed]).total_ms
     [nothing] = unread.compose([BACKBONE.replace(layer_types=(skip,) * 4)]).total_ms
-    ends = part_ms(BlockShape(name="ends", model_dim=tailed.model_dim))
+    ends = part_ms(BlockShape(name="ends", model_dim=tailed.model_dim, vocab_size=512))
     assert nothing == pytest.approx(ends + 4 * ffn * 2 / 64)
 
 
@@ -191,8 +194,13 @@ def test_blocks_of_other_heads_are_refused():
         table().compose([BACKBONE.replace(num_heads=8)])
 
 
+def test_vocabularies_without_measured_ends_are_refused():
+    with pytest.raises(InputError, match=r"arch.vocab_size=256: expected .* measured .*\(512\)"):
+        table().compose([BACKBONE.replace(vocab_size=256)])
+
+
 def test_kind_without_a_measured_block_is_refused():
-    grid = Grid(model_dims=(256,), ffn_dims=(1024,), kinds=(FULL,), heads=SPACE.heads)
+    grid = dataclasses.replace(GRID, kinds=(FULL,))
     lone = BlockTable(POINT, BACKBONE, grid, {part: part_ms(part) for part in grid.parts()}, WHOLE)
     with pytest.raises(InputError, match="sliding_attention"):
         lone.compose([BACKBONE.replace(layer_types=(FULL, SLIDING))])

@@ -51,9 +51,10 @@ def make_space(depth: int = 8, min_depth: int = 4, min_dim: int = 128) -> Search
 
 
 def make_wide_space() -> SearchSpace:
-    """Make a space with FFN widths by layer and a choice of heads."""
+    """Make a space with FFN widths by layer, and a choice of heads and vocabularies."""
     widths = FfnChoices(min=256, max=768, step=64, per_layer=True)
-    settings = replace(make_space().settings, ffn_dim=widths, num_heads=[2, 4], num_kv_heads=[1, 2])
+    few = {"num_heads": [2, 4], "num_kv_heads": [1, 2], "vocab_size": [256, 512]}
+    settings = replace(make_space().settings, ffn_dim=widths, **few)
     return SearchSpace(settings, BACKBONE)
 
 
@@ -63,8 +64,10 @@ def loss(spec: ArchSpec) -> float:
     harm = {"F": 0.0, "S": 0.3, "-": 1.0}
     missing = weights @ [harm[letter] for letter in spec.pattern] / weights.sum()
     ffns = weights @ np.array(spec.ffn_dims, dtype=float) ** -0.5 / weights.sum()
-    heads = 0.1 * (4 - spec.num_heads) + 0.02 * (2 - spec.num_kv_heads)
-    sizes = 8 * spec.model_dim**-0.5 + 6 * ffns + 3 / spec.num_layers + heads
+    few = (
+        0.1 * (4 - spec.num_heads) + 0.02 * (2 - spec.num_kv_heads) + (512 - spec.vocab_size) / 1e4
+    )
+    sizes = 8 * spec.model_dim**-0.5 + 6 * ffns + 3 / spec.num_layers + few
     return float(2.0 + sizes + 0.8 * missing + 0.05 * spec.longest_efficient_run)
 
 
@@ -73,6 +76,7 @@ def latency(specs: Sequence[ArchSpec]) -> np.ndarray:
     rows = [
         sum(cost[letter] for letter in spec.pattern) * spec.model_dim / 256 * spec.num_heads / 4
         + spec.model_dim * sum(spec.ffn_dims) / 20000
+        + spec.model_dim * (spec.vocab_size - 512) / 20000
         for spec in specs
     ]
     return np.array(rows)
