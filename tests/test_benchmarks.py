@@ -32,7 +32,7 @@ SLOW = {
         "lowering",
     ),
     *("method_figures", "predicted", "principles", "recovery", "repeatability", "rounding"),
-    *("runners", "serving", "sliding", "table6", "tabular", "teacher", "training"),
+    *("runners", "serving", "sliding", "table6", "tabular", "teacher", "training", "vocabulary"),
 }
 """Benchmarks whose dry run takes more than some seconds."""
 KEPT = ("benchmarks/results", "benchmarks/data", "docs/figures")

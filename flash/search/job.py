@@ -1,6 +1,6 @@
 """Job of a search: its validated settings, opened inputs, objectives and evaluator."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,23 +217,22 @@ def token_lengths(space: SearchSpace, workspace: Workspace) -> dict[int, float]:
     """
     whole = workspace.backbone.spec.vocab_size
     lengths = {whole: 1.0}
-    for size in set(space.vocab_sizes) - {whole}:
+    for size in sorted(set(space.vocab_sizes) - {whole}):
         cut = workspace.for_vocabulary(size)
         lengths[size] = workspace.data.bytes_per_token / cut.data.bytes_per_token
     return lengths
 
 
-def _prompt(device: DeviceSettings, length: float) -> int:
-    """Tokens of the first prompt with a vocabulary of this length."""
-    return round(device.workload.prompts[0] * length)
-
-
-def headline(job: SearchJob, length: float) -> str:
+def headline(settings: SearchJobSettings, length: float) -> str:
     """Name of the latency that is minimized, for a vocabulary of this length."""
-    device = job.settings.device
-    if job.settings.latency.objective is Phase.prefill:
-        return Point(Phase.prefill, _prompt(device, length)).name
-    return Point(Phase.decode, device.workload.contexts[0]).name
+    return _point(settings.device.workload, settings.latency.objective, length).name
+
+
+def _point(workload: Workload, phase: Phase, length: float) -> Point:
+    """First point of a phase; a prompt has as many tokens as its text with this length."""
+    if phase is Phase.prefill:
+        return Point(phase, round(workload.prompts[0] * length))
+    return Point(phase, workload.contexts[0])
 
 
 def _workload(device: DeviceSettings, lengths: Mapping[int, float]) -> Workload:
@@ -245,7 +244,7 @@ def _workload(device: DeviceSettings, lengths: Mapping[int, float]) -> Workload:
     workload = device.workload
     if not workload.prompts:
         return workload
-    prompts = [_prompt(device, length) for length in lengths.values()]
+    prompts = [_point(workload, Phase.prefill, length).tokens for length in lengths.values()]
     for size, tokens in zip(lengths, prompts, strict=True):
         if tokens > device.lowering.max_context:
             raise InputError(
@@ -308,20 +307,16 @@ def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, 
         lengths: Tokens of each vocabulary for one of the backbone's.
     """
     lowering, workload = device.lowering, device.workload
-    points: dict[Phase, Callable[[float], tuple[Point, float]]] = {}
-    if workload.prompts:
-        points[Phase.prefill] = lambda n: (Point(Phase.prefill, _prompt(device, n)), 1.0)
-    if workload.contexts:
-        points[Phase.decode] = lambda n: (Point(Phase.decode, workload.contexts[0]), n)
+    phases = dict.fromkeys(point.phase for point in workload.points)
 
     def predict(phase: Phase, specs: Sequence[ArchSpec]) -> tuple[Values, Values]:
-        mean, upper = np.empty(len(specs)), np.empty(len(specs))
+        mean, upper = np.full(len(specs), np.nan), np.full(len(specs), np.nan)
         for size, length in lengths.items():
-            mine = np.array([spec.vocab_size == size for spec in specs], dtype=bool)
-            if mine.any():
-                point, steps = points[phase](length)
-                chosen = [spec for spec, its in zip(specs, mine, strict=True) if its]
-                interval = latency.predictors[point].predict(chosen)
+            mine = [i for i, spec in enumerate(specs) if spec.vocab_size == size]
+            if mine:
+                predictor = latency.predictors[_point(workload, phase, length)]
+                interval = predictor.predict([specs[i] for i in mine])
+                steps = length if phase is Phase.decode else 1
                 mean[mine], upper[mine] = interval.mean * steps, interval.high * steps
         return mean, upper
 
@@ -330,7 +325,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, 
         size = np.array([lowering.weight_bytes(spec) for spec in specs]) / _MIB
         cache = np.array([lowering.cache_bytes(spec) for spec in specs]) / _MIB
         predicted = {}
-        for phase in points:
+        for phase in phases:
             key = Objective[phase.value].value
             predicted[key], predicted[high(key)] = predict(phase, specs)
         return {**predicted, "size_mib": size, "memory_mib": size + cache}

@@ -380,7 +380,7 @@ def _describe(job: SearchJob, report: dict[str, Any]) -> None:
     rows = [["arch", "loss", f"{objective} ms [90 %]", "params", "pattern"]]
     for number in report["frontier"]:
         spec = ArchSpec.from_dict(by_number[number]["spec"])
-        point = headline(job, lengths[spec.vocab_size])
+        point = headline(job.settings, lengths[spec.vocab_size])
         target = report["predicted"][str(number)][point]
         rows.append([
             f"{report['names'][str(number)]}{'*' if number in report['winners'] else ''}",
