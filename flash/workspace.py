@@ -30,7 +30,7 @@ from flash.model.weights import read_spec
 from flash.paths import Runs
 from flash.prune.importance import Importance, cached_scores, fingerprint
 from flash.prune.pruning import check_fits
-from flash.prune.vocabulary import cut_backbone, kept_tokens, same_tokens
+from flash.prune.vocabulary import check_size, cut_backbone, kept_tokens, same_tokens
 from flash.ranks import is_main_process
 from flash.records import digest, locked, remove_leftovers
 
@@ -210,18 +210,28 @@ class Workspace:
         """Write the backbone with `size` tokens, unless it exists, and return its workspace."""
         whole = self.backbone
         assert whole.folder is not None
+        if self.model_folder is not None and self._model_tokenizer is None:
+            raise InputError(
+                f"{self.model_folder}: expected a tokenizer.json beside the weights, as they have "
+                f"{size} of the backbone's {whole.spec.vocab_size} tokens"
+            )
+        whole.fetch()
         settings = dataclasses.replace(self._settings, tokenizer=None)
         source = dataclasses.replace(self, model_folder=None)
         cut = load_tokenizer(self._model_tokenizer, settings) if self._model_tokenizer else None
-        chosen = cut.digest if cut is not None else source.data.digest
-        name = f"{whole.name}_{size}_{digest([fingerprint(whole.folder), chosen])}"
+        if cut is not None:
+            tokens: Any = cut.digest
+        else:  # the first text of a stream depends on more than its sources
+            text = source.data
+            tokens = text.train_identity if text.settings.streamed else text.digest
+        name = f"{whole.name}_{size}_{digest([fingerprint(whole.folder), tokens])}"
         folder = self.runs.backbone(name)
         checkpoint = folder / "checkpoint"
         with locked(folder / ".lock"):  # also between the processes of one training
             if not checkpoint.is_dir():
                 remove_leftovers(folder)
                 if cut is not None:
-                    kept = same_tokens(source.tokenizer, cut)
+                    kept = same_tokens(source.tokenizer, cut, size)
                 else:
                     with under("arch"):
                         kept = kept_tokens(source.tokenizer, size, source.data.token_counts())
@@ -229,30 +239,37 @@ class Workspace:
         backbone = Backbone(whole.name, read_spec(checkpoint), checkpoint)
         return dataclasses.replace(self, backbone=backbone, data_settings=settings)
 
-    def check_vocabulary(self, size: int, key: str = "arch.vocab_size") -> None:
+    def check_vocabulary(self, size: int, place: str = "arch", *, inherits: bool = True) -> None:
         """Check that a model with `size` tokens can be trained, without reading the text.
 
         Args:
             size: Number of tokens.
-            key: Setting that says so, for errors.
+            place: Settings whose `vocab_size` says so, for errors.
+            inherits: False if the training needs nothing of the backbone.
 
         Raises:
-            InputError: The backbone has more tokens, and no weights; or the text is stored as its
-                tokens.
+            InputError: The backbone has more tokens, and no weights; the text is stored as its
+                tokens; or its vocabulary cannot be cut to this size.
         """
-        if size == self.backbone.spec.vocab_size:
+        whole, settings = self.backbone.spec.vocab_size, self._settings
+        if size == whole:
             return
-        wanted = f"{key}={size}: expected the backbone's {self.backbone.spec.vocab_size}"
-        if self.backbone.folder is None:
+        wanted = f"{place}.vocab_size={size}: expected the backbone's {whole}"
+        if inherits and self.backbone.folder is None:
             raise InputError(
                 f"{wanted}, since backbone {self.backbone.name} has no weights to inherit; set "
                 "backbone.weights"
             )
-        if self._settings.kind is DataKind.shards and self._model_tokenizer is None:
+        if self._model_tokenizer is not None:
+            return
+        if settings.kind is DataKind.shards:
             raise InputError(
                 f"{wanted}, since data.kind=shards holds its tokens; train on the text that the "
                 "shards were made of"
             )
+        if self.model_folder is None and known_tokenizer(settings, self._own_tokenizer) is not None:
+            with under(place):
+                check_size(self.tokenizer, size)
 
     @property
     def _model_tokenizer(self) -> Path | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ class Variant(NamedTuple):
         return cls(spec.num_heads, spec.num_kv_heads, spec.vocab_size)
 
 
+_SEARCHED = {"layer_types", "model_dim", "ffn_dim", *Variant._fields}
+_FIXED = tuple(each.name for each in fields(ArchSpec) if each.name not in _SEARCHED)
+"""Fields of an architecture that no space chooses."""
 WIDTH_KNOTS = 3
 """Knots over depth of the lines that drawn FFN widths follow."""
 
@@ -196,14 +199,9 @@ class SearchSpace:
 
     def violated_rule(self, spec: ArchSpec) -> str | None:
         """The rule that keeps `spec` out of the space; None for a member."""
-        same = self.base.replace(
-            layer_types=spec.layer_types,
-            model_dim=spec.model_dim,
-            ffn_dim=spec.ffn_dim,
-            **Variant.of(spec)._asdict(),
-        )
-        if spec != same:
-            return "fixed settings differ from the backbone's"
+        for name in _FIXED:
+            if getattr(spec, name) != getattr(self.base, name):
+                return f"{name}: expected the backbone's, which is not searched"
         for key, values, choices in (
             ("num_layers", (spec.num_layers,), self.depths),
             ("model_dim", (spec.model_dim,), self.model_dims),

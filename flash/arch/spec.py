@@ -251,7 +251,9 @@ class ArchSpec:
 
     @property
     def mean_ffn_dim(self) -> float:
-        """Mean FFN hidden width of the layers."""
+        """Mean FFN hidden width of the layers; an integer if all are equal."""
+        if isinstance(self.ffn_dim, int):
+            return self.ffn_dim
         return sum(self.ffn_dims) / self.num_layers
 
     @property

@@ -5,10 +5,10 @@ plan and half; a pair has a half more; the last half of a model, which answers f
 measured as well. From these three follow the latencies of plan, half and last half.
 
 The latency of an attention half depends on its kind, its heads and model_dim, that of an FFN half
-on model_dim and ffn_dim, that of embedding and head on model_dim. Their work is at most bilinear in
-the widths (a matrix product costs model_dim x ffn_dim). Each is therefore measured on a small grid
-and interpolated linearly on each axis of a width, and the number of lowerings does not grow with
-the number of architectures. Numbers of heads are few, and all are measured.
+on model_dim and ffn_dim, that of the ends on model_dim and vocab_size. Their work is at most
+bilinear in the widths (a matrix product costs model_dim x ffn_dim). Each is therefore measured on a
+small grid and interpolated linearly on each axis of a width, and the number of lowerings does not
+grow with the number of architectures. Numbers of heads are few, and all are measured.
 """
 
 from collections.abc import Mapping, Sequence

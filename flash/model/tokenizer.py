@@ -34,8 +34,8 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-_OTHER_TEMPLATES = "additional_chat_templates"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+OTHER_TEMPLATES = "additional_chat_templates"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _MODELS = ("BPE", "Unigram")
 _TEMPLATES = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
@@ -222,9 +222,9 @@ class ModelTokenizer:
             config.pop("chat_template", None)
             (folder / CHAT_TEMPLATE).write_text(self.chat_template or "", "utf-8")
         else:
-            _copy(source, folder, CHAT_TEMPLATE)
-            _copy(source, folder, _OTHER_TEMPLATES)
-        _copy(source, folder, _SPECIAL_TOKENS_MAP)
+            copy_beside(source, folder, CHAT_TEMPLATE)
+            copy_beside(source, folder, OTHER_TEMPLATES)
+        copy_beside(source, folder, SPECIAL_TOKENS_MAP)
         _write_json(folder / TOKENIZER_CONFIG, config)
         generation = {**_read_json(source / GENERATION_CONFIG), **self.token_ids}
         _write_json(folder / GENERATION_CONFIG, generation)
@@ -262,7 +262,7 @@ class _Files:
         files = {TOKENIZER_CONFIG: self._tokenizer_config}
         if "added_tokens_decoder" not in self._tokenizer_config:
             # Otherwise transformers ignores the older file.
-            files[_SPECIAL_TOKENS_MAP] = _read_json(self._folder / _SPECIAL_TOKENS_MAP)
+            files[SPECIAL_TOKENS_MAP] = _read_json(self._folder / SPECIAL_TOKENS_MAP)
         names: dict[str, str | None] = {}
         for file, values in files.items():
             for name in (name for name in _NAMES if name in values):
@@ -454,7 +454,8 @@ def _write_json(path: Path, values: dict[str, Any], indent: int | None = 2) -> N
     path.write_text(json.dumps(values, indent=indent, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _copy(source: Path, target: Path, name: str) -> None:
+def copy_beside(source: Path, target: Path, name: str) -> None:
+    """Copy a file or a folder beside a tokenizer.json, if there is one of this name."""
     if (source / name).is_dir():
         shutil.copytree(source / name, target / name)
     elif (source / name).is_file():

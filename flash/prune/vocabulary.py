@@ -24,13 +24,20 @@ from tokenizers import Tokenizer
 
 from flash.errors import InputError
 from flash.model.checkpoint import expected_shapes, save
-from flash.model.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, ModelTokenizer
+from flash.model.tokenizer import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    OTHER_TEMPLATES,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    ModelTokenizer,
+    copy_beside,
+)
 from flash.model.weights import Weights
 
 Document = dict[str, Any]
 """Content of a tokenizer.json."""
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-_COPIED = ("special_tokens_map.json", "chat_template.jinja")
 
 
 def kept_tokens(
@@ -50,40 +57,63 @@ def kept_tokens(
     Raises:
         InputError: The tokenizer is no byte-level BPE, or the size is beyond what can be kept.
     """
+    forced, free = check_size(tokenizer, size)
     document = _byte_level(tokenizer)
     vocabulary: dict[str, int] = document["model"]["vocab"]
-    added = {token["id"] for token in document["added_tokens"]}
     ranks = {vocabulary[token]: rank for rank, token in enumerate(_parts(document))}
-    single = {i for token, i in vocabulary.items() if len(token) == 1}
-    forced = added | single | {i for i in [_unknown(document)] if i is not None}
-    free = sorted(set(vocabulary.values()) - forced)
-    if not len(forced) <= size <= len(forced) + len(free):
-        raise InputError(
-            f"vocab_size={size}: expected {len(forced)} (special tokens and bytes) to "
-            f"{len(forced) + len(free)}, the number of tokens in {tokenizer.path}"
-        )
-    used = _used(document, counts)
-    last = len(ranks)
+    used, last = _used(document, counts), len(ranks)
     free.sort(key=lambda i: (-used[i], ranks.get(i, last), i))
     return sorted([*forced, *free[: size - len(forced)]])
 
 
-def same_tokens(tokenizer: ModelTokenizer, cut: ModelTokenizer) -> list[int]:
-    """Find the tokens of a smaller vocabulary in the whole one.
+def check_size(tokenizer: ModelTokenizer, size: int) -> tuple[set[int], list[int]]:
+    """Check that a vocabulary can be cut to this size.
 
     Returns:
-        Their ids there, in the order of the smaller one.
+        Ids of the tokens that stay in any case, and those of all others.
 
     Raises:
-        InputError: The whole one lacks a token.
+        InputError: The tokenizer is no byte-level BPE, or the size is beyond what can be kept.
     """
-    ids = [tokenizer.backend.token_to_id(cut.backend.id_to_token(i)) for i in range(cut.size)]
-    if None in ids:
+    document = _byte_level(tokenizer)
+    vocabulary: dict[str, int] = document["model"]["vocab"]
+    forced = {token["id"] for token in document["added_tokens"]}
+    every = set(vocabulary.values()) | forced
+    named = {tokenizer.end_of_text, *tokenizer.ends, *tokenizer.prefix, tokenizer.begin}
+    named |= {tokenizer.pad, _unknown(document), *_added_by(document["post_processor"])}
+    forced |= {i for i in named if i in every}
+    forced |= {i for token, i in vocabulary.items() if len(token) == 1}
+    if not len(forced) <= size <= len(every):
         raise InputError(
-            f"{cut.path}: has the token {cut.backend.id_to_token(ids.index(None))!r}, which "
-            f"{tokenizer.path} lacks: expected a vocabulary that was cut out of it"
+            f"vocab_size={size}: expected {len(forced)} (special tokens and bytes) to "
+            f"{len(every)}, the number of tokens in {tokenizer.path}"
         )
-    return ids
+    return forced, sorted(every - forced)
+
+
+def same_tokens(tokenizer: ModelTokenizer, cut: ModelTokenizer, size: int) -> list[int]:
+    """Find the tokens of a smaller vocabulary in the whole one.
+
+    Args:
+        tokenizer: The whole tokenizer.
+        cut: One that was cut out of it.
+        size: Tokens of the smaller vocabulary.
+
+    Returns:
+        Their ids there, ascending.
+
+    Raises:
+        InputError: The smaller one was not cut out of the whole one.
+    """
+    tokens = [cut.backend.id_to_token(i) for i in range(size)]
+    ids = [tokenizer.backend.token_to_id(token) for token in tokens if token is not None]
+    known = [i for i in ids if i is not None]
+    if len(known) != size or known != sorted(set(known)):
+        raise InputError(
+            f"{cut.path}: expected {size} tokens that were cut out of {tokenizer.path}, in their "
+            "order there"
+        )
+    return known
 
 
 def _used(document: Document, counts: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens"]:
@@ -120,15 +150,19 @@ def cut_tokenizer(tokenizer: ModelTokenizer, kept: Sequence[int], folder: Path) 
     backend = Tokenizer.from_file(str(path))
     backend.no_truncation()
     backend.no_padding()
-    ids = {"begin": tokenizer.begin, "pad": tokenizer.pad}
+
+    def renamed(i: int | None) -> int | None:
+        return None if i is None else new.get(i)  # files may name ids that are no tokens
+
     return dataclasses.replace(
         tokenizer,
         backend=backend,
         path=path,
         end_of_text=new[tokenizer.end_of_text],
-        ends=tuple(new[i] for i in tokenizer.ends),
+        ends=tuple(new[i] for i in tokenizer.ends if i in new),
         prefix=tuple(new[i] for i in tokenizer.prefix),
-        **{name: None if i is None else new[i] for name, i in ids.items()},
+        begin=renamed(tokenizer.begin),
+        pad=renamed(tokenizer.pad),
     )
 
 
@@ -222,12 +256,27 @@ def _with_ids(document: Document, new: Mapping[int, int]) -> Document:
     }
 
 
+def _processors(processor: Any) -> list[dict[str, Any]]:
+    """A post-processor, or all that it is a sequence of."""
+    if processor is None:
+        return []
+    return [processor, *processor.get("processors", ())]
+
+
+def _added_by(processor: Any) -> set[int]:
+    """Ids of the tokens that a post-processor names."""
+    found: set[int] = set()
+    for part in _processors(processor):
+        for token in (part.get("special_tokens") or {}).values():
+            found.update(token["ids"])
+        found.update(part[name][1] for name in ("sep", "cls") if name in part)
+    return found
+
+
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
     """A post-processor with new ids of the tokens that it adds."""
-    if processor is None:
-        return None
     changed = copy.deepcopy(processor)
-    for part in (changed, *changed.get("processors", ())):
+    for part in _processors(changed):
         for token in (part.get("special_tokens") or {}).values():
             token["ids"] = [new[i] for i in token["ids"]]
         for name in ("sep", "cls"):
@@ -238,9 +287,8 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
 
 def _write_beside(source: Path, folder: Path, new: Mapping[int, int]) -> None:
     """Write the files beside a tokenizer.json, with new ids."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+    for name in (SPECIAL_TOKENS_MAP, CHAT_TEMPLATE, OTHER_TEMPLATES):
+        copy_beside(source, folder, name)
     config = _read(source / TOKENIZER_CONFIG)
     if "added_tokens_decoder" in config:
         known = config["added_tokens_decoder"]

@@ -88,6 +88,7 @@ def check(settings: SearchJobSettings) -> None:
     """
     workspace = open_workspace(settings)
     space = open_space(settings.space, workspace.backbone.spec)
+    _check_vocabularies(space, workspace)
     if settings.stage is not SearchStage.latency:
         _check(settings, space, workspace)
 
@@ -107,12 +108,23 @@ def _check(settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
             f"trainer.devices={settings.trainer.devices}: expected 1 for the trials of a search; "
             "start more workers instead"
         )
-    for size in space.vocab_sizes:
-        workspace.check_vocabulary(size, "space.vocab_size")
     check_devices(settings.trainer)
     settings.trainer.accumulation(settings.recipe.batch_size)  # raises: it must be a whole number
     check_top_k(settings.recipe, settings.data, space.vocab_sizes[0])
     workspace.check_data()
+
+
+def _check_vocabularies(space: SearchSpace, workspace: Workspace) -> None:
+    """Check that the vocabularies of a space can be made.
+
+    Raises:
+        InputError: One cannot, or there is no text to choose its tokens.
+    """
+    smaller = {*space.vocab_sizes} - {workspace.backbone.spec.vocab_size}
+    for size in sorted(smaller):
+        workspace.check_vocabulary(size, "space")
+    if smaller:
+        workspace.check_data()
 
 
 def open_job(settings: SearchJobSettings) -> SearchJob:
@@ -124,6 +136,7 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     workspace = open_workspace(settings)
     backbone = workspace.backbone
     space = open_space(settings.space, backbone.spec)
+    _check_vocabularies(space, workspace)
     _check(settings, space, workspace)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
     assert backbone.folder is not None
@@ -288,7 +301,7 @@ def _baseline_loss(job: SearchJob) -> float:
         InputError: The baseline cannot be trained.
     """
     try:
-        return evaluation_of(job, None)(job.baseline, -1).loss
+        return evaluation_of(job, None, [job.baseline.vocab_size])(job.baseline, -1).loss
     except EvaluationError as error:
         raise InputError(
             f"search.baseline={job.baseline}: expected one that can be trained ({error})"
@@ -310,7 +323,12 @@ def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, 
     phases = dict.fromkeys(point.phase for point in workload.points)
 
     def predict(phase: Phase, specs: Sequence[ArchSpec]) -> tuple[Values, Values]:
-        mean, upper = np.full(len(specs), np.nan), np.full(len(specs), np.nan)
+        others = sorted({spec.vocab_size for spec in specs} - lengths.keys())
+        if others:
+            raise InputError(
+                f"space.vocab_size={[*lengths]}: expected {others}, too, as the trials have them"
+            )
+        mean, upper = np.empty(len(specs)), np.empty(len(specs))
         for size, length in lengths.items():
             mine = [i for i, spec in enumerate(specs) if spec.vocab_size == size]
             if mine:
@@ -333,8 +351,13 @@ def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, 
     return costs
 
 
-def evaluation_of(job: SearchJob, folder: Path | None) -> ShortTraining:
-    """Return the evaluator of trials, which keeps its checkpoints in `folder`."""
+def evaluation_of(
+    job: SearchJob, folder: Path | None, vocab_sizes: Sequence[int] | None = None
+) -> ShortTraining:
+    """Return the evaluator of trials, which keeps its checkpoints in `folder`.
+
+    Text and teacher are made for `vocab_sizes`; None makes those of all members of the space.
+    """
     settings, workspace = job.settings, job.workspace
     return ShortTraining(
         workspace,
@@ -343,5 +366,5 @@ def evaluation_of(job: SearchJob, folder: Path | None) -> ShortTraining:
         settings.trainer,
         settings.seed,
         folder,
-        vocab_sizes=job.space.vocab_sizes,
+        vocab_sizes=vocab_sizes or job.space.vocab_sizes,
     )

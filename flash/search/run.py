@@ -371,6 +371,9 @@ def _write(
     )
 
 
+_INTERVAL = ("mean_ms", "low_ms", "high_ms")
+
+
 def _describe(job: SearchJob, report: dict[str, Any]) -> None:
     """Print the frontier, and write the file `winners`."""
     by_number = {trial["number"]: trial for trial in report["trials"]}
@@ -382,10 +385,11 @@ def _describe(job: SearchJob, report: dict[str, Any]) -> None:
         spec = ArchSpec.from_dict(by_number[number]["spec"])
         point = headline(job.settings, lengths[spec.vocab_size])
         target = report["predicted"][str(number)][point]
+        steps = lengths[spec.vocab_size] if point.startswith("decode") else 1
         rows.append([
             f"{report['names'][str(number)]}{'*' if number in report['winners'] else ''}",
             f"{by_number[number]['loss']:.3f}",
-            f"{target['mean_ms']:.1f} [{target['low_ms']:.1f}, {target['high_ms']:.1f}]",
+            "{:.1f} [{:.1f}, {:.1f}]".format(*(steps * target[key] for key in _INTERVAL)),
             f"{count_parameters(spec).total / 1e6:.2f}M",
             job.space.describe(spec),
         ])

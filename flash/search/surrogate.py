@@ -41,8 +41,8 @@ def features(space: SearchSpace, spec: ArchSpec) -> NDArray[np.float64]:
       from tens of trials: a one-hot encoding of every slot gave nearly twice the error.
     - Share of adjacent layers that are both efficient, since runs of them hurt (Sec. 3.5).
     - With an FFN width for each layer, the logarithm of the width near each of `WIDTH_BINS`
-      relative depths, less their mean; with a choice of heads or
-      vocabulary, the logarithms of their numbers.
+      relative depths, less their mean; with a choice of heads or vocabulary, the logarithms of
+      their numbers.
     """
     sizes = [
         _unit(spec.num_layers, space.depths),

@@ -111,8 +111,7 @@ def check(settings: TrainSettings) -> None:
             if backbone.folder is not None and stage.recipe.inherit:
                 check_top_k(stage.recipe, stage.data, spec.vocab_size)
             workspace = _workspace(stage, backbone)
-            if stage.start is None:
-                workspace.check_vocabulary(spec.vocab_size)
+            workspace.check_vocabulary(spec.vocab_size, inherits=stage.start is None)
             workspace.check_data()
     for stage in stages:
         TrainResult.read(runs.model(result_name(stage)))
@@ -198,7 +197,9 @@ def _train_stage(settings: TrainSettings, later: Sequence[TrainSettings]) -> Tra
         settings.recipe = dataclasses.replace(settings.recipe, **alone)
     if settings.recipe.inherit:
         backbone.fetch()
-    workspace = _workspace(settings, backbone).for_vocabulary(spec.vocab_size)
+    workspace = _workspace(settings, backbone)
+    if settings.start is None or settings.recipe.kd_weight > 0:  # it needs the backbone
+        workspace = workspace.for_vocabulary(spec.vocab_size)
     key = _key(settings, spec, workspace)
     with one_at_a_time(workspace.runs.model(name), name):
         return _train_once(settings, name, spec, workspace, key, later)

@@ -104,7 +104,7 @@ def test_non_members_are_told_why():
         "ffn_dim=256": good.replace(ffn_dim=256),
         "3 efficient layers in a row": good.replace(layer_types=parse_pattern("F-S-")),
         "no attention": good.replace(layer_types=parse_pattern("--")),
-        "fixed settings": good.replace(head_dim=32),
+        "head_dim: expected the backbone's": good.replace(head_dim=32),
         "heads 16/8 are not among 32/8": good.replace(num_heads=16),
     }
     for reason, spec in reasons.items():

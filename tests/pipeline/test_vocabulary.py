@@ -13,6 +13,7 @@ from flash.errors import InputError
 from flash.paths import Runs
 from flash.search.job import check
 from flash.search.run import run_search
+from flash.search.settings import SearchStage
 from flash.training.run import train
 from flash.training.settings import TrainSettings
 from tests.pipeline.conftest import RECIPE, SPACE, search_settings, with_lowering
@@ -79,6 +80,11 @@ def test_what_cannot_be_cut_is_refused_before_any_work(common):
     settings = settings_of(common)
     settings.data = dataclasses.replace(settings.data, kind=DataKind.shards)
     with pytest.raises(InputError, match=rf"^space\.vocab_size={CUT}: .* data\.kind=shards"):
+        check(settings)
+    settings = settings_of(common)
+    settings.space = dataclasses.replace(settings.space, vocab_size=[100])
+    settings.stage = SearchStage.latency
+    with pytest.raises(InputError, match=r"^space\.vocab_size=100: expected 2\d\d .*bytes"):
         check(settings)
     settings = settings_of(common)
     settings.device = with_lowering(max_context=36)
