@@ -181,7 +181,7 @@ class Workspace:
             cache=self.runs.tokens,
         )
 
-    def for_vocabulary(self, size: int) -> "Workspace":
+    def for_vocabulary(self, size: int, place: str = "arch") -> "Workspace":
         """Return the workspace of a model with fewer tokens than the backbone.
 
         Its backbone has the rows of these tokens only, and is written at the first use. They are
@@ -190,15 +190,16 @@ class Workspace:
 
         Args:
             size: Number of tokens of the model.
+            place: Settings whose `vocab_size` says so, for errors.
 
         Raises:
             InputError: The vocabulary cannot be cut, or the text cannot be used.
         """
-        self.check_vocabulary(size)
+        self.check_vocabulary(size, place)
         if size == self.backbone.spec.vocab_size:
             return self
         if size not in self._cut:
-            self._cut[size] = self._cut_to(size)
+            self._cut[size] = self._cut_to(size, place)
         return self._cut[size]
 
     @cached_property
@@ -206,7 +207,7 @@ class Workspace:
         """Workspaces of models with fewer tokens, by their number."""
         return {}
 
-    def _cut_to(self, size: int) -> "Workspace":
+    def _cut_to(self, size: int, place: str) -> "Workspace":
         """Write the backbone with `size` tokens, unless it exists, and return its workspace."""
         whole = self.backbone
         assert whole.folder is not None
@@ -233,7 +234,7 @@ class Workspace:
                 if cut is not None:
                     kept = same_tokens(source.tokenizer, cut, size)
                 else:
-                    with under("arch"):
+                    with under(place):
                         kept = kept_tokens(source.tokenizer, size, source.data.token_counts())
                 cut_backbone(whole.folder, source.tokenizer, kept, checkpoint)
         backbone = Backbone(whole.name, read_spec(checkpoint), checkpoint)

@@ -220,14 +220,19 @@ class BlockTable:
 
     def _ffns(self, table: SpecTable) -> tuple[Values, Values]:
         """Sum the FFN halves of all layers, and of those in the tail [ms]."""
-        models, places = table.ffn_dims.nonzero()
-        widths = table.ffn_dims[models, places]
-        each_ms = self._at((FFN, None), table.column("model_dim")[models], widths)
-        tail = places >= table.ffn_dims.shape[1] - table.column("num_tail")[models]
-        return (
-            np.bincount(models, each_ms, len(table)),
-            np.bincount(models, each_ms * tail, len(table)),
-        )
+        layers, model_dims = table.column("num_layers"), table.column("model_dim")
+        widest = table.ffn_dims.max(axis=1, initial=0)
+        one_ms = self._at((FFN, None), model_dims, widest)
+        whole, last = layers * one_ms, table.column("num_tail") * one_ms
+        [mixed] = (table.column("ffn_total") < layers * widest).nonzero()
+        models, places = table.ffn_dims[mixed].nonzero()
+        if len(models):
+            widths = table.ffn_dims[mixed][models, places]
+            each_ms = self._at((FFN, None), model_dims[mixed][models], widths)
+            tail = places >= table.ffn_dims.shape[1] - table.column("num_tail")[mixed][models]
+            whole[mixed] = np.bincount(models, each_ms, len(mixed))
+            last[mixed] = np.bincount(models, each_ms * tail, len(mixed))
+        return whole, last
 
     def _halves(self, name: str, table: SpecTable) -> Values:
         """Interpolate the latency of one part of the attention halves for each model [ms]."""

@@ -71,17 +71,19 @@ class SpecTable:
             return specs
         full, sliding = Attention.full_attention, Attention.sliding_attention
         rows: list[tuple[int, ...]] = []
-        depth = max((spec.num_layers for spec in specs), default=0)
-        ffn_dims = np.zeros((len(specs), depth), dtype=np.int64)
-        for spec, widths in zip(specs, ffn_dims, strict=True):
-            kinds = spec.layer_types
+        widths: list[tuple[int, ...]] = []
+        depth = max((len(spec.layer_types) for spec in specs), default=0)
+        for spec in specs:
+            kinds, own = spec.layer_types, spec.ffn_dims
             last = max((i for i, kind in enumerate(kinds) if kind.attends), default=0)
             counts = (len(kinds), kinds.count(full), kinds.count(sliding), len(kinds) - last)
             ends = (kinds[last] is full, kinds[last] is sliding)
-            widths[depth - len(kinds) :] = spec.ffn_dims
-            sums = (sum(spec.ffn_dims), sum(spec.ffn_dims[last:]))
-            rows.append((*_sizes(spec), *counts, *ends, *sums))
-        return cls(np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)), ffn_dims)
+            widths.append((0,) * (depth - len(kinds)) + own)
+            rows.append((*_sizes(spec), *counts, *ends, sum(own), sum(own[last:])))
+        return cls(
+            np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)),
+            np.array(widths, dtype=np.int64).reshape(-1, depth),
+        )
 
     def __len__(self) -> int:
         return len(self.values)

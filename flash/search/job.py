@@ -231,7 +231,7 @@ def token_lengths(space: SearchSpace, workspace: Workspace) -> dict[int, float]:
     whole = workspace.backbone.spec.vocab_size
     lengths = {whole: 1.0}
     for size in sorted(set(space.vocab_sizes) - {whole}):
-        cut = workspace.for_vocabulary(size)
+        cut = workspace.for_vocabulary(size, "space")
         lengths[size] = workspace.data.bytes_per_token / cut.data.bytes_per_token
     return lengths
 

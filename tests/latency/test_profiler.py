@@ -95,7 +95,7 @@ def test_an_export_is_a_further_attempt_that_the_search_does_not_count(profiler)
         assert rows[1].result["lower_s"] == 1.5
         assert [len(profiler.attempts(each, point)) for each in (subject, backbone)] == [1, 1]
     profiler.measure_missing([subject, backbone])
-    assert profiler.measure_alone(backbone).name == str(BACKBONE)  # as its export measured it
+    assert profiler.measure_alone(backbone).name == str(backbone)  # as its export measured it
     assert len(profiler.device.measured) == count
 
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_cut_is_refused_before_any_work(common):
     settings.space = dataclasses.replace(settings.space, vocab_size=[100])
     settings.stage = SearchStage.latency
     with pytest.raises(InputError, match=r"^space\.vocab_size=100: expected 2\d\d .*bytes"):
-        check(settings)
+        run_search(settings)
     settings = settings_of(common)
     settings.device = with_lowering(max_context=36)
     settings.search = dataclasses.replace(settings.search, study="short")
