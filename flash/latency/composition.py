@@ -236,19 +236,23 @@ class BlockTable:
 
     def _halves(self, name: str, table: SpecTable) -> Values:
         """Interpolate the latency of one part of the attention halves for each model [ms]."""
-        found = np.zeros(len(table))
-        for heads in self.grid.heads:
-            mine = (_heads(table) == heads).all(axis=1)
-            if mine.any():
-                found[mine] = self._at((name, heads), table.column("model_dim")[mine])
-        return found
+        keys = {_code(*heads): (name, heads) for heads in self.grid.heads}
+        return self._each(keys, _codes(table), table)
 
     def _ends(self, table: SpecTable) -> Values:
         """Interpolate the latency of embedding and head for each model [ms]."""
+        keys = {size: (ENDS, size) for size in self.grid.vocab_sizes}
+        return self._each(keys, table.column("vocab_size"), table)
+
+    def _each(self, keys: Mapping[int, Table], chosen: np.ndarray, table: SpecTable) -> Values:
+        """Interpolate each model in the table that `keys` has for its value in `chosen` [ms]."""
+        model_dims = table.column("model_dim")
+        if len(keys) == 1:
+            return self._at(*keys.values(), model_dims)
         found = np.zeros(len(table))
-        for size in self.grid.vocab_sizes:
-            mine = table.column("vocab_size") == size
-            found[mine] = self._at((ENDS, size), table.column("model_dim")[mine])
+        for value, key in keys.items():
+            mine = chosen == value
+            found[mine] = self._at(key, model_dims[mine])
         return found
 
     def _at(self, key: Table, x: np.ndarray, y: np.ndarray | None = None) -> Values:
@@ -272,19 +276,19 @@ class BlockTable:
                     f"arch.{name}={wrong[0]}: expected {expected}, as in the measured blocks of "
                     f"{self.point}; measure blocks for this backbone"
                 )
-        for size in np.unique(table.column("vocab_size")):
-            if size not in self.grid.vocab_sizes:
-                raise InputError(
-                    f"arch.vocab_size={size}: expected one whose ends were measured at "
-                    f"{self.point} ({', '.join(map(str, self.grid.vocab_sizes))}); add it to space"
-                )
-        for heads in np.unique(_heads(table)[table.num_attending > 0], axis=0):
-            if tuple(heads) not in self.grid.heads:
-                known = ", ".join(f"{q}/{kv}" for q, kv in self.grid.heads)
-                raise InputError(
-                    f"arch.num_heads={heads[0]} with arch.num_kv_heads={heads[1]}: expected heads "
-                    f"whose blocks were measured at {self.point} ({known}); add them to space"
-                )
+        sizes = table.column("vocab_size")
+        for size in sizes[~np.isin(sizes, self.grid.vocab_sizes)]:
+            raise InputError(
+                f"arch.vocab_size={size}: expected one whose ends were measured at {self.point} "
+                f"({', '.join(map(str, self.grid.vocab_sizes))}); add it to space"
+            )
+        codes = _codes(table)[table.num_attending > 0]
+        for code in codes[~np.isin(codes, [_code(*heads) for heads in self.grid.heads])]:
+            known = ", ".join(f"{q}/{kv}" for q, kv in self.grid.heads)
+            raise InputError(
+                f"arch.num_heads={code // _HEADS} with arch.num_kv_heads={code % _HEADS}: expected "
+                f"heads whose blocks were measured at {self.point} ({known}); add them to space"
+            )
         for kind, numbers in _counts(table).items():
             if kind not in self.grid.kinds and numbers.any():
                 raise InputError(
@@ -303,9 +307,17 @@ def _counts(table: SpecTable) -> dict[Attention, np.ndarray]:
     }
 
 
-def _heads(table: SpecTable) -> np.ndarray:
-    """Numbers of query heads and of key heads of each model, shape `(n, 2)`."""
-    return np.stack([table.column("num_heads"), table.column("num_kv_heads")], axis=1)
+_HEADS = 2**31
+
+
+def _code(num_heads: Any, num_kv_heads: Any) -> Any:
+    """One number for both numbers of heads."""
+    return num_heads * _HEADS + num_kv_heads
+
+
+def _codes(table: SpecTable) -> np.ndarray:
+    """Numbers of heads of each model, as one number."""
+    return _code(table.column("num_heads"), table.column("num_kv_heads"))
 
 
 def _axis(grid: Grid, name: str) -> tuple[int | None, ...]:
