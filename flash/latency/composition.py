@@ -248,7 +248,7 @@ class BlockTable:
         """Interpolate each model in the table that `keys` has for its value in `chosen` [ms]."""
         model_dims = table.column("model_dim")
         if len(keys) == 1:
-            return self._at(*keys.values(), model_dims)
+            return self._at(next(iter(keys.values())), model_dims)
         found = np.zeros(len(table))
         for value, key in keys.items():
             mine = chosen == value

@@ -67,8 +67,8 @@ def _wider_features(space: SearchSpace, spec: ArchSpec) -> list[NDArray[np.float
         span = max(np.log(space.ffn_dims[-1] / space.ffn_dims[0]), 1e-9)
         logs = np.log(np.array(spec.ffn_dims) / spec.mean_ffn_dim) / span
         found.append(logs @ _near(spec.num_layers, WIDTH_BINS) / 2 + 0.5)
-    for value, column in zip(Variant.of(spec), np.transpose(space.variants), strict=True):
-        choices = np.unique(column)
+    for name, value in Variant.of(spec)._asdict().items():
+        choices = np.unique([getattr(variant, name) for variant in space.variants])
         if len(choices) > 1:
             found.append(np.array([_unit(np.log(value), np.log(choices))]))
     return found
