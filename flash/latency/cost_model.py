@@ -82,7 +82,7 @@ class SpecTable:
             rows.append((*_sizes(spec), *counts, *ends, sum(own), sum(own[last:])))
         return cls(
             np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMN)),
-            np.array(widths, dtype=np.int64).reshape(-1, depth),
+            np.array(widths, dtype=np.int64).reshape(len(specs), depth),
         )
 
     def __len__(self) -> int:
