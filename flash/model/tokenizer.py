@@ -216,7 +216,7 @@ class ModelTokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: self.special[name] for name in self.special if name[:3] in ("bos", "eos")},
-            **_read_json(source / TOKENIZER_CONFIG),
+            **read_json(source / TOKENIZER_CONFIG),
         }
         if self.taught:
             config.pop("chat_template", None)
@@ -226,7 +226,7 @@ class ModelTokenizer:
             copy_beside(source, folder, OTHER_TEMPLATES)
         copy_beside(source, folder, SPECIAL_TOKENS_MAP)
         _write_json(folder / TOKENIZER_CONFIG, config)
-        generation = {**_read_json(source / GENERATION_CONFIG), **self.token_ids}
+        generation = {**read_json(source / GENERATION_CONFIG), **self.token_ids}
         _write_json(folder / GENERATION_CONFIG, generation)
 
 
@@ -239,9 +239,9 @@ class _Files:
 
     def __init__(self, path: Path, backend: Tokenizer) -> None:
         self._folder, self._backend = path.parent, backend
-        self._tokenizer_config = _read_json(self._folder / TOKENIZER_CONFIG)
-        self._generation = _read_json(self._folder / GENERATION_CONFIG)
-        self._config = _read_json(self._folder / "config.json")
+        self._tokenizer_config = read_json(self._folder / TOKENIZER_CONFIG)
+        self._generation = read_json(self._folder / GENERATION_CONFIG)
+        self._config = read_json(self._folder / "config.json")
         self._names = self._read_names()
         self.named: dict[str, int] = {}
         for name, token in self._names.items():
@@ -262,7 +262,7 @@ class _Files:
         files = {TOKENIZER_CONFIG: self._tokenizer_config}
         if "added_tokens_decoder" not in self._tokenizer_config:
             # Otherwise transformers ignores the older file.
-            files[SPECIAL_TOKENS_MAP] = _read_json(self._folder / SPECIAL_TOKENS_MAP)
+            files[SPECIAL_TOKENS_MAP] = read_json(self._folder / SPECIAL_TOKENS_MAP)
         names: dict[str, str | None] = {}
         for file, values in files.items():
             for name in (name for name in _NAMES if name in values):
@@ -377,7 +377,7 @@ def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     processor = json.loads(backend.to_str()).get("post_processor")
     prefix: list[int] = []
     suffix: list[int] = []
-    for step in _processors(processor):
+    for step in processors(processor):
         if step["type"] == "TemplateProcessing":
             pieces = [piece.get("SpecialToken") for piece in step["single"]]
             texts = [piece["Sequence"]["id"] for piece in step["single"] if "Sequence" in piece]
@@ -398,13 +398,13 @@ def added_tokens(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(prefix), tuple(suffix)
 
 
-def _processors(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+def processors(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Steps of a post-processor, in order."""
     if processor is None:
         return []
     if processor["type"] != "Sequence":
         return [processor]
-    return [step for member in processor["processors"] for step in _processors(member)]
+    return [step for member in processor["processors"] for step in processors(member)]
 
 
 def _with_begin(
@@ -432,13 +432,18 @@ def _with_begin(
             name: {"id": name, "ids": [i], "tokens": [name]} for i, name in names.items()
         },
     }
-    steps = _processors(values.get("post_processor"))
+    steps = processors(values.get("post_processor"))
     kept = [step for step in steps if step["type"] not in _TEMPLATES]
     values["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
     return Tokenizer.from_str(json.dumps(values))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a file beside a tokenizer.json; empty if there is none.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     if not path.is_file():
         return {}
     try:
@@ -469,7 +474,7 @@ def vocabulary_bytes(backend: Tokenizer) -> Iterator[tuple[int, int]]:
     one byte, and so does what a normalizer adds.
     """
     values = json.loads(backend.to_str())
-    steps = [*_steps(values.get("decoder")), *_steps(values.get("pre_tokenizer"))]
+    steps = [*pipeline_steps(values.get("decoder")), *pipeline_steps(values.get("pre_tokenizer"))]
     kinds = {step["type"] for step in steps}
     blanks = {step["replacement"] for step in steps if step["type"] == "Metaspace"}
     blanks |= {step["pattern"]["String"] for step in steps if _makes_blank(step)}
@@ -491,14 +496,14 @@ def vocabulary_bytes(backend: Tokenizer) -> Iterator[tuple[int, int]]:
         yield token_id, length
 
 
-def _steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+def pipeline_steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Steps of a decoder or pre-tokenizer, in order."""
     if component is None:
         return []
     members = component.get("decoders", component.get("pretokenizers"))
     if component["type"] != "Sequence" or members is None:
         return [component]
-    return [step for member in members for step in _steps(member)]
+    return [step for member in members for step in pipeline_steps(member)]
 
 
 def _makes_blank(step: dict[str, Any]) -> bool:

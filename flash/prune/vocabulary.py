@@ -32,6 +32,9 @@ from flash.model.tokenizer import (
     TOKENIZER_CONFIG,
     ModelTokenizer,
     copy_beside,
+    pipeline_steps,
+    processors,
+    read_json,
 )
 from flash.model.weights import Weights
 
@@ -199,20 +202,16 @@ def _byte_level(tokenizer: ModelTokenizer) -> Document:
         InputError: It is no byte-level BPE.
     """
     document: Document = json.loads(tokenizer.backend.to_str())
-    kinds = [document["model"]["type"], *_types(document["decoder"])]
+    kinds = [
+        document["model"]["type"],
+        *(step["type"] for step in pipeline_steps(document["decoder"])),
+    ]
     if kinds[0] != "BPE" or "ByteLevel" not in kinds:
         raise InputError(
             f"vocab_size: expected the whole vocabulary, as {tokenizer.path} is of the kind "
             f"{' with '.join(kinds)}, and only that of a byte-level BPE can be cut"
         )
     return document
-
-
-def _types(part: Mapping[str, Any] | None) -> list[str]:
-    """Types of a decoder or of all decoders of a sequence."""
-    if part is None:
-        return []
-    return [part["type"], *(t for each in part.get("decoders", ()) for t in _types(each))]
 
 
 def _merges(document: Document) -> list[tuple[str, str]]:
@@ -256,17 +255,10 @@ def _with_ids(document: Document, new: Mapping[int, int]) -> Document:
     }
 
 
-def _processors(processor: Any) -> list[dict[str, Any]]:
-    """A post-processor, or all that it is a sequence of."""
-    if processor is None:
-        return []
-    return [processor, *processor.get("processors", ())]
-
-
 def _added_by(processor: Any) -> set[int]:
     """Ids of the tokens that a post-processor names."""
     found: set[int] = set()
-    for part in _processors(processor):
+    for part in processors(processor):
         for token in (part.get("special_tokens") or {}).values():
             found.update(token["ids"])
         found.update(part[name][1] for name in ("sep", "cls") if name in part)
@@ -276,7 +268,7 @@ def _added_by(processor: Any) -> set[int]:
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
     """A post-processor with new ids of the tokens that it adds."""
     changed = copy.deepcopy(processor)
-    for part in _processors(changed):
+    for part in processors(changed):
         for token in (part.get("special_tokens") or {}).values():
             token["ids"] = [new[i] for i in token["ids"]]
         for name in ("sep", "cls"):
@@ -289,19 +281,15 @@ def _write_beside(source: Path, folder: Path, new: Mapping[int, int]) -> None:
     """Write the files beside a tokenizer.json, with new ids."""
     for name in (SPECIAL_TOKENS_MAP, CHAT_TEMPLATE, OTHER_TEMPLATES):
         copy_beside(source, folder, name)
-    config = _read(source / TOKENIZER_CONFIG)
+    config = read_json(source / TOKENIZER_CONFIG)
     if "added_tokens_decoder" in config:
         known = config["added_tokens_decoder"]
         config["added_tokens_decoder"] = {
             str(new[int(i)]): token for i, token in known.items() if int(i) in new
         }
-    generation = _read(source / GENERATION_CONFIG)
+    generation = read_json(source / GENERATION_CONFIG)
     for name in [name for name in generation if name.endswith("_token_id")]:
         del generation[name]  # the model's folder gets those of the tokenizer
     for name, values in ((TOKENIZER_CONFIG, config), (GENERATION_CONFIG, generation)):
         if values:
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -26,7 +26,7 @@ from flash.workspace import Workspace
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the candidates with one vocabulary are made of and learn from.
+    """Weights and text of the candidates with one vocabulary.
 
     Attributes:
         workspace: Backbone and text with this vocabulary.
