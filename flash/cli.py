@@ -39,6 +39,7 @@ def run(verb: str) -> None:
             print(help_text(verb, arguments))
             return
         _check_words(verb, arguments)
+        arguments = [part for word in arguments for part in each_device(verb, word)]
     # Hydra takes overrides in front of a flag or behind it, but not on both sides.
     sys.argv[1:] = sorted(arguments, key=lambda word: word not in {"-m", "--multirun"})
     entry(verb, *JOBS[verb])
@@ -71,6 +72,25 @@ def _check_words(verb: str, arguments: Sequence[str]) -> None:
             )
         if _CALLED.search(word):
             raise InputError(f"{word}: expected no _target_, which would call code; leave it out")
+
+
+def each_device(verb: str, word: str) -> list[str]:
+    """Return the words that `device=[A,B]` is short for; Hydra would merge the options into one.
+
+    Raises:
+        InputError: The command takes one device only.
+    """
+    found = re.fullmatch(r"device=\[(.*)\]", word)
+    if found is None:
+        return [word]
+    first, *others = (name.strip() for name in found[1].split(","))
+    if others and verb != "search":
+        raise InputError(
+            f"{word}: expected one device, as only {commands.command('search')} takes several"
+        )
+    if first in others or len(set(others)) < len(others):
+        raise InputError(f"{word}: expected each device once")
+    return [f"device={first}", *(f"+device@devices.{name}={name}" for name in others)]
 
 
 def _measurements(arguments: Sequence[str]) -> int:

@@ -34,8 +34,9 @@ from flash.compat.omegaconf import (
     accept_overrides_of_null,
     child_containers,
     child_mapping,
+    kind_of_items,
 )
-from flash.config_errors import explain, unknown_key
+from flash.config_errors import explain, unknown_key, wrong_item
 from flash.errors import (
     CheckFailed,
     DeviceError,
@@ -43,6 +44,7 @@ from flash.errors import (
     ServiceError,
     os_error_number,
     printable,
+    shown,
     under,
 )
 from flash.naming import complete_names, require_own_names
@@ -51,7 +53,7 @@ from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
-from flash.schemas import ROOTS, schema_at
+from flash.schemas import ROOTS, holds_settings, schema_at
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +103,12 @@ def reject_unknown_keys(node: DictConfig, root: type, path: list[str] | None = N
     """
     path = path or []
     schema = schema_at(root, path)
-    if schema is None:
+    if schema is None and not holds_settings(root, path):
         return
-    valid = [f.name for f in dataclasses.fields(schema)]
+    valid = [f.name for f in dataclasses.fields(schema)] if schema is not None else None
     for key in map(str, node):
         full = ".".join([*path, key])
-        if key not in valid:
+        if valid is not None and key not in valid:
             raise InputError(unknown_key(full, valid, root))
         child = child_mapping(node, key)
         if child is not None:
@@ -121,10 +123,12 @@ def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
     Raises:
         InputError: An illegal value.
     """
+    kind = kind_of_items(node) if isinstance(node, ListConfig) else None
     for key, child in child_containers(node):
-        _check_values(
-            child, f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-        )
+        inner = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+        if kind is not None and not dataclasses.is_dataclass(kind):
+            raise InputError(wrong_item(inner, shown(OmegaConf.to_container(child)), kind.__name__))
+        _check_values(child, inner)
     if path and dataclasses.is_dataclass(OmegaConf.get_type(node)):
         with under(path):
             OmegaConf.to_object(node)

@@ -15,8 +15,11 @@ from flash.compat.omegaconf import error_key, error_schema
 from flash.errors import InputError, closest, nearest, without_secrets
 from flash.schemas import commands_with, options_at, schema_at, whole_key_hint
 
-_KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
-"""Types of OmegaConf in words."""
+_KINDS = {
+    **{"Integer": "an integer", "Float": "a number", "Boolean": "true or false"},
+    **{"int": "an integer", "float": "a number", "bool": "true or false", "str": "a word"},
+}
+"""Types of OmegaConf, and of Python, in words."""
 
 
 def explain(error: BaseException, schema: type) -> str:
@@ -87,14 +90,22 @@ def _wrong_value(key: str, text: str, schema: type) -> str:
     if found := re.match(r"Value '(.*)' is not a valid bool", text):
         return f"{key}={found[1]}: expected {_KINDS['Boolean']}{or_null}"
     if found := re.match(
-        r"Invalid type assigned: \w+ is not a subclass of \w+\. value: (.*)", text
+        r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)", text
     ):
         owner = schema_at(schema, key.split("."))
-        names = [field.name for field in dataclasses.fields(owner)] if owner is not None else []
-        return f"{key}={found[1]}: expected values for its settings, as in {key}.{names[0]}=VALUE"
+        if owner is None:
+            return wrong_item(key, found[2], found[1])
+        first = dataclasses.fields(owner)[0].name
+        return f"{key}={found[2]}: expected values for its settings, as in {key}.{first}=VALUE"
     if re.match(r"Key '.*' is not in struct", text):
         return f"{key}: is not set so far; write +{key}=VALUE to add it"
     return f"{key}: {text}" if key else f"{text}; expected a mapping of keys to values"
+
+
+def wrong_item(key: str, value: object, kind: str) -> str:
+    """Explain that an item of a list, such as `space.num_heads[0]`, is of another type."""
+    value = "null" if value in (None, "None") else value
+    return f"{key}={value}: expected {_KINDS.get(kind, 'one of the names that its group lists')}"
 
 
 def _composition(text: str, schema: type) -> str:

@@ -64,13 +64,15 @@ def _check_search(settings: "SearchJobSettings") -> None:
 def _search(settings: "SearchJobSettings") -> None:
     _require(settings, "executorch")
     from flash.report.figures import study_figures
-    from flash.search.run import run_search, winner_names
+    from flash.search.printing import winner_names
+    from flash.search.run import run_search
     from flash.search.settings import SearchStage
 
     report, runs = run_search(settings, figures=study_figures), Runs(Path(settings.runs))
     if settings.stage is SearchStage.latency:
-        folder = runs.latency(settings.device.name)
-        made = [folder / "latency.json", folder / "measurements.csv"]
+        folders = [runs.latency(device.name) for device in settings.all_devices]
+        files = ("latency.json", "measurements.csv")
+        made = [folder / name for folder in folders for name in files]
         terminal.finish(made, _following("search", "stage=search"))
         return
     study = runs.study(settings.search.study)

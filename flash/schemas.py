@@ -34,13 +34,30 @@ def _dataclass_of(annotation: Any) -> type | None:
 
 
 def schema_at(root: type, path: list[str]) -> type | None:
-    """Return the dataclass that defines the keys below `path`; None if there is none."""
-    schema: type | None = root
+    """Return the dataclass that defines the keys below `path`; None if there is none.
+
+    A path may lead through a mapping `dict[str, X]` of settings, such as `devices.board`.
+    """
+    return _dataclass_of(_annotation_at(root, path))
+
+
+def holds_settings(root: type, path: list[str]) -> bool:
+    """Return True if there is a mapping of any names to settings at `path`."""
+    return _dataclass_of(_item_of(_annotation_at(root, path))) is not None
+
+
+def _annotation_at(root: type, path: list[str]) -> Any:
+    annotation: Any = root
     for key in path:
-        if schema is None:
-            return None
-        schema = _dataclass_of(typing.get_type_hints(schema).get(key))
-    return schema
+        schema = _dataclass_of(annotation)
+        hints = {} if schema is None else typing.get_type_hints(schema)
+        annotation = hints.get(key, _item_of(annotation))
+    return annotation
+
+
+def _item_of(annotation: Any) -> Any:
+    """Return X of an annotation `dict[str, X]`, else None."""
+    return typing.get_args(annotation)[1] if typing.get_origin(annotation) is dict else None
 
 
 def paths(schema: type, prefix: str = "") -> Iterator[str]:

@@ -125,7 +125,7 @@ def test_the_papers_search(run):
     assert (search.search.trials, search.search.batch, search.recipe.tokens) == (200, 8, 2.6e9)
     objectives = search.search.order(Objective.prefill)
     assert objectives == (Objective.quality, Objective.prefill)
-    assert search.search.worst(objectives, 2.0, {"prefill_ms": 1.0}) == (2.6, 4000.0)
+    assert search.search.worst(objectives, 2.0, {"prefill_ms": 1.0}, {}) == (2.6, 4000.0)
     assert search.device.workload.first(Phase.prefill).tokens == 2048
     assert (search.device.lowering.chunk, search.device.threads) == (1024, 4)
     spec = ArchSpec.from_dict(search.backbone.arch)
@@ -156,6 +156,46 @@ def test_new_keys_are_added_to_a_mapping(run):
     settings = []
     assert run("train", "+arch.ffn_dim=64", "+arch.x.y=1", job=settings.append)[0] == -1
     assert settings[0].arch == {"ffn_dim": 64, "x": {"y": 1}}
+
+
+def test_options_of_further_devices_are_further_devices(run, tmp_path):
+    folder = tmp_path / "conf" / "device"
+    folder.mkdir(parents=True)
+    (folder / "second.yaml").write_text("name: second\nthreads: 1\n")
+    settings = []
+    words = ["device=host", "+device@devices.second=second"]
+    assert run("search", *words, "devices.second.runs=7", job=settings.append)[0] == -1
+    assert [(device.name, device.runs) for device in settings[0].all_devices] == [
+        ("host", 3),
+        ("second", 7),
+    ]
+    code, text = run("search", *words, "devices.second.thread=7")
+    assert (code, text) == (
+        2,
+        "error: devices.second.thread: unknown key; did you mean 'threads'?\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "words"),
+    [
+        ("search", "device=[a,b, c]", ["device=a", "+device@devices.b=b", "+device@devices.c=c"]),
+        ("search", "device=[a]", ["device=a"]),
+        ("export", "device=[a]", ["device=a"]),
+        ("search", "device=a,b", ["device=a,b"]),
+    ],
+)
+def test_a_list_of_devices_is_short_for_a_device_and_further_ones(verb, word, words):
+    assert cli.each_device(verb, word) == words
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [("search", "device=[a,a]"), ("search", "device=[a,b,b]"), ("export", "device=[a,b]")],
+)
+def test_lists_of_devices_that_make_no_sense_are_refused(verb, word):
+    with pytest.raises(InputError, match=rf"^{re.escape(word)}: expected "):
+        cli.each_device(verb, word)
 
 
 @pytest.mark.parametrize("override", ["backbone.arch={ffn_dim: 64}", "+backbone.arch.ffn_dim=64"])
@@ -208,6 +248,10 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ),
         ("search", "space.model_dim.step=0", "space.model_dim.step=0: expected a positive integer"),
         ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
+        ("search", "space.num_heads=[null]", "space.num_heads[0]=null: expected an integer"),
+        ("search", "space.num_heads=[[1]]", "space.num_heads[0]=[1]: expected an integer"),
+        ("search", "search.objectives=[{a: 1}]", "search.objectives[0]={a: 1}: expected a word"),
+        ("search", "search.objectives=[prefil]", "objective prefil; did you mean 'prefill'?"),
         ("search", "latency=bloks", "did you mean 'blocks'?"),
         ("export", "gate.max_kl_quantised=1", "did you mean 'max_kl_quantized'?"),
         (

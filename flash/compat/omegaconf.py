@@ -8,6 +8,7 @@ Names that OmegaConf 2.3 does not document, and the reasons to use them:
   configuration, so that a message can name the key.
 - `OmegaConf.update`, which Hydra calls for each override, and `split_key`: `update` fails for a
   mapping that is null, and for a key within one; `merge_with` from the root does not.
+- `ListConfig._metadata.element_type`: a list of numbers takes lists and mappings, too.
 - `get_yaml_loader`: option files are checked before Hydra composes them, by the same rules for
   numbers, dates and duplicate keys.
 """
@@ -54,6 +55,12 @@ def child_containers(
         known = isinstance(child, DictConfig | ListConfig)
         if known and not child._is_none() and not child._is_missing():
             yield key if isinstance(key, int) else str(key), child
+
+
+def kind_of_items(node: ListConfig) -> type | None:
+    """Return the type that the items of a list must have; None if they may have any."""
+    kind = node._metadata.element_type
+    return kind if isinstance(kind, type) else None
 
 
 def error_key(error: OmegaConfBaseException) -> str:

@@ -38,6 +38,10 @@ _MOST_BEYOND = 0.05
 """Largest share of candidates outside the range of the measured models when measuring ends."""
 _POOL = 1024
 """Length of the list of which the first models are measured: a larger number extends the set."""
+_MOST_TRANSFERRED = 19
+"""Most whole models, beside the backbone, that are measured on a device after the first one."""
+_TAUGHT = 128
+"""Members of the space on which the first device's predictor teaches that of another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class LatencyModel:
     """Predictors of one device under one workload, with the measurements they were fitted to.
 
     Attributes:
+        predictor: Kind of the predictors.
         predictors: Predictor of each latency of the workload.
         objective: Latency that the search minimizes.
         scores: Cross-validation at each point: of the chosen predictor, and of the baselines
@@ -55,6 +60,7 @@ class LatencyModel:
         rows: All measurements that were used.
     """
 
+    predictor: PredictorKind
     predictors: Mapping[Point, Predictor]
     objective: Point
     scores: Mapping[Point, Mapping[str, Scores]]
@@ -108,6 +114,7 @@ def collect(
     store: MeasurementStore,
     cache_dir: Path,
     seed: int = 0,
+    first: LatencyModel | None = None,
 ) -> LatencyModel:
     """Measure latencies that the store lacks for this device and workload; fit the predictors.
 
@@ -124,11 +131,17 @@ def collect(
         store: Store of measurements; new ones are appended.
         cache_dir: Folder for lowered programs.
         seed: Seed of the choice of whole models.
+        first: Predictors of another device at the same points. This one's start from them, so that
+            few whole models have to be measured.
 
     Raises:
         InputError: The device cannot run the workload or time what the predictor needs.
         DeviceError: A process on the device died or took too long.
     """
+    if first is not None:
+        few = min(settings.whole_models, _MOST_TRANSFERRED)
+        kind = PredictorKind.analytical
+        settings = dataclasses.replace(settings, predictor=kind, whole_models=few)
     _check(device, workload, lowering, settings)
     profiler = make_profiler(
         backbone=backbone,
@@ -146,13 +159,14 @@ def collect(
     # All whole models in the store are used: further ones cost no measurement.
     last = backbone.as_program()
     known = [spec for spec in profiler.known_models() if spec != last and spec in space]
+    sources = _sources(profiler, space, first, seed)
     if settings.predictor is PredictorKind.analytical:
-        models = _measure_actively(profiler, space, known, last, seed)
+        models = _measure_actively(profiler, space, known, last, seed, sources)
     else:
         planned = whole_models(space, backbone, settings.num_whole_models, seed)
         models = [*dict.fromkeys([*planned[:-1], *known]), last]
         profiler.measure_missing([*blocks, *(Subject(spec=spec) for spec in models)])
-    model = _fit(profiler, backbone, grid, models)
+    model = _fit(profiler, backbone, grid, models, sources)
     for line in model.describe().splitlines():
         logger.info("latency: %s", line)
     return model
@@ -179,8 +193,17 @@ def _check(
         )
 
 
+_Sources = Mapping[Point, AnalyticalPredictor]
+"""Predictors of another device from which those of this one start; empty without one."""
+
+
 def _measure_actively(
-    profiler: Profiler, space: SearchSpace, known: Sequence[ArchSpec], last: ArchSpec, seed: int
+    profiler: Profiler,
+    space: SearchSpace,
+    known: Sequence[ArchSpec],
+    last: ArchSpec,
+    seed: int,
+    sources: _Sources,
 ) -> list[ArchSpec]:
     """Measure the most informative models until the predictor is accurate enough.
 
@@ -191,12 +214,11 @@ def _measure_actively(
         The measured models, with `last` at the end.
     """
     settings, objective = profiler.settings, profiler.workload.first(profiler.settings.objective)
-    make = _maker(settings.predictor, objective, profiler, None)
+    source = sources.get(objective)
+    make = _maker(settings.predictor, objective, profiler, None, source)
     pool = space.stratified(np.random.default_rng(seed), _POOL)
     models = [*known, last]
-    chooser = _source(profiler, objective) or AnalyticalPredictor(
-        objective, profiler.lowering, profiler.lowering.chunk
-    )
+    chooser = source or AnalyticalPredictor(objective, profiler.lowering, profiler.lowering.chunk)
 
     def grown() -> list[ArchSpec]:
         num = min(settings.group_size, settings.whole_models - len(models) + 1)
@@ -212,7 +234,7 @@ def _measure_actively(
             estimate = ErrorEstimate.of(
                 cross_predict(make, models, values, errors, folds=len(models)), values
             )
-            if settings.transfer_from is None:
+            if source is None:
                 chooser.fit(models, values, errors)
             beyond = float(extrapolates(chooser, models, pool).mean())
             logger.info(
@@ -231,17 +253,27 @@ def _measure_actively(
         models = grown()
 
 
-def _source(profiler: Profiler, point: Point) -> AnalyticalPredictor | None:
-    """Fit a predictor of the device `transfer_from`; None if the settings name no device."""
-    device = profiler.settings.transfer_from
-    if device is None:
-        return None
-    attempts = profiler.attempts_of(device, point)
-    values, errors = comparable(attempts, point.phase)
-    specs = [rows[0].spec for rows in attempts]
-    return AnalyticalPredictor(point, profiler.lowering, profiler.lowering.chunk).fit(
-        specs, values, errors
-    )
+def _sources(
+    profiler: Profiler, space: SearchSpace, first: LatencyModel | None, seed: int
+) -> _Sources:
+    """Fit predictors of another device: to what `first` predicts, or to what the store holds."""
+    device, lowering = profiler.settings.transfer_from, profiler.lowering
+    if first is None and device is None:
+        return {}
+    found: dict[Point, AnalyticalPredictor] = {}
+    for point in profiler.workload.points:
+        if first is not None:
+            specs = space.stratified(np.random.default_rng(seed), _TAUGHT)
+            values, errors = first.predictors[point].predict(specs).mean, None
+        else:
+            assert device is not None
+            attempts = profiler.attempts_of(device, point)
+            values, errors = comparable(attempts, point.phase)
+            specs = [rows[0].spec for rows in attempts]
+        found[point] = AnalyticalPredictor(point, lowering, lowering.chunk).fit(
+            specs, values, errors
+        )
+    return found
 
 
 def make_profiler(
@@ -304,7 +336,11 @@ def _whole_ms(
 
 
 def _fit(
-    profiler: Profiler, backbone: ArchSpec, grid: Grid | None, models: Sequence[ArchSpec]
+    profiler: Profiler,
+    backbone: ArchSpec,
+    grid: Grid | None,
+    models: Sequence[ArchSpec],
+    sources: _Sources,
 ) -> LatencyModel:
     """Fit and cross-validate the predictor of every point."""
     chosen = profiler.settings.predictor
@@ -328,14 +364,16 @@ def _fit(
             table = BlockTable(point, backbone, grid, parts_ms, profiler.lowering)
         scores[point] = {}
         for kind in dict.fromkeys((chosen, PredictorKind.params, PredictorKind.flops)):
-            make = _maker(kind, point, profiler, table)
+            make = _maker(kind, point, profiler, table, sources.get(point))
             left_out = cross_predict(make, models, values, errors)
             scores[point][kind.value] = score(left_out, values)
             if kind is chosen:
                 left_out_ms[point] = left_out.mean
-        predictors[point] = _maker(chosen, point, profiler, table)().fit(models, values, errors)
+        make = _maker(chosen, point, profiler, table, sources.get(point))
+        predictors[point] = make().fit(models, values, errors)
         values_ms[point] = values
     return LatencyModel(
+        predictor=chosen,
         predictors=predictors,
         objective=profiler.workload.first(profiler.settings.objective),
         scores=scores,
@@ -347,11 +385,15 @@ def _fit(
 
 
 def _maker(
-    kind: PredictorKind, point: Point, profiler: Profiler, table: BlockTable | None
+    kind: PredictorKind,
+    point: Point,
+    profiler: Profiler,
+    table: BlockTable | None,
+    source: AnalyticalPredictor | None,
 ) -> Callable[[], Predictor]:
     """Return a function that makes an unfitted predictor of this kind."""
     match kind:
-        case PredictorKind.analytical if (source := _source(profiler, point)) is not None:
+        case PredictorKind.analytical if source is not None:
             return lambda: TransferPredictor(source)
         case PredictorKind.analytical:
             return lambda: AnalyticalPredictor(point, profiler.lowering, profiler.lowering.chunk)

@@ -11,6 +11,7 @@ from flash.report.pattern_figures import kinds, patterns
 from flash.report.reading import read_study
 from flash.report.search_figures import (
     comparison,
+    devices,
     frontier,
     hypervolume,
     parallel_coordinates,
@@ -75,6 +76,7 @@ def all_figures(data: StudyData) -> dict[str, go.Figure]:
     """Draw every figure whose data exist, by name and in the order of the page."""
     drawn = {
         "frontier": (frontier, True),
+        "devices": (devices, bool(data.search.devices) and bool(data.trials)),
         "hypervolume": (hypervolume, True),
         "parallel_coordinates": (parallel_coordinates, bool(data.trials)),
         "patterns": (patterns, bool(data.frontier)),

@@ -17,7 +17,7 @@ from flash.arch import ArchSpec, Attention
 from flash.commands import command
 from flash.evaluation.suites import SuiteResult
 from flash.provenance import provenance
-from flash.records import write_text
+from flash.records import plain, write_text
 from flash.report.data import ReportData, StudyData
 from flash.report.figures import all_figures, comparison_figures
 from flash.report.style import DARK
@@ -28,6 +28,7 @@ from flash.report.trial_table import (
     study_rows,
     trial_table,
 )
+from flash.search.devices import device_table
 
 CAPTIONS = {
     "frontier": (
@@ -35,6 +36,11 @@ CAPTIONS = {
         "Each point is a candidate: pruned from the backbone and trained briefly. Its cost is "
         "known before the training. Dotted lines: the reference point. Triangles at the border "
         "point to outliers.",
+    ),
+    "devices": (
+        "Devices",
+        "The same candidates on each device. The line joins those that a search for that device "
+        "alone would keep; how far a winner lies above it is the price of one model for all.",
     ),
     "comparison": (
         "Frontiers",
@@ -134,6 +140,7 @@ def render(data: ReportData) -> str:
                 "id": f"study-{study.name}",
                 "title": f"Study {study.name}" if several else "Search",
                 "figures": [each for key, each in described.items() if key[0] == study.name],
+                "devices": device_rows(study),
             }
             for study in data.studies
         ],
@@ -287,6 +294,20 @@ def _provenance(
     }
 
 
+def device_rows(study: StudyData) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of text of `device_table`; empty for a single device."""
+    columns, lines = device_table(plain(study.search))
+    digits = {"[ms]": 1, "backbone]": 0, "[nats]": 3, "loss": 3}
+    places = [digits.get(column.rpartition(" ")[2]) for column in columns]
+    return columns, [
+        [
+            NONE if value is None else str(value) if count is None else f"{value:.{count}f}"
+            for value, count in zip(line, places, strict=True)
+        ]
+        for line in lines
+    ]
+
+
 _SCORE_COLUMNS = (
     "latency",
     "predictor",
@@ -301,12 +322,14 @@ _SCORE_COLUMNS = (
 def _scores(study: StudyData) -> list[list[str]]:
     """Tabulate the cross-validation scores, a row for each point and predictor."""
     table: dict[tuple[str, str], dict[str, float]] = {}
-    for key, value in study.search.latency_scores.items():
-        _, point, predictor, score = key.split("/")
-        table.setdefault((point, predictor), {})[score] = value
+    several = {name: device.latency_scores for name, device in study.search.devices.items()}
+    for device, scores in (several or {study.device_name: study.search.latency_scores}).items():
+        for key, value in scores.items():
+            _, point, predictor, score = key.split("/")
+            table.setdefault((f"{point} on {device}", predictor), {})[score] = value
     return [
         [
-            f"{point} on {study.device_name}",
+            point,
             predictor,
             f"{row['r2']:.3f}",
             f"{row['mape_pct']:.1f}",

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flash.arch import Attention
+from flash.device.workload import Point
 from flash.report.data import StudyData, TrialPoint
 from flash.report.outliers import show_most, spread
 from flash.report.style import (
@@ -23,7 +24,9 @@ from flash.report.style import (
     hover_text,
     layout,
 )
+from flash.search.devices import key_on
 from flash.search.objectives import Objective
+from flash.search.pareto import non_dominated
 
 _NARROW_AXES = ["depth", "d_ffn", "TTFT [ms]", "weights [MiB]", "loss [nats]", "frontier"]
 """Axes of the parallel coordinates that a narrow screen shows."""
@@ -108,6 +111,49 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
     figure.add_hline(y=reference["loss"], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
 
 
+def devices(data: StudyData) -> go.Figure:
+    """Plot loss against the headline latency on each of several devices.
+
+    A line joins the candidates that are best on that device alone.
+    """
+    names = [*data.search.devices]
+    key = f"{Point.parse(data.search.objective).phase.value}_ms"
+    keys = [key_on(key, name) for name in names]
+    figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
+    panels = []
+    for column, here in enumerate(keys, start=1):
+        mask = non_dominated([(trial.loss, trial.costs[here]) for trial in data.trials])
+        alone = [trial for trial, keep in zip(data.trials, mask, strict=True) if keep]
+        for name, trials, mode, marker in (
+            ("trials", data.trials, "markers", {"color": GRAY, "size": 8}),
+            ("best on this device alone", alone, "lines", {"color": GREEN}),
+            ("frontier", data.frontier, "markers", {"color": BLUE, "size": 9}),
+            ("winners", data.winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
+        ):
+            shown = sorted(trials, key=lambda trial: trial.costs[here])
+            figure.add_scatter(
+                x=[trial.costs[here] for trial in shown],
+                y=[trial.loss for trial in shown],
+                text=[hover_text(trial) for trial in shown],
+                hovertemplate="%{text}<extra></extra>",
+                name=name,
+                mode=mode,
+                marker=marker,
+                line={"shape": "hv", "color": GREEN},
+                legendgroup=name,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+        points = [(trial.costs[here], trial.loss, hover_text(trial)) for trial in data.trials]
+        panels.append(("" if column == 1 else str(column), points))
+    layout(figure, y="held-out loss [nats/token]")
+    for column, here in enumerate(keys, start=1):
+        figure.update_xaxes(title=cost_axis(data, here), col=column)
+    show_most(figure, panels)
+    return figure
+
+
 def comparison(studies: Sequence[StudyData]) -> go.Figure:
     """Plot the frontiers of several studies, a panel for each cost that all of them have."""
     first, *others = studies
@@ -162,7 +208,7 @@ def hypervolume(data: StudyData) -> go.Figure:
             annotation_text="model-based from here",
             annotation_position="bottom right",
         )
-    units = " x ".join(Objective(key).unit for key in data.search.objectives)
+    units = " x ".join(Objective.of_key(key).unit for key in data.search.objectives)
     layout(figure, "finished trials", f"hypervolume [{units}]")
     return figure.update_layout(margin_t=20)  # it has no legend
 

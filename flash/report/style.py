@@ -60,17 +60,21 @@ def layout(figure: go.Figure, x: str = "", y: str = "", height: int = 420) -> go
 
 def cost_name(key: str) -> str:
     """Return the short name of a cost with its unit."""
-    return f"{_COSTS[key]} [{Objective(key).unit}]"
+    quantity, at, device = key.partition("@")
+    on = f" on {device}" if at else ""
+    return f"{_COSTS[quantity]}{on} [{Objective.of_key(key).unit}]"
 
 
 def cost_axis(data: StudyData, key: str) -> str:
     """Return the axis title of a cost, with workload and unit."""
     workload = data.search.workload
-    match key:
+    quantity, at, device = key.partition("@")
+    on = f" on {device}" if at else ", all devices" if data.search.devices else ""
+    match quantity:
         case "prefill_ms":
-            return f"predicted TTFT at {workload.prompts[0]} tokens [ms]"
+            return f"predicted TTFT at {workload.prompts[0]} tokens{on} [ms]"
         case "decode_ms":
-            return f"predicted decode step at {workload.contexts[0]} tokens [ms]"
+            return f"predicted decode step at {workload.contexts[0]} tokens{on} [ms]"
         case _:
             return cost_name(key)
 
@@ -84,10 +88,13 @@ def latency_name(data: StudyData) -> str:
 
 def cost_text(costs: Mapping[str, float]) -> list[str]:
     """Return known costs as text, such as `TTFT 12.3 ms`."""
+    shown = [
+        *(key for key in _COSTS if key in costs),
+        *(key for key in costs if key.partition("@")[0] == "prefill_ms" and "@" in key),
+    ]
     return [
-        f"{name} {costs[key]:.4g} {Objective(key).unit}"
-        for key, name in _COSTS.items()
-        if key in costs
+        f"{cost_name(key).partition(' [')[0]} {costs[key]:.4g} {Objective.of_key(key).unit}"
+        for key in shown
     ]
 
 

@@ -6,9 +6,9 @@ from flash.arch import ArchSpec
 from flash.report.data import ReportData, StudyData, TrialPoint, UnratedTrial
 from flash.report.style import cost_name
 from flash.report.table import NONE
-from flash.search.objectives import Objective
+from flash.search.objectives import Quantity
 
-_COSTS = tuple(objective.value for objective in Objective if objective is not Objective.quality)
+_COSTS = tuple(each.value for each in Quantity if each is not Quantity.quality)
 
 
 def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
@@ -52,7 +52,8 @@ def _cost_keys(data: ReportData) -> list[str]:
         for trial in [*study.trials, *study.stopped, *study.unrated]
         for key in trial.costs
     }
-    return [key for key in _COSTS if key in known]
+    by_device = sorted(key for key in known if key.startswith("prefill_ms@"))
+    return [*(key for key in _COSTS if key in known), *by_device]
 
 
 def _row(trial: TrialPoint | UnratedTrial, keys: Sequence[str]) -> list[str]:

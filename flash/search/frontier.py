@@ -87,7 +87,7 @@ def write_report(
         The content of the file.
     """
     front = frontier(trials, problem)
-    keys = [objective.value for objective in problem.objectives]
+    keys = [objective.key for objective in problem.objectives]
     headline = problem.headline
     reference = dict(zip(keys, problem.reference, strict=True))
     report = {

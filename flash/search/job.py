@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
+from flash.device.base import Device
+from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase, Point, Workload
 from flash.errors import InputError, shown, under
@@ -18,6 +20,7 @@ from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
+from flash.search.devices import limits_by_device, over_devices
 from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
 from flash.search.loop import EvaluationError
@@ -48,6 +51,8 @@ class SearchJob:
     """Objectives to minimize."""
     baseline: ArchSpec
     """Architecture from which the reference point is derived."""
+    devices: tuple[Device, ...]
+    """All devices, that of the workspace first."""
 
     @property
     def folder(self) -> Path:
@@ -141,19 +146,41 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
     assert backbone.folder is not None
     backbone.fetch()
-    identity = {
+    devices = open_devices(settings, workspace)
+    identity: dict[str, Any] = {
         **space_fingerprint(space),
         "backbone": fingerprint(backbone.folder),
         "data": workspace.data.identity,
         "recipe": settings.recipe.decisive(),
         "trainer": settings.trainer.decisive(),
-        "device": workspace.device.identity(),
-        "workload": {**plain(settings.device.workload), "threads": settings.device.threads},
-        "lowering": settings.device.lowering.identity(),
+        **_identity_of(devices[0]),
         "seed": settings.seed,
     }
-    objectives = settings.search.order(Objective[settings.latency.objective.value])
-    return SearchJob(settings, space, workspace, identity, objectives, baseline)
+    if len(devices) > 1:  # studies of one device have none of these keys
+        further = {device.settings.name: _identity_of(device) for device in devices[1:]}
+        identity |= {"devices": further, "across": settings.search.across.value}
+        identity["weights"] = dict(settings.search.weights)
+    objectives = settings.search.order(Objective.parse(settings.latency.objective.value))
+    return SearchJob(settings, space, workspace, identity, objectives, baseline, devices)
+
+
+def open_devices(settings: SearchJobSettings, workspace: Workspace) -> tuple[Device, ...]:
+    """Open all devices of a search, that of the workspace first.
+
+    Raises:
+        InputError: Connection settings that cannot be used.
+    """
+    return workspace.device, *map(open_device, settings.devices.values())
+
+
+def _identity_of(device: Device) -> dict[str, Any]:
+    """Return what decides the latencies of a device."""
+    settings = device.settings
+    return {
+        "device": device.identity(),
+        "workload": {**plain(settings.workload), "threads": settings.threads},
+        "lowering": settings.lowering.identity(),
+    }
 
 
 def open_space(settings: SpaceSettings, backbone: ArchSpec) -> SearchSpace:
@@ -198,29 +225,46 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     return spec
 
 
-def latency_of(
-    settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
-) -> LatencyModel:
-    """Run stage 1: measure latencies that the store lacks and fit the device's predictors.
+def latencies_of(
+    settings: SearchJobSettings,
+    space: SearchSpace,
+    workspace: Workspace,
+    devices: Sequence[Device],
+) -> dict[str, LatencyModel]:
+    """Run stage 1: measure latencies that the store lacks and fit the predictors of each device.
 
     The first prompt is a text: with a choice of vocabularies it is timed with the number of tokens
-    that it has in each.
+    that it has in each. The predictors of further devices start from those of the first one.
+
+    Args:
+        settings: Settings of the search.
+        space: Architectures whose latencies are predicted.
+        workspace: Backbone, text and folder of results.
+        devices: All devices.
+
+    Returns:
+        Predictors by the name of the device, in the order of `devices`.
 
     Raises:
-        InputError: The program's context is too short for the longest one.
+        InputError: The program's context is too short for the longest prompt.
     """
-    runs = workspace.runs
-    return collect(
-        space=space,
-        backbone=workspace.backbone.spec,
-        device=workspace.device,
-        workload=_workload(settings.device, token_lengths(space, workspace)),
-        lowering=settings.device.lowering,
-        settings=settings.latency,
-        store=MeasurementStore(runs.measurements),
-        cache_dir=runs.lowered,
-        seed=settings.seed,
-    )
+    runs, lengths = workspace.runs, token_lengths(space, workspace)
+    workloads = [_workload(device.settings, lengths) for device in devices]  # all before any work
+    models: dict[str, LatencyModel] = {}
+    for device, workload in zip(devices, workloads, strict=True):
+        models[device.settings.name] = collect(
+            space=space,
+            backbone=workspace.backbone.spec,
+            device=device,
+            workload=workload,
+            lowering=device.settings.lowering,
+            settings=settings.latency,
+            store=MeasurementStore(runs.measurements),
+            cache_dir=runs.lowered,
+            seed=settings.seed,
+            first=next(iter(models.values()), None),
+        )
+    return models
 
 
 def token_lengths(space: SearchSpace, workspace: Workspace) -> dict[int, float]:
@@ -268,7 +312,7 @@ def _workload(device: DeviceSettings, lengths: Mapping[int, float]) -> Workload:
     return replace(workload, prompts=list(dict.fromkeys([*prompts, *workload.prompts])))
 
 
-def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
+def problem_of(job: SearchJob, study: Study, latencies: Mapping[str, LatencyModel]) -> Problem:
     """Build the problem; the loss of the baseline is computed once and stored with the study.
 
     Raises:
@@ -283,14 +327,20 @@ def problem_of(job: SearchJob, study: Study, latency: LatencyModel) -> Problem:
         loss = study.remember(
             f"baseline_{digest(job.baseline.to_dict())}", lambda: _baseline_loss(job)
         )
-    costs = _costs(latency, settings.device, token_lengths(job.space, job.workspace))
+    lengths, search = token_lengths(job.space, job.workspace), settings.search
+    by_device = {
+        device.settings.name: _costs(latencies[device.settings.name], device.settings, lengths)
+        for device in job.devices
+    }
+    costs = over_devices(by_device, backbone.spec, search.across, search.weights)
+    limits = limits_by_device(search.limits.given(), search.device_limits, [*by_device])
     baseline = {key: float(v[0]) for key, v in costs([job.baseline]).items()}
     return Problem(
         costs=costs,
         objectives=job.objectives,
-        reference=settings.search.worst(job.objectives, loss, baseline),
-        limits=settings.search.limits.given(),
-        headline=Objective[latency.objective.phase.value].value,
+        reference=search.worst(job.objectives, loss, baseline, limits),
+        limits=limits,
+        headline=Objective.parse(settings.latency.objective.value).key,
     )
 
 
@@ -344,7 +394,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, 
         cache = np.array([lowering.cache_bytes(spec) for spec in specs]) / _MIB
         predicted = {}
         for phase in phases:
-            key = Objective[phase.value].value
+            key = Objective.parse(phase.value).key
             predicted[key], predicted[high(key)] = predict(phase, specs)
         return {**predicted, "size_mib": size, "memory_mib": size + cache}
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from flash.arch import ArchSpec, Attention, count_parameters
+from flash.search.devices import device_table
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.objectives import Problem
 from flash.search.study import Study
@@ -64,7 +65,7 @@ def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
         "search/state": trial.state.name.lower(),
         "search/seconds": seconds,
         "search/latency_ms": trial.costs[problem.headline],
-        **{f"search/{key}": value for key, value in trial.costs.items()},
+        **{_metric_name(key): value for key, value in trial.costs.items()},
         "search/parameters": count_parameters(spec).total,
         "search/model_dim": spec.model_dim,
         "search/ffn_dim": spec.mean_ffn_dim,
@@ -74,6 +75,12 @@ def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
         "search/num_layers": spec.num_layers,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _metric_name(key: str) -> str:
+    """Return the name of a cost in logs: `search/prefill_ms`, `search/board/prefill_ms`."""
+    quantity, at, device = key.partition("@")
+    return f"search/{device}/{quantity}" if at else f"search/{key}"
 
 
 def summary(
@@ -140,6 +147,9 @@ def log_study(tracker: Tracker, report: Mapping[str, Any], draw: Draw) -> None:
     """
     columns, rows = trial_table(report)
     tracker.log_table("search/trials", columns, rows)
+    columns, rows = device_table(report)
+    if rows:
+        tracker.log_table("search/devices", columns, rows)
     tracker.log_figures(draw)
 
 

@@ -8,16 +8,17 @@ construction, and new limits or another device need no further training.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flash.arch import ArchSpec
+from flash.errors import InputError, nearest
 
 
-class Objective(Enum):
-    """Quantity to minimize; the enum value is its key in `Costs`, unit included."""
+class Quantity(Enum):
+    """Quantity that a search knows; the enum value is its key in `Costs`, unit included."""
 
     quality = "loss"
     """Held-out loss after the short training [nats a token]."""
@@ -30,23 +31,89 @@ class Objective(Enum):
     size = "size_mib"
     """Size of the weights as packed by the lowering, nearly that of the .pte (arch.counts)."""
 
+
+@dataclass(frozen=True)
+class Objective:
+    """Quantity to minimize: over all devices, or on one of several.
+
+    Settings name it as `prefill`, and that of one device as `prefill@NAME`.
+    """
+
+    quantity: Quantity
+    """What is minimized."""
+    device: str | None = None
+    """Name of the device; None: all of them together (flash.search.devices)."""
+
+    quality: ClassVar["Objective"]
+    prefill: ClassVar["Objective"]
+    decode: ClassVar["Objective"]
+    memory: ClassVar["Objective"]
+    size: ClassVar["Objective"]
+
+    @classmethod
+    def parse(cls, name: str) -> "Objective":
+        """Return the objective that settings call `name`.
+
+        Raises:
+            InputError: There is no such quantity, or quality has a device.
+        """
+        quantity, at, device = name.partition("@")
+        if quantity not in Quantity.__members__:
+            raise InputError(f"unknown objective {name}; {nearest(quantity, Quantity.__members__)}")
+        found = cls(Quantity[quantity], device if at else None)
+        if device == "" and at:
+            raise InputError(f"objective {name}: expected the name of a device after the @")
+        if at and found.quantity is Quantity.quality:
+            raise InputError(f"objective {name}: expected quality, which depends on no device")
+        return found
+
+    @classmethod
+    def of_key(cls, key: str) -> "Objective":
+        """Return the objective whose key is `key`.
+
+        Raises:
+            ValueError: There is none.
+        """
+        quantity, at, device = key.partition("@")
+        return cls(Quantity(quantity), device if at else None)
+
+    @property
+    def name(self) -> str:
+        """Name in settings."""
+        return _of(self.quantity.name, self.device)
+
+    @property
+    def key(self) -> str:
+        """Key in `Costs` and in the costs of trials."""
+        return _of(self.quantity.value, self.device)
+
     @property
     def unit(self) -> str:
         """Unit in figures and tables, such as `ms` or `MiB`."""
-        return {"loss": "nats"}.get(self.value, self.value.rpartition("_")[2].replace("mib", "MiB"))
+        unit = self.quantity.value.rpartition("_")[2].replace("mib", "MiB")
+        return "nats" if self.quantity is Quantity.quality else unit
+
+
+def _of(name: str, device: str | None) -> str:
+    return name if device is None else f"{name}@{device}"
+
+
+for _quantity in Quantity:
+    setattr(Objective, _quantity.name, Objective(_quantity))
 
 
 Costs = Callable[[Sequence[ArchSpec]], Mapping[str, NDArray[np.float64]]]
 """Function from architectures to their known objectives, arrays of shape `(specs,)` by key of
-`Objective`. Latencies are predicted, so the upper ends of their 90 % intervals are there too, under
-the keys of `high`."""
+`Objective`, of each device too where there are several. Latencies are predicted, so the upper ends
+of their 90 % intervals are there too, under the keys of `high`."""
 
 Value = TypeVar("Value")
 
 
 def high(key: str) -> str:
     """Return the key of the upper end of an interval: `prefill_ms` -> `prefill_high_ms`."""
-    return f"{key.removesuffix('_ms')}_high_ms"
+    quantity, at, device = key.partition("@")
+    return f"{quantity.removesuffix('_ms')}_high_ms{at}{device}"
 
 
 def limited_value(costs: Mapping[str, Value], key: str) -> Value:
@@ -70,12 +137,12 @@ class Problem:
     objectives: tuple[Objective, ...]
     reference: tuple[float, ...]
     limits: Mapping[str, float]
-    headline: str = Objective.prefill.value
+    headline: str = Objective.prefill.key
 
     @property
     def known_keys(self) -> list[str]:
         """Keys of the objectives other than quality."""
-        return [objective.value for objective in self.objectives[1:]]
+        return [objective.key for objective in self.objectives[1:]]
 
     def known(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
         """Compute the objectives other than quality, shape `(specs, objectives - 1)`."""

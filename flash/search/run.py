@@ -4,17 +4,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
-from flash.arch import ArchSpec, count_parameters
+from flash.arch import ArchSpec
+from flash.device.base import Device
 from flash.errors import InputError, require, shown
 from flash.latency.fit import LatencyModel
 from flash.latency.programs import lowering_values
 from flash.latency.store import MeasurementStore
-from flash.outcome import note
 from flash.paths import Runs
 from flash.provenance import provenance
-from flash.records import digest, find_json, plain, write_json, write_text
+from flash.records import digest, find_json, plain, write_json
 from flash.search.estimate import trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
@@ -22,24 +23,24 @@ from flash.search.frontier import write_frontier, write_report
 from flash.search.job import (
     SearchJob,
     evaluation_of,
-    headline,
-    latency_of,
+    latencies_of,
+    open_devices,
     open_job,
     open_space,
     open_workspace,
     problem_of,
-    token_lengths,
 )
 from flash.search.logs import SearchLog, log_study, show_curves
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem
+from flash.search.printing import print_frontier
 from flash.search.promote import promote
 from flash.search.sampler import check_limits
 from flash.search.settings import SearchJobSettings, SearchStage
 from flash.search.storage import named_errors
 from flash.search.study import Study, open_study, reopen_study
 from flash.search.trial import Trial
-from flash.terminal import table, wrap
+from flash.terminal import table
 from flash.tracking.artifacts import Artifact, ArtifactKind
 from flash.tracking.backend import JobType, RunInfo
 from flash.tracking.tracker import Tracker, open_tracker
@@ -82,7 +83,7 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
     with named_errors(job.storage(used), used):
         report = _use_study(job, figures) if source is None else _rescore(job, source)
     if settings.stage is not SearchStage.promote:
-        _describe(job, report)
+        print_frontier(job, report)
     return report
 
 
@@ -100,11 +101,11 @@ def _use_study(job: SearchJob, figures: Figures) -> dict[str, Any]:
     if settings.stage is SearchStage.search:
         _log_estimate(job, study)
     with study.lock():  # one worker measures; the others find the results in the store
-        latency = latency_of(settings, job.space, job.workspace)
-        problem = problem_of(job, study, latency)
+        latencies = latencies_of(settings, job.space, job.workspace, job.devices)
+        problem = problem_of(job, study, latencies)
     if settings.stage is SearchStage.promote:
         return _promote(job, study, problem)
-    return _stage_two(job, study, latency, problem, figures)
+    return _stage_two(job, study, latencies, problem, figures)
 
 
 def _log_estimate(job: SearchJob, study: Study) -> None:
@@ -142,16 +143,35 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     workspace = open_workspace(settings)
     backbone, runs = workspace.backbone, workspace.runs
     space = open_space(settings.space, backbone.spec)
-    path = runs.latency(settings.device.name) / "latency.json"
-    former = find_json(path, _Measured, "measure again")
-    if former is not None:
-        workspace.device.check_unit(former.device, path)
-    latency = latency_of(settings, space, workspace)
+    devices = open_devices(settings, workspace)
+    for device in devices:
+        path = runs.latency(device.settings.name) / "latency.json"
+        former = find_json(path, _Measured, "measure again")
+        if former is not None:
+            device.check_unit(former.device, path)
+    latencies = latencies_of(settings, space, workspace, devices)
+    reports = [
+        _write_latency(settings, device, latencies[device.settings.name], backbone.name)
+        for device in devices
+    ]
+    return reports[0]
+
+
+def _write_latency(
+    settings: SearchJobSettings, device: Device, latency: LatencyModel, backbone: str
+) -> dict[str, Any]:
+    """Write `latency.json` and the measurements of a device, and print how good its predictor is.
+
+    Returns:
+        The content of `latency.json`.
+    """
+    runs, name = Runs(Path(settings.runs)), device.settings.name
+    path = runs.latency(name) / "latency.json"
     report = {
-        "device": workspace.device.identity(),
+        "device": device.identity(),
         "space": settings.space.name,
-        "backbone": backbone.name,
-        "predictor": settings.latency.predictor.value,
+        "backbone": backbone,
+        "predictor": latency.predictor.value,
         "metrics": latency.metrics(),
         "models": [
             {
@@ -168,23 +188,27 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     }
     write_json(path, report)
     MeasurementStore(runs.measurements).write_csv(path.with_name("measurements.csv"))
-    print(f"\n{settings.device.name}: leave-one-out over {len(latency.models)} whole models\n")
+    print(f"\n{name}: leave-one-out over {len(latency.models)} whole models\n")
     print(latency.describe())
     return report
 
 
 def _stage_two(
-    job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, figures: Figures
+    job: SearchJob,
+    study: Study,
+    latencies: Mapping[str, LatencyModel],
+    problem: Problem,
+    figures: Figures,
 ) -> dict[str, Any]:
     settings, runs, name = job.settings, job.workspace.runs, job.settings.search.study
     trials = study.trials()
     if sum(trial.finished for trial in trials) >= settings.search.trials:
         log.info("study %s is finished: %d trials", name, len(trials))
-        return _write(job, study, latency, problem, trials)
+        return _write(job, study, latencies, problem, trials)
     with study.lock():
         evaluate = evaluation_of(job, job.checkpoints)
     pairs = zip(problem.objectives, problem.reference, strict=True)
-    log.info("reference point: %s", ", ".join(f"{o.value} {worst:.4g}" for o, worst in pairs))
+    log.info("reference point: %s", ", ".join(f"{o.key} {worst:.4g}" for o, worst in pairs))
     backbone = job.workspace.backbone.spec
     backbone_ms = float(problem.costs([backbone])[problem.headline][0])
     with open_tracker(settings.logger, runs.logs, _run_info(job)) as tracker:
@@ -198,7 +222,7 @@ def _stage_two(
             remove_checkpoints(evaluate, {each.number for each in trials if each.finished} - best)
 
         _log_sources(job, tracker)
-        tracker.log(latency.metrics(), 0)
+        tracker.log(metrics_of(latencies), 0)
         trials = search(
             study,
             job.space,
@@ -208,7 +232,7 @@ def _stage_two(
             seed=settings.seed,
             on_trial=on_trial,
         )
-        report = _write(job, study, latency, problem, trials)
+        report = _write(job, study, latencies, problem, trials)
         if settings.worker == 0:  # the others would log the same
             draw = cache(partial(figures, runs, name))
             log_study(tracker, report, draw)
@@ -288,7 +312,19 @@ def _promote(job: SearchJob, study: Study, problem: Problem) -> dict[str, Any]:
     return report
 
 
-_OF_THE_DEVICE = ("device", "workload", "lowering", "space", "objectives")
+def metrics_of(latencies: Mapping[str, LatencyModel]) -> dict[str, float]:
+    """Return the scores of all predictors for a logger; those of further devices have its name."""
+    first, *others = latencies
+    found = latencies[first].metrics()
+    for name in others:
+        scores = latencies[name].metrics().items()
+        found |= {f"latency_on_{name}/{key.partition('/')[2]}": value for key, value in scores}
+    return found
+
+
+_OF_THE_DEVICE = (
+    *("device", "workload", "lowering", "devices", "across", "weights", "space", "objectives"),
+)
 """Keys of a fingerprint that do not affect losses."""
 
 
@@ -304,8 +340,8 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     old = {k: v for k, v in study.fingerprint.items() if k not in _OF_THE_DEVICE}
     new = {k: v for k, v in job.identity.items() if k not in _OF_THE_DEVICE}
     check_fingerprint("search.from_study", source, old, new, "choose another study")
-    latency = latency_of(settings, job.space, job.workspace)
-    problem = problem_of(job, study, latency)
+    latencies = latencies_of(settings, job.space, job.workspace, job.devices)
+    problem = problem_of(job, study, latencies)
     trials = rescore(study.trials(), problem)
     log.info("%d finished trials of %s rated again", sum(t.complete for t in trials), source)
     if not frontier(trials, problem):
@@ -314,13 +350,22 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
             f"search.limits={shown(dict(problem.limits))}: expected limits that a trial of "
             f"{source} obeys; start a new search with them, since the space has members that do"
         )
-    return _write(job, study, latency, problem, trials)
+    return _write(job, study, latencies, problem, trials)
 
 
 def _write(
-    job: SearchJob, study: Study, latency: LatencyModel, problem: Problem, trials: Sequence[Trial]
+    job: SearchJob,
+    study: Study,
+    latencies: Mapping[str, LatencyModel],
+    problem: Problem,
+    trials: Sequence[Trial],
 ) -> dict[str, Any]:
-    """Write `frontier.json` and the architecture YAML of every frontier member."""
+    """Write `frontier.json` and the architecture YAML of every frontier member.
+
+    Keys that hold for one device are those of the first; `devices` has those of all if there are
+    several.
+    """
+    latency = next(iter(latencies.values()))
     settings, runs = job.settings, job.workspace.runs
     name = settings.search.study
     front = frontier(trials, problem)
@@ -330,6 +375,7 @@ def _write(
     backbone = job.workspace.backbone
     specs[-1] = backbone.spec.as_program()
     predicted = dict(zip(specs, latency.predict(list(specs.values())), strict=True))
+    several = [] if len(job.devices) == 1 else [*job.devices]
     names = dict(zip((t.number for t in front), (p.stem for p in paths), strict=True))
     return write_report(
         job.folder / "frontier.json",
@@ -365,51 +411,14 @@ def _write(
             "device": job.workspace.device.identity(),
             "lowering": lowering_values(settings.device.lowering),
             "workload": plain(settings.device.workload),
+            "devices": {
+                device.settings.name: {
+                    "device": device.identity(),
+                    "latency_scores": latencies[device.settings.name].metrics(),
+                }
+                for device in several
+            },
             "settings": plain(settings),
             "provenance": provenance(),
         },
     )
-
-
-_INTERVAL = ("mean_ms", "low_ms", "high_ms")
-
-
-def _describe(job: SearchJob, report: dict[str, Any]) -> None:
-    """Print the frontier, and write the file `winners`."""
-    by_number = {trial["number"]: trial for trial in report["trials"]}
-    failed = sum(trial["state"] == "fail" for trial in report["trials"])
-    objective = report["objective"]
-    lengths = token_lengths(job.space, job.workspace)
-    rows = [["arch", "loss", f"{objective} ms [90 %]", "params", "pattern"]]
-    for number in report["frontier"]:
-        spec = ArchSpec.from_dict(by_number[number]["spec"])
-        point = headline(job.settings, lengths[spec.vocab_size])
-        target = report["predicted"][str(number)][point]
-        steps = lengths[spec.vocab_size] if point.startswith("decode") else 1
-        rows.append([
-            f"{report['names'][str(number)]}{'*' if number in report['winners'] else ''}",
-            f"{by_number[number]['loss']:.3f}",
-            "{:.1f} [{:.1f}, {:.1f}]".format(*(steps * target[key] for key in _INTERVAL)),
-            f"{count_parameters(spec).total / 1e6:.2f}M",
-            job.space.describe(spec),
-        ])
-    print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner\n")
-    print(table(rows))
-    winners = winner_names(report)
-    note(
-        f"{len(by_number)} trials ({failed} failed), {len(report['frontier'])} on the frontier, "
-        f"{len(winners)} winners"
-    )
-    write_text(job.folder / "winners", ",".join(winners) + "\n")
-    if not winners:
-        print(
-            wrap(
-                "\nno winner: no trial is better than the reference point in every objective; "
-                "raise search.trials, or search.max_loss_increase or max_cost_ratio"
-            )
-        )
-
-
-def winner_names(report: dict[str, Any]) -> list[str]:
-    """Names of the winners in the content of `frontier.json`, in the order of their trials."""
-    return [report["names"][str(number)] for number in sorted(report["winners"])]

@@ -16,9 +16,9 @@ from flash.errors import (
     InputError,
     check_name,
     check_seed,
-    nearest,
     require,
     shown,
+    under,
     without_secrets,
 )
 from flash.latency.settings import LatencySettings
@@ -42,6 +42,15 @@ class Sampler(Enum):
     additive = "additive"
     """A score for each slot's kind, each depth and width, added up; the best sums are found
     exactly by dynamic programming (as in Puzzletron, arXiv:2411.19146)."""
+
+
+class Across(Enum):
+    """Ways to put the latencies on several devices together, as shares of the backbone's."""
+
+    max = "max"
+    """The largest share: a model is as slow as on the device that it suits least."""
+    mean = "mean"
+    """The mean share, weighted by `search.weights`."""
 
 
 def check_storage(url: str) -> None:
@@ -113,12 +122,20 @@ class SearchSettings:
     """Stratified random candidates before the model takes over."""
     pool_size: int = 2048
     """Architectures that compete for the places in a batch."""
-    objectives: list[Objective] | None = None
-    """Objectives to minimize: quality and any of prefill, decode, memory, size. null is quality and
-    the latency that `latency.objective` names."""
+    objectives: list[str] | None = None
+    """Objectives to minimize: quality and any of prefill, decode, memory, size; `prefill@NAME` is
+    that of one device among several. null is quality and the latency that `latency.objective`
+    names."""
     limits: SearchLimits = field(default_factory=SearchLimits)
     """Only candidates that obey these are proposed. Latencies count by the upper ends of their 90 %
     intervals, so that a measured one is rarely above its limit."""
+    device_limits: dict[str, float] = field(default_factory=dict)
+    """Limits on one of several devices, such as `{prefill@board: 900}` [ms or MiB]; they take the
+    place of those of `limits`, which hold on every device."""
+    across: Across = Across.max
+    """With several devices: how their latencies make one objective, `prefill` or `decode`."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """With several devices and `across: mean`: weights by name of the device; others have 1."""
     baseline: dict[str, Any] = field(default_factory=dict)
     """Architecture that the reference point is measured from, as changes of the backbone's. It must
     be in the space, and is trained once, as a trial is. Empty is the backbone, as it is."""
@@ -186,20 +203,17 @@ class SearchSettings:
         for name in ("max_loss_increase", "max_cost_ratio"):
             value = getattr(self, name)
             require(value > 0, name, value, "a positive number")
-        for name, value in self.reference.items():
-            if name not in Objective.__members__:
-                raise InputError(
-                    f"reference.{name}={value}: unknown objective; "
-                    f"{nearest(name, Objective.__members__)}"
-                )
-            require(
-                math.isfinite(value) and value > 0,
-                f"reference.{name}",
-                value,
-                "a positive number",
-            )
+        for group in ("weights", "device_limits", "reference"):
+            for name, value in getattr(self, group).items():
+                if group != "weights":
+                    with under(f"{group}.{name}={value}", ": "):
+                        Objective.parse(name)
+                good = math.isfinite(value) and value > 0
+                require(good, f"{group}.{name}", value, "a positive number")
         if self.objectives is not None:
-            names = [objective.name for objective in self.objectives]
+            names = self.objectives
+            with under(f"objectives={shown(names)}", ": "):
+                [Objective.parse(name) for name in names]
             if "quality" not in names or len(set(names)) < len(names):
                 raise InputError(
                     f"objectives={shown(names)}: expected quality and any others, each once; what "
@@ -208,16 +222,20 @@ class SearchSettings:
 
     def order(self, latency: Objective) -> tuple[Objective, ...]:
         """The objectives, quality first; `latency` is the one that stage 1 was asked for."""
-        chosen = self.objectives or [Objective.quality, latency]
-        return (Objective.quality, *(o for o in chosen if o is not Objective.quality))
+        named = [Objective.parse(name) for name in self.objectives or []]
+        others = [each for each in named or [latency] if each != Objective.quality]
+        return (Objective.quality, *others)
 
     def worst(
-        self, objectives: tuple[Objective, ...], loss: float, costs: Mapping[str, float]
+        self,
+        objectives: tuple[Objective, ...],
+        loss: float,
+        costs: Mapping[str, float],
+        limits: Mapping[str, float],
     ) -> tuple[float, ...]:
         """The reference point, from the baseline's loss and costs where none is given."""
-        limits = self.limits.given()
         derived = {
-            o.name: min(costs[o.value] * self.max_cost_ratio, limits.get(o.value, math.inf))
+            o.name: min(costs[o.key] * self.max_cost_ratio, limits.get(o.key, math.inf))
             for o in objectives[1:]
         }
         derived["quality"] = loss + self.max_loss_increase
@@ -250,6 +268,9 @@ class SearchJobSettings:
     """Prediction of latencies (stage 1)."""
     device: DeviceSettings = MISSING
     """Device that candidates are designed for."""
+    devices: dict[str, DeviceSettings] = field(default_factory=dict)
+    """Further devices that the same candidates are designed for, by their option:
+    `device=[A,B,C]` is short for `device=A +device@devices.B=B +device@devices.C=C`."""
     data: DataSettings = MISSING
     """Text that trials are trained and judged on."""
     recipe: RecipeSettings = MISSING
@@ -272,8 +293,51 @@ class SearchJobSettings:
     def __post_init__(self) -> None:
         require(self.worker >= 0, "worker", self.worker, "0 or more")
         check_seed(self.seed)
+        if isinstance(self.device, DeviceSettings) and isinstance(self.search, SearchSettings):
+            self._check_devices()
         if isinstance(self.recipe, RecipeSettings) and not self.recipe.inherit:
             raise InputError(
                 f"recipe={self.recipe.name}: recipe.inherit=false: expected true for the trials of "
                 "a search, which inherit the backbone's weights; choose recipe=trial"
             )
+
+    @property
+    def all_devices(self) -> list[DeviceSettings]:
+        """Settings of all devices."""
+        return [self.device, *self.devices.values()]
+
+    def _check_devices(self) -> None:
+        """Check that devices have names of their own, and that settings name no other.
+
+        Raises:
+            InputError: They do not, or devices have different workloads.
+        """
+        names = [device.name for device in self.all_devices]
+        for key, device in self.devices.items():
+            require(
+                names.count(device.name) == 1,
+                f"devices.{key}.name",
+                device.name,
+                "another name than that of each other device",
+            )
+            for part in ("prompts", "contexts"):
+                own, first = (getattr(d.workload, part) for d in (device, self.device))
+                require(
+                    own == first,
+                    f"devices.{key}.workload.{part}",
+                    own,
+                    f"{first}, as device.workload.{part}, since latencies are compared",
+                )
+        for name in self.search.weights:
+            known = len(names) > 1 and name in names
+            require(known, "search.weights", name, f"one of several devices: {', '.join(names)}")
+        for setting in ("objectives", "reference", "device_limits"):
+            for name in getattr(self.search, setting) or []:
+                device = Objective.parse(name).device
+                known = len(names) > 1 and device in names
+                require(
+                    known or (device is None and setting != "device_limits"),
+                    f"search.{setting}",
+                    name,
+                    f"{name.partition('@')[0]}@ and one of several devices: {', '.join(names)}",
+                )

@@ -9,7 +9,7 @@ from flash.commands import command
 from flash.device.workload import Point
 from flash.errors import require
 from flash.records import read_json
-from flash.search.objectives import Objective
+from flash.search.objectives import Objective, Quantity
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,17 @@ class StoredSettings:
 
 
 @dataclass(frozen=True)
+class StoredDevice:
+    """One of several devices: its identity, and the scores of its latency predictors."""
+
+    device: dict[str, Any]
+    latency_scores: dict[str, float]
+
+    def __post_init__(self) -> None:
+        _check_scores(self.latency_scores)
+
+
+@dataclass(frozen=True)
 class StoredStudy:
     """All trials of a search and what it chose; see `flash.search.frontier.write_report`.
 
@@ -166,6 +177,7 @@ class StoredStudy:
         workload: Workload of the latencies.
         settings: Settings of the search.
         lowering: Values of the lowering; empty in files of older versions.
+        devices: All devices of a search for several, by name, the first one first.
         provenance: Command, date, commit, versions and machine; empty in files of older versions.
     """
 
@@ -188,13 +200,13 @@ class StoredStudy:
     workload: StoredWorkload
     settings: StoredSettings
     lowering: dict[str, Any] = field(default_factory=dict)
+    devices: dict[str, StoredDevice] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         Point.parse(self.objective)
-        known = ", ".join(each.value for each in Objective)
         for key in self.objectives:
-            require(key in {each.value for each in Objective}, "objectives", key, f"one of {known}")
+            require(_is_objective(key), "objectives", key, f"one of {_KEYS}")
             require(key in self.reference, f"reference.{key}", None, "a number")
         require(self.reference.get("loss") is not None, "reference.loss", None, "a number")
         numbers = {str(trial.number) for trial in self.trials}
@@ -210,14 +222,34 @@ class StoredStudy:
             require(self.objective in every, f"{key}.{self.objective}", None, "latencies")
         for point, every in self.latency_points.items():
             require(bool(every), f"latency_points.{point}", [], "one latency or more")
-        for key in self.latency_scores:
-            parts = key.split("/")
-            require(len(parts) == 4, "latency_scores", key, "PREFIX/POINT/PREDICTOR/SCORE")
+        _check_scores(self.latency_scores)
+        key = f"{Point.parse(self.objective).phase.value}_ms"
+        for device in self.devices:
+            for trial in self.trials:
+                there = f"{key}@{device}" in trial.costs
+                require(there, f"trials.costs.{key}@{device}", None, "a latency")
+            there = f"{key}@{device}" in self.backbone.costs
+            require(there, f"backbone.costs.{key}@{device}", None, "a latency")
 
     @property
     def device_name(self) -> str:
         """Name of the device, its kind if it has none."""
         return str(self.device.get("device") or next(iter(self.device.values()), ""))
+
+
+def _check_scores(scores: dict[str, float]) -> None:
+    for key in scores:
+        require(len(key.split("/")) == 4, "latency_scores", key, "PREFIX/POINT/PREDICTOR/SCORE")
+
+
+_KEYS = ", ".join(each.value for each in Quantity)
+
+
+def _is_objective(key: str) -> bool:
+    try:
+        return bool(Objective.of_key(key))
+    except ValueError:
+        return False
 
 
 def read_study(path: Path) -> StoredStudy:

@@ -191,7 +191,7 @@ class Study:
 
     def complete(self, trial: Trial, loss: float, info: Mapping[str, Any]) -> Trial:
         """Record the result of a trial; `info` must be plain JSON values."""
-        costs = [trial.costs[objective.value] for objective in self.objectives[1:]]
+        costs = [trial.costs[objective.key] for objective in self.objectives[1:]]
 
         def record() -> None:
             self._record(trial, info)
@@ -352,7 +352,7 @@ def open_study(
             load_if_exists=True,
         )
         if "fingerprint" not in study.user_attrs:
-            study.set_metric_names([o.value for o in objectives])  # for the dashboard only
+            study.set_metric_names([o.key for o in objectives])  # for the dashboard only
             study.set_user_attr("fingerprint", wanted)
         return study
 
@@ -378,10 +378,10 @@ def reopen_study(storage: Path | str, name: str) -> Study:
         if isinstance(storage, Path) and not storage.is_file():
             raise KeyError
         study, lock = connect(storage, name, 1, load)
-        keys = study.user_attrs["fingerprint"]["objectives"]
+        names = study.user_attrs["fingerprint"]["objectives"]
     except KeyError as error:  # an unknown name, or a search that was killed as it began
         raise InputError(
             f"search.from_study={name}: expected a study that exists; run its search first"
         ) from error
-    objectives = [Objective[key] for key in keys]
+    objectives = [Objective.parse(name) for name in names]
     return Study(study, lock, objectives, heartbeat_s=1, retries=0)

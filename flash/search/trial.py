@@ -51,7 +51,7 @@ class Trial:
     def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
         """Return the objective values of a complete trial, loss first."""
         assert self.loss is not None
-        return (self.loss, *(self.costs[objective.value] for objective in objectives[1:]))
+        return (self.loss, *(self.costs[objective.key] for objective in objectives[1:]))
 
     @property
     def finished(self) -> bool:

@@ -46,6 +46,7 @@ class FakeDevice:
         reference_ms=lambda group: 10.0,
         slowdown=False,
         others_s=0.0,
+        latency=latency_ms,
     ):
         self.settings = SimpleNamespace(processes=3, warmups=1, runs=2)
         self.name = self.resource = name
@@ -55,6 +56,7 @@ class FakeDevice:
         self.reference_ms = reference_ms
         self.slowdown = slowdown
         self.others_s = others_s
+        self.latency = latency
 
     def identity(self):
         return {"device": self.name, "threads": 1}
@@ -77,7 +79,7 @@ class FakeDevice:
     def time(self, program, reference_ms, beside):
         subject = json.loads(program.path.read_text())
         self.measured.append(json.dumps(subject, sort_keys=True))
-        ms = latency_ms(subject) * (reference_ms / 10.0 if self.slowdown else 1.0)
+        ms = self.latency(subject) * (reference_ms / 10.0 if self.slowdown else 1.0)
         return Measurement(
             name=program.name,
             latencies={

@@ -255,6 +255,29 @@ def test_killed_active_measurement_goes_on_where_it_was(tmp_path, lowered):
     assert len(killed.measured) + len(resumed.measured) == num_measured(model)
 
 
+def other_ms(subject):
+    """Latency on a device on which work takes other multiples of the first one's time [ms]."""
+    ffn = sum(2e-6 * subject["model_dim"] * subject["ffn_dim"] for _ in subject["layer_types"])
+    return 0.4 * latency_ms(subject) + 0.5 * ffn
+
+
+def test_a_second_device_needs_few_measurements_of_its_own(tmp_path, lowered):
+    first = run(tmp_path, FakeDevice())
+    device = FakeDevice(name="other", latency=other_ms)
+    second = run(tmp_path, device, replace(SETTINGS, whole_models=32), first=first)
+    assert num_measured(second) <= 20
+    assert {row.kind for row in second.rows} == {SubjectKind.model}
+    assert second.predictor is PredictorKind.analytical
+    unseen = [SPACE.sample(np.random.default_rng(seed)) for seed in range(50)]
+    truth = np.array([other_ms(spec.to_dict()) for spec in unseen])
+    assert np.abs(second.predictors[PREFILL].predict(unseen).mean / truth - 1).mean() < 0.03
+    again = FakeDevice(name="other", latency=other_ms)
+    run(tmp_path, again, replace(SETTINGS, whole_models=32), first=first)
+    assert again.measured == []
+    strict = replace(SETTINGS, whole_models=32, target_error_pct=1e-6)
+    assert num_measured(run(tmp_path, device, strict, first=first)) == 20
+
+
 def test_models_that_the_store_knows_count_for_every_predictor(tmp_path, lowered):
     active = run(tmp_path, FakeDevice(), ACTIVE)
     model = run(tmp_path, FakeDevice(), SETTINGS)

@@ -14,7 +14,6 @@ from flash.device.host import HostDevice
 from flash.errors import DeviceError, InputError
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
-from flash.search.objectives import Objective
 from flash.search.run import run_search
 from flash.search.settings import SearchLimits, SearchStage
 from tests.conftest import SMALL
@@ -127,7 +126,7 @@ def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatc
         settings.search,
         study="small",
         from_study="t",
-        objectives=[Objective.size, Objective.quality],
+        objectives=["size", "quality"],
         limits=SearchLimits(size_mib=sizes[2]),
     )
     report = run_search(settings)

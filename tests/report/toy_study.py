@@ -43,7 +43,7 @@ def write_study(
     runs: Runs, trials: Sequence[Trial], objectives: Sequence[Objective] = TWO
 ) -> dict[str, Any]:
     """Write `frontier.json` as `search.py` does; return its content."""
-    settings = toy.make_settings(objectives=list(objectives))
+    settings = toy.make_settings(objectives=[each.name for each in objectives])
     problem = toy.make_problem(settings)
     front = frontier(trials, problem)
     backbone = {key: float(values[0]) for key, values in toy.costs([toy.BACKBONE]).items()}

@@ -28,11 +28,11 @@ OBJECTIVES = (
 
 @pytest.mark.parametrize("names", OBJECTIVES)
 def test_any_objectives_beside_quality_can_be_searched(tmp_path, names):
-    settings = {"objectives": [Objective[name] for name in names], "trials": 12}
+    settings = {"objectives": [*names], "trials": 12}
     trials = toy.run(tmp_path / "study.db", **settings)
     problem = toy.make_problem(toy.make_settings(**settings))
     assert all(t.complete for t in trials)
-    assert problem.objectives[0] is Objective.quality
+    assert problem.objectives[0] == Objective.quality
     assert {o.name for o in problem.objectives} == set(names)
     report = write_report(tmp_path / "frontier.json", "toy", trials, problem, 3, {})
     assert report["objectives"][0] == "loss"
@@ -47,13 +47,13 @@ def test_any_objectives_beside_quality_can_be_searched(tmp_path, names):
 
 
 def test_a_given_reference_stands_and_the_rest_follows_from_the_baseline():
-    settings = toy.make_settings(
-        reference={"prefill": 40.0}, max_cost_ratio=0.5, limits=SearchLimits(size_mib=3.0)
-    )
+    settings = toy.make_settings(reference={"prefill": 40.0}, max_cost_ratio=0.5)
     objectives = (Objective.quality, Objective.prefill, Objective.decode, Objective.size)
     costs = {"prefill_ms": 100.0, "decode_ms": 10.0, "size_mib": 8.0}
-    assert settings.worst(objectives, 2.0, costs) == (3.0, 40.0, 5.0, 3.0)
-    assert toy.make_settings(reference={"quality": 2.5}).worst(objectives[:1], 2.0, {}) == (2.5,)
+    assert settings.worst(objectives, 2.0, costs, {"size_mib": 3.0}) == (3.0, 40.0, 5.0, 3.0)
+    assert toy.make_settings(reference={"quality": 2.5}).worst(objectives[:1], 2.0, {}, {}) == (
+        2.5,
+    )
     with pytest.raises(InputError, match=r"^reference\.prefil=1.0: .*mean 'prefill'"):
         toy.make_settings(reference={"prefil": 1.0})
     with pytest.raises(InputError, match=r"^reference\.decode=-1.0: expected a positive"):
@@ -63,13 +63,13 @@ def test_a_given_reference_stands_and_the_rest_follows_from_the_baseline():
 @pytest.mark.parametrize("names", [["prefill"], ["quality", "size", "size"], []])
 def test_objectives_without_quality_or_twice_the_same_are_refused(names):
     with pytest.raises(InputError, match="^objectives="):
-        toy.make_settings(objectives=[Objective[name] for name in names] or [Objective.size])
+        toy.make_settings(objectives=[*names] or ["size"])
 
 
 def test_other_objectives_are_another_study(tmp_path):
     toy.run(tmp_path / "study.db", trials=4)
     with pytest.raises(InputError, match="objectives .was"):
-        toy.run(tmp_path / "study.db", objectives=[Objective.quality, Objective.size])
+        toy.run(tmp_path / "study.db", objectives=["quality", "size"])
 
 
 LIMITS = {"prefill_ms": 12.0, "size_mib": 0.75}

@@ -118,7 +118,7 @@ def make_problem(settings: SearchSettings | None = None) -> Problem:
     return Problem(
         costs=costs,
         objectives=objectives,
-        reference=settings.worst(objectives, loss(BACKBONE), backbone),
+        reference=settings.worst(objectives, loss(BACKBONE), backbone, settings.limits.given()),
         limits=settings.limits.given(),
     )
 
@@ -141,7 +141,12 @@ def open_toy(
 
 
 def run(
-    storage: Path | str, space: SearchSpace | None = None, evaluate=None, seed=0, **changes: object
+    storage: Path | str,
+    space: SearchSpace | None = None,
+    evaluate=None,
+    seed=0,
+    problem: Problem | None = None,
+    **changes: object,
 ):
     """Search the toy space; return all trials."""
     space, settings = space or make_space(), make_settings(**changes)
@@ -149,7 +154,7 @@ def run(
         open_toy(storage, space, settings),
         space,
         evaluate or (lambda spec, number, watch: Quality(loss(spec))),
-        make_problem(settings),
+        problem or make_problem(settings),
         settings,
         seed=seed,
     )
