@@ -8,7 +8,8 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from flash.data.settings import DataSettings
-from flash.model.tokenizer import END_OF_TEXT, ModelTokenizer, vocabulary_bytes
+from flash.model.tokenizer import END_OF_TEXT, ModelTokenizer
+from flash.model.tokenizer_json import vocabulary_bytes
 
 # A newline keeps the indentation after it, so that indentation costs one token per line. No
 # look-ahead is used, because the regex engine of on-device runtimes does not support it.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flash.device.answers import read_answer
 from flash.errors import InputError, require
-from flash.model.tokenizer import read_backend
+from flash.model.tokenizer_json import read_backend
 
 STATISTICS = "PyTorchObserver "
 """Prefix of the line of statistics."""

@@ -31,7 +31,7 @@ def generate_text(
     from flash.device.answers import read_answer
     from flash.device.host import run_process
     from flash.device.settings import thread_variables
-    from flash.model.tokenizer import added_tokens, read_backend
+    from flash.model.tokenizer_json import added_tokens, read_backend
 
     script = str(Path(__file__))
     prefix, _ = added_tokens(read_backend(tokenizer))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flash.errors import InputError, require, shown
-from flash.model.tokenizer import ModelTokenizer, added_tokens
+from flash.model.tokenizer import ModelTokenizer
+from flash.model.tokenizer_json import added_tokens
 
 log = logging.getLogger(__name__)
 

@@ -32,10 +32,9 @@ from flash.model.tokenizer import (
     TOKENIZER_CONFIG,
     ModelTokenizer,
     copy_beside,
-    pipeline_steps,
-    processors,
     read_json,
 )
+from flash.model.tokenizer_json import pipeline_steps, processors
 from flash.model.weights import Weights
 
 Document = dict[str, Any]

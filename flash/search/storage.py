@@ -6,6 +6,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 
 import optuna
@@ -22,7 +23,8 @@ MISSED_BEATS = 6
 """Heartbeats that a worker on another machine may miss before it counts as dead."""
 _BUSY_S = 60.0
 """Time that SQLite waits for a write of another process [s]."""
-_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error)
+_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error, JSONDecodeError)
+"""Errors of a database, and of Optuna where it reads JSON of a damaged one."""
 
 
 def connect(

@@ -14,7 +14,7 @@ from flash.data.settings import DataKind, DataSettings, TextSourceSettings
 from flash.data.tokenizer import ByteCounter, load_tokenizer
 from flash.errors import InputError
 from flash.model.tokenizer import ModelTokenizer
-from tests.data.odd_tokenizers import FOLDERS, TEXTS, byte_level, verdict
+from tests.data.odd_tokenizers import FOLDERS, TEXTS, byte_level, changed, verdict
 
 REFUSED = {
     "wordpiece": "tokenizer.json: model.type=WordPiece: expected BPE or Unigram",
@@ -33,6 +33,16 @@ def test_a_folder_is_read_as_transformers_reads_it(name, tmp_path):
         assert "\n" not in found
     else:
         assert found == "right"
+
+
+def test_an_id_beyond_any_vocabulary_is_refused_before_the_library_fills_the_hole(tmp_path):
+    def far(values):
+        values["model"]["vocab"]["a"] = 2**31
+
+    path = tmp_path / "tokenizer.json"
+    changed(byte_level(["</s>"]), far).save(str(path))
+    with pytest.raises(InputError, match=r"model\.vocab=2147483648: expected an id below 16,777"):
+        ModelTokenizer.open(path)
 
 
 def settings_of(**changes) -> DataSettings:

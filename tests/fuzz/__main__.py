@@ -57,7 +57,7 @@ def _try(kind: str, options: argparse.Namespace, log: Path, start: int) -> int:
             print(
                 f"{attempt.what}\n{folder}\n{ending.output}\n{ending.errors}\n{ending.code}: {said}"
             )
-            return None
+            return 0
         with log.open("a", encoding="utf-8") as file:
             row = {"kind": kind, "number": number, "what": attempt.what, "code": ending.code}
             said_last = ending.errors.strip().rpartition("\n")[2][:300]

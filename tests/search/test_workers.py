@@ -309,6 +309,22 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_value_in_a_database_is_one_line(tmp_path):
+    path = tmp_path / "study.db"
+    study = toy.open_toy(path, toy.make_space())
+    study.remember("some", lambda: {"a": 1})
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "UPDATE study_user_attributes SET value_json = '{\"a\":' WHERE key='some'"
+        )
+    with (
+        pytest.raises(ServiceError, match=r"study\.db: the database failed \(Expecting") as error,
+        named_errors(path, "toy"),
+    ):
+        study.recall("some")
+    assert "\n" not in str(error.value)
+
+
 def test_a_database_that_fails_during_the_work_is_one_line(tmp_path):
     path = tmp_path / "study.db"
     study = toy.open_toy(path, toy.make_space())
