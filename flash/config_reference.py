@@ -184,7 +184,8 @@ def keys(schema: type, prefix: str) -> Iterator[Key]:
         doc = docs.get(field.name, "")
         if nested is None or alone:
             yield Key(path, annotation, _default(field), doc)
-        if nested is not None:
+        of_group = bool(between) and nested in GROUPS.values()  # described once, in its own section
+        if nested is not None and not of_group:
             yield from keys(nested, f"{path}{between}.")
 
 

@@ -129,6 +129,7 @@ def check_composes(verb: str, arguments: list[str], folder: Path) -> None:
     if "--help" in arguments:
         assert help_text(verb, arguments)
         return
+    arguments = [part for word in arguments for part in cli.each_device(verb, word)]
     overrides = [
         re.sub(r"\$\(cat runs/studies/(\w+)/winners\)", r"\1_2,\1_4", word)
         for word in arguments

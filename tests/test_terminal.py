@@ -111,7 +111,8 @@ def test_examples_of_help_compose(verb, words, folder):
     (folder / "conf" / "arch").mkdir(parents=True)
     overrides = [
         re.sub(r"^(\+arch=\w+),\w+$", r"\1", word).replace("range(0,16)", "0")
-        for word in shlex.split(words)
+        for typed in shlex.split(words)
+        for word in cli.each_device(verb, typed)
         if word != "-m" and not word.startswith("hydra/")
     ]
     for word in overrides:
