@@ -65,20 +65,21 @@ class Table:
         points = [(self.loss[spec], self.prefill_ms[spec]) for spec in specs]
         return hypervolume(points, self.problem.reference)
 
-    def run(self, sampler: Sampler, trials: int, seed: int) -> list[ArchSpec]:
-        """Run a search; return the evaluated members in order."""
+    def run(
+        self, sampler: Sampler, trials: int, seed: int, problem: Problem | None = None
+    ) -> list[ArchSpec]:
+        """Run a search, of the table's problem or of another; return its members in order."""
+        problem = problem or self.problem
         settings = dataclasses.replace(SETTINGS, sampler=sampler)
         done: list[Trial] = []
         while len(done) < trials:
             wanted = min(settings.batch if done else settings.startup_trials, trials - len(done))
-            specs = propose(
-                self.space, done, wanted, problem=self.problem, settings=settings, seed=seed
-            )
+            specs = propose(self.space, done, wanted, problem=problem, settings=settings, seed=seed)
             done += [
                 Trial(
                     number=len(done) + i,
                     spec=spec,
-                    costs={"prefill_ms": self.prefill_ms[spec]},
+                    costs={key: float(values[0]) for key, values in problem.costs([spec]).items()},
                     state=TrialState.COMPLETE,
                     loss=self.loss[spec],
                     batch=(len(done), len(specs)),
