@@ -70,6 +70,12 @@ def _check_words(verb: str, arguments: Sequence[str]) -> None:
                 f"{word}: no such flag; settings are written as KEY=VALUE, see "
                 f"{commands.command(verb)} --help"
             )
+        listed = re.fullmatch(r"\+{0,2}(\w+)=\[.*\]", word, re.DOTALL)
+        if listed is not None and listed[1] != "device":
+            from flash.help import groups
+
+            if listed[1] in groups(verb):  # Hydra would merge the options into one
+                raise InputError(f"{word}: expected the name of one option of {listed[1]}")
         if _CALLED.search(word):
             raise InputError(f"{word}: expected no _target_, which would call code; leave it out")
 

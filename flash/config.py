@@ -60,6 +60,8 @@ log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
 
+_PLAIN = str | int | float | bool
+
 
 def _config_folders(verb: str | None = None) -> list[Path]:
     """Return further folders of configuration groups: of found architectures, and the user's.
@@ -126,6 +128,10 @@ def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
     kind = kind_of_items(node) if isinstance(node, ListConfig) else None
     for key, child in child_containers(node):
         inner = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
+        if OmegaConf.is_interpolation(node, key) and isinstance(node[key], _PLAIN):
+            mapping = "values for its settings, or a mapping of names to values"
+            expected = "a list in brackets" if isinstance(child, ListConfig) else mapping
+            raise InputError(f"{inner}={shown(node[key])}: expected {expected}")
         if kind is not None and not dataclasses.is_dataclass(kind):
             raise InputError(wrong_item(inner, shown(OmegaConf.to_container(child)), kind.__name__))
         _check_values(child, inner)

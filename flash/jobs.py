@@ -124,15 +124,17 @@ def _export(settings: "ExportSettings") -> None:
 def _check_evaluate(settings: "EvaluateSettings") -> None:
     _require(settings, "lm_eval")
     from flash.evaluation.run import check
+    from flash.export.found import find_program
 
-    check(settings)
+    check(settings, find_program)
 
 
 def _evaluate(settings: "EvaluateSettings") -> None:
     _require(settings, "lm_eval")
     from flash.evaluation.run import evaluate
+    from flash.export.found import find_program
 
-    result, runs = evaluate(settings), Runs(Path(settings.runs))
+    result, runs = evaluate(settings, find_program), Runs(Path(settings.runs))
     made = [runs.evaluation(result.name) / f"{result.stem}.json"]
     searched = any(runs.root.glob("studies/*/frontier.json"))
     terminal.finish(made, _following("report" if searched else "search"))

@@ -248,6 +248,8 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ),
         ("search", "space.model_dim.step=0", "space.model_dim.step=0: expected a positive integer"),
         ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
+        ("search", "search.reference=${oc.env:HOME}", "expected values for its settings, or a map"),
+        ("search", "search.objectives=${oc.env:HOME}", "expected a list in brackets"),
         ("search", "space.num_heads=[null]", "space.num_heads[0]=null: expected an integer"),
         ("search", "space.num_heads=[[1]]", "space.num_heads[0]=[1]: expected an integer"),
         ("search", "search.objectives=[{a: 1}]", "search.objectives[0]={a: 1}: expected a word"),

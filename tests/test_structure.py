@@ -43,9 +43,9 @@ ORDER = [
     "tracking",
     "training",
     "latency",
+    "evaluation",  # a search may ask tasks
     "search",
     "export",
-    "evaluation",
     "report",
     "dashboards",
     "schemas",

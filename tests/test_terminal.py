@@ -233,6 +233,14 @@ def test_an_unknown_flag_is_one_line(folder, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("word", ["trainer=[1]", "+arch=[a,b]", "backbone=[null]"])
+def test_a_list_of_options_of_a_group_is_refused(word):
+    group = word.lstrip("+").partition("=")[0]
+    message = rf"^{re.escape(word)}: expected the name of one option of {group}$"
+    with pytest.raises(InputError, match=message):
+        cli._check_words("train", [word])
+
+
 @pytest.mark.parametrize("word", ["+x._target_=os.system", "-cp", "-cn", "--config-path"])
 def test_words_that_would_run_other_code_are_refused(folder, monkeypatch, capsys, word):
     monkeypatch.setattr(sys, "argv", ["flash", "train", word, "x"])

@@ -124,6 +124,16 @@ class SearchSpace:
     """
 
     def __init__(self, settings: SpaceSettings, backbone: ArchSpec) -> None:
+        for key, choices, limit in (  # before any is listed, as there may be billions
+            ("num_layers", settings.num_layers, backbone.num_layers),
+            ("model_dim", settings.model_dim, backbone.model_dim),
+            ("ffn_dim", settings.ffn_dim, min(backbone.ffn_dims)),
+        ):
+            if choices.max > limit:
+                raise InputError(
+                    f"space.{key}.max={choices.max}: expected at most the backbone's {limit}; "
+                    "lower it or choose a wider backbone"
+                )
         self.settings = settings
         self.base = backbone.replace(tie_embeddings=True)
         self.depths = settings.num_layers.values
@@ -131,16 +141,6 @@ class SearchSpace:
         self.ffn_dims = settings.ffn_dim.values
         self.per_layer = settings.ffn_dim.per_layer
         self.kinds = tuple(sorted(set(settings.kinds), key=list(Attention).index))
-        for key, values, limit in (
-            ("num_layers", self.depths, backbone.num_layers),
-            ("model_dim", self.model_dims, backbone.model_dim),
-            ("ffn_dim", self.ffn_dims, min(backbone.ffn_dims)),
-        ):
-            if values[-1] > limit:
-                raise InputError(
-                    f"space.{key}.max={values[-1]}: expected at most the backbone's {limit}; "
-                    "lower it or choose a wider backbone"
-                )
         # Widths that are not whole groups must fail now, not at the first sample that has one.
         with under("space"):
             for model_dim in self.model_dims:

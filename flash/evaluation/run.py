@@ -3,20 +3,19 @@
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec
-from flash.commands import command
 from flash.device.program_limits import ProgramLimits
 from flash.errors import InputError, require
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text, one_line
 from flash.evaluation.tasks import OWN_TASKS, SANDBOXED_TASKS, Tasks, data_files
 from flash.evaluation.tokenization import HarnessTokenizer
-from flash.export.result import ExportResult, exports
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
 from flash.outcome import note
@@ -35,6 +34,15 @@ if TYPE_CHECKING:
     from flash.evaluation.harness import TextLM
 
 log = logging.getLogger(__name__)
+
+
+FindProgram = Callable[[Runs, str, ArchSpec, Path], Path]
+"""Function (runs, name, spec, weights) -> the program that was exported of the weights. It is
+passed in, since the search asks tasks and the export reads what a search predicted."""
+
+
+def _no_programs(runs: Runs, name: str, spec: ArchSpec, weights: Path) -> Path:
+    raise InputError(f"format=program: expected the program of {weights}, found none")
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,12 @@ class EvaluatedModel:
     workspace: Workspace
 
     @classmethod
-    def open(cls, settings: EvaluateSettings) -> "EvaluatedModel":
+    def open(cls, settings: EvaluateSettings, find_program: FindProgram) -> "EvaluatedModel":
         """Find and check all files without loading weights.
+
+        Args:
+            settings: Settings of the evaluation.
+            find_program: Finds the program with `format: program`.
 
         Raises:
             InputError: Weights, tokenizer, program or chat template are missing or do not match.
@@ -80,7 +92,7 @@ class EvaluatedModel:
             tokenizer = tokenizer.with_chat()
         program, context = None, spec.max_context
         if settings.format is ModelFormat.program:
-            program = program_of(export_folder(runs, name, weights), spec, weights)
+            program = find_program(runs, name, spec, weights)
             context = context_of(program)
         else:
             check_devices(settings.trainer)
@@ -122,54 +134,6 @@ class EvaluatedModel:
         return DecoderLM(model, self.tokenizer, batch_size=settings.batch_size, precision=precision)
 
 
-def program_of(folder: Path, spec: ArchSpec, weights: Path) -> Path:
-    """Return the path of the program exported from these weights.
-
-    Raises:
-        InputError: There is no program, or it has another architecture or other weights.
-    """
-    path = folder / "model.pte"
-    exported = ExportResult.read(folder)
-    if exported is None or not path.is_file():
-        raise InputError(
-            f"format=program: expected {path}, found none; run {command('export')} with the "
-            "same +arch first"
-        )
-    if exported.spec != spec:
-        raise InputError(
-            f"format=program: {path} is of arch {exported.spec}: expected {spec}; export it again"
-        )
-    if exported.weights not in ("", fingerprint(weights)):
-        raise InputError(
-            f"format=program: {path} was made of other weights than {weights}: export it again "
-            f"({command('export')} overwrite=true), or give model=FOLDER of those that it was made "
-            "of"
-        )
-    return path
-
-
-def export_folder(runs: Runs, name: str, weights: Path) -> Path:
-    """Return the folder of the export of these weights that the evaluation is named after.
-
-    The name of an evaluation is that of the export with what is asked, as in `NAME-limit_10`.
-
-    Raises:
-        InputError: It is named after none of several.
-    """
-    folder = runs.export(name)
-    if (folder / "export.json").is_file():
-        return folder
-    found = [result.name for result in exports(runs) if result.weights == fingerprint(weights)]
-    if named := [each for each in found if name.startswith(f"{each}-")]:
-        return runs.export(max(named, key=len))
-    if len(found) > 1:
-        raise InputError(
-            f"format=program: expected one export of {weights}, found {', '.join(found)}; give "
-            "name=NAME"
-        )
-    return runs.export(found[0]) if found else folder
-
-
 def context_of(program: Path) -> int:
     """Return the context that a program was exported with [tokens].
 
@@ -184,23 +148,23 @@ def context_of(program: Path) -> int:
     return limits.context
 
 
-def check(settings: EvaluateSettings) -> None:
+def check(settings: EvaluateSettings, find_program: FindProgram = _no_programs) -> None:
     """Check what an evaluation needs, without loading weights or tasks.
 
     Raises:
         InputError: Settings, weights or data files cannot be used, or a stored result is damaged.
     """
-    subject = _checked(settings)
+    subject = _checked(settings, find_program)
     for task in settings.suite.chosen:
         TaskResult.read(_folder(settings, subject.name), task.name)
 
 
-def _checked(settings: EvaluateSettings) -> EvaluatedModel:
+def _checked(settings: EvaluateSettings, find_program: FindProgram) -> EvaluatedModel:
     """Open the model, once its settings and the files of the tasks are checked."""
     include = settings.suite.include
     if include is not None:
         require(Path(include).is_dir(), "suite.include", include, "a folder")
-    subject = EvaluatedModel.open(settings)
+    subject = EvaluatedModel.open(settings, find_program)
     for task in settings.suite.chosen:
         data_files(task)
     return subject
@@ -212,14 +176,18 @@ def _folder(settings: EvaluateSettings, name: str) -> Path:
     return runs.evaluation(name) / f"{settings.suite.name}.{settings.format.value}"
 
 
-def evaluate(settings: EvaluateSettings) -> SuiteResult:
+def evaluate(settings: EvaluateSettings, find_program: FindProgram = _no_programs) -> SuiteResult:
     """Run a suite on a model; stored results of finished tasks are reused.
+
+    Args:
+        settings: Settings of the evaluation.
+        find_program: Finds the program with `format: program`.
 
     Raises:
         InputError: Settings, weights, tasks or datasets cannot be used.
         DeviceError: The process of the program died.
     """
-    subject = _checked(settings)
+    subject = _checked(settings, find_program)
     folder = Runs(Path(settings.runs)).evaluation(subject.name)
     results, new = _results(settings, subject, _folder(settings, subject.name))
     figures = [Figure.of(task, results[task.name]) for task in settings.suite.chosen]

@@ -17,6 +17,7 @@ from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettin
 from flash.evaluation.suites import SuiteResult, as_text
 from flash.evaluation.tasks import Tasks
 from flash.evaluation.tokenization import HarnessTokenizer
+from flash.export.found import find_program
 from flash.lowering.settings import LoweringSettings
 from flash.model.settings import BackboneSettings
 from flash.tracking.settings import LoggerKind, LoggerSettings
@@ -211,7 +212,7 @@ def test_tasks_that_cannot_run_are_one_line(settings, task_folder, task, message
 def test_models_that_are_not_there_are_one_line(settings, tmp_path):
     settings.format = ModelFormat.program
     with pytest.raises(InputError, match=r"format=program: expected .*model\.pte, found none; run"):
-        evaluate(settings)
+        evaluate(settings, find_program)
     settings.format, settings.arch = ModelFormat.decoder, {"ffn_dim": 64}
     with pytest.raises(InputError, match=r"model=null: expected trained weights in"):
         evaluate(settings)

@@ -11,8 +11,9 @@ import pytest
 from flash.arch import CacheFormat
 from flash.device.host import HostDevice
 from flash.errors import CheckFailed, InputError
-from flash.evaluation.run import EvaluatedModel, export_folder, program_of
+from flash.evaluation.run import EvaluatedModel
 from flash.evaluation.settings import EvaluateSettings, ModelFormat, SuiteSettings, TaskSettings
+from flash.export.found import export_folder, find_program, program_of
 from flash.export.job import ExportJob
 from flash.export.perplexity import program_quality
 from flash.export.predicted import predicted_latencies
@@ -112,7 +113,7 @@ def test_a_program_is_evaluated_with_the_context_of_its_file(common, winner):
     del values["data"]
     suite = SuiteSettings(name="x", tasks=[TaskSettings(name="x", title="X", metric="acc,none")])
     subjects = [
-        EvaluatedModel.open(EvaluateSettings(**values, device=device, suite=suite))
+        EvaluatedModel.open(EvaluateSettings(**values, device=device, suite=suite), find_program)
         for device in (
             DEVICE,
             with_lowering(max_context=48),
