@@ -86,10 +86,15 @@ def each_device(verb: str, word: str) -> list[str]:
     Raises:
         InputError: The command takes one device only.
     """
-    found = re.fullmatch(r"device=\[(.*)\]", word)
-    if found is None:
+    if not (word.startswith("device=") and "[" in word):
         return [word]
-    first, *others = (name.strip() for name in found[1].split(","))
+    found = re.fullmatch(r"device=\[([^\[\]]*)\]", word)
+    first, *others = (name.strip() for name in (found[1] if found else "").split(","))
+    if not all(re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII) for name in (first, *others)):
+        raise InputError(
+            f"{word}: expected options of the group device in brackets, as in device=[host,board]; "
+            "names of further ones begin with a letter"
+        )
     if others and verb != "search":
         raise InputError(
             f"{word}: expected one device, as only {commands.command('search')} takes several"

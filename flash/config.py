@@ -35,6 +35,7 @@ from flash.compat.omegaconf import (
     child_containers,
     child_mapping,
     kind_of_items,
+    resolved,
 )
 from flash.config_errors import explain, unknown_key, wrong_item
 from flash.errors import (
@@ -128,10 +129,11 @@ def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
     kind = kind_of_items(node) if isinstance(node, ListConfig) else None
     for key, child in child_containers(node):
         inner = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-        if OmegaConf.is_interpolation(node, key) and isinstance(node[key], _PLAIN):
+        value = resolved(node, key) if OmegaConf.is_interpolation(node, key) else None
+        if isinstance(value, _PLAIN):
             mapping = "values for its settings, or a mapping of names to values"
             expected = "a list in brackets" if isinstance(child, ListConfig) else mapping
-            raise InputError(f"{inner}={shown(node[key])}: expected {expected}")
+            raise InputError(f"{inner}={shown(value)}: expected {expected}")
         if kind is not None and not dataclasses.is_dataclass(kind):
             raise InputError(wrong_item(inner, shown(OmegaConf.to_container(child)), kind.__name__))
         _check_values(child, inner)

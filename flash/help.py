@@ -51,7 +51,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
         ("", "the tiny backbone on this CPU"),
         ("stage=latency device=host", "measure, fit the predictor, stop"),
         ("search.trials=100 seed=1 search.study=longer", "more trials"),
-        ("'device=[host,ssh]' devices.ssh.ssh.host=BOARD", "one model for both"),
+        ("search.study=both 'device=[host,ssh]' devices.ssh.ssh.host=BOARD", ""),
         ("search.limits.prefill_ms=60 search.study=small", "only fast models"),
         ("search.from_study=tiny search.study=two search.limits.size_mib=2", ""),
         ("stage=promote search.promote=4", "train the best longer"),

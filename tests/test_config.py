@@ -191,7 +191,17 @@ def test_a_list_of_devices_is_short_for_a_device_and_further_ones(verb, word, wo
 
 @pytest.mark.parametrize(
     ("verb", "word"),
-    [("search", "device=[a,a]"), ("search", "device=[a,b,b]"), ("export", "device=[a,b]")],
+    [
+        ("search", "device=[a,a]"),
+        ("search", "device=[a,b,b]"),
+        ("search", "device=[]"),
+        ("search", "device=[a,]"),
+        ("search", "device=[a,8gen2]"),
+        ("search", "device=[a,b],[c,d]"),
+        ("search", "device=a,[b,c]"),
+        ("search", "device=[[a],b]"),
+        ("export", "device=[a,b]"),
+    ],
 )
 def test_lists_of_devices_that_make_no_sense_are_refused(verb, word):
     with pytest.raises(InputError, match=rf"^{re.escape(word)}: expected "):

@@ -57,6 +57,11 @@ def child_containers(
             yield key if isinstance(key, int) else str(key), child
 
 
+def resolved(node: DictConfig | ListConfig, key: str | int) -> Any:
+    """Return the value at `key`, that of another place for an interpolation."""
+    return node[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def kind_of_items(node: ListConfig) -> type | None:
     """Return the type that the items of a list must have; None if they may have any."""
     kind = node._metadata.element_type

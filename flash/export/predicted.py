@@ -1,7 +1,7 @@
 """Latencies that a search predicted, in the state that the machine has during an export."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flash.arch import ArchSpec
@@ -11,7 +11,7 @@ from flash.latency.programs import lowering_values
 from flash.lowering.settings import LoweringSettings
 from flash.paths import Runs
 from flash.records import plain
-from flash.search.stored import StoredStudy, read_study
+from flash.search.stored import StoredDevice, StoredStudy, read_study
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class PredictedLatencies:
 def predicted_latencies(
     runs: Runs, device: Device, lowering: LoweringSettings, spec: ArchSpec
 ) -> PredictedLatencies | None:
-    """Find what a search on this device, with this lowering, predicted for an architecture."""
+    """Find what a search for this device, with this lowering, predicted for an architecture."""
     identity, program = plain(device.identity()), plain(lowering_values(lowering))
     for path in sorted((runs.root / "studies").glob("*/frontier.json")):
         try:
@@ -67,25 +67,41 @@ def predicted_latencies(
         except InputError as error:  # an export only looks at it
             log.warning("%s; no prediction is taken from it", error)
             continue
-        if study.device == identity and study.lowering == program:
-            found = _of_study(study, spec)
-            if found is not None:
-                return found
+        for stored in _devices(study):
+            if stored.device == identity and stored.lowering == program:
+                found = _of_study(study, stored, spec)
+                if found is not None:
+                    return found
     return None
 
 
-def _of_study(study: StoredStudy, spec: ArchSpec) -> PredictedLatencies | None:
+def _devices(study: StoredStudy) -> Iterator[StoredDevice]:
+    """Iterate over the devices of a search, the first one first."""
+    yield StoredDevice(
+        device=study.device,
+        lowering=study.lowering,
+        predicted=study.predicted,
+        backbone_predicted=study.backbone.predicted,
+        latency_scores=study.latency_scores,
+        latency_points=study.latency_points,
+    )
+    yield from study.devices.values()
+
+
+def _of_study(
+    study: StoredStudy, device: StoredDevice, spec: ArchSpec
+) -> PredictedLatencies | None:
     specs = {str(trial.number): trial.spec for trial in study.trials}
     backbone = study.backbone
-    numbers = [number for number in study.predicted if specs.get(number) == spec]
+    numbers = [number for number in device.predicted if specs.get(number) == spec]
     if numbers:
-        values = study.predicted[numbers[0]]
+        values = device.predicted[numbers[0]]
     elif backbone.spec == spec:
-        values = backbone.predicted
+        values = device.backbone_predicted
     else:
         return None
     return PredictedLatencies(
         by_point=plain(values),
         backbone=backbone.spec.as_program(),
-        backbone_ms={point: every[-1] for point, every in study.latency_points.items()},
+        backbone_ms={point: every[-1] for point, every in device.latency_points.items()},
     )

@@ -208,7 +208,7 @@ def _measure_actively(
     """Measure the most informative models until the predictor is accurate enough.
 
     Ends when the error of left-out models is below the target and at most `_MOST_BEYOND` of the
-    candidates require extrapolation, or when `whole_models` models are measured.
+    candidates require extrapolation, or when `whole_models` models or the whole space are measured.
 
     Returns:
         The measured models, with `last` at the end.
@@ -250,7 +250,9 @@ def _measure_actively(
         budget = settings.whole_models
         if stop(covered, settings.target_error_pct, len(models) - 1, budget) is not None:
             return models
-        models = grown()
+        measured, models = models, grown()
+        if models == measured:  # all of a small space
+            return models
 
 
 def _sources(

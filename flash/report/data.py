@@ -202,11 +202,20 @@ class StudyData:
     @property
     def device(self) -> str:
         """Description of the device in one line."""
-        return ", ".join(f"{key} {value}" for key, value in self.search.device.items() if value)
+        several = [device.device for device in self.search.devices.values()]
+        return "; ".join(
+            ", ".join(f"{key} {value}" for key, value in device.items() if value)
+            for device in several or [self.search.device]
+        )
+
+    @property
+    def device_names(self) -> str:
+        """Names of all devices, joined."""
+        return " + ".join(self.search.devices or [self.search.device_name])
 
     @property
     def device_name(self) -> str:
-        """Name of the device, its kind if it has none."""
+        """Name of the first device, its kind if it has none."""
         return self.search.device_name
 
     def with_models(self, models: list[Model]) -> "StudyData":

@@ -44,7 +44,8 @@ CAPTIONS = {
     ),
     "comparison": (
         "Frontiers",
-        "The frontier of each study; a latency is the predicted one on the study's own device.",
+        "The frontier of each study; a latency is the predicted one on the study's own device, or "
+        "over its devices, in ms of the first.",
     ),
     "hypervolume": (
         "Progress of the search",

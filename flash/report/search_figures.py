@@ -172,7 +172,7 @@ def comparison(studies: Sequence[StudyData]) -> go.Figure:
                 y=[y for _, y, _ in shown],
                 text=[text for _, _, text in shown],
                 hovertemplate="%{text}<extra></extra>",
-                name=f"{study.name} on {study.device_name}",
+                name=f"{study.name} on {study.device_names}",
                 mode="lines+markers" if len(study.cost_keys) == 1 else "markers",
                 marker={"color": color, "size": 9},
                 line={"shape": "hv", "color": color},
@@ -184,7 +184,9 @@ def comparison(studies: Sequence[StudyData]) -> go.Figure:
         panels.append(("" if column == 1 else str(column), points))
     layout(figure, y="held-out loss [nats/token]")
     for column, key in enumerate(keys, start=1):
-        figure.update_xaxes(title=cost_axis(first, key), col=column)
+        joint = any(study.search.devices for study in studies)
+        title = f"predicted {cost_name(key)}" if joint else cost_axis(first, key)
+        figure.update_xaxes(title=title, col=column)
     show_most(figure, panels)
     return figure
 
@@ -227,7 +229,8 @@ def parallel_coordinates(data: StudyData) -> go.Figure:
         if (dimension := _integer_axis(name, values))
     ]
     for key in data.cost_keys:
-        dimensions.append(_axis(cost_name(key), [trial.costs[key] for trial in trials]))
+        several = bool(data.search.devices)
+        dimensions.append(_axis(cost_name(key, several), [trial.costs[key] for trial in trials]))
     dimensions.append(_axis("loss [nats]", losses))
     dimensions.append({
         "label": "frontier",

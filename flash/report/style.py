@@ -1,5 +1,6 @@
 """Common style of all figures: layout, colors and names."""
 
+import re
 from collections.abc import Mapping
 
 import plotly.graph_objects as go
@@ -58,10 +59,15 @@ def layout(figure: go.Figure, x: str = "", y: str = "", height: int = 420) -> go
     return figure
 
 
-def cost_name(key: str) -> str:
-    """Return the short name of a cost with its unit."""
+def cost_name(key: str, several: bool = False) -> str:
+    """Return the short name of a cost with its unit.
+
+    Args:
+        key: Key of the cost.
+        several: Whether there are several devices, so that a cost without one is of all.
+    """
     quantity, at, device = key.partition("@")
-    on = f" on {device}" if at else ""
+    on = f" on {device}" if at else ", all devices" if several else ""
     return f"{_COSTS[quantity]}{on} [{Objective.of_key(key).unit}]"
 
 
@@ -76,7 +82,7 @@ def cost_axis(data: StudyData, key: str) -> str:
         case "decode_ms":
             return f"predicted decode step at {workload.contexts[0]} tokens{on} [ms]"
         case _:
-            return cost_name(key)
+            return cost_name(key, bool(data.search.devices))
 
 
 def latency_name(data: StudyData) -> str:
@@ -88,13 +94,12 @@ def latency_name(data: StudyData) -> str:
 
 def cost_text(costs: Mapping[str, float]) -> list[str]:
     """Return known costs as text, such as `TTFT 12.3 ms`."""
-    shown = [
-        *(key for key in _COSTS if key in costs),
-        *(key for key in costs if key.partition("@")[0] == "prefill_ms" and "@" in key),
-    ]
+    several = [key for key in costs if re.match(r"(prefill|decode)_ms@", key)]
+    shown = [*(key for key in _COSTS if key in costs), *several]
+    names = [cost_name(key, bool(several)).partition(" [")[0] for key in shown]
     return [
-        f"{cost_name(key).partition(' [')[0]} {costs[key]:.4g} {Objective.of_key(key).unit}"
-        for key in shown
+        f"{name} {costs[key]:.4g} {Objective.of_key(key).unit}"
+        for key, name in zip(shown, names, strict=True)
     ]
 
 

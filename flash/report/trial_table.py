@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from flash.arch import ArchSpec
+from flash.device.workload import Point
 from flash.report.data import ReportData, StudyData, TrialPoint, UnratedTrial
 from flash.report.style import cost_name
 from flash.report.table import NONE
@@ -22,7 +23,7 @@ def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
         "trial",
         "state",
         "loss [nats]",
-        *(cost_name(key) for key in keys),
+        *(cost_name(key, any("@" in each for each in keys)) for key in keys),
         "params",
         "architecture",
         "TTFT measured [ms]",
@@ -52,7 +53,10 @@ def _cost_keys(data: ReportData) -> list[str]:
         for trial in [*study.trials, *study.stopped, *study.unrated]
         for key in trial.costs
     }
-    by_device = sorted(key for key in known if key.startswith("prefill_ms@"))
+    shown = {key for study in data.studies for key in study.search.objectives if "@" in key}
+    phases = {Point.parse(study.search.objective).phase.value for study in data.studies}
+    shown |= {key for key in known for phase in phases if key.startswith(f"{phase}_ms@")}
+    by_device = sorted(shown & known)
     return [*(key for key in _COSTS if key in known), *by_device]
 
 
@@ -120,10 +124,15 @@ def study_rows(studies: Sequence[StudyData]) -> list[list[str]]:
             str(study.failed),
             str(len(front)),
             NONE if best is None else f"{best.loss:.3f} ({best.name})",
-            f"{min(times):.1f}" if times else NONE,
+            f"{min(times):.1f}{_joint(study)}" if times else NONE,
             f"{volumes[-1]:.3g}" if volumes else NONE,
         ])
     return lines
+
+
+def _joint(study: StudyData) -> str:
+    """Return words that mark a latency of a search for several devices."""
+    return " (all devices)" if study.search.devices else ""
 
 
 def shared_rows(studies: Sequence[StudyData]) -> tuple[list[str], list[list[str]]]:
@@ -140,7 +149,8 @@ def shared_rows(studies: Sequence[StudyData]) -> tuple[list[str], list[list[str]
     ]
     columns = ["architecture"]
     for study in studies:
-        columns += [f"{study.name}: trial", f"{study.name}: loss", f"{study.name}: TTFT [ms]"]
+        columns += [f"{study.name}: trial", f"{study.name}: loss"]
+        columns.append(f"{study.name}: TTFT{_joint(study)} [ms]")
     lines = []
     for spec in sorted(shared, key=lambda spec: by_spec[0][spec].latency_ms):
         line = [str(spec)]

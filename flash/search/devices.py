@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flash.arch import ArchSpec
 from flash.device.workload import Point
-from flash.search.objectives import Costs, Objective, Quantity, high
+from flash.search.objectives import Costs, Objective, Quantity, high, limited_value
 from flash.search.settings import Across
 
 _LATENCIES = (Quantity.prefill, Quantity.decode)
@@ -48,7 +48,9 @@ def over_devices(
         by_device = {device: each(specs) for device, each in costs.items()}
         found: dict[str, NDArray[np.float64]] = {}
         for quantity in (each.value for each in _LATENCIES):
-            for key in {quantity, high(quantity)} & by_device[first].keys():
+            for key in (quantity, high(quantity)):
+                if key not in by_device[first]:
+                    continue
                 shares = [by_device[d][key] / at_backbone[d][quantity] for d in costs]
                 found[key] = joined(np.array(shares)) * at_backbone[first][quantity]
         for key in (quantity.value for quantity in _SIZES):
@@ -125,19 +127,64 @@ def device_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]
         columns += [f"{device} [ms]", f"{device} [% of backbone]", f"{device} price [nats]"]
     complete = [trial for trial in report["trials"] if trial["state"] == "complete"]
     by_number = {trial["number"]: trial for trial in complete}
+    kept = {device: _within_limits(complete, report["limits"], device) for device in devices}
     rows: list[list[Any]] = []
     for number in report["winners"]:
         costs, loss = by_number[number]["costs"], by_number[number]["loss"]
         row = [report["names"][str(number)], loss]
         for device in devices:
             here = key_on(key, device)
-            others = [(trial["loss"], trial["costs"][here]) for trial in complete]
+            others = [(trial["loss"], trial["costs"][here]) for trial in kept[device]]
             share = share_on(costs, whole, key, device)
             row += [costs[here], 100 * share, price(here, loss, costs, others)]
         rows.append([*row, slowest_device(costs, whole, key)])
     about = report["backbone"]
     same = [part for device in devices for part in (whole[key_on(key, device)], 100.0, None)]
     return [*columns, "slowest on"], [[about["name"], about["quality"]["loss"], *same, None], *rows]
+
+
+def _within_limits(
+    trials: Sequence[Mapping[str, Any]], limits: Mapping[str, float], device: str
+) -> list[Mapping[str, Any]]:
+    """Return the trials that obey the limits of a device."""
+    own = {key: limit for key, limit in limits.items() if key.endswith(f"@{device}")}
+    return [
+        trial
+        for trial in trials
+        if all(limited_value(trial["costs"], key) <= limit for key, limit in own.items())
+    ]
+
+
+def joint_limits(
+    limits: Mapping[str, float],
+    backbone: Mapping[str, float],
+    across: Across,
+    weights: Mapping[str, float],
+) -> dict[str, float]:
+    """Return what limits of each device mean for the figures over all devices.
+
+    A figure that has no limit on one of the devices has none.
+
+    Args:
+        limits: Limits by key of `Costs`, as `limits_by_device` returns them.
+        backbone: Costs of the backbone.
+        across: How shares are put together.
+        weights: Weights of the devices in a mean.
+    """
+    devices, found = devices_in(backbone), dict(limits)
+    for quantity in (*_LATENCIES, *_SIZES):
+        keys = {device: key_on(quantity.value, device) for device in devices}
+        if not devices or any(key not in limits for key in keys.values()):
+            continue
+        if quantity in _SIZES:
+            found[quantity.value] = max(limits[key] for key in keys.values())
+            continue
+        shares = {device: limits[key] / backbone[key] for device, key in keys.items()}
+        factors = {device: weights.get(device, 1.0) for device in devices}
+        mean = sum(factors[d] * shares[d] for d in devices) / sum(factors.values())
+        share = max(shares.values()) if across is Across.max else mean
+        found[quantity.value] = share * backbone[keys[devices[0]]]
+    return found
 
 
 def limits_by_device(

@@ -1,7 +1,7 @@
 """Job of a search: its validated settings, opened inputs, objectives and evaluator."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,27 @@ import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace, SpaceSettings
 from flash.device.base import Device
-from flash.device.factory import open_device
 from flash.device.settings import DeviceSettings
-from flash.device.workload import Phase, Point, Workload
+from flash.device.workload import Phase
 from flash.errors import InputError, shown, under
 from flash.latency.cost_model import Values
-from flash.latency.fit import LatencyModel, collect
-from flash.latency.store import MeasurementStore
+from flash.latency.fit import LatencyModel
 from flash.model.backbone import Backbone
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
-from flash.search.devices import limits_by_device, over_devices
+from flash.search.devices import joint_limits, limits_by_device, over_devices
 from flash.search.evaluate import ShortTraining
 from flash.search.fingerprint import space_fingerprint
+from flash.search.latencies import (
+    of_further_device,
+    open_devices,
+    point_of,
+    token_lengths,
+)
 from flash.search.loop import EvaluationError
 from flash.search.objectives import Costs, Objective, Problem, high
-from flash.search.settings import SearchJobSettings, SearchStage
+from flash.search.settings import Across, SearchJobSettings, SearchStage
 from flash.search.study import Study
 from flash.training.accelerators import check_devices
 from flash.training.teacher import check_top_k
@@ -157,20 +161,15 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         "seed": settings.seed,
     }
     if len(devices) > 1:  # studies of one device have none of these keys
-        further = {device.settings.name: _identity_of(device) for device in devices[1:]}
+        further: dict[str, Any] = {}
+        for place, device in zip(settings.devices, devices[1:], strict=True):
+            with of_further_device(place):
+                further[device.settings.name] = _identity_of(device)
         identity |= {"devices": further, "across": settings.search.across.value}
-        identity["weights"] = dict(settings.search.weights)
+        if settings.search.across is Across.mean:
+            identity["weights"] = {d: w for d, w in settings.search.weights.items() if w != 1}
     objectives = settings.search.order(Objective.parse(settings.latency.objective.value))
     return SearchJob(settings, space, workspace, identity, objectives, baseline, devices)
-
-
-def open_devices(settings: SearchJobSettings, workspace: Workspace) -> tuple[Device, ...]:
-    """Open all devices of a search, that of the workspace first.
-
-    Raises:
-        InputError: Connection settings that cannot be used.
-    """
-    return workspace.device, *map(open_device, settings.devices.values())
 
 
 def _identity_of(device: Device) -> dict[str, Any]:
@@ -225,93 +224,6 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
     return spec
 
 
-def latencies_of(
-    settings: SearchJobSettings,
-    space: SearchSpace,
-    workspace: Workspace,
-    devices: Sequence[Device],
-) -> dict[str, LatencyModel]:
-    """Run stage 1: measure latencies that the store lacks and fit the predictors of each device.
-
-    The first prompt is a text: with a choice of vocabularies it is timed with the number of tokens
-    that it has in each. The predictors of further devices start from those of the first one.
-
-    Args:
-        settings: Settings of the search.
-        space: Architectures whose latencies are predicted.
-        workspace: Backbone, text and folder of results.
-        devices: All devices.
-
-    Returns:
-        Predictors by the name of the device, in the order of `devices`.
-
-    Raises:
-        InputError: The program's context is too short for the longest prompt.
-    """
-    runs, lengths = workspace.runs, token_lengths(space, workspace)
-    workloads = [_workload(device.settings, lengths) for device in devices]  # all before any work
-    models: dict[str, LatencyModel] = {}
-    for device, workload in zip(devices, workloads, strict=True):
-        models[device.settings.name] = collect(
-            space=space,
-            backbone=workspace.backbone.spec,
-            device=device,
-            workload=workload,
-            lowering=device.settings.lowering,
-            settings=settings.latency,
-            store=MeasurementStore(runs.measurements),
-            cache_dir=runs.lowered,
-            seed=settings.seed,
-            first=next(iter(models.values()), None),
-        )
-    return models
-
-
-def token_lengths(space: SearchSpace, workspace: Workspace) -> dict[int, float]:
-    """Tokens of each vocabulary that write what one token of the backbone's does, on held-out text.
-
-    No text is read if there is only the backbone's.
-    """
-    whole = workspace.backbone.spec.vocab_size
-    lengths = {whole: 1.0}
-    for size in sorted(set(space.vocab_sizes) - {whole}):
-        cut = workspace.for_vocabulary(size, "space")
-        lengths[size] = workspace.data.bytes_per_token / cut.data.bytes_per_token
-    return lengths
-
-
-def headline(settings: SearchJobSettings, length: float) -> str:
-    """Name of the latency that is minimized, for a vocabulary of this length."""
-    return _point(settings.device.workload, settings.latency.objective, length).name
-
-
-def _point(workload: Workload, phase: Phase, length: float) -> Point:
-    """First point of a phase; a prompt has as many tokens as its text with this length."""
-    if phase is Phase.prefill:
-        return Point(phase, round(workload.prompts[0] * length))
-    return Point(phase, workload.contexts[0])
-
-
-def _workload(device: DeviceSettings, lengths: Mapping[int, float]) -> Workload:
-    """Workload with the first prompt in each vocabulary; the backbone's comes first.
-
-    Raises:
-        InputError: The context is too short for the longest one.
-    """
-    workload = device.workload
-    if not workload.prompts:
-        return workload
-    prompts = [_point(workload, Phase.prefill, length).tokens for length in lengths.values()]
-    for size, tokens in zip(lengths, prompts, strict=True):
-        if tokens > device.lowering.max_context:
-            raise InputError(
-                f"device.lowering.max_context={device.lowering.max_context}: expected at least "
-                f"{tokens}, since the first prompt has so many tokens with "
-                f"space.vocab_size={size}"
-            )
-    return replace(workload, prompts=list(dict.fromkeys([*prompts, *workload.prompts])))
-
-
 def problem_of(job: SearchJob, study: Study, latencies: Mapping[str, LatencyModel]) -> Problem:
     """Build the problem; the loss of the baseline is computed once and stored with the study.
 
@@ -334,11 +246,19 @@ def problem_of(job: SearchJob, study: Study, latencies: Mapping[str, LatencyMode
     }
     costs = over_devices(by_device, backbone.spec, search.across, search.weights)
     limits = limits_by_device(search.limits.given(), search.device_limits, [*by_device])
-    baseline = {key: float(v[0]) for key, v in costs([job.baseline]).items()}
+    baseline, whole = (
+        {key: float(v[0]) for key, v in costs([spec]).items()}
+        for spec in (job.baseline, backbone.spec)
+    )
     return Problem(
         costs=costs,
         objectives=job.objectives,
-        reference=search.worst(job.objectives, loss, baseline, limits),
+        reference=search.worst(
+            job.objectives,
+            loss,
+            baseline,
+            joint_limits(limits, whole, search.across, search.weights),
+        ),
         limits=limits,
         headline=Objective.parse(settings.latency.objective.value).key,
     )
@@ -382,7 +302,7 @@ def _costs(latency: LatencyModel, device: DeviceSettings, lengths: Mapping[int, 
         for size, length in lengths.items():
             mine = [i for i, spec in enumerate(specs) if spec.vocab_size == size]
             if mine:
-                predictor = latency.predictors[_point(workload, phase, length)]
+                predictor = latency.predictors[point_of(workload, phase, length)]
                 interval = predictor.predict([specs[i] for i in mine])
                 steps = length if phase is Phase.decode else 1
                 mean[mine], upper[mine] = interval.mean * steps, interval.high * steps

@@ -173,7 +173,7 @@ def trial_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Return columns and rows of all trials, as for W&B's parallel-coordinates panel."""
     rows = [_row(report, trial) for trial in report["trials"]]
     columns = list(rows[0]) if rows else []
-    return columns, [list(row.values()) for row in rows]
+    return columns, [[row.get(column) for column in columns] for row in rows]
 
 
 def _row(report: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,15 @@ def high(key: str) -> str:
     return f"{quantity.removesuffix('_ms')}_high_ms{at}{device}"
 
 
+def limit_name(key: str) -> str:
+    """Return the settings that a limit on a cost comes from, for errors."""
+    quantity, at, device = key.partition("@")
+    if not at:
+        return f"search.limits.{key}"
+    name = Objective.of_key(key).name
+    return f"search.limits.{quantity} on {device}, or search.device_limits.{name}"
+
+
 def limited_value(costs: Mapping[str, Value], key: str) -> Value:
     """Return the value to which a limit applies: the upper end of the interval, if there is one."""
     return costs.get(high(key), costs[key])

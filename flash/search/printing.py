@@ -5,8 +5,9 @@ from typing import Any
 from flash.arch import ArchSpec, count_parameters
 from flash.outcome import note
 from flash.records import write_text
-from flash.search.devices import key_on, share_on, slowest_device
-from flash.search.job import SearchJob, headline, token_lengths
+from flash.search.devices import device_table, key_on, share_on, slowest_device
+from flash.search.job import SearchJob
+from flash.search.latencies import headline, token_lengths
 from flash.search.objectives import Objective
 from flash.terminal import table, wrap
 
@@ -32,11 +33,14 @@ def print_frontier(job: SearchJob, report: dict[str, Any]) -> None:
         ])
     if report["devices"]:
         print(
-            f"\n{objective} of each device in % of the backbone's; < marks the device on which a "
-            "model is slowest"
+            wrap(
+                f"\n{objective} on each device in ms, and as a share of the backbone's; < marks "
+                "the device on which a model is the slowest against the backbone"
+            )
         )
     print(f"\nfrontier of {len(by_number)} trials ({failed} failed), fastest first; * = winner\n")
     print(table(rows))
+    _print_prices(report)
     winners = winner_names(report)
     note(
         f"{len(by_number)} trials ({failed} failed), {len(report['frontier'])} on the frontier, "
@@ -50,6 +54,23 @@ def print_frontier(job: SearchJob, report: dict[str, Any]) -> None:
                 "raise search.trials, or search.max_loss_increase or max_cost_ratio"
             )
         )
+
+
+def _print_prices(report: dict[str, Any]) -> None:
+    """Print what one model for several devices costs on each of them."""
+    columns, lines = device_table(report)
+    if not lines:
+        return
+    places = [i for i, column in enumerate(columns) if column.endswith("price [nats]")]
+    rows = [["winner", *(columns[i].removesuffix(" price [nats]") for i in places)]]
+    rows += [[line[0], *(f"{line[i]:.3f}" for i in places)] for line in lines[1:]]
+    print(
+        wrap(
+            "\nprice of one model for all, in nats: the loss above that of the best trial that is "
+            "no slower on the device\n"
+        )
+    )
+    print(table(rows))
 
 
 def _interval(

@@ -9,7 +9,7 @@ from typing import Any
 
 from flash.arch import ArchSpec
 from flash.device.base import Device
-from flash.errors import InputError, require, shown
+from flash.errors import InputError, require
 from flash.latency.fit import LatencyModel
 from flash.latency.programs import lowering_values
 from flash.latency.store import MeasurementStore
@@ -23,16 +23,15 @@ from flash.search.frontier import write_frontier, write_report
 from flash.search.job import (
     SearchJob,
     evaluation_of,
-    latencies_of,
-    open_devices,
     open_job,
     open_space,
     open_workspace,
     problem_of,
 )
+from flash.search.latencies import latencies_of, open_devices
 from flash.search.logs import SearchLog, log_study, show_curves
 from flash.search.loop import frontier, rescore, search
-from flash.search.objectives import Problem
+from flash.search.objectives import Problem, limit_name
 from flash.search.printing import print_frontier
 from flash.search.promote import promote
 from flash.search.sampler import check_limits
@@ -251,7 +250,7 @@ def _run_info(job: SearchJob) -> RunInfo:
         group=study,
         tags={
             "backbone": settings.backbone.name,
-            "device": settings.device.name,
+            "device": "+".join(device.name for device in settings.all_devices),
             "recipe": settings.recipe.name,
         },
         config=plain(settings),
@@ -346,9 +345,10 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     log.info("%d finished trials of %s rated again", sum(t.complete for t in trials), source)
     if not frontier(trials, problem):
         check_limits(job.space, problem, settings.seed)
+        limits = "; ".join(f"{limit_name(k)}={limit:g}" for k, limit in problem.limits.items())
         raise InputError(
-            f"search.limits={shown(dict(problem.limits))}: expected limits that a trial of "
-            f"{source} obeys; start a new search with them, since the space has members that do"
+            f"{limits}: expected limits that a trial of {source} obeys; start a new search with "
+            "them, since the space has members that do"
         )
     return _write(job, study, latencies, problem, trials)
 
@@ -365,17 +365,17 @@ def _write(
     Keys that hold for one device are those of the first; `devices` has those of all if there are
     several.
     """
-    latency = next(iter(latencies.values()))
     settings, runs = job.settings, job.workspace.runs
     name = settings.search.study
     front = frontier(trials, problem)
     with study.lock():  # all workers write the same
         paths = write_frontier(runs.found_arch, name, trials, problem)
-    specs = {trial.number: trial.spec for trial in front}
-    backbone = job.workspace.backbone
-    specs[-1] = backbone.spec.as_program()
-    predicted = dict(zip(specs, latency.predict(list(specs.values())), strict=True))
-    several = [] if len(job.devices) == 1 else [*job.devices]
+    backbone, costs = job.workspace.backbone, problem.costs([job.workspace.backbone.spec])
+    by_device = [
+        _of_device(device, latencies[device.settings.name], front, backbone.spec)
+        for device in job.devices
+    ]
+    first = dict(by_device[0])
     names = dict(zip((t.number for t in front), (p.stem for p in paths), strict=True))
     return write_report(
         job.folder / "frontier.json",
@@ -388,37 +388,48 @@ def _write(
                 "name": backbone.name,
                 "spec": backbone.spec.to_dict(),
                 "quality": study.remember("backbone_quality", dict),
-                "costs": {key: float(v[0]) for key, v in problem.costs([backbone.spec]).items()},
-                "predicted": predicted.pop(-1),
+                "costs": {key: float(values[0]) for key, values in costs.items()},
+                "predicted": first.pop("backbone_predicted"),
             },
             "names": {str(number): stem for number, stem in names.items()},
-            "predicted": {str(number): values for number, values in predicted.items()},
-            "objective": latency.objective.name,
-            "latency_scores": latency.metrics(),
-            "latency_points": {
-                point.name: [float(value) for value in values]
-                for point, values in latency.values_ms.items()
-            },
-            "latency_fitted": {
-                point.name: [float(value) for value in values]
-                for point, values in latency.left_out_ms.items()
-            },
+            **first,
+            "objective": next(iter(latencies.values())).objective.name,
             "space": {
                 "name": settings.space.name,
                 "count": job.space.count(),
                 "count_slots": job.space.count_slots(),
             },
-            "device": job.workspace.device.identity(),
-            "lowering": lowering_values(settings.device.lowering),
             "workload": plain(settings.device.workload),
             "devices": {
-                device.settings.name: {
-                    "device": device.identity(),
-                    "latency_scores": latencies[device.settings.name].metrics(),
-                }
-                for device in several
+                device.settings.name: about
+                for device, about in zip(job.devices, by_device, strict=True)
+                if len(by_device) > 1
             },
             "settings": plain(settings),
             "provenance": provenance(),
         },
     )
+
+
+def _of_device(
+    device: Device, latency: LatencyModel, front: Sequence[Trial], backbone: ArchSpec
+) -> dict[str, Any]:
+    """Return what `frontier.json` says of a device: its identity, predictions and their scores."""
+    *predicted, whole = latency.predict([*(trial.spec for trial in front), backbone.as_program()])
+    return {
+        "device": device.identity(),
+        "lowering": lowering_values(device.settings.lowering),
+        "predicted": {
+            str(trial.number): values for trial, values in zip(front, predicted, strict=True)
+        },
+        "backbone_predicted": whole,
+        "latency_scores": latency.metrics(),
+        "latency_points": {
+            point.name: [float(value) for value in values]
+            for point, values in latency.values_ms.items()
+        },
+        "latency_fitted": {
+            point.name: [float(value) for value in values]
+            for point, values in latency.left_out_ms.items()
+        },
+    }

@@ -22,7 +22,7 @@ from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.errors import InputError
 from flash.search.acquisition import greedy_batch
 from flash.search.baselines import ask_additive, ask_optuna
-from flash.search.objectives import Problem, limited_value
+from flash.search.objectives import Problem, limit_name, limited_value
 from flash.search.pareto import non_dominated
 from flash.search.proposal import ProposalRequest
 from flash.search.settings import Sampler, SearchSettings
@@ -208,7 +208,7 @@ def check_limits(space: SearchSpace, problem: Problem, seed: int) -> None:
         return
     costs = {key: float(values[0]) for key, values in problem.costs([best]).items()}
     breaches = [
-        f"search.limits.{key}={limit:g} (the nearest of {len(drawn)} members, {best}, has "
+        f"{limit_name(key)}={limit:g} (the nearest of {len(drawn)} members, {best}, has "
         f"{limited_value(costs, key):.4g})"
         for key, limit in problem.limits.items()
         if limited_value(costs, key) > limit

@@ -143,10 +143,24 @@ class StoredSettings:
 
 @dataclass(frozen=True)
 class StoredDevice:
-    """One of several devices: its identity, and the scores of its latency predictors."""
+    """One of several devices.
+
+    Attributes:
+        device: Identity.
+        lowering: Values of the lowering.
+        predicted: Predicted latencies of each trial on the frontier, by number and point.
+        backbone_predicted: Those of the backbone, by point.
+        latency_scores: Cross-validation scores of the latency predictors.
+        latency_points: Measured latencies of the calibration models by name of the point, the
+            backbone last [ms].
+    """
 
     device: dict[str, Any]
+    lowering: dict[str, Any]
+    predicted: dict[str, dict[str, StoredPrediction]]
+    backbone_predicted: dict[str, StoredPrediction]
     latency_scores: dict[str, float]
+    latency_points: dict[str, list[float]]
 
     def __post_init__(self) -> None:
         _check_scores(self.latency_scores)
@@ -177,6 +191,7 @@ class StoredStudy:
         workload: Workload of the latencies.
         settings: Settings of the search.
         lowering: Values of the lowering; empty in files of older versions.
+        limits: Limits by key of `Costs`.
         devices: All devices of a search for several, by name, the first one first.
         provenance: Command, date, commit, versions and machine; empty in files of older versions.
     """
@@ -200,6 +215,7 @@ class StoredStudy:
     workload: StoredWorkload
     settings: StoredSettings
     lowering: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     devices: dict[str, StoredDevice] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 

@@ -245,6 +245,19 @@ def test_analytical_predictor_measures_until_it_is_good_enough(tmp_path, lowered
     assert set(model.models) < set(strict.models)
 
 
+def test_measuring_ends_when_the_space_has_no_more_models(tmp_path, lowered):
+    few = SpaceSettings(
+        name="few",
+        num_layers=Choices(min=6, max=6),
+        model_dim=Choices(min=192, max=256, step=64),
+        ffn_dim=FfnChoices(min=512, max=1024, step=256),
+        kinds=[Attention.full_attention],
+    )
+    strict = replace(ACTIVE, target_error_pct=1e-6)
+    model = run(tmp_path, FakeDevice(), strict, space=SearchSpace(few, BACKBONE))
+    assert num_measured(model) == 2 * 3
+
+
 def test_killed_active_measurement_goes_on_where_it_was(tmp_path, lowered):
     killed = FakeDevice(die_at_group=2)
     with pytest.raises(Killed):

@@ -11,9 +11,15 @@ import yaml
 from omegaconf import MISSING
 
 from flash.device.host import HostDevice
+from flash.device.settings import DeviceKind
 from flash.errors import DeviceError, InputError
+from flash.export.predicted import predicted_latencies
 from flash.model.settings import BackboneSettings
 from flash.paths import Runs
+from flash.report.figures import all_figures
+from flash.report.page import render
+from flash.report.reading import read as read_report
+from flash.report.reading import read_study
 from flash.search.run import run_search
 from flash.search.settings import SearchLimits, SearchStage
 from tests.conftest import SMALL
@@ -115,6 +121,38 @@ def test_stage_one_alone_needs_no_weights_and_reports_the_predictor(common, sear
         table = list(csv.DictReader(file))
     assert all(float(line["ms"]) > 0 and float(line["se_ms"]) >= 0 for line in table)
     assert {line["phase"] for line in table} == {"prefill", "decode"}
+
+
+def test_one_search_for_two_devices(common, searched, monkeypatch, capsys):
+    monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
+    settings = search_settings(common)
+    second = dataclasses.replace(settings.device, name="second", processes=1)
+    settings.devices = {"other": second}
+    settings.latency = dataclasses.replace(settings.latency, whole_models=4)
+    settings.search = dataclasses.replace(settings.search, study="both", from_study="t")
+    report = run_search(settings)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "price of one model for all" in printed
+    assert [*report["devices"]] == ["host", "second"]
+    assert report["devices"]["second"]["device"]["device"] == "second"
+    scores = report["devices"]["second"]["latency_scores"]
+    assert scores["latency/prefill_32/analytical/n"] == 5
+    read = read_study(Runs(Path(common["runs"])), "both")
+    assert read.device_names == "host + second"
+    drawn = all_figures(read)
+    assert len(drawn["devices"].layout.xaxis2.title.text) > 0
+    page = render(read_report(Runs(Path(common["runs"])), ["both"]))
+    assert "Winners on each device" in page
+    runs, program = Runs(Path(common["runs"])), settings.device.lowering
+    found = {
+        name: predicted_latencies(runs, HostDevice(device), program, SMALL)
+        for name, device in (("host", settings.device), ("second", second))
+    }
+    assert found["host"].backbone_ms != found["second"].backbone_ms
+    settings.devices["other"] = dataclasses.replace(second, kind=DeviceKind.ssh, cpus=None)
+    with pytest.raises(InputError, match=r"^devices\.other\.ssh\.host="):
+        run_search(settings)
 
 
 def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatch):

@@ -5,7 +5,13 @@ import pytest
 
 from flash.device.settings import DeviceSettings
 from flash.errors import InputError
-from flash.search.devices import device_table, limits_by_device, over_devices, price
+from flash.search.devices import (
+    device_table,
+    joint_limits,
+    limits_by_device,
+    over_devices,
+    price,
+)
 from flash.search.objectives import Objective, Problem, high
 from flash.search.settings import Across, SearchJobSettings, SearchLimits
 from tests.search import toy_search as toy
@@ -90,6 +96,45 @@ def test_a_search_for_two_devices_obeys_the_limits_of_each(tmp_path, names):
         assert trial.costs["prefill_high_ms@board"] <= 90.0
 
 
+def test_costs_have_one_order_in_every_process():
+    keys = list(both()(MEMBERS))
+    assert keys[:2] == ["prefill_ms", "prefill_high_ms"]
+    assert keys.index("size_mib") < keys.index("prefill_ms@phone") < keys.index("prefill_ms@board")
+
+
+def test_limits_of_all_devices_cap_the_reference_point():
+    whole = {key: float(v[0]) for key, v in both()([toy.BACKBONE]).items()}
+    phone, board = whole["prefill_ms@phone"], whole["prefill_ms@board"]
+    limits = {"prefill_ms@phone": phone / 2, "prefill_ms@board": board / 4, "size_mib@phone": 2.0}
+    found = joint_limits(limits, whole, Across.max, {})
+    assert found == {**limits, "prefill_ms": pytest.approx(phone / 2)}  # no size on the board
+    mean = joint_limits(limits, whole, Across.mean, {"board": 3.0})
+    assert mean["prefill_ms"] == pytest.approx((1 / 2 + 3 / 4) / 4 * phone)
+    assert joint_limits({"prefill_ms": 3.0}, {"prefill_ms": 9.0}, Across.max, {}) == {
+        "prefill_ms": 3.0
+    }
+
+
+def test_the_price_counts_only_trials_within_the_limits_of_the_device():
+    costs = {"prefill_ms@phone": 5.0, "prefill_ms@board": 5.0}
+    trials = [
+        {"number": n, "state": "complete", "loss": loss, "costs": {**costs, "size_mib@board": size}}
+        for n, (loss, size) in enumerate([(3.0, 1.0), (2.0, 9.0)])
+    ]
+    report = {
+        "devices": {"phone": {}, "board": {}},
+        "objective": "prefill_64",
+        "backbone": {"name": "toy", "quality": {"loss": 2.5}, "costs": costs},
+        "winners": [0],
+        "names": {"0": "toy_0"},
+        "trials": trials,
+        "limits": {"size_mib@board": 2.0},
+    }
+    columns, [_, winner] = device_table(report)
+    assert winner[columns.index("phone price [nats]")] == 1.0
+    assert winner[columns.index("board price [nats]")] == 0.0
+
+
 def test_price_is_the_loss_above_the_best_candidate_that_is_no_slower_there():
     others = [(2.0, 10.0), (1.5, 20.0), (1.0, 30.0)]
     assert price("prefill_ms@board", 1.75, {"prefill_ms@board": 20.0}, others) == 0.25
@@ -107,6 +152,7 @@ def test_the_table_has_the_backbone_and_the_winners_on_each_device():
         "winners": [4],
         "names": {"4": "toy_4"},
         "trials": [{"number": 4, "state": "complete", "loss": 3.0, "costs": costs}],
+        "limits": {},
     }
     columns, [backbone, winner] = device_table(report)
     assert len(columns) == len(backbone) == len(winner) == 9
