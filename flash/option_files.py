@@ -93,6 +93,7 @@ def check_options(folder: Path, trust: Trust) -> None:
                 )
             option = path.relative_to(folder).with_suffix("").as_posix()
             with under(str(path), ": "):
+                _check_header(text)
                 defaults[option] = list(_defaults(values, option))
                 packaged = re.search(r"(?m)^#\s*@package", text) is not None
                 if trust is Trust.values and ("defaults" in values or packaged):
@@ -172,6 +173,21 @@ def _check_plain(values: Any, place: str, depth: int) -> None:
             f"{where}expected text, a number, true, false or null, found a "
             f"{type(values).__name__}; correct it"
         )
+
+
+def _check_header(text: str) -> None:
+    """Check the first comments of a file, which Hydra reads as long as they begin with `@`.
+
+    Raises:
+        InputError: One has not the form `# @package NAME`.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and re.match(r"\s*#\s*@", line) is None:
+            return
+        if len(line.strip().lstrip("#").split()) not in {0, 2}:
+            raise InputError(
+                f"line {number}: {shown(line.strip())}: expected `# @package NAME`; correct it"
+            )
 
 
 def _defaults(values: dict[str, Any], option: str) -> Iterator[str]:

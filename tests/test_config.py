@@ -523,6 +523,7 @@ def test_results_need_a_folder(argument):
         ("a: &a [*a]\n", "too many levels of nesting"),
         ("a: !!binary aGk=\n", "a: expected text, a number, true, false or null, found a bytes"),
         ("\ufeffa: 1\n", "begins with a byte-order mark"),
+        ("# @pglobal_\na: 1\n", "line 1: # @pglobal_: expected `# @package NAME`"),
         ("defaults: 5\n", "defaults: expected a list"),
         ("defaults: [{a: {b: 1}}]\n", "expected the name of an option, or GROUP: OPTION"),
         ("defaults: [other]\n", "defaults: the option includes itself"),

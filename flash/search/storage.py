@@ -93,7 +93,10 @@ def named_errors(storage: Path | str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except _ERRORS as error:
+    except (*_ERRORS, LookupError) as error:
+        # SQLAlchemy raises a bare one for a damaged enum; its subclasses are faults of ours.
+        if isinstance(error, LookupError) and type(error) is not LookupError:
+            raise
         _, shown, _ = _resolve(storage, name)
         raise ServiceError(
             f"search.storage={shown}: the database failed ({_reason(error)}); run the same command "

@@ -309,20 +309,31 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_value_in_a_database_is_one_line(tmp_path):
+DAMAGES = {
+    """UPDATE study_user_attributes SET value_json = '{"a":' WHERE key = 'some'""": "Expecting",
+    """UPDATE trial_values SET value_type = 'FINI'""": "is not among the defined enum",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_value_in_a_database_is_one_line(tmp_path, damage):
     path = tmp_path / "study.db"
+    toy.run(path, trials=1, startup_trials=1)
     study = toy.open_toy(path, toy.make_space())
     study.remember("some", lambda: {"a": 1})
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute(
-            "UPDATE study_user_attributes SET value_json = '{\"a\":' WHERE key='some'"
-        )
+        connection.execute(damage)
     with (
-        pytest.raises(ServiceError, match=r"study\.db: the database failed \(Expecting") as error,
+        pytest.raises(ServiceError, match=rf"study\.db: the database .*{DAMAGES[damage]}") as error,
         named_errors(path, "toy"),
     ):
-        study.recall("some")
+        _ = study.recall("some"), study.trials()
     assert "\n" not in str(error.value)
+
+
+def test_a_fault_of_ours_is_none_of_the_database(tmp_path):
+    with pytest.raises(KeyError), named_errors(tmp_path / "study.db", "toy"):
+        raise KeyError
 
 
 def test_a_database_that_fails_during_the_work_is_one_line(tmp_path):
