@@ -408,7 +408,7 @@ def _as_transformers(config: Config, family: Family) -> Stock:
         stock = CONFIG_MAPPING[family.read_as or family.model_type](**values)
         stock.standardize_rope_params()  # once more, as it is when the model is built
     except Exception as error:  # validators raise what they like
-        reason = " ".join(str(error).split()).strip("\"'")
+        reason = " ".join(str(error).split()).strip("\"' ")
         raise InputError(f"transformers refuses it: {reason}") from error
     return stock
 
