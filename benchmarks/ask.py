@@ -79,7 +79,7 @@ def problem(*objectives: Objective) -> Problem:
     return Problem(
         costs=costs,
         objectives=objectives,
-        reference=(loss(top) + 0.6, *(worst[o.value] for o in objectives[1:])),
+        reference=(loss(top) + 0.6, *(worst[o.key] for o in objectives[1:])),
         limits={},
     )
 
