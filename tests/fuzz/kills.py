@@ -97,9 +97,9 @@ def _shared_search(work: Path) -> Any:
 
 
 def _measurements(work: Path) -> Any:
-    """Read what has been measured, without the times."""
+    """Read what has been measured, without the times; how often depends on the machine's noise."""
     lines = (work / "runs/measurements.jsonl").read_text("utf-8").splitlines()
-    return sorted((row["key"], row["kind"]) for row in map(json.loads, lines))
+    return sorted({(row["key"], row["kind"]) for row in map(json.loads, lines)})
 
 
 def _export(work: Path) -> Any:
