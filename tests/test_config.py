@@ -258,6 +258,8 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ),
         ("search", "space.model_dim.step=0", "space.model_dim.step=0: expected a positive integer"),
         ("search", "device.threads=4096", "device.threads=4096: expected 1 to the"),
+        ("train", "scale=1e308", "scale=1e+308: expected a positive number up to 1000000"),
+        ("train", "data.pattern=/dev/zero", "data.pattern=/dev/zero: expected a pattern of files"),
         ("search", "search.reference=${oc.env:HOME}", "expected values for its settings, or a map"),
         ("search", "search.objectives=${oc.env:HOME}", "expected a list in brackets"),
         ("search", "space.num_heads=[null]", "space.num_heads[0]=null: expected an integer"),

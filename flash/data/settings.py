@@ -163,6 +163,8 @@ class DataSettings:
             self.validation_percent,
             "a whole number from 1 to 99",
         )
+        relative = self.pattern != "" and not self.pattern.startswith("/")
+        require(relative, "pattern", self.pattern, "a pattern of files below data.path, as *.py")
         require(self.seq_len >= 2, "seq_len", self.seq_len, "2 or more tokens")
         require(self.bpe_vocab_size >= 300, "bpe_vocab_size", self.bpe_vocab_size, "300 or more")
         require(

@@ -415,7 +415,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        require(0 < self.scale < math.inf, "scale", self.scale, "a positive number")
+        require(0 < self.scale <= 1e6, "scale", self.scale, "a positive number up to 1000000")
         check_seed(self.seed)
         if self.start is not None and not self._inherits(self.recipe):
             raise InputError(
