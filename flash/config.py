@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 Settings = TypeVar("Settings")
 
 _PLAIN = str | int | float | bool
+"""Values that are neither a list nor a mapping."""
 
 
 def _config_folders(verb: str | None = None) -> list[Path]:

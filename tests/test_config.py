@@ -10,14 +10,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from flash import cli
 from flash.arch import ArchSpec
 from flash.bundled import CONF
 from flash.commands import begin, following, override
-from flash.config import ROOTS, entry, load, register, runs_in
+from flash.config import ROOTS, entry, load, register
 from flash.device.workload import Phase
-from flash.errors import InputError
-from flash.option_files import Trust, check_options
 from flash.search.job import open_space
 from flash.search.objectives import Objective
 
@@ -152,6 +149,12 @@ def test_a_setting_that_is_null_gets_a_value(run, overrides, value):
     assert (validation.path if validation is not None else None) == value
 
 
+def test_lists_of_any_values_may_hold_lists_and_mappings(run):
+    settings = []
+    assert run("train", "+arch.x=[[1,2],{a: 3}]", job=settings.append)[0] == -1
+    assert settings[0].arch == {"x": [[1, 2], {"a": 3}]}
+
+
 def test_new_keys_are_added_to_a_mapping(run):
     settings = []
     assert run("train", "+arch.ffn_dim=64", "+arch.x.y=1", job=settings.append)[0] == -1
@@ -174,38 +177,6 @@ def test_options_of_further_devices_are_further_devices(run, tmp_path):
         2,
         "error: devices.second.thread: unknown key; did you mean 'threads'?\n",
     )
-
-
-@pytest.mark.parametrize(
-    ("verb", "word", "words"),
-    [
-        ("search", "device=[a,b, c]", ["device=a", "+device@devices.b=b", "+device@devices.c=c"]),
-        ("search", "device=[a]", ["device=a"]),
-        ("export", "device=[a]", ["device=a"]),
-        ("search", "device=a,b", ["device=a,b"]),
-    ],
-)
-def test_a_list_of_devices_is_short_for_a_device_and_further_ones(verb, word, words):
-    assert cli.each_device(verb, word) == words
-
-
-@pytest.mark.parametrize(
-    ("verb", "word"),
-    [
-        ("search", "device=[a,a]"),
-        ("search", "device=[a,b,b]"),
-        ("search", "device=[]"),
-        ("search", "device=[a,]"),
-        ("search", "device=[a,8gen2]"),
-        ("search", "device=[a,b],[c,d]"),
-        ("search", "device=a,[b,c]"),
-        ("search", "device=[[a],b]"),
-        ("export", "device=[a,b]"),
-    ],
-)
-def test_lists_of_devices_that_make_no_sense_are_refused(verb, word):
-    with pytest.raises(InputError, match=rf"^{re.escape(word)}: expected "):
-        cli.each_device(verb, word)
 
 
 @pytest.mark.parametrize("override", ["backbone.arch={ffn_dim: 64}", "+backbone.arch.ffn_dim=64"])
@@ -431,19 +402,6 @@ def test_the_next_command_has_the_experiment_if_it_knows_it(run, verb, name, car
     assert (f"experiment={name}" in line) == carried
 
 
-def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):
-    """Lightning starts it as `flash seed=1`, with the program and what Hydra knows."""
-    started = []
-    monkeypatch.setattr("flash.cli.run", started.append)
-    monkeypatch.setenv("FLASH_VERB", "train")
-    monkeypatch.setattr(sys, "argv", ["flash", "seed=1"])
-    assert cli.main() == 2  # the first rank: no such command
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert cli.main() == 0
-    assert started == ["train"]
-    assert sys.argv == ["flash", "seed=1"]
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -471,86 +429,3 @@ def test_files_of_a_working_directory_set_nothing_of_hydra(run, tmp_path, text):
         assert err.count("\n") == 1
         assert not (tmp_path / "made").exists()
         path.unlink()
-
-
-def test_option_files_choose_where_jobs_run(tmp_path):
-    path = tmp_path / "train" / "experiment" / "queue.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_text(
-        "# @package _global_\ndefaults:\n  - override /hydra/launcher: submitit_slurm\n  - _self_\n"
-        "hydra: {launcher: {partition: gpu, timeout_min: 60}}\nseed: 1\n",
-        "utf-8",
-    )
-    check_options(tmp_path, Trust.launcher)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "x.yaml").write_text("_target_: os.mkdir\n", "utf-8")
-    own = tmp_path / "conf"
-    (own / "arch").mkdir(parents=True)
-    (own / "arch" / "linked").symlink_to(elsewhere)
-    with pytest.raises(
-        InputError, match=r"linked/x\.yaml: _target_: os\.mkdir: expected no setting"
-    ):
-        check_options(own, Trust.launcher)
-    (own / "hydra").mkdir()
-    with pytest.raises(InputError, match="conf/hydra: expected no options of Hydra's own groups"):
-        check_options(own, Trust.launcher)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "runs"),
-    [([], "runs"), (["runs='my runs'"], "my runs"), (["++runs=a", "seed=1"], "a")],
-)
-def test_the_folder_of_results_is_what_hydra_takes_it_for(arguments, runs):
-    assert runs_in(arguments) == runs
-
-
-@pytest.mark.parametrize("argument", ["runs=", "runs=null", "runs=[a]", "runs={a: 1}"])
-def test_results_need_a_folder(argument):
-    with pytest.raises(InputError, match=r"^runs=.*: expected the path of a folder"):
-        runs_in([argument])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "expected settings as KEY: VALUE, found nothing"),
-        ("# nothing\n", "expected settings as KEY: VALUE, found nothing"),
-        ("[]\n", "expected settings as KEY: VALUE, found a list"),
-        ("5\n", "expected settings as KEY: VALUE, found one value"),
-        ("a: 1\na: 2\n", "line 2: found duplicate key a"),
-        ("a: 'b\n", "line 2: found unexpected end of stream"),
-        ("a: 1\n---\nb: 2\n", "line 2: but found another document"),
-        ("1: 2\n", "expected text as a key, found 1"),
-        ("a: &a [*a]\n", "too many levels of nesting"),
-        ("a: !!binary aGk=\n", "a: expected text, a number, true, false or null, found a bytes"),
-        ("\ufeffa: 1\n", "begins with a byte-order mark"),
-        ("# @pglobal_\na: 1\n", "line 1: # @pglobal_: expected `# @package NAME`"),
-        ("defaults: 5\n", "defaults: expected a list"),
-        ("defaults: [{a: {b: 1}}]\n", "expected the name of an option, or GROUP: OPTION"),
-        ("defaults: [other]\n", "defaults: the option includes itself"),
-    ],
-)
-def test_an_option_file_is_read_before_hydra_sees_it(tmp_path, text, expected):
-    for name, content in (("mine", text), ("other", "defaults: [/arch/mine]\n")):
-        path = tmp_path / "arch" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content, "utf-8")
-    with pytest.raises(InputError, match=rf"arch/\w+\.yaml.*{re.escape(expected)}"):
-        check_options(tmp_path, Trust.launcher)
-
-
-def test_architectures_of_a_search_have_values_only(tmp_path):
-    path = tmp_path / "arch" / "found.yaml"
-    path.parent.mkdir()
-    for text in ("# @package _global_\nseed: 1\n", "defaults: [_self_]\nffn_dim: 64\n"):
-        path.write_text(text, "utf-8")
-        check_options(tmp_path, Trust.launcher)
-        with pytest.raises(InputError, match="expected values only, as a search writes them"):
-            check_options(tmp_path, Trust.values)
-
-
-@pytest.mark.parametrize("argument", ["runs=a,b", "runs=${oc.env:HOME}/x"])
-def test_all_jobs_have_one_folder_of_results(argument):
-    with pytest.raises(InputError, match="expected one folder for all jobs"):
-        runs_in([argument])

@@ -17,7 +17,7 @@ from flash import cli, progress
 from flash.bundled import CONF
 from flash.commands import begin, command, this_command
 from flash.completion import SCRIPTS, complete
-from flash.config import load, register
+from flash.config import load, register, runs_in
 from flash.config_reference import GROUPS, about_option
 from flash.errors import InputError
 from flash.help import EXAMPLES, groups, help_text, options
@@ -233,6 +233,38 @@ def test_an_unknown_flag_is_one_line(folder, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "words"),
+    [
+        ("search", "device=[a,b, c]", ["device=a", "+device@devices.b=b", "+device@devices.c=c"]),
+        ("search", "device=[a]", ["device=a"]),
+        ("export", "device=[a]", ["device=a"]),
+        ("search", "device=a,b", ["device=a,b"]),
+    ],
+)
+def test_a_list_of_devices_is_short_for_a_device_and_further_ones(verb, word, words):
+    assert cli.each_device(verb, word) == words
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [
+        ("search", "device=[a,a]"),
+        ("search", "device=[a,b,b]"),
+        ("search", "device=[]"),
+        ("search", "device=[a,]"),
+        ("search", "device=[a,8gen2]"),
+        ("search", "device=[a,b],[c,d]"),
+        ("search", "device=a,[b,c]"),
+        ("search", "device=[[a],b]"),
+        ("export", "device=[a,b]"),
+    ],
+)
+def test_lists_of_devices_that_make_no_sense_are_refused(verb, word):
+    with pytest.raises(InputError, match=rf"^{re.escape(word)}: expected "):
+        cli.each_device(verb, word)
+
+
 @pytest.mark.parametrize("word", ["trainer=[1]", "+arch=[a,b]", "backbone=[null]"])
 def test_a_list_of_options_of_a_group_is_refused(word):
     group = word.lstrip("+").partition("=")[0]
@@ -355,3 +387,36 @@ def test_the_time_left_is_known_once_a_stage_has_ended(capsys, monkeypatch):
         "x: file, 15 s",  # longer than usual
         "x: file, 15 s\n",
     ]
+
+
+def test_a_further_rank_runs_the_command_of_the_first(monkeypatch):
+    """Lightning starts it as `flash seed=1`, with the program and what Hydra knows."""
+    started = []
+    monkeypatch.setattr("flash.cli.run", started.append)
+    monkeypatch.setenv("FLASH_VERB", "train")
+    monkeypatch.setattr(sys, "argv", ["flash", "seed=1"])
+    assert cli.main() == 2  # the first rank: no such command
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main() == 0
+    assert started == ["train"]
+    assert sys.argv == ["flash", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [([], "runs"), (["runs='my runs'"], "my runs"), (["++runs=a", "seed=1"], "a")],
+)
+def test_the_folder_of_results_is_what_hydra_takes_it_for(arguments, runs):
+    assert runs_in(arguments) == runs
+
+
+@pytest.mark.parametrize("argument", ["runs=", "runs=null", "runs=[a]", "runs={a: 1}"])
+def test_results_need_a_folder(argument):
+    with pytest.raises(InputError, match=r"^runs=.*: expected the path of a folder"):
+        runs_in([argument])
+
+
+@pytest.mark.parametrize("argument", ["runs=a,b", "runs=${oc.env:HOME}/x"])
+def test_all_jobs_have_one_folder_of_results(argument):
+    with pytest.raises(InputError, match="expected one folder for all jobs"):
+        runs_in([argument])

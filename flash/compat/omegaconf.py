@@ -65,7 +65,7 @@ def resolved(node: DictConfig | ListConfig, key: str | int) -> Any:
 def kind_of_items(node: ListConfig) -> type | None:
     """Return the type that the items of a list must have; None if they may have any."""
     kind = node._metadata.element_type
-    return kind if isinstance(kind, type) else None
+    return kind if isinstance(kind, type) and kind is not Any else None
 
 
 def error_key(error: OmegaConfBaseException) -> str:

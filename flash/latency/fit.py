@@ -139,9 +139,7 @@ def collect(
         DeviceError: A process on the device died or took too long.
     """
     if first is not None:
-        few = min(settings.whole_models, _MOST_TRANSFERRED)
-        kind = PredictorKind.analytical
-        settings = dataclasses.replace(settings, predictor=kind, whole_models=few)
+        settings = _of_further_device(settings)
     _check(device, workload, lowering, settings)
     profiler = make_profiler(
         backbone=backbone,
@@ -152,10 +150,9 @@ def collect(
         store=store,
         cache_dir=cache_dir,
     )
-    grid, blocks = None, []
-    if settings.predictor is PredictorKind.blocks:
-        grid = make_grid(space, backbone, settings)
-        blocks = grid_subjects(grid, backbone)
+    is_blocks = settings.predictor is PredictorKind.blocks
+    grid = make_grid(space, backbone, settings) if is_blocks else None
+    blocks = grid_subjects(grid, backbone) if grid else []
     # All whole models in the store are used: further ones cost no measurement.
     last = backbone.as_program()
     known = [spec for spec in profiler.known_models() if spec != last and spec in space]
@@ -170,6 +167,12 @@ def collect(
     for line in model.describe().splitlines():
         logger.info("latency: %s", line)
     return model
+
+
+def _of_further_device(settings: LatencySettings) -> LatencySettings:
+    """Return the settings of a device whose predictor starts from that of another one."""
+    few = min(settings.whole_models, _MOST_TRANSFERRED)
+    return dataclasses.replace(settings, predictor=PredictorKind.analytical, whole_models=few)
 
 
 def _check(

@@ -137,12 +137,9 @@ def render(data: ReportData) -> str:
         "study_rows": study_rows(data.studies),
         "shared": shared_rows(data.studies) if several else ([], []),
         "per_study": [
-            {
-                "id": f"study-{study.name}",
-                "title": f"Study {study.name}" if several else "Search",
-                "figures": [each for key, each in described.items() if key[0] == study.name],
-                "devices": device_rows(study),
-            }
+            _study_section(
+                study, several, [each for key, each in described.items() if key[0] == study.name]
+            )
             for study in data.studies
         ],
         "diagrams": _diagrams(data),
@@ -170,6 +167,18 @@ def render(data: ReportData) -> str:
     }
     values["sections"] = _sections(values)
     return environment.get_template("report.html").render(values)
+
+
+def _study_section(
+    study: StudyData, several: bool, figures: list[dict[str, object]]
+) -> dict[str, object]:
+    """Return what the section of a study shows; its title has a name if there are several."""
+    return {
+        "id": f"study-{study.name}",
+        "title": f"Study {study.name}" if several else "Search",
+        "figures": figures,
+        "devices": device_rows(study),
+    }
 
 
 def _title(data: ReportData) -> str:

@@ -1,6 +1,6 @@
 """Figures of the search: frontier, hypervolume and all trials."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -24,7 +24,7 @@ from flash.report.style import (
     hover_text,
     layout,
 )
-from flash.search.devices import key_on
+from flash.search.devices import key_on, within_limits
 from flash.search.objectives import Objective
 from flash.search.pareto import non_dominated
 
@@ -74,22 +74,8 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
         ("winners", winners, "markers+text", {"color": ORANGE, "size": 15, "symbol": "star"}),
     ):
         if trials:
-            figure.add_scatter(
-                x=[trial.costs[key] for trial in trials],
-                y=[trial.loss for trial in trials],
-                text=[trial.name for trial in trials],
-                textposition=_name_places(len(trials)),
-                hovertext=[hover_text(trial) for trial in trials],
-                hovertemplate="%{hovertext}<extra></extra>",
-                name=name,
-                mode=mode,
-                marker=marker,
-                line={"shape": "hv", "color": BLUE},
-                legendgroup=name,
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
+            style = {"name": name, "mode": mode, "marker": marker}
+            _add_trials(figure, trials, key, column, BLUE, style)
     cost, loss, text = _backbone(data, key)
     figure.add_scatter(
         x=[cost],
@@ -111,6 +97,31 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
     figure.add_hline(y=reference["loss"], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
 
 
+def _add_trials(
+    figure: go.Figure,
+    trials: Sequence[TrialPoint],
+    key: str,
+    column: int,
+    color: str,
+    style: Mapping[str, Any],
+) -> None:
+    """Add trials to the panel of a cost, with their names where the mode shows text."""
+    figure.add_scatter(
+        x=[trial.costs[key] for trial in trials],
+        y=[trial.loss for trial in trials],
+        text=[trial.name for trial in trials],
+        textposition=_name_places(len(trials)) if trials else None,
+        hovertext=[hover_text(trial) for trial in trials],
+        hovertemplate="%{hovertext}<extra></extra>",
+        line={"shape": "hv", "color": color},
+        legendgroup=style["name"],
+        showlegend=column == 1,
+        row=1,
+        col=column,
+        **style,
+    )
+
+
 def devices(data: StudyData) -> go.Figure:
     """Plot loss against the headline latency on each of several devices.
 
@@ -122,8 +133,10 @@ def devices(data: StudyData) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
     panels = []
     for column, here in enumerate(keys, start=1):
-        mask = non_dominated([(trial.loss, trial.costs[here]) for trial in data.trials])
-        alone = [trial for trial, keep in zip(data.trials, mask, strict=True) if keep]
+        device, limits = here.partition("@")[2], data.search.limits
+        allowed = [trial for trial in data.trials if within_limits(trial.costs, limits, device)]
+        mask = non_dominated([(trial.loss, trial.costs[here]) for trial in allowed])
+        alone = [trial for trial, keep in zip(allowed, mask, strict=True) if keep]
         for name, trials, mode, marker in (
             ("trials", data.trials, "markers", {"color": GRAY, "size": 8}),
             ("best on this device alone", alone, "lines", {"color": GREEN}),
@@ -131,20 +144,8 @@ def devices(data: StudyData) -> go.Figure:
             ("winners", data.winners, "markers", {"color": ORANGE, "size": 15, "symbol": "star"}),
         ):
             shown = sorted(trials, key=lambda trial: trial.costs[here])
-            figure.add_scatter(
-                x=[trial.costs[here] for trial in shown],
-                y=[trial.loss for trial in shown],
-                text=[hover_text(trial) for trial in shown],
-                hovertemplate="%{text}<extra></extra>",
-                name=name,
-                mode=mode,
-                marker=marker,
-                line={"shape": "hv", "color": GREEN},
-                legendgroup=name,
-                showlegend=column == 1,
-                row=1,
-                col=column,
-            )
+            style = {"name": name, "mode": mode, "marker": marker}
+            _add_trials(figure, shown, here, column, GREEN, style)
         points = [(trial.costs[here], trial.loss, hover_text(trial)) for trial in data.trials]
         panels.append(("" if column == 1 else str(column), points))
     layout(figure, y="held-out loss [nats/token]")

@@ -127,7 +127,12 @@ def device_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]
         columns += [f"{device} [ms]", f"{device} [% of backbone]", f"{device} price [nats]"]
     complete = [trial for trial in report["trials"] if trial["state"] == "complete"]
     by_number = {trial["number"]: trial for trial in complete}
-    kept = {device: _within_limits(complete, report["limits"], device) for device in devices}
+    kept = {
+        device: [
+            each for each in complete if within_limits(each["costs"], report["limits"], device)
+        ]
+        for device in devices
+    }
     rows: list[list[Any]] = []
     for number in report["winners"]:
         costs, loss = by_number[number]["costs"], by_number[number]["loss"]
@@ -143,16 +148,13 @@ def device_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]
     return [*columns, "slowest on"], [[about["name"], about["quality"]["loss"], *same, None], *rows]
 
 
-def _within_limits(
-    trials: Sequence[Mapping[str, Any]], limits: Mapping[str, float], device: str
-) -> list[Mapping[str, Any]]:
-    """Return the trials that obey the limits of a device."""
-    own = {key: limit for key, limit in limits.items() if key.endswith(f"@{device}")}
-    return [
-        trial
-        for trial in trials
-        if all(limited_value(trial["costs"], key) <= limit for key, limit in own.items())
-    ]
+def within_limits(costs: Mapping[str, float], limits: Mapping[str, float], device: str) -> bool:
+    """Return True if the costs obey the limits of one of several devices."""
+    return all(
+        limited_value(costs, key) <= limit
+        for key, limit in limits.items()
+        if key.endswith(f"@{device}")
+    )
 
 
 def joint_limits(

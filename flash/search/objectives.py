@@ -40,7 +40,7 @@ class Objective:
     """
 
     quantity: Quantity
-    """What is minimized."""
+    """Quantity to minimize."""
     device: str | None = None
     """Name of the device; None: all of them together (flash.search.devices)."""
 

@@ -115,21 +115,27 @@ def test_limits_of_all_devices_cap_the_reference_point():
     }
 
 
+def report_of(whole, trials, limits):
+    """Make the part of `frontier.json` that the table reads; the first trial is the winner."""
+    winner = trials[0]["number"]
+    return {
+        "devices": {"phone": {}, "board": {}},
+        "objective": "prefill_64",
+        "backbone": {"name": "toy", "quality": {"loss": 2.5}, "costs": whole},
+        "winners": [winner],
+        "names": {str(winner): f"toy_{winner}"},
+        "trials": trials,
+        "limits": limits,
+    }
+
+
 def test_the_price_counts_only_trials_within_the_limits_of_the_device():
     costs = {"prefill_ms@phone": 5.0, "prefill_ms@board": 5.0}
     trials = [
         {"number": n, "state": "complete", "loss": loss, "costs": {**costs, "size_mib@board": size}}
         for n, (loss, size) in enumerate([(3.0, 1.0), (2.0, 9.0)])
     ]
-    report = {
-        "devices": {"phone": {}, "board": {}},
-        "objective": "prefill_64",
-        "backbone": {"name": "toy", "quality": {"loss": 2.5}, "costs": costs},
-        "winners": [0],
-        "names": {"0": "toy_0"},
-        "trials": trials,
-        "limits": {"size_mib@board": 2.0},
-    }
+    report = report_of(costs, trials, limits={"size_mib@board": 2.0})
     columns, [_, winner] = device_table(report)
     assert winner[columns.index("phone price [nats]")] == 1.0
     assert winner[columns.index("board price [nats]")] == 0.0
@@ -145,15 +151,9 @@ def test_the_table_has_the_backbone_and_the_winners_on_each_device():
     spec = MEMBERS[3]
     costs = {key: float(v[0]) for key, v in both()([spec]).items()}
     whole = {key: float(v[0]) for key, v in both()([toy.BACKBONE]).items()}
-    report = {
-        "devices": {"phone": {}, "board": {}},
-        "objective": "prefill_64",
-        "backbone": {"name": "toy", "quality": {"loss": 2.5}, "costs": whole},
-        "winners": [4],
-        "names": {"4": "toy_4"},
-        "trials": [{"number": 4, "state": "complete", "loss": 3.0, "costs": costs}],
-        "limits": {},
-    }
+    report = report_of(
+        whole, [{"number": 4, "state": "complete", "loss": 3.0, "costs": costs}], limits={}
+    )
     columns, [backbone, winner] = device_table(report)
     assert len(columns) == len(backbone) == len(winner) == 9
     assert backbone[:2] == ["toy", 2.5]
