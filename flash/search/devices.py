@@ -39,10 +39,6 @@ def over_devices(
     if not others:
         return costs[first]
     at_backbone = {device: each([backbone]) for device, each in costs.items()}
-    factors = np.array([weights.get(device, 1.0) for device in costs])
-
-    def joined(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        return shares.max(axis=0) if across is Across.max else factors @ shares / factors.sum()
 
     def compute(specs: Sequence[ArchSpec]) -> dict[str, NDArray[np.float64]]:
         by_device = {device: each(specs) for device, each in costs.items()}
@@ -51,8 +47,8 @@ def over_devices(
             for key in (quantity, high(quantity)):
                 if key not in by_device[first]:
                     continue
-                shares = [by_device[d][key] / at_backbone[d][quantity] for d in costs]
-                found[key] = joined(np.array(shares)) * at_backbone[first][quantity]
+                shares = {d: by_device[d][key] / at_backbone[d][quantity] for d in costs}
+                found[key] = _joined(shares, across, weights) * at_backbone[first][quantity]
         for key in (quantity.value for quantity in _SIZES):
             found[key] = np.max([each[key] for each in by_device.values()], axis=0)
         for device, each in by_device.items():
@@ -60,6 +56,16 @@ def over_devices(
         return found
 
     return compute
+
+
+def _joined(
+    shares: Mapping[str, Any], across: Across, weights: Mapping[str, float]
+) -> NDArray[np.float64]:
+    """Put the shares on each device together: the largest, or the weighted mean."""
+    values = np.array(list(shares.values()))
+    if across is Across.max:
+        return values.max(axis=0)
+    return np.average(values, axis=0, weights=[weights.get(device, 1.0) for device in shares])
 
 
 def key_on(key: str, device: str) -> str:
@@ -182,9 +188,7 @@ def joint_limits(
             found[quantity.value] = max(limits[key] for key in keys.values())
             continue
         shares = {device: limits[key] / backbone[key] for device, key in keys.items()}
-        factors = {device: weights.get(device, 1.0) for device in devices}
-        mean = sum(factors[d] * shares[d] for d in devices) / sum(factors.values())
-        share = max(shares.values()) if across is Across.max else mean
+        share = float(_joined(shares, across, weights))
         found[quantity.value] = share * backbone[keys[devices[0]]]
     return found
 

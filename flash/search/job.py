@@ -24,6 +24,7 @@ from flash.search.fingerprint import space_fingerprint
 from flash.search.latencies import (
     of_further_device,
     open_devices,
+    placed,
     point_of,
     token_lengths,
 )
@@ -162,9 +163,10 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     }
     if len(devices) > 1:  # studies of one device have none of these keys
         further: dict[str, Any] = {}
-        for place, device in zip(settings.devices, devices[1:], strict=True):
-            with of_further_device(place):
-                further[device.settings.name] = _identity_of(device)
+        for place, device in placed(settings, devices):
+            if place is not None:
+                with of_further_device(place):
+                    further[device.settings.name] = _identity_of(device)
         identity |= {"devices": further, "across": settings.search.across.value}
         if settings.search.across is Across.mean:
             identity["weights"] = {d: w for d, w in settings.search.weights.items() if w != 1}

@@ -29,6 +29,13 @@ def open_devices(settings: SearchJobSettings, workspace: Workspace) -> tuple[Dev
     return tuple(devices)
 
 
+def placed(
+    settings: SearchJobSettings, devices: Sequence[Device]
+) -> Iterator[tuple[str | None, Device]]:
+    """Iterate over all devices with their key in `devices`; None for the first one."""
+    return zip((None, *settings.devices), devices, strict=True)
+
+
 @contextmanager
 def of_further_device(place: str | None) -> Iterator[None]:
     """Name the key of a further device in errors that name that of the first.
@@ -69,13 +76,13 @@ def latencies_of(
         InputError: The program's context is too short for the longest prompt.
     """
     runs, lengths = workspace.runs, token_lengths(space, workspace)
-    places, workloads = (None, *settings.devices), []
-    for place, device in zip(places, devices, strict=True):  # all are checked before any work
+    workloads = []
+    for place, device in placed(settings, devices):  # all are checked before any work
         with of_further_device(place):
             workloads.append(_workload(device.settings, lengths))
             device.identity()
     models: dict[str, LatencyModel] = {}
-    for place, device, workload in zip(places, devices, workloads, strict=True):
+    for (place, device), workload in zip(placed(settings, devices), workloads, strict=True):
         with of_further_device(place):
             models[device.settings.name] = collect(
                 space=space,

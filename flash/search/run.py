@@ -28,7 +28,7 @@ from flash.search.job import (
     open_workspace,
     problem_of,
 )
-from flash.search.latencies import latencies_of, open_devices
+from flash.search.latencies import latencies_of, of_further_device, open_devices, placed
 from flash.search.logs import SearchLog, log_study, show_curves
 from flash.search.loop import frontier, rescore, search
 from flash.search.objectives import Problem, limit_name
@@ -143,11 +143,12 @@ def _stage_one(settings: SearchJobSettings) -> dict[str, Any]:
     backbone, runs = workspace.backbone, workspace.runs
     space = open_space(settings.space, backbone.spec)
     devices = open_devices(settings, workspace)
-    for device in devices:
+    for place, device in placed(settings, devices):
         path = runs.latency(device.settings.name) / "latency.json"
         former = find_json(path, _Measured, "measure again")
-        if former is not None:
-            device.check_unit(former.device, path)
+        with of_further_device(place):
+            if former is not None:
+                device.check_unit(former.device, path)
     latencies = latencies_of(settings, space, workspace, devices)
     reports = [
         _write_latency(settings, device, latencies[device.settings.name], backbone.name)
@@ -321,9 +322,10 @@ def metrics_of(latencies: Mapping[str, LatencyModel]) -> dict[str, float]:
     return found
 
 
-_OF_THE_DEVICE = (
-    *("device", "workload", "lowering", "devices", "across", "weights", "space", "objectives"),
-)
+_OF_THE_DEVICE = {
+    *("device", "workload", "lowering", "devices", "across", "weights"),
+    *("space", "objectives"),
+}
 """Keys of a fingerprint that do not affect losses."""
 
 
