@@ -25,9 +25,10 @@ from flash.lowering.settings import LoweringSettings
 from flash.progress import progress
 from flash.search.fingerprint import space_fingerprint
 from flash.search.frontier import write_report
-from flash.search.loop import Quality, search
+from flash.search.loop import search
 from flash.search.objectives import Objective, Problem
 from flash.search.parameters import distributions, parameters
+from flash.search.quality import Quality
 from flash.search.sampler import propose
 from flash.search.settings import Sampler, SearchSettings
 from flash.search.study import Study, open_study

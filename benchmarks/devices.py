@@ -68,7 +68,7 @@ def problem_of(table: Table, costs: Costs) -> Problem:
     top = largest(table.space)
     known = {"prefill_ms": float(costs([top])["prefill_ms"][0])}
     objectives = table.problem.objectives
-    reference = SETTINGS.worst(objectives, table.loss[top], known, {})
+    reference = SETTINGS.worst(objectives, {**known, "loss": table.loss[top]}, {})
     return Problem(costs=costs, objectives=objectives, reference=reference, limits={})
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(conf.ROOT))
 
 from flash.arch import ArchSpec
 from flash.latency.store import MeasurementStore
-from flash.search.loop import Quality
+from flash.search.quality import Quality
 from flash.search.sampler import propose
 from flash.training.loss_curve import Watch
 from tests.search import postgres

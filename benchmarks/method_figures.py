@@ -53,7 +53,7 @@ from flash.search.loop import frontier
 from flash.search.pareto import choose_winners
 from flash.search.pruner import LossPrediction
 from flash.search.settings import Sampler
-from flash.search.surrogate import draw_losses
+from flash.search.surrogate import Observations, draw_values
 from flash.search.trial import Trial
 
 FIGURES = output(conf.ROOT / "docs" / "figures")
@@ -154,8 +154,8 @@ def surrogate() -> go.Figure:
     for panel, count in zip(("", "2"), TRIALS, strict=True):
         known = tried[:count]
         rest = [spec for spec in table.loss if spec not in set(known)][::4]
-        losses = [table.loss[spec] for spec in known]
-        draws = draw_losses(table.space, known, losses, rest, 0)[:, count:]
+        losses = Observations(np.array([table.loss[spec] for spec in known]))
+        draws = draw_values(table.space, known, [losses], rest, 0)[0][:, count:]
         low, middle, high = np.quantile(draws, [0.05, 0.5, 0.95], axis=0)
         truth = np.array([table.loss[spec] for spec in rest])
         figure.add_scatter(

@@ -59,7 +59,7 @@ from record import SMOKE, Recorder
 from flash.progress import progress
 from flash.search.acquisition import greedy_batch
 from flash.search.pareto import hypervolume
-from flash.search.surrogate import draw
+from flash.search.surrogate import Observations, draw
 
 SEEDS, POINTS, BATCH, BUDGETS = (1, 64, 16, (15, 16)) if SMOKE else (20, 1024, 4, (16, 24, 32))
 NOISE = 0.05
@@ -119,8 +119,8 @@ def ask_flash(
 ) -> list[int]:
     order = np.concatenate([done, _left(done)])
     points = problem.points.numpy()[order]
-    draws = draw(points[: len(done)], seen[done, 0], points[len(done) :], seed)
-    chosen = greedy_batch(draws, problem.values[order, 1:], len(done), n, problem.reference)
+    draws = draw(points[: len(done)], Observations(seen[done, 0]), points[len(done) :], seed)
+    chosen = greedy_batch(draws[None], problem.values[order, 1:], len(done), n, problem.reference)
     return order[chosen].tolist()
 
 

@@ -53,7 +53,7 @@ class Table:
         self.problem = Problem(
             costs=self.costs,
             objectives=objectives,
-            reference=SETTINGS.worst(objectives, self.loss[top], costs, {}),
+            reference=SETTINGS.worst(objectives, {**costs, "loss": self.loss[top]}, {}),
             limits={},
         )
 

@@ -122,7 +122,7 @@ def test_the_papers_search(run):
     assert (search.search.trials, search.search.batch, search.recipe.tokens) == (200, 8, 2.6e9)
     objectives = search.search.order(Objective.prefill)
     assert objectives == (Objective.quality, Objective.prefill)
-    assert search.search.worst(objectives, 2.0, {"prefill_ms": 1.0}, {}) == (2.6, 4000.0)
+    assert search.search.worst(objectives, {"loss": 2.0, "prefill_ms": 1.0}, {}) == (2.6, 4000.0)
     assert search.device.workload.first(Phase.prefill).tokens == 2048
     assert (search.device.lowering.chunk, search.device.threads) == (1024, 4)
     spec = ArchSpec.from_dict(search.backbone.arch)

@@ -121,6 +121,17 @@ def set_fewshot(loaded: Any, shots: int | None, seed: int) -> None:
         task.set_fewshot_seed(seed=seed)
 
 
+def is_lower_better(loaded: Any, metric: str) -> bool:
+    """Return True if a task says that lower values of a metric are the better ones.
+
+    Args:
+        loaded: Return value of `load_task`.
+        metric: Key of the metric in results, such as `acc,none`.
+    """
+    name = metric.partition(",")[0]
+    return any(task.higher_is_better().get(name) is False for task in loaded["tasks"].values())
+
+
 def fewshot_of(loaded: Any) -> int:
     """Return the largest number of few-shot examples of the loaded tasks."""
     return max(task.get_config("num_fewshot") for task in loaded["tasks"].values())

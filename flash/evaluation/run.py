@@ -1,7 +1,6 @@
 """Evaluation of a model or its program on a benchmark suite (`flash evaluate`)."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from flash.arch import ArchSpec
 from flash.device.program_limits import ProgramLimits
-from flash.errors import InputError, require
-from flash.evaluation.settings import EvaluateSettings, ModelFormat, TaskSettings
+from flash.errors import InputError
+from flash.evaluation.settings import EvaluateSettings, ModelFormat
 from flash.evaluation.suites import Figure, SuiteResult, TaskResult, as_text, one_line
-from flash.evaluation.tasks import OWN_TASKS, SANDBOXED_TASKS, Tasks, data_files
+from flash.evaluation.tasks import Tasks, check_files, digest_of_included, digests_of_own
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.model.backbone import Backbone
 from flash.model.checkpoint import load
@@ -161,13 +160,8 @@ def check(settings: EvaluateSettings, find_program: FindProgram = _no_programs) 
 
 def _checked(settings: EvaluateSettings, find_program: FindProgram) -> EvaluatedModel:
     """Open the model, once its settings and the files of the tasks are checked."""
-    include = settings.suite.include
-    if include is not None:
-        require(Path(include).is_dir(), "suite.include", include, "a folder")
-    subject = EvaluatedModel.open(settings, find_program)
-    for task in settings.suite.chosen:
-        data_files(task)
-    return subject
+    check_files(settings.suite, settings.suite.chosen)
+    return EvaluatedModel.open(settings, find_program)
 
 
 def _folder(settings: EvaluateSettings, name: str) -> Path:
@@ -218,13 +212,13 @@ def _results(
     common = {
         **subject.key(),
         "harness": version("lm_eval"),
-        "include": _digest_of(_task_files(Path(suite.include))) if suite.include else None,
+        "include": digest_of_included(suite),
         "chat": subject.tokenizer.template if suite.apply_chat_template else None,
         "limit": limit,
         "seed": suite.seed,
     }
     keys = {
-        task.name: digest([common, task.name, task.fewshot, *_own_questions(task)])
+        task.name: digest([common, task.name, task.fewshot, *digests_of_own(task)])
         for task in suite.chosen
     }
     results: dict[str, TaskResult] = {}
@@ -246,29 +240,6 @@ def _results(
         result.write(folder)
         results[task.name] = result
     return results, True
-
-
-def _own_questions(task: TaskSettings) -> list[str]:
-    """Hash the data files of a task with `files`, and the task files of this package."""
-    sandboxed = (SANDBOXED_TASKS / f"{task.name}.yaml").is_file()
-    if not task.files and not sandboxed:
-        return []
-    data = [Path(path) for paths in data_files(task).values() for path in paths]
-    own = SANDBOXED_TASKS if sandboxed else OWN_TASKS
-    return [_digest_of(data), _digest_of(_task_files(own))]
-
-
-def _task_files(folder: Path) -> list[Path]:
-    kinds = {".yaml", ".py", ".jsonl", ".json"}
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
-
-
-def _digest_of(paths: list[Path]) -> str:
-    """Hash the paths and contents of files."""
-    hasher = hashlib.sha256()
-    for path in paths:
-        hasher.update(f"{path} {file_digest(path)}\n".encode())
-    return hasher.hexdigest()[:16]
 
 
 def _log(settings: EvaluateSettings, subject: EvaluatedModel, result: SuiteResult) -> None:

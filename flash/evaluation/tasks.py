@@ -3,11 +3,13 @@
 The harness is imported inside functions, since importing it takes a second.
 """
 
+import hashlib
 import logging
 import math
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flash.data.readers import UNREADABLE, check_objects
-from flash.errors import InputError, nearest
+from flash.errors import InputError, nearest, require
 from flash.evaluation.sandbox import check_sandbox
 from flash.evaluation.settings import SuiteSettings, TaskSettings
 from flash.evaluation.suites import TaskResult
+from flash.records import file_digest
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -37,6 +40,46 @@ _READERS = {
 """Kind of a file in `datasets`, by its suffix; a data set of such a name needs no hub."""
 BOOTSTRAP = 1000
 """Bootstrap resamples for standard errors of metrics other than means; 100000 take minutes."""
+
+
+def check_files(suite: SuiteSettings, tasks: Sequence[TaskSettings]) -> None:
+    """Check that the files of tasks are there.
+
+    Raises:
+        InputError: The folder of task files is missing, or a pattern of data files matches none.
+    """
+    if suite.include is not None:
+        require(Path(suite.include).is_dir(), "suite.include", suite.include, "a folder")
+    for task in tasks:
+        data_files(task)
+
+
+def digest_of_included(suite: SuiteSettings) -> str | None:
+    """Hash the task files of `suite.include`; None if there is no such folder."""
+    return _digest_of(_task_files(Path(suite.include))) if suite.include else None
+
+
+def digests_of_own(task: TaskSettings) -> list[str]:
+    """Hash the data files of a task with `files`, and the task files of this package."""
+    sandboxed = (SANDBOXED_TASKS / f"{task.name}.yaml").is_file()
+    if not task.files and not sandboxed:
+        return []
+    data = [Path(path) for paths in data_files(task).values() for path in paths]
+    own = SANDBOXED_TASKS if sandboxed else OWN_TASKS
+    return [_digest_of(data), _digest_of(_task_files(own))]
+
+
+def _task_files(folder: Path) -> list[Path]:
+    kinds = {".yaml", ".py", ".jsonl", ".json"}
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+
+
+def _digest_of(paths: list[Path]) -> str:
+    """Hash the paths and contents of files."""
+    hasher = hashlib.sha256()
+    for path in paths:
+        hasher.update(f"{path} {file_digest(path)}\n".encode())
+    return hasher.hexdigest()[:16]
 
 
 def data_files(task: TaskSettings) -> dict[str, list[str]]:

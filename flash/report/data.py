@@ -8,6 +8,8 @@ from flash.arch import ArchSpec, count_parameters
 from flash.device.workload import Point
 from flash.evaluation.suites import SuiteResult
 from flash.export.result import ExportResult
+from flash.search.objectives import Objective
+from flash.search.quality import TaskError
 from flash.search.stored import StoredStudy
 from flash.training.result import TrainResult
 
@@ -68,6 +70,7 @@ class TrialPoint:
         spec: Architecture.
         loss: Held-out loss after the short training [nats a token]; predicted for a stopped trial.
         costs: Known objectives by key of `Objective`.
+        errors: Errors in the tasks that are objectives, by key of `Objective`.
         latency_ms: Predicted headline latency [ms].
         frontier: True if the trial is on the frontier.
         winner: True if the trial was chosen for final training.
@@ -82,6 +85,7 @@ class TrialPoint:
     spec: ArchSpec
     loss: float
     costs: dict[str, float]
+    errors: dict[str, TaskError]
     latency_ms: float
     frontier: bool
     winner: bool
@@ -94,6 +98,12 @@ class TrialPoint:
     def parameters(self) -> int:
         """Number of parameters."""
         return count_parameters(self.spec).total
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Loss, errors in tasks and costs, by key of `Objective`."""
+        errors = {key: error.pct for key, error in self.errors.items()}
+        return {**self.costs, **errors, Objective.quality.key: self.loss}
 
     @property
     def state(self) -> str:
@@ -194,10 +204,22 @@ class StudyData:
         return sum(trial.state == "failed" for trial in self.unrated)
 
     @property
+    def quality_key(self) -> str:
+        """Key of the first objective, which training decides: the loss or the error in a task."""
+        return self.search.objectives[0]
+
+    @property
     def cost_keys(self) -> list[str]:
-        """Keys of the objectives other than loss, or of the headline latency without any."""
-        keys = [key for key in self.search.objectives if key != "loss"]
+        """Keys of the other objectives, or of the headline latency without any."""
+        keys = self.search.objectives[1:]
         return keys or [f"{Point.parse(self.search.objective).phase.value}_ms"]
+
+    @property
+    def backbone_values(self) -> dict[str, float]:
+        """Loss, errors in tasks and costs of the backbone, by key of `Objective`."""
+        backbone = self.search.backbone
+        errors = {key: error.pct for key, error in backbone.errors.items()}
+        return {**backbone.costs, **errors, Objective.quality.key: backbone.quality["loss"]}
 
     @property
     def device(self) -> str:

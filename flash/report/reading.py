@@ -359,6 +359,7 @@ def _trial(study: str, trial: StoredTrial, names: dict[int, str], winner: bool) 
         spec=trial.spec,
         loss=loss,
         costs=trial.costs,
+        errors=trial.errors,
         latency_ms=trial.latency_ms,
         frontier=number in names,
         winner=winner,

@@ -19,10 +19,11 @@ from flash.report.style import (
     GREEN,
     ORANGE,
     SERIES,
-    cost_axis,
-    cost_name,
+    axis_title,
+    error_text,
     hover_text,
     layout,
+    value_name,
 )
 from flash.search.devices import key_on, within_limits
 from flash.search.objectives import Objective
@@ -33,16 +34,19 @@ _NARROW_AXES = ["depth", "d_ffn", "TTFT [ms]", "weights [MiB]", "loss [nats]", "
 
 
 def frontier(data: StudyData) -> go.Figure:
-    """Plot loss against every cost: trials, frontier, winners, backbone and reference point."""
+    """Plot the first objective against every other one.
+
+    There are trials, frontier, winners, backbone and reference point.
+    """
     keys = data.cost_keys
     figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
     for column, key in enumerate(keys, start=1):
         _panel(figure, data, key, column)
-    layout(figure, y="held-out loss [nats/token]")
+    layout(figure, y=axis_title(data, data.quality_key))
     panels = []
     for column, key in enumerate(keys, start=1):
-        figure.update_xaxes(title=cost_axis(data, key), col=column)
-        shown = [(t.costs[key], t.loss, hover_text(t)) for t in [*data.trials, *data.stopped]]
+        figure.update_xaxes(title=axis_title(data, key), col=column)
+        shown = _points([*data.trials, *data.stopped], key, data.quality_key)
         panels.append(("" if column == 1 else str(column), [*shown, _backbone(data, key)]))
     show_most(figure, panels)
     return figure
@@ -53,15 +57,21 @@ def _name_places(count: int) -> list[str]:
     return ["top right", *["bottom left"] * (count - 1)]
 
 
+def _points(trials: Sequence[TrialPoint], x: str, y: str) -> list[tuple[float, float, str]]:
+    """Return two objectives and the hover text of each trial."""
+    return [(trial.values[x], trial.values[y], hover_text(trial)) for trial in trials]
+
+
 def _backbone(data: StudyData, key: str) -> tuple[float, float, str]:
-    """Return cost, loss and hover text of the backbone."""
-    assert data.backbone.backbone_quality is not None
-    cost, loss = data.search.backbone.costs[key], data.backbone.backbone_quality["loss"]
-    return cost, loss, f"backbone {data.backbone.name}<br>{data.backbone.spec}<br>loss {loss:.3f}"
+    """Return an objective, the first objective and the hover text of the backbone."""
+    values, about = data.backbone_values, data.search.backbone
+    lines = [f"backbone {about.name}", str(about.spec), f"loss {values['loss']:.3f}"]
+    lines += [error_text(each, error) for each, error in about.errors.items()]
+    return values[key], values[data.quality_key], "<br>".join(lines)
 
 
 def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
-    front = sorted(data.frontier, key=lambda trial: trial.costs[key])
+    front = sorted(data.frontier, key=lambda trial: trial.values[key])
     others = [trial for trial in data.trials if not trial.frontier]
     winners = [trial for trial in front if trial.winner]
     # With several costs the frontier is a surface, which steps in one panel would misrepresent.
@@ -75,11 +85,11 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
     ):
         if trials:
             style = {"name": name, "mode": mode, "marker": marker}
-            _add_trials(figure, trials, key, column, BLUE, style)
-    cost, loss, text = _backbone(data, key)
+            _add_trials(figure, trials, (key, data.quality_key), column, BLUE, style)
+    x, y, text = _backbone(data, key)
     figure.add_scatter(
-        x=[cost],
-        y=[loss],
+        x=[x],
+        y=[y],
         text=[text],
         hovertemplate="%{text}<extra></extra>",
         name="backbone",
@@ -94,21 +104,23 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
     # plotly annotates columns by their default, "all".
     if key in reference:
         figure.add_vline(x=reference[key], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
-    figure.add_hline(y=reference["loss"], line=dotted, col=column)  # pyright: ignore[reportArgumentType]
+    worst = reference[data.quality_key]
+    figure.add_hline(y=worst, line=dotted, col=column)  # pyright: ignore[reportArgumentType]
 
 
 def _add_trials(
     figure: go.Figure,
     trials: Sequence[TrialPoint],
-    key: str,
+    keys: tuple[str, str],
     column: int,
     color: str,
     style: Mapping[str, Any],
 ) -> None:
-    """Add trials to the panel of a cost, with their names where the mode shows text."""
+    """Add trials to a panel by the keys of its axes, with names where the mode shows text."""
+    x, y = keys
     figure.add_scatter(
-        x=[trial.costs[key] for trial in trials],
-        y=[trial.loss for trial in trials],
+        x=[trial.values[x] for trial in trials],
+        y=[trial.values[y] for trial in trials],
         text=[trial.name for trial in trials],
         textposition=_name_places(len(trials)) if trials else None,
         hovertext=[hover_text(trial) for trial in trials],
@@ -123,7 +135,7 @@ def _add_trials(
 
 
 def devices(data: StudyData) -> go.Figure:
-    """Plot loss against the headline latency on each of several devices.
+    """Plot the first objective against the headline latency on each of several devices.
 
     A line joins the candidates that are best on that device alone.
     """
@@ -135,7 +147,8 @@ def devices(data: StudyData) -> go.Figure:
     for column, here in enumerate(keys, start=1):
         device, limits = here.partition("@")[2], data.search.limits
         allowed = [trial for trial in data.trials if within_limits(trial.costs, limits, device)]
-        mask = non_dominated([(trial.loss, trial.costs[here]) for trial in allowed])
+        quality = data.quality_key
+        mask = non_dominated([(each.values[quality], each.costs[here]) for each in allowed])
         alone = [trial for trial, keep in zip(allowed, mask, strict=True) if keep]
         for name, trials, mode, marker in (
             ("trials", data.trials, "markers", {"color": GRAY, "size": 8}),
@@ -145,12 +158,12 @@ def devices(data: StudyData) -> go.Figure:
         ):
             shown = sorted(trials, key=lambda trial: trial.costs[here])
             style = {"name": name, "mode": mode, "marker": marker}
-            _add_trials(figure, shown, here, column, GREEN, style)
-        points = [(trial.costs[here], trial.loss, hover_text(trial)) for trial in data.trials]
+            _add_trials(figure, shown, (here, quality), column, GREEN, style)
+        points = _points(data.trials, here, quality)
         panels.append(("" if column == 1 else str(column), points))
-    layout(figure, y="held-out loss [nats/token]")
+    layout(figure, y=axis_title(data, data.quality_key))
     for column, here in enumerate(keys, start=1):
-        figure.update_xaxes(title=cost_axis(data, here), col=column)
+        figure.update_xaxes(title=axis_title(data, here), col=column)
     show_most(figure, panels)
     return figure
 
@@ -160,13 +173,15 @@ def comparison(studies: Sequence[StudyData]) -> go.Figure:
     first, *others = studies
     keys = [key for key in first.cost_keys if all(key in other.cost_keys for other in others)]
     keys = keys or ["prefill_ms"]
+    same = all(study.quality_key == first.quality_key for study in studies)
+    quality = first.quality_key if same else Objective.quality.key
     figure = make_subplots(rows=1, cols=len(keys), shared_yaxes=True, horizontal_spacing=0.03)
     panels = []
     for column, key in enumerate(keys, start=1):
         points = []
         for study, color in zip(studies, cycle(SERIES)):
-            front = sorted(study.frontier, key=lambda trial: trial.costs[key])
-            shown = [(t.costs[key], t.loss, f"{study.name}: {hover_text(t)}") for t in front]
+            front = sorted(study.frontier, key=lambda trial: trial.values[key])
+            shown = [(x, y, f"{study.name}: {text}") for x, y, text in _points(front, key, quality)]
             points += shown
             figure.add_scatter(
                 x=[x for x, _, _ in shown],
@@ -183,10 +198,10 @@ def comparison(studies: Sequence[StudyData]) -> go.Figure:
                 col=column,
             )
         panels.append(("" if column == 1 else str(column), points))
-    layout(figure, y="held-out loss [nats/token]")
+    layout(figure, y=axis_title(first, quality))
     for column, key in enumerate(keys, start=1):
         joint = any(study.search.devices for study in studies)
-        title = f"predicted {cost_name(key)}" if joint else cost_axis(first, key)
+        title = f"predicted {value_name(key)}" if joint else axis_title(first, key)
         figure.update_xaxes(title=title, col=column)
     show_most(figure, panels)
     return figure
@@ -229,9 +244,10 @@ def parallel_coordinates(data: StudyData) -> go.Figure:
         for name, values in _spec_columns(trials)
         if (dimension := _integer_axis(name, values))
     ]
-    for key in data.cost_keys:
-        several = bool(data.search.devices)
-        dimensions.append(_axis(cost_name(key, several), [trial.costs[key] for trial in trials]))
+    shown = dict.fromkeys([data.quality_key, *data.cost_keys])
+    for key in (key for key in shown if key != Objective.quality.key):
+        name = value_name(key, several=bool(data.search.devices))
+        dimensions.append(_axis(name, [trial.values[key] for trial in trials]))
     dimensions.append(_axis("loss [nats]", losses))
     dimensions.append({
         "label": "frontier",

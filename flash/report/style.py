@@ -9,6 +9,7 @@ from flash.arch import Attention
 from flash.device.workload import Phase, Point
 from flash.report.data import StudyData, TrialPoint
 from flash.search.objectives import Objective
+from flash.search.quality import TaskError
 
 INK, GRAY, BLUE, ORANGE, GREEN = "#1f2933", "#7b8794", "#2f6fde", "#d9601f", "#23855a"
 SERIES = (BLUE, ORANGE, GREEN, "#8a5bd0", "#b8860b", "#c2417a")
@@ -59,30 +60,38 @@ def layout(figure: go.Figure, x: str = "", y: str = "", height: int = 420) -> go
     return figure
 
 
-def cost_name(key: str, several: bool = False) -> str:
-    """Return the short name of a cost with its unit.
+def value_name(key: str, several: bool = False) -> str:
+    """Return the short name of an objective with its unit.
 
     Args:
-        key: Key of the cost.
+        key: Key of the objective.
         several: Whether there are several devices, so that a cost without one is of all.
     """
+    objective = Objective.of_key(key)
+    if objective.learned:
+        name = "loss" if objective.task is None else f"{objective.task} wrong"
+        return f"{name} [{objective.unit}]"
     quantity, at, device = key.partition("@")
     on = f" on {device}" if at else ", all devices" if several else ""
-    return f"{_COSTS[quantity]}{on} [{Objective.of_key(key).unit}]"
+    return f"{_COSTS[quantity]}{on} [{objective.unit}]"
 
 
-def cost_axis(data: StudyData, key: str) -> str:
-    """Return the axis title of a cost, with workload and unit."""
+def axis_title(data: StudyData, key: str) -> str:
+    """Return the axis title of an objective, with workload and unit."""
     workload = data.search.workload
     quantity, at, device = key.partition("@")
     on = f" on {device}" if at else ", all devices" if data.search.devices else ""
     match quantity:
+        case "loss":
+            return "held-out loss [nats/token]"
         case "prefill_ms":
             return f"predicted TTFT at {workload.prompts[0]} tokens{on} [ms]"
         case "decode_ms":
             return f"predicted decode step at {workload.contexts[0]} tokens{on} [ms]"
+        case _ if Objective.of_key(key).learned:
+            return f"wrong answers to {Objective.of_key(key).task} [%]"
         case _:
-            return cost_name(key, bool(data.search.devices))
+            return value_name(key, bool(data.search.devices))
 
 
 def latency_name(data: StudyData) -> str:
@@ -96,11 +105,17 @@ def cost_text(costs: Mapping[str, float]) -> list[str]:
     """Return known costs as text, such as `TTFT 12.3 ms`."""
     several = [key for key in costs if re.match(r"(prefill|decode)_ms@", key)]
     shown = [*(key for key in _COSTS if key in costs), *several]
-    names = [cost_name(key, bool(several)).partition(" [")[0] for key in shown]
+    names = [value_name(key, bool(several)).partition(" [")[0] for key in shown]
     return [
         f"{name} {costs[key]:.4g} {Objective.of_key(key).unit}"
         for key, name in zip(shown, names, strict=True)
     ]
+
+
+def error_text(key: str, error: TaskError) -> str:
+    """Return the error in a task as text, such as `cloze: 53.2 +- 1.9 % wrong`."""
+    stderr = "" if error.stderr_pct is None else f" +- {error.stderr_pct:.1f}"
+    return f"{Objective.of_key(key).task}: {error.pct:.1f}{stderr} % wrong"
 
 
 def hover_text(trial: TrialPoint) -> str:
@@ -111,6 +126,7 @@ def hover_text(trial: TrialPoint) -> str:
         str(trial.spec),
         f"{trial.parameters / 1e6:.2f}M parameters",
         loss if trial.reason is None else f"stopped early; predicted {loss}",
+        *(error_text(key, error) for key, error in trial.errors.items()),
         *(f"predicted {text}" for text in cost_text(trial.costs)),
     ]
     if trial.model is not None and trial.model.trained is not None:

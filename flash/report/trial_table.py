@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from flash.arch import ArchSpec
 from flash.device.workload import Point
 from flash.report.data import ReportData, StudyData, TrialPoint, UnratedTrial
-from flash.report.style import cost_name
+from flash.report.style import value_name
 from flash.report.table import NONE
-from flash.search.objectives import Quantity
+from flash.search.objectives import Objective, Quantity
 
-_COSTS = tuple(each.value for each in Quantity if each is not Quantity.quality)
+_COSTS = tuple(each.key for each in map(Objective, Quantity) if not each.learned)
 
 
 def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
@@ -18,12 +18,15 @@ def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
     Columns in which all cells are unknown are left out; so is that of the study if there is one.
     """
     keys = _cost_keys(data)
+    trials = [trial for study in data.studies for trial in study.trials]
+    tasks = list(dict.fromkeys(key for trial in trials for key in trial.errors))
     columns = [
         "study",
         "trial",
         "state",
         "loss [nats]",
-        *(cost_name(key, any("@" in each for each in keys)) for key in keys),
+        *(value_name(key) for key in tasks),
+        *(value_name(key, any("@" in each for each in keys)) for key in keys),
         "params",
         "architecture",
         "TTFT measured [ms]",
@@ -34,9 +37,9 @@ def trial_table(data: ReportData) -> tuple[list[str], list[list[str]]]:
     ]
     lines = []
     for study in data.studies:
-        trials: list[TrialPoint | UnratedTrial] = [*study.trials, *study.stopped, *study.unrated]
-        for trial in sorted(trials, key=lambda trial: trial.number):
-            lines.append([study.name, *_row(trial, keys)])
+        every: list[TrialPoint | UnratedTrial] = [*study.trials, *study.stopped, *study.unrated]
+        for trial in sorted(every, key=lambda trial: trial.number):
+            lines.append([study.name, *_row(trial, tasks, keys)])
     kept = [
         i
         for i, column in enumerate(columns)
@@ -60,12 +63,14 @@ def _cost_keys(data: ReportData) -> list[str]:
     return [*(key for key in _COSTS if key in known), *by_device]
 
 
-def _row(trial: TrialPoint | UnratedTrial, keys: Sequence[str]) -> list[str]:
-    loss, results = NONE, [NONE] * 3
+def _row(trial: TrialPoint | UnratedTrial, tasks: Sequence[str], keys: Sequence[str]) -> list[str]:
+    loss, errors, results = NONE, [NONE] * len(tasks), [NONE] * 3
     if isinstance(trial, TrialPoint):
         # A stopped trial has a predicted loss only.
         loss = f"{trial.loss:.3f}" if trial.reason is None else f"{trial.loss:.3f} predicted"
         results = _results(trial)
+        known = trial.errors
+        errors = [f"{known[key].pct:.1f}" if key in known else NONE for key in tasks]
     costs = [f"{trial.costs[key]:.4g}" if key in trial.costs else NONE for key in keys]
     seconds = NONE if trial.seconds is None else f"{trial.seconds:.1f}"
     parameters = f"{trial.parameters / 1e6:.2f}M"
@@ -73,6 +78,7 @@ def _row(trial: TrialPoint | UnratedTrial, keys: Sequence[str]) -> list[str]:
         trial.name,
         trial.state,
         loss,
+        *errors,
         *costs,
         parameters,
         str(trial.spec),

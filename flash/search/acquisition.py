@@ -1,4 +1,4 @@
-"""Batch selection by noisy expected hypervolume improvement, with one uncertain objective.
+"""Batch selection by noisy expected hypervolume improvement, with few uncertain objectives.
 
 The loss is uncertain; the other objectives, the costs, are known. For one draw of the losses, the
 lowest loss available at costs of at most c is a step function L(c). A candidate with costs c' and
@@ -7,6 +7,8 @@ reference point. With one cost this integral is an exact sum over the steps of L
 it is estimated as a mean over fixed points of the box of costs. BoTorch's general qNEHVI
 (arXiv:2105.08195) needs a box decomposition for each draw and, since 0.18, compiles C++ on first
 use behind a lock that a killed process leaves behind.
+
+A further uncertain objective, such as the error in a task, is a cost that each draw has anew.
 """
 
 import numpy as np
@@ -30,41 +32,60 @@ def greedy_batch(
     points chosen before it.
 
     Args:
-        draws: Joint posterior draws of the loss [nats a token], shape `(draws, points)`. Observed
-            points come first (their losses are noisy, so they are drawn too), then the pool.
-        costs: Known objectives of every point, shape `(points, objectives - 1)`.
+        draws: Joint posterior draws of the uncertain objectives, shape `(uncertain, draws,
+            points)`. Observed points come first (they are noisy, so they are drawn too), then the
+            pool.
+        costs: Known objectives of every point, shape `(points, known)`.
         num_observed: Number of points that are observed or already being evaluated.
         n: Number of points to select.
-        reference: Worst acceptable (loss, *costs).
+        reference: Worst acceptable (*uncertain, *known).
 
     Returns:
         Indices into the points; fewer than n if the pool is smaller.
     """
     worst = np.asarray(reference[1:], dtype=float)
-    pool = np.arange(num_observed, draws.shape[1])
+    heights, others = draws[0], draws[1:]
+    pool = np.arange(num_observed, heights.shape[1])
     n = min(n, len(pool))
-    if costs.shape[1] == 1:
-        return _greedy_one_cost(draws, costs[:, 0], num_observed, n, reference[0], float(worst[0]))
+    if len(others) == 0 and costs.shape[1] == 1:
+        first, only = reference[0], float(worst[0])
+        return _greedy_one_cost(heights, costs[:, 0], num_observed, n, first, only)
     # No point lies below the least costs, so the box begins there.
-    low = np.minimum(costs.min(axis=0), worst)
+    low = np.minimum([*others.min(axis=(1, 2), initial=np.inf), *costs.min(axis=0)], worst)
     count = BOX_POINTS if len(worst) else 1
     unit = qmc.Sobol(max(len(worst), 1), scramble=False).random(count)[:, : len(worst)]
     box = low + (worst - low) * (unit + 0.5 / count)
-    below = np.all(costs[:, None] <= box[None], axis=2)  # (points, box points)
-    stairs = np.full((len(draws), count), float(reference[0]))
+    known = np.all(costs[:, None] <= box[None, :, len(others) :], axis=2)  # (points, box points)
+    below = [known] * len(heights)  # for each draw
+    if len(others) > 0:
+        below = [
+            known & np.all(each.T[:, None] <= box[None, :, : len(others)], axis=2)
+            for each in others.swapaxes(0, 1)
+        ]
+    stairs = np.full((len(heights), count), float(reference[0]))
     for i in range(num_observed):
-        stairs[:, below[i]] = np.minimum(stairs[:, below[i]], draws[:, i, None])
+        _lower(stairs, heights, below, i)
     chosen: list[int] = []
     for _ in range(n):
         gain = np.zeros(len(pool))
-        for draw, stair in zip(draws, stairs, strict=True):
-            gain += ((stair - draw[pool, None]).clip(min=0) * below[pool]).sum(axis=1)
+        for draw, stair, reached in zip(heights, stairs, below, strict=True):
+            gain += ((stair - draw[pool, None]).clip(min=0) * reached[pool]).sum(axis=1)
         best = int(gain.argmax())
-        point = int(pool[best])
-        chosen.append(point)
-        stairs[:, below[point]] = np.minimum(stairs[:, below[point]], draws[:, point, None])
+        chosen.append(int(pool[best]))
+        _lower(stairs, heights, below, chosen[-1])
         pool = np.delete(pool, best)
     return chosen
+
+
+def _lower(
+    stairs: NDArray[np.float64],
+    heights: NDArray[np.float64],
+    below: list[NDArray[np.bool_]],
+    point: int,
+) -> None:
+    """Lower the step function of each draw to a point, where its costs are reached."""
+    for draw, stair, reached in zip(heights, stairs, below, strict=True):
+        stair[reached[point]] = np.minimum(stair[reached[point]], draw[point])
 
 
 def _greedy_one_cost(

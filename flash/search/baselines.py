@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.study import StudyDirection
@@ -56,12 +56,12 @@ def ask_optuna(request: ProposalRequest) -> list[ArchSpec]:
         study = optuna.create_study(
             directions=[StudyDirection.MINIMIZE] * len(problem.objectives), sampler=sampler
         )
-        for i, (spec, loss) in enumerate(zip(request.specs, request.losses, strict=True)):
+        for i, (spec, learned) in enumerate(zip(request.specs, request.values.T, strict=True)):
             study.add_trial(
                 optuna.create_trial(
                     params=_params(space, spec),
                     distributions=every,
-                    values=[loss, *map(float, costs[i])],
+                    values=[*map(float, learned), *map(float, costs[i])],
                     # Trials run in order, so that this is how Optuna would have counted.
                     system_attrs=generation_attrs(i // size),
                 )
@@ -103,9 +103,7 @@ class AdditiveScores:
         losses: Their losses [nats a token].
     """
 
-    def __init__(
-        self, space: SearchSpace, specs: Sequence[ArchSpec], losses: Sequence[float]
-    ) -> None:
+    def __init__(self, space: SearchSpace, specs: Sequence[ArchSpec], losses: ArrayLike) -> None:
         self._space = space
         logs = np.log(np.asarray(losses, dtype=float))
         rows = np.stack([self._row(spec) for spec in specs])
@@ -180,7 +178,7 @@ def ask_additive(request: ProposalRequest) -> list[ArchSpec]:
     layer are drawn. At most `pool_size` of these candidates, drawn at random, compete.
     """
     space, problem, size = request.space, request.problem, request.settings.pool_size
-    scores = AdditiveScores(space, request.specs, request.losses)
+    scores = AdditiveScores(space, request.specs, request.values[0])
     patterns = [pattern for depth in space.depths for pattern in scores.best_patterns(depth)]
     choices = list(itertools.product(space.model_dims, space.ffn_dims, patterns, space.variants))
     rng = np.random.default_rng(request.seed)
@@ -195,9 +193,9 @@ def ask_additive(request: ProposalRequest) -> list[ArchSpec]:
     if not pool:
         return []
     both = [*request.specs, *pool]
-    losses = np.concatenate([np.asarray(request.losses), scores.predict(pool)])
+    losses = np.concatenate([request.values[0], scores.predict(pool)])
     num_observed = len(request.specs)
     chosen = greedy_batch(
-        losses[None], problem.known(both), num_observed, request.n, problem.reference
+        losses[None, None], problem.known(both), num_observed, request.n, problem.reference
     )
     return [both[i] for i in chosen]

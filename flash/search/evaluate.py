@@ -1,5 +1,6 @@
 """Evaluation of one candidate: prune, train briefly, measure the held-out loss (Sec. 3.5)."""
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from flash.model.decoder import Decoder
 from flash.prune.importance import Importance
 from flash.prune.pruning import prune
 from flash.records import digest
-from flash.search.loop import EvaluationError, Quality
+from flash.search.loop import EvaluationError
 from flash.search.pruner import TrialPruned
+from flash.search.quality import Quality, TaskError
+from flash.search.tasks import SearchTasks
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
 from flash.training.memory import out_of_memory_named
 from flash.training.result import LAST, STABLE, FitResult
@@ -60,6 +63,7 @@ class ShortTraining:
         shorter: Evaluator whose trials are continued here from their checkpoints; None starts
             from the pruned weights.
         vocab_sizes: Vocabularies whose inputs are made now; others are made when they are needed.
+        tasks: Tasks to ask each candidate; None asks nothing.
     """
 
     def __init__(
@@ -72,10 +76,11 @@ class ShortTraining:
         folder: Path | None = None,
         shorter: "ShortTraining | None" = None,
         vocab_sizes: Sequence[int] | None = None,
+        tasks: SearchTasks | None = None,
     ) -> None:
         self.workspace, self.importance = workspace, importance
         self.recipe, self.trainer, self.seed = recipe, trainer, seed
-        self.folder, self.shorter = folder, shorter
+        self.folder, self.shorter, self.tasks = folder, shorter, tasks
         self._inputs: dict[int, _Inputs] = {}
         for size in vocab_sizes or [workspace.backbone.spec.vocab_size]:
             self._of(size)
@@ -151,6 +156,9 @@ class ShortTraining:
         except Diverged as error:
             raise EvaluationError(str(error)) from error
         after = validate(model, inputs.workspace.data, self.trainer.precision)
+        errors: dict[str, TaskError] = {}
+        if self.tasks is not None and math.isfinite(after.loss):
+            errors = self.tasks.ask(model, inputs.workspace.tokenizer)
         return Quality(
             after.loss * inputs.per_token,
             {
@@ -160,6 +168,7 @@ class ShortTraining:
                 "tokens_per_s": done.tokens_per_s,
                 "curve": self._points(done.curve, inputs),
             },
+            errors,
         )
 
     def _fit(

@@ -8,7 +8,7 @@ import yaml
 
 from flash.arch import distance
 from flash.errors import InputError
-from flash.records import write_json, write_text
+from flash.records import plain, write_json, write_text
 from flash.search.loop import frontier, hypervolume_history
 from flash.search.names import arch_name
 from flash.search.objectives import Problem
@@ -45,10 +45,11 @@ def write_frontier(
     for trial in frontier(trials, problem):
         path = folder / f"{arch_name(study, trial.number, trial.spec)}.yaml"
         costs = ", ".join(f"{key} {value:.4g}" for key, value in trial.costs.items())
+        errors = "".join(f", {key} {error.pct:.1f}" for key, error in trial.errors.items())
         text = yaml.safe_dump(trial.spec.to_dict(), sort_keys=False)
         header = (
             f"# Frontier of the search study {study}: trial {trial.number}, loss {trial.loss:.4f} "
-            f"nats a token,\n# predicted {costs}.\n"
+            f"nats a token{errors},\n# predicted {costs}.\n"
         )
         if not path.exists():
             write_text(path, header + text)
@@ -105,6 +106,7 @@ def write_report(
                 "state": trial.state.name.lower(),
                 "loss": trial.loss,
                 "latency_ms": trial.costs[headline],
+                "errors": plain(trial.errors),
                 "costs": dict(trial.costs),
                 "spec": trial.spec.to_dict(),
                 "extra": trial.extra,

@@ -1,7 +1,10 @@
 """Job of a search: its validated settings, opened inputs, objectives and evaluator."""
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from flash.device.base import Device
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase
 from flash.errors import InputError, shown, under
+from flash.evaluation.settings import SuiteSettings
 from flash.latency.cost_model import Values
 from flash.latency.fit import LatencyModel
 from flash.model.backbone import Backbone
@@ -30,12 +34,16 @@ from flash.search.latencies import (
 )
 from flash.search.loop import EvaluationError
 from flash.search.objectives import Costs, Objective, Problem, high
+from flash.search.quality import Quality
 from flash.search.settings import Across, SearchJobSettings, SearchStage
 from flash.search.study import Study
+from flash.search.tasks import SearchTasks, identity_of, named_tasks
 from flash.training.accelerators import check_devices
 from flash.training.teacher import check_top_k
 from flash.training.validation import validate
 from flash.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 _MIB = 2**20
 
@@ -58,6 +66,8 @@ class SearchJob:
     """Architecture from which the reference point is derived."""
     devices: tuple[Device, ...]
     """All devices, that of the workspace first."""
+    tasks: SearchTasks | None
+    """Tasks that are objectives; None if there are none, or no trial will be trained."""
 
     @property
     def folder(self) -> Path:
@@ -122,6 +132,18 @@ def _check(settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
     settings.trainer.accumulation(settings.recipe.batch_size)  # raises: it must be a whole number
     check_top_k(settings.recipe, settings.data, space.vocab_sizes[0])
     workspace.check_data()
+    _suite(settings)
+
+
+def _suite(settings: SearchJobSettings) -> SuiteSettings | None:
+    """Return the suite with the tasks that are objectives alone; None if there are none.
+
+    Raises:
+        InputError: A file of a task is missing.
+    """
+    if settings.suite is None or not settings.search.tasks:
+        return None
+    return named_tasks(settings.suite, settings.search.tasks)
 
 
 def _check_vocabularies(space: SearchSpace, workspace: Workspace) -> None:
@@ -150,6 +172,9 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
     _check(settings, space, workspace)
     baseline = _baseline(settings.search.baseline, space, backbone.spec)
     assert backbone.folder is not None
+    suite, tasks, questions = _suite(settings), None, settings.search.questions
+    if suite is not None and settings.search.from_study is None:
+        tasks = SearchTasks.open(suite, questions, settings.trainer.precision)
     backbone.fetch()
     devices = open_devices(settings, workspace)
     identity: dict[str, Any] = {
@@ -170,8 +195,10 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         identity |= {"devices": further, "across": settings.search.across.value}
         if settings.search.across is Across.mean:
             identity["weights"] = {d: w for d, w in settings.search.weights.items() if w != 1}
+    if suite is not None:  # studies without tasks have no such key
+        identity["tasks"] = identity_of(suite, questions, workspace.tokenizer)
     objectives = settings.search.order(Objective.parse(settings.latency.objective.value))
-    return SearchJob(settings, space, workspace, identity, objectives, baseline, devices)
+    return SearchJob(settings, space, workspace, identity, objectives, baseline, devices, tasks)
 
 
 def _identity_of(device: Device) -> dict[str, Any]:
@@ -227,20 +254,13 @@ def _baseline(changes: Mapping[str, Any], space: SearchSpace, backbone: ArchSpec
 
 
 def problem_of(job: SearchJob, study: Study, latencies: Mapping[str, LatencyModel]) -> Problem:
-    """Build the problem; the loss of the baseline is computed once and stored with the study.
+    """Build the problem; the quality of the baseline is found once and stored with the study.
 
     Raises:
         InputError: The baseline cannot be trained.
     """
     settings, backbone = job.settings, job.workspace.backbone
-    loss = study.remember(
-        "backbone_quality",
-        lambda: plain(validate(backbone.load(), job.workspace.data, settings.trainer.precision)),
-    )["loss"]
-    if job.baseline != backbone.spec:
-        loss = study.remember(
-            f"baseline_{digest(job.baseline.to_dict())}", lambda: _baseline_loss(job)
-        )
+    learned = _baseline_quality(job, study)
     lengths, search = token_lengths(job.space, job.workspace), settings.search
     by_device = {
         device.settings.name: _costs(latencies[device.settings.name], device.settings, lengths)
@@ -257,8 +277,7 @@ def problem_of(job: SearchJob, study: Study, latencies: Mapping[str, LatencyMode
         objectives=job.objectives,
         reference=search.worst(
             job.objectives,
-            loss,
-            baseline,
+            {**learned, **baseline},
             joint_limits(limits, whole, search.across, search.weights),
         ),
         limits=limits,
@@ -266,14 +285,55 @@ def problem_of(job: SearchJob, study: Study, latencies: Mapping[str, LatencyMode
     )
 
 
-def _baseline_loss(job: SearchJob) -> float:
-    """Compute the held-out loss of the baseline, trained as a trial is.
+def _baseline_quality(job: SearchJob, study: Study) -> dict[str, float]:
+    """Return the loss and the errors in tasks of the baseline, by key of `Objective`.
+
+    Those of the backbone, as it is, are stored too, as reports show them.
+
+    Raises:
+        InputError: The baseline cannot be trained.
+    """
+    backbone, precision = job.workspace.backbone, job.settings.trainer.precision
+    loss = study.remember(
+        "backbone_quality", lambda: plain(validate(backbone.load(), job.workspace.data, precision))
+    )["loss"]
+    asked = cache(lambda: _asked(job))
+    errors: dict[str, Any] = {
+        key: study.remember(f"backbone_{key}", lambda key=key: asked()[key])
+        for key in (each.key for each in job.objectives if each.task is not None)
+    }
+    if job.baseline != backbone.spec:
+        trained, name = cache(lambda: _trained_baseline(job)), digest(job.baseline.to_dict())
+        loss = study.remember(f"baseline_{name}", lambda: trained().loss)
+        errors = {
+            key: study.remember(
+                f"baseline_{name}_{key}", lambda key=key: plain(trained().errors[key])
+            )
+            for key in errors
+        }
+    return {Objective.quality.key: loss, **{key: each["pct"] for key, each in errors.items()}}
+
+
+def _asked(job: SearchJob) -> dict[str, Any]:
+    """Return the errors of the backbone in the tasks, as plain JSON values."""
+    assert job.tasks is not None
+    start = time.perf_counter()
+    model = job.workspace.backbone.load()
+    errors = job.tasks.ask(model, job.workspace.tokenizer)
+    for key, error in errors.items():
+        log.info("backbone: %s %.1f, %d questions", key, error.pct, error.questions)
+    log.info("the questions take the backbone %.0f s", time.perf_counter() - start)
+    return plain(errors)
+
+
+def _trained_baseline(job: SearchJob) -> Quality:
+    """Train the baseline as a trial is.
 
     Raises:
         InputError: The baseline cannot be trained.
     """
     try:
-        return evaluation_of(job, None, [job.baseline.vocab_size])(job.baseline, -1).loss
+        return evaluation_of(job, None, [job.baseline.vocab_size])(job.baseline, -1)
     except EvaluationError as error:
         raise InputError(
             f"search.baseline={job.baseline}: expected one that can be trained ({error})"
@@ -339,4 +399,5 @@ def evaluation_of(
         settings.seed,
         folder,
         vocab_sizes=vocab_sizes or job.space.vocab_sizes,
+        tasks=job.tasks,
     )

@@ -66,6 +66,7 @@ def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
         "search/seconds": seconds,
         "search/latency_ms": trial.costs[problem.headline],
         **{_metric_name(key): value for key, value in trial.costs.items()},
+        **{_metric_name(key): error.pct for key, error in trial.errors.items()},
         "search/parameters": count_parameters(spec).total,
         "search/model_dim": spec.model_dim,
         "search/ffn_dim": spec.mean_ffn_dim,
@@ -78,9 +79,12 @@ def _metrics(trial: Trial, problem: Problem) -> dict[str, Any]:
 
 
 def _metric_name(key: str) -> str:
-    """Return the name of a cost in logs: `search/prefill_ms`, `search/board/prefill_ms`."""
-    quantity, at, device = key.partition("@")
-    return f"search/{device}/{quantity}" if at else f"search/{key}"
+    """Return the name of an objective in logs.
+
+    `search/prefill_ms`; of a device `search/board/prefill_ms`, of a task `search/cloze/error_pct`.
+    """
+    quantity, at, place = key.replace(":", "@").partition("@")
+    return f"search/{place}/{quantity}" if at else f"search/{key}"
 
 
 def summary(
@@ -116,17 +120,21 @@ def summary(
             "search/latency_ms": best.costs[problem.headline],
             "search/trial": best.number,
         }
+        for key in best.errors:
+            least = min(trial.errors[key].pct for _, trial in known)
+            values[_metric_name(key)] = least
     return {**values, "search/hypervolume": hypervolume}
 
 
 def frontier_table(front: Sequence[Trial], problem: Problem) -> tuple[list[str], list[list[Any]]]:
     """Return columns and rows of the trials on the frontier, fastest first."""
-    costs = list(front[0].costs) if front else []
-    columns = ["number", "loss", "latency_ms", *costs, "parameters", "pattern"]
+    costs, errors = (list(front[0].costs), list(front[0].errors)) if front else ([], [])
+    columns = ["number", "loss", *errors, "latency_ms", *costs, "parameters", "pattern"]
     rows = [
         [
             trial.number,
             trial.loss,
+            *(trial.errors[key].pct for key in errors),
             trial.costs[problem.headline],
             *(trial.costs[key] for key in costs),
             count_parameters(trial.spec).total,
@@ -194,6 +202,7 @@ def _row(report: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
         "longest_efficient_run": spec.longest_efficient_run,
         "parameters": count_parameters(spec).total,
         "loss": trial["loss"],
+        **{key: error["pct"] for key, error in trial["errors"].items()},
         **trial["costs"],
         "seconds": trial["extra"].get("seconds"),
         "reason": trial["extra"].get("reason"),

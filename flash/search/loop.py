@@ -4,17 +4,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from flash.arch import ArchSpec, SearchSpace
 from flash.errors import is_stop
 from flash.progress import progress_bar
-from flash.search.objectives import Problem
+from flash.search.objectives import Objective, Problem
 from flash.search.pareto import hypervolume, non_dominated
 from flash.search.pruner import TrialPruned, at_rung, maybe_prune
+from flash.search.quality import Quality
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import SearchSettings
 from flash.search.study import Study
@@ -29,16 +29,6 @@ _WAIT_S = 1.0
 
 class EvaluationError(Exception):
     """Failure of one evaluation, such as divergence: the trial fails and the search continues."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Result of the evaluation of one candidate."""
-
-    loss: float
-    """Held-out loss [nats a token]."""
-    info: dict[str, Any] = field(default_factory=dict)
-    """Further facts to store with the trial, as plain JSON values."""
 
 
 Evaluate = Callable[[ArchSpec, int, Watch], Quality]
@@ -209,7 +199,8 @@ def _evaluated(
     """Evaluate one trial and record its outcome, unless it raises an unforeseen exception."""
 
     def watch(curve: Curve) -> None:
-        if stop_error > 0 and at_rung(curve):
+        # The training loss tells little of the answers to a task.
+        if stop_error > 0 and at_rung(curve) and problem.learned == (Objective.quality,):
             maybe_prune(trial, curve, study.trials(), problem, stop_error)
 
     try:
@@ -224,4 +215,4 @@ def _evaluated(
     if not math.isfinite(quality.loss):
         _log.warning("trial %d (%s) failed: its loss is %s", trial.number, trial.spec, quality.loss)
         return study.fail(trial, f"the loss is {quality.loss}")
-    return study.complete(trial, quality.loss, quality.info)
+    return study.complete(trial, quality)

@@ -1,8 +1,8 @@
 """Objectives and limits of a search.
 
-The held-out loss is found by training. Every other objective is a known function of the
-architecture: latency is predicted by stage 1, sizes are counted. Limits are therefore met by
-construction, and new limits or another device need no further training.
+The held-out loss and the errors in tasks are found by training. Every other objective is a known
+function of the architecture: latency is predicted by stage 1, sizes are counted. Limits are
+therefore met by construction, and new limits or another device need no further training.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,8 @@ class Quantity(Enum):
 
     quality = "loss"
     """Held-out loss after the short training [nats a token]."""
+    task = "error_pct"
+    """Share of the questions of a task that are answered wrong after the short training [%]."""
     prefill = "prefill_ms"
     """Predicted time to first token at the device's first prompt length."""
     decode = "decode_ms"
@@ -34,15 +36,18 @@ class Quantity(Enum):
 
 @dataclass(frozen=True)
 class Objective:
-    """Quantity to minimize: over all devices, or on one of several.
+    """Quantity to minimize: over all devices, or on one of several; or the error in a task.
 
-    Settings name it as `prefill`, and that of one device as `prefill@NAME`.
+    Settings name it as `prefill`, that of one device as `prefill@NAME`, and the error in a task as
+    `task:NAME`.
     """
 
     quantity: Quantity
     """Quantity to minimize."""
     device: str | None = None
     """Name of the device; None: all of them together (flash.search.devices)."""
+    task: str | None = None
+    """Name of the task of `Quantity.task`, else None."""
 
     quality: ClassVar["Objective"]
     prefill: ClassVar["Objective"]
@@ -55,11 +60,17 @@ class Objective:
         """Return the objective that settings call `name`.
 
         Raises:
-            InputError: There is no such quantity, or quality has a device.
+            InputError: There is no such quantity, quality has a device, or a task has no name.
         """
+        quantity, colon, task = name.partition(":")
+        if quantity == Quantity.task.name:
+            if not task:
+                raise InputError(f"objective {name}: expected task:NAME, a task of the suite")
+            return cls(Quantity.task, task=task)
         quantity, at, device = name.partition("@")
         if quantity not in Quantity.__members__:
-            raise InputError(f"unknown objective {name}; {nearest(quantity, Quantity.__members__)}")
+            known = [*(n for n in Quantity.__members__ if n != Quantity.task.name), "task:NAME"]
+            raise InputError(f"unknown objective {name}; {nearest(quantity, known)}")
         found = cls(Quantity[quantity], device if at else None)
         if device == "" and at:
             raise InputError(f"objective {name}: expected the name of a device after the @")
@@ -74,32 +85,42 @@ class Objective:
         Raises:
             ValueError: There is none.
         """
+        quantity, colon, task = key.partition(":")
+        if colon:
+            return cls(Quantity(quantity), task=task)
         quantity, at, device = key.partition("@")
         return cls(Quantity(quantity), device if at else None)
 
     @property
+    def learned(self) -> bool:
+        """True if training decides it, so that a search learns it from its trials."""
+        return self.quantity in {Quantity.quality, Quantity.task}
+
+    @property
     def name(self) -> str:
         """Name in settings."""
-        return _of(self.quantity.name, self.device)
+        return self._of(self.quantity.name)
 
     @property
     def key(self) -> str:
-        """Key in `Costs` and in the costs of trials."""
-        return _of(self.quantity.value, self.device)
+        """Key in `Costs`, in the costs of trials or in their errors."""
+        return self._of(self.quantity.value)
 
     @property
     def unit(self) -> str:
         """Unit in figures and tables, such as `ms` or `MiB`."""
-        unit = self.quantity.value.rpartition("_")[2].replace("mib", "MiB")
+        unit = self.quantity.value.rpartition("_")[2].replace("mib", "MiB").replace("pct", "%")
         return "nats" if self.quantity is Quantity.quality else unit
 
-
-def _of(name: str, device: str | None) -> str:
-    return name if device is None else f"{name}@{device}"
+    def _of(self, name: str) -> str:
+        if self.task is not None:
+            return f"{name}:{self.task}"
+        return name if self.device is None else f"{name}@{self.device}"
 
 
 for _quantity in Quantity:
-    setattr(Objective, _quantity.name, Objective(_quantity))
+    if _quantity is not Quantity.task:
+        setattr(Objective, _quantity.name, Objective(_quantity))
 
 
 Costs = Callable[[Sequence[ArchSpec]], Mapping[str, NDArray[np.float64]]]
@@ -136,7 +157,7 @@ class Problem:
 
     Attributes:
         costs: Function that computes the known objectives.
-        objectives: Objectives to minimize; quality comes first.
+        objectives: Objectives to minimize: those that training decides, then the known ones.
         reference: Worst acceptable value of each objective; the hypervolume is measured from here.
         limits: Upper limits of known objectives by key; for latencies see `limited_value`.
         headline: Key of the latency that tables and figures show.
@@ -149,12 +170,17 @@ class Problem:
     headline: str = Objective.prefill.key
 
     @property
+    def learned(self) -> tuple[Objective, ...]:
+        """Objectives that training decides."""
+        return tuple(objective for objective in self.objectives if objective.learned)
+
+    @property
     def known_keys(self) -> list[str]:
-        """Keys of the objectives other than quality."""
-        return [objective.key for objective in self.objectives[1:]]
+        """Keys of the objectives that are known before any training."""
+        return [objective.key for objective in self.objectives if not objective.learned]
 
     def known(self, specs: Sequence[ArchSpec]) -> NDArray[np.float64]:
-        """Compute the objectives other than quality, shape `(specs, objectives - 1)`."""
+        """Compute the objectives that need no training, shape `(specs, known objectives)`."""
         costs = self.costs(specs) if self.known_keys else {}
         columns = [np.asarray(costs[key], dtype=float) for key in self.known_keys]
         return np.stack(columns, axis=1) if columns else np.zeros((len(specs), 0))

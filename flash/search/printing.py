@@ -21,12 +21,15 @@ def print_frontier(job: SearchJob, report: dict[str, Any]) -> None:
     objective = report["objective"]
     times = _times_by_device if report["devices"] else _interval
     names = [f"{name} ms" for name in report["devices"]] or [f"{objective} ms [90 %]"]
-    rows = [["arch", "loss", *names, "params", "pattern"]]
+    tasks = [key for key in report["objectives"] if Objective.of_key(key).task is not None]
+    errors = [f"{Objective.of_key(key).task} wrong %" for key in tasks]
+    rows = [["arch", "loss", *errors, *names, "params", "pattern"]]
     for number in report["frontier"]:
         spec = ArchSpec.from_dict(by_number[number]["spec"])
         rows.append([
             f"{report['names'][str(number)]}{'*' if number in report['winners'] else ''}",
             f"{by_number[number]['loss']:.3f}",
+            *(_error_text(by_number[number]["errors"][key]) for key in tasks),
             *times(job, report, by_number[number], spec),
             f"{count_parameters(spec).total / 1e6:.2f}M",
             job.space.describe(spec),
@@ -54,6 +57,12 @@ def print_frontier(job: SearchJob, report: dict[str, Any]) -> None:
                 "raise search.trials, or search.max_loss_increase or max_cost_ratio"
             )
         )
+
+
+def _error_text(error: dict[str, Any]) -> str:
+    """Write the error in a task with its standard error."""
+    stderr = error["stderr_pct"]
+    return f"{error['pct']:.1f}" + ("" if stderr is None else f" +- {stderr:.1f}")
 
 
 def _print_prices(report: dict[str, Any]) -> None:

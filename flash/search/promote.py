@@ -9,8 +9,9 @@ from scipy import stats
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.search.frontier import shortlist
-from flash.search.loop import EvaluationError, Quality, frontier
+from flash.search.loop import EvaluationError, frontier
 from flash.search.objectives import Problem
+from flash.search.quality import Quality
 from flash.search.study import Study
 from flash.search.trial import Trial
 

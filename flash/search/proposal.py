@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flash.arch import ArchSpec, SearchSpace
 from flash.search.objectives import Problem
 from flash.search.settings import SearchSettings
@@ -36,15 +39,26 @@ class ProposalRequest:
         return {trial.spec for trial in self.trials}
 
     @cached_property
-    def specs(self) -> list[ArchSpec]:
-        """Architectures with a known loss or, if stopped early, a predicted one; in trial order."""
-        return [trial.spec for trial in self.trials if trial.expected_loss is not None]
+    def _rated(self) -> list[Trial]:
+        """Trials whose learned objectives are known or, if they were stopped early, predicted."""
+        return [trial for trial in self.trials if trial.learned(self.problem.learned) is not None]
 
     @cached_property
-    def losses(self) -> list[float]:
-        """Losses of `specs` [nats a token]."""
-        losses = (trial.expected_loss for trial in self.trials)
-        return [loss for loss in losses if loss is not None]
+    def specs(self) -> list[ArchSpec]:
+        """Architectures whose learned objectives are known or predicted, in trial order."""
+        return [trial.spec for trial in self._rated]
+
+    @cached_property
+    def values(self) -> NDArray[np.float64]:
+        """Learned objectives of `specs`, shape `(learned, specs)`."""
+        rows = [trial.learned(self.problem.learned) for trial in self._rated]
+        return np.array(rows, dtype=float).reshape(len(rows), -1).T
+
+    def noise(self, index: int) -> NDArray[np.float64] | None:
+        """Return the standard errors of a learned objective of `specs`; None if it has none."""
+        key = self.problem.learned[index].key
+        found = [t.errors[key].noise_pct if key in t.errors else None for t in self._rated]
+        return None if None in found else np.array(found, dtype=float)
 
     @cached_property
     def pending(self) -> list[ArchSpec]:

@@ -340,6 +340,8 @@ def _rescore(job: SearchJob, source: str) -> dict[str, Any]:
     study = reopen_study(job.storage(source), source)
     old = {k: v for k, v in study.fingerprint.items() if k not in _OF_THE_DEVICE}
     new = {k: v for k, v in job.identity.items() if k not in _OF_THE_DEVICE}
+    if "tasks" in old:  # its trials may know more tasks than are objectives now
+        old["tasks"] = {k: v for k, v in old["tasks"].items() if k in new.get("tasks", {})}
     check_fingerprint("search.from_study", source, old, new, "choose another study")
     latencies = latencies_of(settings, job.space, job.workspace, job.devices)
     problem = problem_of(job, study, latencies)
@@ -390,6 +392,11 @@ def _write(
                 "name": backbone.name,
                 "spec": backbone.spec.to_dict(),
                 "quality": study.remember("backbone_quality", dict),
+                "errors": {
+                    each.key: study.recall(f"backbone_{each.key}")
+                    for each in job.objectives
+                    if each.task is not None
+                },
                 "costs": {key: float(values[0]) for key, values in costs.items()},
                 "predicted": first.pop("backbone_predicted"),
             },

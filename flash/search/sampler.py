@@ -1,9 +1,9 @@
 """Proposal of candidates by Bayesian optimization with noisy expected hypervolume improvement.
 
-A Gaussian process learns the loss from the trials so far. Latency is a known function, fitted in
-stage 1, so it is not modeled again. The acquisition function is NEHVI (Sec. 3.5). Candidates are
-selected from a pool of members of the space that are within all limits; nothing is rounded or
-repaired.
+A Gaussian process learns the loss from the trials so far, and another the error in each task that
+is an objective. Latency is a known function, fitted in stage 1, so it is not modeled again. The
+acquisition function is NEHVI (Sec. 3.5). Candidates are selected from a pool of members of the
+space that are within all limits; nothing is rounded or repaired.
 
 A proposal is a pure function of the seed, the trials so far and the settings. A resumed search
 therefore makes the same proposals as an uninterrupted one.
@@ -22,11 +22,11 @@ from flash.arch import ArchSpec, Attention, SearchSpace
 from flash.errors import InputError
 from flash.search.acquisition import greedy_batch
 from flash.search.baselines import ask_additive, ask_optuna
-from flash.search.objectives import Problem, limit_name, limited_value
+from flash.search.objectives import Objective, Problem, limit_name, limited_value
 from flash.search.pareto import non_dominated
 from flash.search.proposal import ProposalRequest
 from flash.search.settings import Sampler, SearchSettings
-from flash.search.surrogate import draw_losses
+from flash.search.surrogate import Observations, draw_values
 from flash.search.trial import Trial
 
 _log = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ def propose(
     """
     rng = np.random.default_rng((seed, len(trials)))
     known = {trial.spec for trial in trials}
-    complete = [trial for trial in trials if trial.complete]
     if not trials:
         # The largest member anchors the slow end of the frontier; a random draw would miss it.
         first = [spec for spec in (largest(space),) if problem.violation([spec])[0] <= 0]
         fresh = _fresh(space, problem, rng, n, known)
         return list(itertools.islice(_unique([*first, *fresh]), n))
-    if settings.sampler is Sampler.random or len({trial.loss for trial in complete}) < 2:
-        return _fresh(space, problem, rng, n, known)  # nothing can be learned from equal losses
+    seen = {trial.learned(problem.learned) for trial in trials if trial.complete}
+    if settings.sampler is Sampler.random or len(seen) < 2:
+        return _fresh(space, problem, rng, n, known)  # nothing can be learned from equal trials
     request = ProposalRequest(
         space=space,
         problem=problem,
@@ -104,16 +104,33 @@ def _ask_surrogate(request: ProposalRequest, rng: np.random.Generator) -> list[A
         return pool
     others = [*request.pending, *pool]
     learned = _learned(request, rng)
-    specs, losses = [request.specs[i] for i in learned], [request.losses[i] for i in learned]
+    specs = [request.specs[i] for i in learned]
     try:
-        draws = draw_losses(request.space, specs, losses, others, request.seed)
+        draws = draw_values(
+            request.space, specs, _observations(request, learned), others, request.seed
+        )
     except (ModelFittingError, NotPSDError, NanError) as error:
-        _log.warning("the loss model could not be fitted (%s); this batch is random", error)
+        _log.warning("the surrogate model could not be fitted (%s); this batch is random", error)
         return []
     costs = request.problem.known([*specs, *others])
     first = len(specs) + len(request.pending)
     chosen = greedy_batch(draws, costs, first, request.n, request.problem.reference)
     return [pool[i - first] for i in chosen]
+
+
+def _observations(request: ProposalRequest, indices: Sequence[int]) -> list[Observations]:
+    """Return what the surrogate learns of each objective that training decides."""
+    found = []
+    for i, objective in enumerate(request.problem.learned):
+        noise = request.noise(i)
+        found.append(
+            Observations(
+                request.values[i, indices],
+                None if noise is None else noise[indices],
+                logarithmic=objective == Objective.quality,
+            )
+        )
+    return found
 
 
 def _learned(request: ProposalRequest, rng: np.random.Generator) -> list[int]:
@@ -128,8 +145,8 @@ def _learned(request: ProposalRequest, rng: np.random.Generator) -> list[int]:
 
 
 def _on_frontier(request: ProposalRequest) -> NDArray[np.bool_]:
-    """Tell for each spec with a loss whether no other is better in all objectives."""
-    return non_dominated(np.column_stack([request.losses, request.problem.known(request.specs)]))
+    """Tell for each rated spec whether no other is better in all objectives."""
+    return non_dominated(np.column_stack([request.values.T, request.problem.known(request.specs)]))
 
 
 def _pool(request: ProposalRequest, rng: np.random.Generator) -> list[ArchSpec]:

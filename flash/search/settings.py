@@ -21,6 +21,7 @@ from flash.errors import (
     under,
     without_secrets,
 )
+from flash.evaluation.settings import SuiteSettings
 from flash.latency.settings import LatencySettings
 from flash.model.settings import BackboneSettings
 from flash.search.objectives import Objective
@@ -123,9 +124,11 @@ class SearchSettings:
     pool_size: int = 2048
     """Architectures that compete for the places in a batch."""
     objectives: list[str] | None = None
-    """Objectives to minimize: quality and any of prefill, decode, memory, size; `prefill@NAME` is
-    that of one device among several. null is quality and the latency that `latency.objective`
-    names."""
+    """Objectives to minimize: quality or `task:NAME`, or both, and any of prefill, decode, memory,
+    size. `task:NAME` is the share of wrong answers to a task of `suite`, `prefill@NAME` the time on
+    one of several devices. null is quality and the latency that `latency.objective` names."""
+    questions: int | None = None
+    """Questions of each task that is an objective; null asks all."""
     limits: SearchLimits = field(default_factory=SearchLimits)
     """Only candidates that obey these are proposed. Latencies count by the upper ends of their 90 %
     intervals, so that a measured one is rarely above its limit."""
@@ -141,6 +144,9 @@ class SearchSettings:
     be in the space, and is trained once, as a trial is. Empty is the backbone, as it is."""
     max_loss_increase: float = 0.6
     """Reference point: the worst acceptable loss, above the baseline's [nats a token]."""
+    max_error_increase: float = 15.0
+    """Reference point: the worst acceptable error in a task, above the baseline's [percentage
+    points]."""
     max_cost_ratio: float = 1.0
     """Reference point: the worst acceptable other objective, as a multiple of the baseline's; a
     limit below that takes its place."""
@@ -200,7 +206,7 @@ class SearchSettings:
             self.pool_size,
             f"at least batch={self.batch}",
         )
-        for name in ("max_loss_increase", "max_cost_ratio"):
+        for name in ("max_loss_increase", "max_error_increase", "max_cost_ratio"):
             value = getattr(self, name)
             require(value > 0, name, value, "a positive number")
         for group in ("weights", "device_limits", "reference"):
@@ -213,33 +219,69 @@ class SearchSettings:
         if self.objectives is not None:
             names = self.objectives
             with under(f"objectives={shown(names)}", ": "):
-                [Objective.parse(name) for name in names]
-            if "quality" not in names or len(set(names)) < len(names):
+                learned = [Objective.parse(name).learned for name in names]
+            if not any(learned) or len(set(names)) < len(names):
                 raise InputError(
-                    f"objectives={shown(names)}: expected quality and any others, each once; what "
-                    "depends on no training needs no search"
+                    f"objectives={shown(names)}: expected quality or task:NAME and any others, "
+                    "each once; what depends on no training needs no search"
                 )
+        require(
+            self.sampler is not Sampler.additive or not self.tasks,
+            "sampler",
+            self.sampler.value,
+            "another one for objectives that are tasks, since it models the loss",
+        )
+        require(
+            self.questions is None or self.questions > 0,
+            "questions",
+            self.questions,
+            "a positive integer or null",
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that are objectives."""
+        found = [Objective.parse(name).task for name in self.objectives or []]
+        return [task for task in found if task is not None]
 
     def order(self, latency: Objective) -> tuple[Objective, ...]:
-        """The objectives, quality first; `latency` is the one that stage 1 was asked for."""
+        """The objectives: quality, tasks, then what needs no training.
+
+        Args:
+            latency: The one that stage 1 was asked for.
+        """
         named = [Objective.parse(name) for name in self.objectives or []]
-        others = [each for each in named or [latency] if each != Objective.quality]
-        return (Objective.quality, *others)
+        named = named or [Objective.quality, latency]
+        return tuple(sorted(named, key=lambda each: (each != Objective.quality, not each.learned)))
 
     def worst(
         self,
         objectives: tuple[Objective, ...],
-        loss: float,
-        costs: Mapping[str, float],
+        baseline: Mapping[str, float],
         limits: Mapping[str, float],
     ) -> tuple[float, ...]:
-        """The reference point, from the baseline's loss and costs where none is given."""
-        derived = {
-            o.name: min(costs[o.key] * self.max_cost_ratio, limits.get(o.key, math.inf))
-            for o in objectives[1:]
-        }
-        derived["quality"] = loss + self.max_loss_increase
-        return tuple(self.reference.get(o.name, derived[o.name]) for o in objectives)
+        """The reference point.
+
+        Args:
+            objectives: Objectives in its order.
+            baseline: Loss, errors in tasks and costs of the baseline, by key of `Objective`.
+            limits: Limits of costs, which are the worst acceptable if they are lower.
+        """
+        return tuple(
+            self.reference.get(each.name) or self._derived(each, baseline, limits)
+            for each in objectives
+        )
+
+    def _derived(
+        self, each: Objective, baseline: Mapping[str, float], limits: Mapping[str, float]
+    ) -> float:
+        """The worst acceptable value of an objective for which none is given."""
+        value = baseline[each.key]
+        if each == Objective.quality:
+            return value + self.max_loss_increase
+        if each.learned:
+            return min(value + self.max_error_increase, 100.0)
+        return min(value * self.max_cost_ratio, limits.get(each.key, math.inf))
 
 
 class SearchStage(Enum):
@@ -281,6 +323,8 @@ class SearchJobSettings:
     """Destination of the figures."""
     search: SearchSettings = MISSING
     """Multi-objective search (stage 2)."""
+    suite: SuiteSettings | None = None
+    """Suite that has the tasks among `search.objectives`; null if there are none."""
     worker: int = 0
     """Number of this worker among those on one study: with `hydra/launcher=submitit_slurm`,
     `-m worker='range(0,16)'` starts sixteen at once.
@@ -295,6 +339,8 @@ class SearchJobSettings:
         check_seed(self.seed)
         if isinstance(self.device, DeviceSettings) and isinstance(self.search, SearchSettings):
             self._check_devices()
+        if isinstance(self.search, SearchSettings):
+            self._check_tasks()
         if isinstance(self.recipe, RecipeSettings) and not self.recipe.inherit:
             raise InputError(
                 f"recipe={self.recipe.name}: recipe.inherit=false: expected true for the trials of "
@@ -305,6 +351,28 @@ class SearchJobSettings:
     def all_devices(self) -> list[DeviceSettings]:
         """Settings of all devices."""
         return [self.device, *self.devices.values()]
+
+    def _check_tasks(self) -> None:
+        """Check that the tasks among the objectives are in the suite.
+
+        Raises:
+            InputError: One is not, or its figure is no share.
+        """
+        known = {task.name: task for task in self.suite.chosen} if self.suite is not None else {}
+        shown_names = shown(self.search.objectives or [])
+        for name in self.search.tasks:
+            where = f"search.objectives={shown_names}: task {name}"
+            if self.suite is None:
+                raise InputError(f"{where}: expected suite=NAME, a suite that has it")
+            if name not in known:
+                raise InputError(
+                    f"{where}: expected one of suite={self.suite.name}: {', '.join(known)}"
+                )
+            if not known[name].percent:
+                raise InputError(
+                    f"{where}: expected one whose metric is a share of right answers (percent: "
+                    f"true), not {known[name].metric}"
+                )
 
     def _check_devices(self) -> None:
         """Check that devices have names of their own, and that settings name no other.

@@ -10,6 +10,7 @@ from flash.device.workload import Point
 from flash.errors import require
 from flash.records import read_json
 from flash.search.objectives import Objective, Quantity
+from flash.search.quality import TaskError
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class StoredTrial:
         costs: Costs by key of `Objective`.
         spec: Architecture.
         extra: Further facts.
+        errors: Errors in the tasks that are objectives, by key.
     """
 
     number: int
@@ -65,6 +67,7 @@ class StoredTrial:
     costs: dict[str, float]
     spec: ArchSpec
     extra: StoredFacts
+    errors: dict[str, TaskError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.state == "complete":
@@ -90,6 +93,7 @@ class StoredBackbone:
         quality: Figures on held-out text, `loss` and `bits_per_byte`.
         costs: Costs by key of `Objective`.
         predicted: Predicted latencies by name of the point.
+        errors: Errors in the tasks that are objectives, by key.
     """
 
     name: str
@@ -97,6 +101,7 @@ class StoredBackbone:
     quality: dict[str, float]
     costs: dict[str, float]
     predicted: dict[str, StoredPrediction]
+    errors: dict[str, TaskError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("loss", "bits_per_byte"):
@@ -224,7 +229,12 @@ class StoredStudy:
         for key in self.objectives:
             require(_is_objective(key), "objectives", key, f"one of {_KEYS}")
             require(key in self.reference, f"reference.{key}", None, "a number")
-        require(self.reference.get("loss") is not None, "reference.loss", None, "a number")
+            require(self.reference[key] is not None, f"reference.{key}", None, "a number")
+            if Objective.of_key(key).task is not None:
+                require(key in self.backbone.errors, f"backbone.errors.{key}", None, "an error")
+                for trial in self.trials:
+                    known = key in trial.errors or trial.state != "complete"
+                    require(known, f"trials.errors.{key}", None, "an error")
         numbers = {str(trial.number) for trial in self.trials}
         for number in self.names:
             require(number in numbers, "names", number, "the number of a trial")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from flash.search.fingerprint import check_fingerprint
 from flash.search.names import arch_name
 from flash.search.objectives import Objective
 from flash.search.parameters import distributions, parameters
+from flash.search.quality import Quality
 from flash.search.settings import SearchSettings
 from flash.search.storage import connect, full_disk_named
 from flash.search.trial import Trial, read_trial
@@ -189,13 +191,17 @@ class Study:
             over.set()
             thread.join()
 
-    def complete(self, trial: Trial, loss: float, info: Mapping[str, Any]) -> Trial:
-        """Record the result of a trial; `info` must be plain JSON values."""
-        costs = [trial.costs[objective.key] for objective in self.objectives[1:]]
+    def complete(self, trial: Trial, quality: Quality) -> Trial:
+        """Record the result of a trial."""
+        result = replace(trial, loss=quality.loss, errors=quality.errors)
 
         def record() -> None:
-            self._record(trial, info)
-            self._study.tell(trial.number, (loss, *costs))
+            self._record(trial, quality.info)
+            if quality.errors:
+                self._set(trial, "loss", quality.loss)
+                errors = {key: asdict(error) for key, error in quality.errors.items()}
+                self._set(trial, "errors", errors)
+            self._study.tell(trial.number, result.point(self.objectives))
 
         return self._end(trial, record)
 

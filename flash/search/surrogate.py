@@ -1,8 +1,9 @@
-"""Surrogate model of the loss: a Gaussian process over architectures, on the log of the loss."""
+"""Surrogate models of what training decides: a Gaussian process over architectures for each."""
 
 import itertools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -86,62 +87,96 @@ def _unit(value: float, choices: Sequence[float] | NDArray[np.float64]) -> float
     return float((value - low) / (high - low)) if high > low else 0.0
 
 
-def draw_losses(
+@dataclass(frozen=True)
+class Observations:
+    """Values of one objective of the evaluated architectures.
+
+    Attributes:
+        values: Noisy values.
+        noise: Their standard errors; None if they are unknown, and learned.
+        logarithmic: True to model the logarithm, as for a loss, which follows powers of the sizes;
+            an error in percent, which may be 0, is modeled as it is.
+    """
+
+    values: NDArray[np.float64]
+    noise: NDArray[np.float64] | None = None
+    logarithmic: bool = True
+
+
+def draw_values(
     space: SearchSpace,
     specs: Sequence[ArchSpec],
-    losses: Sequence[float],
+    observed: Sequence[Observations],
     others: Sequence[ArchSpec],
     seed: int,
 ) -> NDArray[np.float64]:
-    """Draw losses jointly from the posterior, given the losses of the evaluated specs.
+    """Draw objectives jointly from the posterior, given those of the evaluated specs.
 
     Args:
         space: Search space, which scales the features.
         specs: Evaluated architectures.
-        losses: Noisy losses of `specs` [nats a token].
-        others: Architectures without a loss.
+        observed: What is known of `specs`, for each objective.
+        others: Architectures of which nothing is known.
         seed: Seed of the draws.
 
     Returns:
-        Losses of `specs`, then of `others`; shape `(MC_SAMPLES, specs + others)`.
+        Values of `specs`, then of `others`; shape `(objectives, MC_SAMPLES, specs + others)`.
     """
     rows = np.stack([features(space, spec) for spec in [*specs, *others]])
-    return draw(rows[: len(specs)], losses, rows[len(specs) :], seed)
+    return np.stack([
+        draw(rows[: len(specs)], each, rows[len(specs) :], seed + i)
+        for i, each in enumerate(observed)
+    ])
 
 
 def draw(
-    observed: NDArray[np.float64],
-    losses: Sequence[float] | NDArray[np.float64],
+    points: NDArray[np.float64],
+    observed: Observations,
     others: NDArray[np.float64],
     seed: int,
 ) -> NDArray[np.float64]:
-    """Draw losses as `draw_losses` does, for points given by features in the unit cube.
+    """Draw one objective as `draw_values` does, for points given by features in the unit cube.
 
     Args:
-        observed: Features of evaluated points, shape `(points, features)`.
-        losses: Losses of these points: noisy, positive and not all equal.
-        others: Features of points without a loss.
+        points: Features of evaluated points, shape `(points, features)`.
+        observed: Values of these points. Equal ones tell nothing, and are drawn as they are.
+        others: Features of points of which nothing is known.
         seed: Seed of the draws.
     """
-    logs = np.log(np.asarray(losses, dtype=float))
-    center, scale = logs.mean(), logs.std()
+    values = np.log(observed.values) if observed.logarithmic else observed.values
+    center, scale = values.mean(), values.std()
+    if scale == 0:
+        return np.full((MC_SAMPLES, len(points) + len(others)), observed.values[0])
+    variances = None if observed.noise is None else (observed.noise / scale) ** 2
     with manual_seed(seed), warnings.catch_warnings():
         # BoTorch warns when it adds jitter or restarts a fit; if that fails too, it raises.
         warnings.simplefilter("ignore", NumericalWarning)
         warnings.simplefilter("ignore", OptimizationWarning)
-        model = fit_loss_model(observed, (logs - center) / scale)
-        both = torch.from_numpy(np.concatenate([observed, others]))
+        model = fit_model(points, (values - center) / scale, variances)
+        both = torch.from_numpy(np.concatenate([points, others]))
         sampler = SobolQMCNormalSampler(torch.Size([MC_SAMPLES]), seed=seed)
         with torch.no_grad():
             draws = sampler(model.posterior(both)).squeeze(-1).numpy()
-    return np.exp(draws * scale + center)
+    draws = draws * scale + center
+    return np.exp(draws) if observed.logarithmic else draws
 
 
-def fit_loss_model(inputs: NDArray[np.float64], losses: NDArray[np.float64]) -> SingleTaskGP:
-    """Fit a Gaussian process of standardized log-losses over `features` (maximum a posteriori)."""
+def fit_model(
+    inputs: NDArray[np.float64],
+    values: NDArray[np.float64],
+    variances: NDArray[np.float64] | None = None,
+) -> SingleTaskGP:
+    """Fit a Gaussian process of standardized values over `features` (maximum a posteriori).
+
+    Args:
+        inputs: Features, shape `(points, features)`.
+        values: Standardized values, such as log-losses.
+        variances: Their known variances; None has one for all be learned.
+    """
     model = SingleTaskGP(
         torch.from_numpy(inputs),
-        torch.from_numpy(losses).unsqueeze(-1),
+        torch.from_numpy(values).unsqueeze(-1),
+        None if variances is None else torch.from_numpy(variances).unsqueeze(-1),
         # Matern: loss surfaces are less smooth than an RBF kernel assumes. ARD: each feature has
         # its own lengthscale, so irrelevant ones fade; the prior scales with their number.
         covar_module=get_covar_module_with_dim_scaled_prior(inputs.shape[-1], use_rbf_kernel=False),

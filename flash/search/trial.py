@@ -10,6 +10,7 @@ from flash.arch import ArchSpec
 from flash.errors import under
 from flash.records import convert
 from flash.search.objectives import Objective
+from flash.search.quality import TaskError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Trial:
     state: TrialState
     loss: float | None = None
     """Held-out loss [nats a token] of a complete trial, else None."""
+    errors: Mapping[str, TaskError] = field(default_factory=dict)
+    """Errors in tasks of a complete trial, by key of `Objective`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Facts reported by the evaluation, `reason` of a failure, `seconds` of the evaluation."""
     batch: tuple[int, int]
@@ -48,10 +51,26 @@ class Trial:
         """Training losses in equal parts of the training [nats a token]; empty if not recorded."""
         return [loss for _, loss in self.extra.get("curve", [])]
 
+    def learned(self, objectives: Sequence[Objective]) -> tuple[float, ...] | None:
+        """Return objectives that training decides: known or, of a stopped trial, predicted.
+
+        None if one of them is neither.
+        """
+        found = [
+            self.expected_loss if each == Objective.quality else self._error(each.key)
+            for each in objectives
+        ]
+        return None if None in found else tuple(value for value in found if value is not None)
+
+    def _error(self, key: str) -> float | None:
+        return self.errors[key].pct if key in self.errors else None
+
     def point(self, objectives: Sequence[Objective]) -> tuple[float, ...]:
-        """Return the objective values of a complete trial, loss first."""
+        """Return the values of the objectives of a complete trial."""
         assert self.loss is not None
-        return (self.loss, *(self.costs[objective.key] for objective in objectives[1:]))
+        known = {**self.costs, Objective.quality.key: self.loss}
+        known |= {key: error.pct for key, error in self.errors.items()}
+        return tuple(known[objective.key] for objective in objectives)
 
     @property
     def finished(self) -> bool:
@@ -66,6 +85,8 @@ class _Attributes:
     spec: ArchSpec
     costs: dict[str, float]
     batch: tuple[int, int]
+    loss: float | None = None
+    errors: dict[str, TaskError] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     crashes: int | None = None
@@ -86,12 +107,17 @@ def read_trial(frozen: FrozenTrial) -> Trial:
         extra["crashes"] = attributes.crashes
     if frozen.duration is not None:
         extra["seconds"] = frozen.duration.total_seconds()
+    loss = None
+    if frozen.state is TrialState.COMPLETE:
+        # Studies without tasks have it as the first of their objectives only.
+        loss = frozen.values[0] if attributes.loss is None else attributes.loss
     return Trial(
         number=frozen.number,
         spec=attributes.spec,
         costs=attributes.costs,
         state=frozen.state,
-        loss=frozen.values[0] if frozen.state is TrialState.COMPLETE else None,
+        loss=loss,
+        errors=attributes.errors,
         extra=extra,
         batch=attributes.batch,
     )

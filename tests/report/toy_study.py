@@ -13,7 +13,7 @@ from flash.device.measurement import Latency, Measurement
 from flash.export.result import ExportResult, ProgramQuality
 from flash.lowering.loss_change import LossChange
 from flash.paths import Runs
-from flash.records import write_text
+from flash.records import plain, write_text
 from flash.search.frontier import write_report
 from flash.search.loop import frontier
 from flash.search.objectives import Objective
@@ -59,6 +59,7 @@ def write_study(
                 "spec": toy.BACKBONE.to_dict(),
                 "quality": {"loss": toy.loss(toy.BACKBONE), "bits_per_byte": 1.0},
                 "predicted": _predicted(backbone),
+                "errors": plain(toy.errors(toy.BACKBONE)) if settings.tasks else {},
                 "costs": backbone,
             },
             "names": {str(trial.number): f"toy_{rank}" for rank, trial in enumerate(front)},

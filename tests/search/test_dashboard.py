@@ -16,8 +16,9 @@ import pytest
 
 from flash.arch import count_parameters
 from flash.search.logs import show_curves
-from flash.search.loop import EvaluationError, Quality
+from flash.search.loop import EvaluationError
 from flash.search.names import arch_name
+from flash.search.quality import Quality
 from flash.search.study import reopen_study
 from tests.search import toy_search as toy
 

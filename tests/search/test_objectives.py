@@ -9,10 +9,11 @@ from flash.errors import InputError
 from flash.search.acquisition import greedy_batch
 from flash.search.baselines import AdditiveScores
 from flash.search.frontier import write_report
-from flash.search.loop import EvaluationError, Quality, frontier, hypervolume_history, rescore
+from flash.search.loop import EvaluationError, frontier, hypervolume_history, rescore
 from flash.search.objectives import Objective
 from flash.search.pareto import hypervolume
 from flash.search.promote import compare, promote
+from flash.search.quality import Quality
 from flash.search.sampler import check_limits, propose
 from flash.search.settings import Sampler, SearchLimits
 from flash.search.study import reopen_study
@@ -49,11 +50,9 @@ def test_any_objectives_beside_quality_can_be_searched(tmp_path, names):
 def test_a_given_reference_stands_and_the_rest_follows_from_the_baseline():
     settings = toy.make_settings(reference={"prefill": 40.0}, max_cost_ratio=0.5)
     objectives = (Objective.quality, Objective.prefill, Objective.decode, Objective.size)
-    costs = {"prefill_ms": 100.0, "decode_ms": 10.0, "size_mib": 8.0}
-    assert settings.worst(objectives, 2.0, costs, {"size_mib": 3.0}) == (3.0, 40.0, 5.0, 3.0)
-    assert toy.make_settings(reference={"quality": 2.5}).worst(objectives[:1], 2.0, {}, {}) == (
-        2.5,
-    )
+    costs = {"loss": 2.0, "prefill_ms": 100.0, "decode_ms": 10.0, "size_mib": 8.0}
+    assert settings.worst(objectives, costs, {"size_mib": 3.0}) == (3.0, 40.0, 5.0, 3.0)
+    assert toy.make_settings(reference={"quality": 2.5}).worst(objectives[:1], costs, {}) == (2.5,)
     with pytest.raises(InputError, match=r"^reference\.prefil=1.0: .*mean 'prefill'"):
         toy.make_settings(reference={"prefil": 1.0})
     with pytest.raises(InputError, match=r"^reference\.decode=-1.0: expected a positive"):
@@ -127,7 +126,7 @@ def test_greedy_batch_in_three_dimensions_takes_the_greatest_gain():
             hypervolume(np.column_stack([d[members], costs[members]]), reference) for d in draws
         ])
 
-    chosen = greedy_batch(draws, costs, 4, 3, reference)
+    chosen = greedy_batch(draws[None], costs, 4, 3, reference)
     members = [0, 1, 2, 3]
     for point in chosen:
         gains = {i: volume([*members, i]) for i in range(4, 12) if i not in members}
@@ -136,7 +135,7 @@ def test_greedy_batch_in_three_dimensions_takes_the_greatest_gain():
 
 
 def test_pending_trials_send_the_next_batch_elsewhere():
-    draws = np.array([[2.0, 1.0, 1.0, 1.5]])  # observed, then two alike and another
+    draws = np.array([[[2.0, 1.0, 1.0, 1.5]]])  # observed, then two alike and another
     costs = np.array([[4.0], [2.0], [2.0], [1.0]])
     assert greedy_batch(draws, costs, 1, 1, (3.0, 5.0)) == [1]
     assert greedy_batch(draws, costs, 2, 1, (3.0, 5.0)) == [3]

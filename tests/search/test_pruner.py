@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from flash.search.loop import Quality, frontier
+from flash.search.loop import frontier
 from flash.search.pruner import MIN_TRIALS, LossPrediction, TrialPruned, maybe_prune
+from flash.search.quality import Quality
 from flash.search.trial import Trial
 from flash.training.loss_curve import Curve
 from tests.search import toy_search as toy

@@ -109,20 +109,20 @@ def test_a_failed_fit_falls_back_to_random_and_says_so(monkeypatch, caplog):
     def fail(*_):
         raise ModelFittingError("all attempts failed")
 
-    monkeypatch.setattr(surrogate, "fit_loss_model", fail)
+    monkeypatch.setattr(surrogate, "fit_model", fail)
     assert len(ask(make_trials(ask([], 8)), 4)) == 4
     assert "all attempts failed" in caplog.text
 
 
 def test_of_very_many_trials_the_frontier_and_a_sample_teach(monkeypatch):
     learned = []
-    draw = surrogate.draw_losses
+    draw = surrogate.draw_values
 
     def spy(space, specs, losses, others, seed):
         learned.append(list(specs))
         return draw(space, specs, losses, others, seed)
 
-    monkeypatch.setattr(sampler, "draw_losses", spy)
+    monkeypatch.setattr(sampler, "draw_values", spy)
     monkeypatch.setattr(sampler, "_MOST_LEARNED", 12)
     trials = make_trials(ask([], 40))
     assert ask(trials, 4) == ask(trials, 4)
@@ -170,7 +170,7 @@ def test_greedy_batch_takes_the_greatest_expected_hypervolume_gain():
     for _ in range(3):
         left = [i for i in range(4, 12) if i not in expected]
         expected.append(max(left, key=lambda i: volume([*members, *expected, i])))
-    assert greedy_batch(draws, latencies[:, None], 4, 3, reference) == expected
+    assert greedy_batch(draws[None], latencies[:, None], 4, 3, reference) == expected
 
 
 def test_the_loss_model_predicts_unseen_specs():
@@ -179,7 +179,7 @@ def test_the_loss_model_predicts_unseen_specs():
     rows = np.array([features(SPACE, spec) for spec in specs])
     losses = np.array([toy.loss(spec) for spec in specs])
     losses = (losses - losses.mean()) / losses.std()
-    model = surrogate.fit_loss_model(rows[:60], losses[:60])
+    model = surrogate.fit_model(rows[:60], losses[:60])
     with torch.no_grad():
         mean = model.posterior(torch.from_numpy(rows[60:])).mean.squeeze(-1).numpy()
     assert np.corrcoef(mean, losses[60:])[0, 1] > 0.95

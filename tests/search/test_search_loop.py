@@ -15,8 +15,9 @@ from optuna.trial import TrialState
 from flash.arch import ArchSpec
 from flash.errors import InputError
 from flash.search.frontier import write_frontier, write_report
-from flash.search.loop import EvaluationError, Quality, frontier, hypervolume_history
+from flash.search.loop import EvaluationError, frontier, hypervolume_history
 from flash.search.names import arch_name
+from flash.search.quality import Quality
 from tests.search import toy_search as toy
 
 

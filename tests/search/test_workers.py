@@ -21,7 +21,8 @@ from sqlalchemy.exc import OperationalError
 
 from flash.errors import InputError, ServiceError
 from flash.search import storage, workers
-from flash.search.loop import Quality, frontier
+from flash.search.loop import frontier
+from flash.search.quality import Quality
 from flash.search.storage import named_errors
 from flash.search.workers import Owner
 from tests.search import toy_search as toy
@@ -125,7 +126,7 @@ def test_a_trial_of_a_living_worker_is_left_alone(tmp_path):
     assert other.trials()[4].state is TrialState.WAITING
     assert other.start().number == 4
     # What the worker that was thought dead finds after all would be a second result.
-    assert mine.complete(trial, 1.0, {}).state is TrialState.RUNNING
+    assert mine.complete(trial, Quality(1.0)).state is TrialState.RUNNING
 
 
 def test_silence_tells_of_the_dead_on_other_machines(tmp_path, monkeypatch):
@@ -186,7 +187,7 @@ def test_the_end_of_a_trial_waits_for_a_server_that_is_away(tmp_path, monkeypatc
         specs = space.stratified(toy.np.random.default_rng(0), 1)
         opened.plan(specs, {k: v.tolist() for k, v in toy.costs(specs).items()}, (0, 1))
         opened.enqueue(space)
-        assert opened.complete(opened.start(), 2.0, {}).complete
+        assert opened.complete(opened.start(), Quality(2.0)).complete
 
 
 def test_a_process_that_is_gone_or_whose_id_was_given_away_is_dead():

@@ -23,8 +23,9 @@ from flash.arch import (
 )
 from flash.config import one_line_errors
 from flash.search.fingerprint import space_fingerprint
-from flash.search.loop import Quality, search
+from flash.search.loop import search
 from flash.search.objectives import Objective, Problem
+from flash.search.quality import Quality, TaskError
 from flash.search.settings import Sampler, SearchSettings
 from flash.search.study import Study, open_study
 from flash.training.loss_curve import Watch
@@ -82,6 +83,20 @@ def latency(specs: Sequence[ArchSpec]) -> np.ndarray:
     return np.array(rows)
 
 
+QUESTIONS = 400
+TASK = "error_pct:toy"
+
+
+def errors(spec: ArchSpec, questions: int = QUESTIONS) -> dict[str, TaskError]:
+    """Compute the error in a task that needs the late layers, of which the loss needs least."""
+    late = spec.pattern[spec.num_layers // 2 :]
+    missing = (late.count("-") + 0.2 * late.count("S")) / len(late)
+    share = 0.3 + 0.4 * missing + 0.2 * (256 - spec.model_dim) / 256 + 0.02 * (loss(spec) - 3)
+    wrong = round(share * questions)
+    stderr_pct = 100 * (wrong / questions * (1 - wrong / questions) / questions) ** 0.5
+    return {TASK: TaskError(100 * wrong / questions, stderr_pct, questions)}
+
+
 def make_settings(**changes: object) -> SearchSettings:
     values = {"study": "toy", "trials": 20, "batch": 4, "startup_trials": 8, "pool_size": 128}
     values |= {"max_loss_increase": 1.0}
@@ -115,10 +130,11 @@ def make_problem(settings: SearchSettings | None = None) -> Problem:
     settings = settings or make_settings()
     objectives = settings.order(Objective.prefill)
     backbone = {key: float(values[0]) for key, values in costs([BACKBONE]).items()}
+    backbone |= {"loss": loss(BACKBONE), TASK: errors(BACKBONE)[TASK].pct}
     return Problem(
         costs=costs,
         objectives=objectives,
-        reference=settings.worst(objectives, loss(BACKBONE), backbone, settings.limits.given()),
+        reference=settings.worst(objectives, backbone, settings.limits.given()),
         limits=settings.limits.given(),
     )
 
@@ -153,7 +169,8 @@ def run(
     return search(
         open_toy(storage, space, settings),
         space,
-        evaluate or (lambda spec, number, watch: Quality(loss(spec))),
+        evaluate
+        or (lambda spec, _, __: Quality(loss(spec), errors=errors(spec) if settings.tasks else {})),
         problem or make_problem(settings),
         settings,
         seed=seed,
