@@ -34,6 +34,7 @@ from flash.compat.omegaconf import (
     accept_overrides_of_null,
     child_containers,
     child_mapping,
+    interpolation,
     kind_of_items,
     resolved,
 )
@@ -54,7 +55,7 @@ from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
-from flash.schemas import ROOTS, holds_settings, schema_at
+from flash.schemas import ROOTS, holds_settings, is_alike, schema_at
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,12 @@ def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
             mapping = "values for its settings, or a mapping of names to values"
             expected = "a list in brackets" if isinstance(child, ListConfig) else mapping
             raise InputError(f"{inner}={shown(value)}: expected {expected}")
+        given = isinstance(value, DictConfig | ListConfig)
+        if given and not is_alike(OmegaConf.get_type(node), str(key), value):
+            typed = interpolation(node, key)
+            raise InputError(
+                f"{inner}={typed}: expected values of the kind that {inner} has; write them out"
+            )
         if kind is not None and not dataclasses.is_dataclass(kind):
             raise InputError(wrong_item(inner, shown(OmegaConf.to_container(child)), kind.__name__))
         _check_values(child, inner)

@@ -54,15 +54,19 @@ def _train(settings: "TrainSettings") -> None:
         terminal.finish([folder], _following("export", f"model={result.name}"))
 
 
+def _require_for_search(settings: "SearchJobSettings") -> None:
+    _require(settings, "executorch", *(["lm_eval"] if settings.search.tasks else []))
+
+
 def _check_search(settings: "SearchJobSettings") -> None:
-    _require(settings, "executorch")
+    _require_for_search(settings)
     from flash.search.job import check
 
     check(settings)
 
 
 def _search(settings: "SearchJobSettings") -> None:
-    _require(settings, "executorch")
+    _require_for_search(settings)
     from flash.report.figures import study_figures
     from flash.search.printing import winner_names
     from flash.search.run import run_search

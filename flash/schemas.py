@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any
 
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from flash.compat.omegaconf import kind_of_items
 from flash.dashboards.settings import WorkspaceSettings
 from flash.data.settings import PrepareSettings
 from flash.evaluation.settings import EvaluateSettings
@@ -26,7 +29,7 @@ ROOTS: dict[str, type] = {
 
 def _dataclass_of(annotation: Any) -> type | None:
     """Return the dataclass X of an annotation `X` or `X | None`; None for any other."""
-    if typing.get_origin(annotation) in {typing.Union, UnionType}:
+    if _is_union(annotation):
         options = [arg for arg in typing.get_args(annotation) if arg is not NoneType]
         annotation = options[0] if len(options) == 1 else None
     is_schema = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
@@ -44,6 +47,29 @@ def schema_at(root: type, path: list[str]) -> type | None:
 def holds_settings(root: type, path: list[str]) -> bool:
     """Return True if there is a mapping of any names to settings at `path`."""
     return _dataclass_of(_item_of(_annotation_at(root, path))) is not None
+
+
+def is_alike(schema: type | None, key: str, value: DictConfig | ListConfig) -> bool:
+    """Return False if a field of a schema has another type than what an interpolation gives it.
+
+    Args:
+        schema: Dataclass with the field; of any other type everything is right.
+        key: Name of the field.
+        value: Settings, mapping or list that the interpolation resolves to.
+    """
+    if schema is None or not dataclasses.is_dataclass(schema):
+        return True
+    hint = typing.get_type_hints(schema).get(key)
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    found = OmegaConf.get_type(value)
+    for option in options:
+        origin, items = typing.get_origin(option), typing.get_args(option)
+        if isinstance(value, ListConfig):
+            if origin is list and kind_of_items(value) in {None, items[0]}:
+                return True
+        elif option is found or (origin is dict and found is dict):
+            return True
+    return False
 
 
 def _annotation_at(root: type, path: list[str]) -> Any:
@@ -75,8 +101,11 @@ def options_at(root: type, key: str) -> list[Any]:
     *path, last = key.split(".")
     schema = schema_at(root, path)
     annotation = typing.get_type_hints(schema).get(last) if schema is not None else None
-    union = typing.get_origin(annotation) in {typing.Union, UnionType}
-    return list(typing.get_args(annotation)) if union else [annotation]
+    return list(typing.get_args(annotation)) if _is_union(annotation) else [annotation]
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in {typing.Union, UnionType}
 
 
 def whole_key_hint(schema: type, key: str) -> str | None:

@@ -233,6 +233,18 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ("train", "data.pattern=/dev/zero", "data.pattern=/dev/zero: expected a pattern of files"),
         ("search", "search.reference=${oc.env:HOME}", "expected values for its settings, or a map"),
         ("search", "search.objectives=${oc.env:HOME}", "expected a list in brackets"),
+        (
+            "search",
+            "search.reference=${search.limits}",
+            "limits}: expected values of the kind that",
+        ),
+        ("search", "search.limits=${search.reference}", "reference}: expected values of the kind"),
+        ("search", "device.workload=${search.limits}", "that device.workload has; write them out"),
+        (
+            "search",
+            "search.objectives=${device.workload.prompts}",
+            "search.objectives=${device.workload.prompts}: expected values of the kind",
+        ),
         ("search", "space.num_heads=[null]", "space.num_heads[0]=null: expected an integer"),
         ("search", "space.num_heads=[[1]]", "space.num_heads[0]=[1]: expected an integer"),
         ("search", "search.objectives=[{a: 1}]", "search.objectives[0]={a: 1}: expected a word"),

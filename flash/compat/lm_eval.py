@@ -31,6 +31,10 @@ Pair = tuple[list[int], list[int]]
 class TokenScoringLM(TemplateLM):
     """Base class of models for the harness; subclasses implement `score_pairs`."""
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        # Without the harness's bar for the tokenization, which takes a second.
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
@@ -105,20 +109,46 @@ def load_task(
     return {"tasks": loaded["tasks"]}  # without the group, which would get its own result
 
 
-def set_fewshot(loaded: Any, shots: int | None, seed: int) -> None:
-    """Set the number and the seed of the few-shot examples of tasks.
+def set_fewshot(loaded: Any, shots: int | None) -> None:
+    """Set the number of the few-shot examples of tasks.
 
     Args:
         loaded: Return value of `load_task`.
         shots: Number of examples; None keeps the number in the file of each task, or else 0.
-        seed: Seed of the choice of examples.
     """
     for task in loaded["tasks"].values():
         if shots is not None:
             task.set_config(key="num_fewshot", value=shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
+
+
+def seed_fewshot(loaded: Any, seed: int) -> None:
+    """Begin the choice of few-shot examples anew; each evaluation goes on where the last ended.
+
+    Args:
+        loaded: Return value of `load_task`.
+        seed: Seed of the choice.
+    """
+    for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=seed)
+
+
+def metric_keys(loaded: Any, name: str) -> set[str] | None:
+    """Return the keys that the metrics of a task or group have in results; None if unknown.
+
+    Args:
+        loaded: Return value of `load_task`.
+        name: Name of the task or group. Empty without one of this name, as for a tag.
+    """
+    if name in loaded.get("groups", {}):
+        return None if loaded["groups"][name].aggregate_metric_list else set()
+    if name not in loaded["tasks"]:
+        return set()
+    task = loaded["tasks"][name]
+    if not hasattr(task, "_filters") or callable(task.config.process_results):
+        return None
+    return {f"{metric},{each.name}" for metric in task.aggregation() for each in task._filters}
 
 
 def is_lower_better(loaded: Any, metric: str) -> bool:

@@ -2,8 +2,8 @@
 
 Names that OmegaConf 2.3 does not document, and the reasons to use them:
 
-- `DictConfig._get_node`, `Node._is_none` and `Node._is_missing`: public access raises for missing
-  values and resolves interpolations; the check for unknown keys must do neither.
+- `DictConfig._get_node`, `Node._is_none`, `Node._is_missing` and `Node._value`: public access
+  raises for missing values and resolves interpolations; the check for unknown keys must do neither.
 - `OmegaConfBaseException.full_key`, `.key` and `.object_type`: locate an error in the
   configuration, so that a message can name the key.
 - `OmegaConf.update`, which Hydra calls for each override, and `split_key`: `update` fails for a
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader, split_key
 from omegaconf.errors import OmegaConfBaseException
 
@@ -60,6 +60,13 @@ def child_containers(
 def resolved(node: DictConfig | ListConfig, key: str | int) -> Any:
     """Return the value at `key`, that of another place for an interpolation."""
     return node[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def interpolation(node: DictConfig | ListConfig, key: str | int) -> str:
+    """Return the interpolation at `key` as it is written, such as `${device.workload}`."""
+    child = node._get_node(key)  # pyright: ignore[reportArgumentType]
+    assert isinstance(child, Node)
+    return str(child._value())
 
 
 def kind_of_items(node: ListConfig) -> type | None:

@@ -164,6 +164,7 @@ class DecoderLM(TextLM):
         tokenizer: Tokenizer of the model.
         batch_size: Number of texts in a batch.
         precision: Precision of matrix products.
+        show_progress: Show bars.
     """
 
     def __init__(
@@ -173,8 +174,10 @@ class DecoderLM(TextLM):
         *,
         batch_size: int = 8,
         precision: Precision = Precision.fp32,
+        show_progress: bool = True,
     ) -> None:
         super().__init__(tokenizer, model.spec.max_context)
+        self._shown = show_progress
         self.model, self.batch_size = model.eval(), batch_size
         self._where = model.model.embed_tokens.weight.device
         self._bf16 = precision is Precision.bf16
@@ -189,7 +192,7 @@ class DecoderLM(TextLM):
             groups[row.tokens[:-1]].append(i)
         inputs = sorted(groups, key=lambda tokens: (-len(tokens), tokens))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        with progress_bar("scoring", len(rows), " texts") as bar:
+        with progress_bar("scoring", len(rows), " texts", shown=self._shown) as bar:
             for start in range(0, len(inputs), self.batch_size):
                 batch = inputs[start : start + self.batch_size]
                 members = [[rows[i] for i in groups[tokens]] for tokens in batch]
@@ -238,7 +241,7 @@ class DecoderLM(TextLM):
     ) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
-        with progress_bar("answering", len(prompts), " texts") as bar:
+        with progress_bar("answering", len(prompts), " texts", shown=self._shown) as bar:
             for start in range(0, len(order), self.batch_size):
                 members = order[start : start + self.batch_size]
                 batch = [prompts[i] for i in members]

@@ -81,8 +81,7 @@ class Figure:
         if task.metric not in result.metrics:
             known = ", ".join(key for key in result.metrics if "_stderr" not in key)
             raise InputError(
-                f"suite.tasks: metric of {task.name}={task.metric}: expected one of {known}; the "
-                "result is kept, so only the table is made again"
+                f"suite.tasks: metric of {task.name}={task.metric}: expected one of {known}"
             )
         scale = 100 if task.percent else 1
         error = result.metrics.get(task.metric.replace(",", "_stderr,", 1))

@@ -64,14 +64,34 @@ def digests_of_own(task: TaskSettings) -> list[str]:
     sandboxed = (SANDBOXED_TASKS / f"{task.name}.yaml").is_file()
     if not task.files and not sandboxed:
         return []
-    data = [Path(path) for paths in data_files(task).values() for path in paths]
     own = SANDBOXED_TASKS if sandboxed else OWN_TASKS
-    return [_digest_of(data), _digest_of(_task_files(own))]
+    return [_digest_of(_data_of(task)), _digest_of(_task_files(own))]
+
+
+def digest_of_contents(suite: SuiteSettings, task: TaskSettings) -> str:
+    """Hash the contents of all files that a task may have, wherever they are.
+
+    The data set of a hub is known by its name only.
+    """
+    hasher = hashlib.sha256()
+    folders = [OWN_TASKS, SANDBOXED_TASKS, *([Path(suite.include)] if suite.include else [])]
+    for folder in folders:
+        for path in _task_files(folder):
+            hasher.update(f"{path.relative_to(folder)} {file_digest(path)}\n".encode())
+    for path in _data_of(task):
+        hasher.update(f"{file_digest(path)}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
+def _data_of(task: TaskSettings) -> list[Path]:
+    return [Path(path) for paths in data_files(task).values() for path in paths]
 
 
 def _task_files(folder: Path) -> list[Path]:
+    """Find the task files in a folder, and the data beside them, but not a cache of `datasets`."""
     kinds = {".yaml", ".py", ".jsonl", ".json"}
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file())
+    return [path for path in found if path.name != "dataset_info.json"]
 
 
 def _digest_of(paths: list[Path]) -> str:
@@ -221,7 +241,7 @@ class Tasks:
                 "downloaded once, so run this with a network first, or copy the cache (HF_HOME) "
                 "of a machine that has it"
             ) from error
-        set_fewshot(loaded, task.fewshot, self.suite.seed)
+        set_fewshot(loaded, task.fewshot)
         return loaded
 
     def run(self, name: str, loaded: Any, model: "LM", limit: int | None, key: str) -> TaskResult:
@@ -236,8 +256,9 @@ class Tasks:
         """
         from lm_eval.evaluator import evaluate
 
-        from flash.compat.lm_eval import fewshot_of
+        from flash.compat.lm_eval import fewshot_of, seed_fewshot
 
+        seed_fewshot(loaded, self.suite.seed)
         random.seed(self.suite.seed)
         np.random.seed(self.suite.seed)
         started = time.perf_counter()

@@ -16,7 +16,8 @@ from flash.records import digest
 from flash.search.loop import EvaluationError
 from flash.search.pruner import TrialPruned
 from flash.search.quality import Quality, TaskError
-from flash.search.tasks import SearchTasks
+from flash.search.tasks import SearchTasks, trained_tokenizer
+from flash.training.accelerators import main_device
 from flash.training.loss_curve import MAX_PARTS, Curve, Watch
 from flash.training.memory import out_of_memory_named
 from flash.training.result import LAST, STABLE, FitResult
@@ -155,10 +156,11 @@ class ShortTraining:
             raise
         except Diverged as error:
             raise EvaluationError(str(error)) from error
+        model.to(main_device(self.trainer))  # Lightning leaves it on the CPU
         after = validate(model, inputs.workspace.data, self.trainer.precision)
         errors: dict[str, TaskError] = {}
         if self.tasks is not None and math.isfinite(after.loss):
-            errors = self.tasks.ask(model, inputs.workspace.tokenizer)
+            errors = self.tasks.ask(model, trained_tokenizer(inputs.workspace))
         return Quality(
             after.loss * inputs.per_token,
             {

@@ -1,6 +1,7 @@
 """Job of a search: its validated settings, opened inputs, objectives and evaluator."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from flash.device.base import Device
 from flash.device.settings import DeviceSettings
 from flash.device.workload import Phase
 from flash.errors import InputError, shown, under
-from flash.evaluation.settings import SuiteSettings
 from flash.latency.cost_model import Values
 from flash.latency.fit import LatencyModel
 from flash.model.backbone import Backbone
+from flash.model.decoder import Decoder
 from flash.paths import Runs
 from flash.prune.importance import fingerprint
 from flash.records import digest, plain
@@ -37,8 +38,8 @@ from flash.search.objectives import Costs, Objective, Problem, high
 from flash.search.quality import Quality
 from flash.search.settings import Across, SearchJobSettings, SearchStage
 from flash.search.study import Study
-from flash.search.tasks import SearchTasks, identity_of, named_tasks
-from flash.training.accelerators import check_devices
+from flash.search.tasks import SearchTasks, named_tasks, trained_tokenizer
+from flash.training.accelerators import check_devices, main_device
 from flash.training.teacher import check_top_k
 from flash.training.validation import validate
 from flash.workspace import Workspace
@@ -67,7 +68,7 @@ class SearchJob:
     devices: tuple[Device, ...]
     """All devices, that of the workspace first."""
     tasks: SearchTasks | None
-    """Tasks that are objectives; None if there are none, or no trial will be trained."""
+    """Tasks that are objectives; None if there are none."""
 
     @property
     def folder(self) -> Path:
@@ -132,18 +133,20 @@ def _check(settings: SearchJobSettings, space: SearchSpace, workspace: Workspace
     settings.trainer.accumulation(settings.recipe.batch_size)  # raises: it must be a whole number
     check_top_k(settings.recipe, settings.data, space.vocab_sizes[0])
     workspace.check_data()
-    _suite(settings)
+    _tasks(settings)
 
 
-def _suite(settings: SearchJobSettings) -> SuiteSettings | None:
-    """Return the suite with the tasks that are objectives alone; None if there are none.
+def _tasks(settings: SearchJobSettings) -> SearchTasks | None:
+    """Return the tasks that are objectives; None if there are none.
 
     Raises:
         InputError: A file of a task is missing.
     """
-    if settings.suite is None or not settings.search.tasks:
+    suite, search = settings.suite, settings.search
+    if suite is None or not search.tasks:
         return None
-    return named_tasks(settings.suite, settings.search.tasks)
+    chosen = named_tasks(suite, search.tasks)
+    return SearchTasks(chosen, search.questions, settings.trainer.precision)
 
 
 def _check_vocabularies(space: SearchSpace, workspace: Workspace) -> None:
@@ -166,15 +169,15 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
         InputError: Settings, backbone, text or device cannot be used.
     """
     workspace = open_workspace(settings)
-    backbone = workspace.backbone
+    backbone, search = workspace.backbone, settings.search
     space = open_space(settings.space, backbone.spec)
     _check_vocabularies(space, workspace)
     _check(settings, space, workspace)
-    baseline = _baseline(settings.search.baseline, space, backbone.spec)
+    baseline = _baseline(search.baseline, space, backbone.spec)
     assert backbone.folder is not None
-    suite, tasks, questions = _suite(settings), None, settings.search.questions
-    if suite is not None and settings.search.from_study is None:
-        tasks = SearchTasks.open(suite, questions, settings.trainer.precision)
+    tasks = _tasks(settings)
+    if tasks is not None and settings.stage is SearchStage.search and not search.from_study:
+        _ = tasks.found  # raises before any work
     backbone.fetch()
     devices = open_devices(settings, workspace)
     identity: dict[str, Any] = {
@@ -192,12 +195,12 @@ def open_job(settings: SearchJobSettings) -> SearchJob:
             if place is not None:
                 with of_further_device(place):
                     further[device.settings.name] = _identity_of(device)
-        identity |= {"devices": further, "across": settings.search.across.value}
-        if settings.search.across is Across.mean:
-            identity["weights"] = {d: w for d, w in settings.search.weights.items() if w != 1}
-    if suite is not None:  # studies without tasks have no such key
-        identity["tasks"] = identity_of(suite, questions, workspace.tokenizer)
-    objectives = settings.search.order(Objective.parse(settings.latency.objective.value))
+        identity |= {"devices": further, "across": search.across.value}
+        if search.across is Across.mean:
+            identity["weights"] = {d: w for d, w in search.weights.items() if w != 1}
+    if tasks is not None:  # studies without tasks have no such key
+        identity["tasks"] = tasks.identity(trained_tokenizer(workspace))
+    objectives = search.order(Objective.parse(settings.latency.objective.value))
     return SearchJob(settings, space, workspace, identity, objectives, baseline, devices, tasks)
 
 
@@ -295,7 +298,7 @@ def _baseline_quality(job: SearchJob, study: Study) -> dict[str, float]:
     """
     backbone, precision = job.workspace.backbone, job.settings.trainer.precision
     loss = study.remember(
-        "backbone_quality", lambda: plain(validate(backbone.load(), job.workspace.data, precision))
+        "backbone_quality", lambda: plain(validate(_load(job), job.workspace.data, precision))
     )["loss"]
     asked = cache(lambda: _asked(job))
     errors: dict[str, Any] = {
@@ -314,12 +317,16 @@ def _baseline_quality(job: SearchJob, study: Study) -> dict[str, float]:
     return {Objective.quality.key: loss, **{key: each["pct"] for key, each in errors.items()}}
 
 
+def _load(job: SearchJob) -> Decoder:
+    """Load the backbone to the device that it is to be evaluated on."""
+    return job.workspace.backbone.load().to(main_device(job.settings.trainer))
+
+
 def _asked(job: SearchJob) -> dict[str, Any]:
     """Return the errors of the backbone in the tasks, as plain JSON values."""
     assert job.tasks is not None
     start = time.perf_counter()
-    model = job.workspace.backbone.load()
-    errors = job.tasks.ask(model, job.workspace.tokenizer)
+    errors = job.tasks.ask(_load(job), trained_tokenizer(job.workspace))
     for key, error in errors.items():
         log.info("backbone: %s %.1f, %d questions", key, error.pct, error.questions)
     log.info("the questions take the backbone %.0f s", time.perf_counter() - start)
@@ -333,7 +340,10 @@ def _trained_baseline(job: SearchJob) -> Quality:
         InputError: The baseline cannot be trained.
     """
     try:
-        return evaluation_of(job, None, [job.baseline.vocab_size])(job.baseline, -1)
+        found = evaluation_of(job, None, [job.baseline.vocab_size])(job.baseline, -1)
+        if not math.isfinite(found.loss):
+            raise EvaluationError(f"its loss is {found.loss}")
+        return found
     except EvaluationError as error:
         raise InputError(
             f"search.baseline={job.baseline}: expected one that can be trained ({error})"

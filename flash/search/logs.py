@@ -7,7 +7,7 @@ from typing import Any
 from flash.arch import ArchSpec, Attention, count_parameters
 from flash.search.devices import device_table
 from flash.search.loop import frontier, hypervolume_history
-from flash.search.objectives import Problem
+from flash.search.objectives import Objective, Problem
 from flash.search.study import Study
 from flash.search.trial import Trial
 from flash.tracking.tracker import Tracker
@@ -186,6 +186,7 @@ def trial_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def _row(report: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
     spec = ArchSpec.from_dict(trial["spec"])
+    tasks = [key for key in report["objectives"] if Objective.of_key(key).task is not None]
     return {
         "number": trial["number"],
         "state": trial["state"],
@@ -202,7 +203,7 @@ def _row(report: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
         "longest_efficient_run": spec.longest_efficient_run,
         "parameters": count_parameters(spec).total,
         "loss": trial["loss"],
-        **{key: error["pct"] for key, error in trial["errors"].items()},
+        **{key: trial["errors"].get(key, {}).get("pct") for key in tasks},
         **trial["costs"],
         "seconds": trial["extra"].get("seconds"),
         "reason": trial["extra"].get("reason"),

@@ -85,11 +85,16 @@ class Objective:
         Raises:
             ValueError: There is none.
         """
-        quantity, colon, task = key.partition(":")
-        if colon:
-            return cls(Quantity(quantity), task=task)
-        quantity, at, device = key.partition("@")
-        return cls(Quantity(quantity), device if at else None)
+        quantity, _, task = key.partition(":")
+        if task:
+            found = cls(Quantity(quantity), task=task)
+        else:
+            quantity, at, device = key.partition("@")
+            found = cls(Quantity(quantity), device if at else None)
+        of_task = found.quantity is Quantity.task
+        if of_task != bool(task) or (found.learned and found.device is not None):
+            raise ValueError(f"{key!r} is no key of an objective")
+        return found
 
     @property
     def learned(self) -> bool:

@@ -54,9 +54,17 @@ def print_frontier(job: SearchJob, report: dict[str, Any]) -> None:
         print(
             wrap(
                 "\nno winner: no trial is better than the reference point in every objective; "
-                "raise search.trials, or search.max_loss_increase or max_cost_ratio"
+                f"raise search.trials, or {_reference_keys(report)}"
             )
         )
+
+
+def _reference_keys(report: dict[str, Any]) -> str:
+    """Name the settings that the reference point follows from."""
+    found = [Objective.of_key(key) for key in report["objectives"]]
+    keys = ["max_loss_increase"] if Objective.quality in found else []
+    keys += ["max_error_increase"] if any(each.task is not None for each in found) else []
+    return "search." + " or ".join([*keys, "max_cost_ratio"])
 
 
 def _error_text(error: dict[str, Any]) -> str:

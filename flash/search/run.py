@@ -88,9 +88,12 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
 
 def _use_study(job: SearchJob, figures: Figures) -> dict[str, Any]:
     """Run stage 2, or train its best trials longer (`stage=promote`)."""
-    settings = job.settings
+    settings, storage = job.settings, job.storage(job.settings.search.study)
+    known = isinstance(storage, Path) and storage.is_file()
+    if job.tasks is not None and settings.stage is SearchStage.search and not known:
+        _ = job.tasks.loaded  # raises before there is a study of tasks that cannot be used
     study = open_study(
-        job.storage(settings.search.study),
+        storage,
         settings.search.study,
         job.identity,
         objectives=job.objectives,
@@ -98,7 +101,9 @@ def _use_study(job: SearchJob, figures: Figures) -> dict[str, Any]:
         retries=settings.search.retries,
     )
     if settings.stage is SearchStage.search:
-        _log_estimate(job, study)
+        left = settings.search.trials - sum(trial.finished for trial in study.trials())
+        if left > 0:
+            _prepare(job, left)
     with study.lock():  # one worker measures; the others find the results in the store
         latencies = latencies_of(settings, job.space, job.workspace, job.devices)
         problem = problem_of(job, study, latencies)
@@ -107,19 +112,23 @@ def _use_study(job: SearchJob, figures: Figures) -> dict[str, Any]:
     return _stage_two(job, study, latencies, problem, figures)
 
 
-def _log_estimate(job: SearchJob, study: Study) -> None:
-    """Log how long the training of the trials that are left will take on this machine."""
+def _prepare(job: SearchJob, left: int) -> None:
+    """Load the tasks, and log how long the training of the trials that are left will take.
+
+    Raises:
+        InputError: The data of a task cannot be used, or it has no such metric.
+    """
     settings, backbone = job.settings, job.workspace.backbone.spec
-    left = settings.search.trials - sum(trial.finished for trial in study.trials())
-    if left > 0:
-        seq_len = settings.data.seq_len
-        hours = trial_hours(job.space, settings.recipe, settings.trainer, seq_len, backbone)
-        log.info(
-            "%d trials of %s tokens: about %s of training on this machine, after stage 1",
-            left,
-            f"{settings.recipe.tokens:,}",
-            _duration(left * hours),
-        )
+    if job.tasks is not None:
+        _ = job.tasks.loaded
+    seq_len = settings.data.seq_len
+    hours = trial_hours(job.space, settings.recipe, settings.trainer, seq_len, backbone)
+    log.info(
+        "%d trials of %s tokens: about %s of training on this machine, after stage 1",
+        left,
+        f"{settings.recipe.tokens:,}",
+        _duration(left * hours),
+    )
 
 
 def _duration(hours: float) -> str:

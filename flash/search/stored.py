@@ -226,6 +226,7 @@ class StoredStudy:
 
     def __post_init__(self) -> None:
         Point.parse(self.objective)
+        require(bool(self.objectives), "objectives", [], "one objective or more")
         for key in self.objectives:
             require(_is_objective(key), "objectives", key, f"one of {_KEYS}")
             require(key in self.reference, f"reference.{key}", None, "a number")
@@ -233,8 +234,15 @@ class StoredStudy:
             if Objective.of_key(key).task is not None:
                 require(key in self.backbone.errors, f"backbone.errors.{key}", None, "an error")
                 for trial in self.trials:
-                    known = key in trial.errors or trial.state != "complete"
+                    known = key in trial.errors or not trial.rated
                     require(known, f"trials.errors.{key}", None, "an error")
+        for place, errors in (
+            ("backbone", self.backbone.errors),
+            *(("trials", trial.errors) for trial in self.trials),
+        ):
+            for key in errors:
+                task = _is_objective(key) and Objective.of_key(key).task is not None
+                require(task, f"{place}.errors", key, f"{Quantity.task.value}:NAME")
         numbers = {str(trial.number) for trial in self.trials}
         for number in self.names:
             require(number in numbers, "names", number, "the number of a trial")

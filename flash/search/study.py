@@ -90,7 +90,7 @@ class Study:
         """Return all trials in order of their numbers."""
         found: list[Trial] = []
         for frozen in self._study.get_trials(deepcopy=False):
-            trial = self._finished.get(frozen.number) or read_trial(frozen)
+            trial = self._finished.get(frozen.number) or read_trial(frozen, self.objectives)
             if trial.finished:  # finished trials never change, and may be thousands
                 self._finished[trial.number] = trial
             found.append(trial)

@@ -145,7 +145,7 @@ def draw(
     """
     values = np.log(observed.values) if observed.logarithmic else observed.values
     center, scale = values.mean(), values.std()
-    if scale == 0:
+    if np.ptp(values) == 0:  # their deviation may be a rounding error
         return np.full((MC_SAMPLES, len(points) + len(others)), observed.values[0])
     variances = None if observed.noise is None else (observed.noise / scale) ** 2
     with manual_seed(seed), warnings.catch_warnings():

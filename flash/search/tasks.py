@@ -1,16 +1,18 @@
 """Tasks of lm-evaluation-harness as objectives: the error of each candidate after its training."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+from flash.data.chat import taught
+from flash.data.settings import DataKind
 from flash.errors import InputError
 from flash.evaluation.settings import SuiteSettings
 from flash.evaluation.suites import Figure
-from flash.evaluation.tasks import Tasks, check_files, digest_of_included, digests_of_own
+from flash.evaluation.tasks import Tasks, check_files, digest_of_contents
 from flash.evaluation.tokenization import HarnessTokenizer
 from flash.model.decoder import Decoder
 from flash.model.tokenizer import ModelTokenizer
@@ -18,8 +20,7 @@ from flash.records import digest
 from flash.search.objectives import Objective, Quantity
 from flash.search.quality import TaskError
 from flash.training.settings import Precision
-
-_log = logging.getLogger(__name__)
+from flash.workspace import Workspace
 
 
 def named_tasks(suite: SuiteSettings, names: Sequence[str]) -> SuiteSettings:
@@ -33,27 +34,15 @@ def named_tasks(suite: SuiteSettings, names: Sequence[str]) -> SuiteSettings:
     return dataclasses.replace(suite, tasks=chosen, leave_out=[])
 
 
-def identity_of(
-    suite: SuiteSettings, questions: int | None, tokenizer: ModelTokenizer
-) -> dict[str, str]:
-    """Return a hash of the questions, by name of the task, for the fingerprint of a study.
+def trained_tokenizer(workspace: Workspace) -> ModelTokenizer:
+    """Return the tokenizer of candidates: with the chat template of the training, if it has one.
 
-    Args:
-        suite: Suite with the tasks.
-        questions: Number of questions of each; None: all.
-        tokenizer: Tokenizer of the backbone, whose chat template may be applied.
+    Raises:
+        InputError: There is none, or a training on conversations has no chat template.
     """
-    common = [
-        version("lm_eval"),
-        digest_of_included(suite),
-        _open(suite, tokenizer).template if suite.apply_chat_template else None,
-        questions,
-        suite.seed,
-    ]
-    return {
-        task.name: digest([common, task.name, task.metric, task.fewshot, *digests_of_own(task)])
-        for task in suite.tasks
-    }
+    data, tokenizer = workspace.data_settings, workspace.tokenizer
+    assert data is not None
+    return taught(tokenizer, data.chat_template) if data.kind is DataKind.chat else tokenizer
 
 
 def _open(suite: SuiteSettings, tokenizer: ModelTokenizer) -> HarnessTokenizer:
@@ -68,40 +57,68 @@ def _open(suite: SuiteSettings, tokenizer: ModelTokenizer) -> HarnessTokenizer:
 
 @dataclass(frozen=True)
 class SearchTasks:
-    """Tasks with their data, loaded once and asked of every candidate.
+    """Tasks of a suite, which are asked of every candidate.
 
     Attributes:
-        tasks: Tasks of the suite.
-        loaded: Each task with its data, by name.
+        suite: Suite with these tasks alone.
         questions: Number of questions of each; None: all.
         precision: Precision of matrix products.
     """
 
-    tasks: Tasks
-    loaded: dict[str, Any]
+    suite: SuiteSettings
     questions: int | None
     precision: Precision
 
-    @classmethod
-    def open(
-        cls, suite: SuiteSettings, questions: int | None, precision: Precision
-    ) -> "SearchTasks":
-        """Look up and load the tasks.
+    @cached_property
+    def found(self) -> Tasks:
+        """The tasks, looked up once.
 
         Raises:
-            InputError: A task, or its data, cannot be used.
+            InputError: The harness has no such task, or it may not run.
         """
-        from flash.compat.lm_eval import is_lower_better
+        return Tasks.open(self.suite)
 
-        tasks = Tasks.open(suite)
-        loaded = {task.name: tasks.load(task) for task in suite.tasks}
-        for task in suite.tasks:
-            if is_lower_better(loaded[task.name], task.metric):
-                raise InputError(
-                    f"search.objectives: task {task.name}: metric={task.metric}: expected a share "
-                    "of right answers, of which more are better"
-                )
-        return cls(tasks, loaded, questions, precision)
+    @cached_property
+    def loaded(self) -> dict[str, Any]:
+        """Each task with its data by name, loaded once.
+
+        Raises:
+            InputError: The data cannot be used, or the task has no such metric.
+        """
+        from flash.compat.lm_eval import is_lower_better, metric_keys
+
+        found = {}
+        for task in self.suite.tasks:
+            loaded = found[task.name] = self.found.load(task)
+            known = metric_keys(loaded, task.name)
+            key = f"suite.tasks: metric of {task.name}={task.metric}"
+            if known is not None and task.metric not in known:
+                expected = f"one of {', '.join(sorted(known))}" if known else "a task that has one"
+                raise InputError(f"{key}: expected {expected}")
+            if is_lower_better(loaded, task.metric):
+                raise InputError(f"{key}: expected a metric of which more is better")
+        return found
+
+    def identity(self, tokenizer: ModelTokenizer) -> dict[str, dict[str, Any]]:
+        """Return what decides the answers by name of the task, for the fingerprint of a study.
+
+        Args:
+            tokenizer: Tokenizer of the backbone, whose chat template may be applied.
+        """
+        suite = self.suite
+        chat = digest(_open(suite, tokenizer).template) if suite.apply_chat_template else None
+        return {
+            task.name: {
+                "metric": task.metric,
+                "fewshot": task.fewshot,
+                "questions": self.questions,
+                "files": digest_of_contents(suite, task),
+                "suite.seed": suite.seed,
+                "chat_template": chat,
+                "lm_eval": version("lm_eval"),
+            }
+            for task in suite.tasks
+        }
 
     def ask(self, model: Decoder, tokenizer: ModelTokenizer) -> dict[str, TaskError]:
         """Ask a model all tasks; return its errors by key of `Objective`.
@@ -111,25 +128,23 @@ class SearchTasks:
             tokenizer: Tokenizer of its vocabulary.
 
         Raises:
-            InputError: A task has no such metric, or asks for what the model cannot read.
+            InputError: A task asks for what the model cannot read, or its metric is no share.
         """
         from flash.evaluation.harness import DecoderLM
 
-        suite = self.tasks.suite
-        subject = DecoderLM(model, _open(suite, tokenizer), precision=self.precision)
+        subject = DecoderLM(
+            model, _open(self.suite, tokenizer), precision=self.precision, show_progress=False
+        )
         errors = {}
-        for task in suite.tasks:
-            result = self.tasks.run(
-                task.name, self.loaded[task.name], subject, self.questions, key=""
-            )
-            if task.metric not in result.metrics:
-                known = ", ".join(key for key in result.metrics if "_stderr" not in key)
-                raise InputError(
-                    f"search.objectives: task {task.name}: metric={task.metric}: expected one of "
-                    f"{known}"
-                )
+        for task in self.suite.tasks:
+            loaded = self.loaded[task.name]
+            result = self.found.run(task.name, loaded, subject, self.questions, key="")
             figure = Figure.of(task, result)
+            if not 0 <= figure.value <= 100:
+                raise InputError(
+                    f"suite.tasks: metric of {task.name}={task.metric}: expected a share from 0 to "
+                    f"1, is {figure.value / 100:g}"
+                )
             key = Objective(Quantity.task, task=task.name).key
             errors[key] = TaskError(100 - figure.value, figure.stderr, figure.samples)
-            _log.debug("task %s: %d questions, %.1f s", task.name, result.samples, result.seconds)
         return errors

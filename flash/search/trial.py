@@ -7,7 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from flash.arch import ArchSpec
-from flash.errors import under
+from flash.errors import require, under
 from flash.records import convert
 from flash.search.objectives import Objective
 from flash.search.quality import TaskError
@@ -92,14 +92,26 @@ class _Attributes:
     crashes: int | None = None
 
 
-def read_trial(frozen: FrozenTrial) -> Trial:
+def read_trial(frozen: FrozenTrial, objectives: Sequence[Objective]) -> Trial:
     """Return a trial as it stands in the database.
+
+    Args:
+        frozen: Trial of Optuna.
+        objectives: Objectives of the study.
 
     Raises:
         InputError: An attribute is missing or of another type, as in a damaged database.
     """
+    complete = frozen.state is TrialState.COMPLETE
     with under(f"trial {frozen.number} of the study", ": "):
         attributes = convert(_Attributes, frozen.user_attrs)
+        loss = attributes.loss
+        if complete and loss is None and objectives[0] == Objective.quality:
+            loss = frozen.values[0]  # studies without tasks have it nowhere else
+        if complete:
+            require(loss is not None, "loss", None, "a number")
+            for key in (each.key for each in objectives if each.task is not None):
+                require(key in attributes.errors, f"errors.{key}", None, "an error")
     extra = dict(attributes.info)
     if attributes.reason is not None:
         extra["reason"] = attributes.reason
@@ -107,17 +119,13 @@ def read_trial(frozen: FrozenTrial) -> Trial:
         extra["crashes"] = attributes.crashes
     if frozen.duration is not None:
         extra["seconds"] = frozen.duration.total_seconds()
-    loss = None
-    if frozen.state is TrialState.COMPLETE:
-        # Studies without tasks have it as the first of their objectives only.
-        loss = frozen.values[0] if attributes.loss is None else attributes.loss
     return Trial(
         number=frozen.number,
         spec=attributes.spec,
         costs=attributes.costs,
         state=frozen.state,
-        loss=loss,
-        errors=attributes.errors,
+        loss=loss if complete else None,  # a kill may have followed the attributes
+        errors=attributes.errors if complete else {},
         extra=extra,
         batch=attributes.batch,
     )

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from flash.errors import InputError
+from flash.evaluation.harness import DecoderLM
 from flash.evaluation.run import evaluate
 from flash.evaluation.settings import EvaluateSettings, SuiteSettings, TaskSettings
+from flash.model.checkpoint import load
+from flash.model.tokenizer import ModelTokenizer
 from flash.paths import Runs
 from flash.report.figures import all_figures
 from flash.report.page import render
@@ -15,6 +18,7 @@ from flash.report.reading import read as read_report
 from flash.report.reading import read_study
 from flash.search.run import run_search
 from flash.search.settings import SearchJobSettings
+from flash.search.tasks import SearchTasks
 from flash.training.run import train
 from flash.training.settings import TrainSettings
 from tests.evaluation.conftest import task_folder, write_task  # noqa: F401 - a fixture
@@ -89,7 +93,7 @@ def test_the_trials_can_be_judged_by_the_task_alone_or_by_the_loss_alone(
     monkeypatch,
 ):
     monkeypatch.setattr("flash.search.evaluate.ShortTraining.__call__", pytest.fail)
-    monkeypatch.setattr("flash.search.tasks.SearchTasks.open", pytest.fail)
+    monkeypatch.setattr("flash.search.tasks.Tasks.open", pytest.fail)
     again = {"from_study": "asks"}
     task = asking(common, task_folder, study="task", objectives=["task:choice", "size"], **again)
     assert run_search(task)["objectives"] == [KEY, "size_mib"]
@@ -98,12 +102,49 @@ def test_the_trials_can_be_judged_by_the_task_alone_or_by_the_loss_alone(
     loss = asking(common, task_folder, study="loss", objectives=["quality", "size"], **again)
     assert [t["loss"] for t in run_search(loss)["trials"]] == [t["loss"] for t in asked["trials"]]
     fewer = dataclasses.replace(task, search=dataclasses.replace(task.search, questions=3))
-    with pytest.raises(InputError, match=r"from_study=asks: .*these differ: tasks\.choice"):
+    with pytest.raises(
+        InputError, match=r"from_study=asks: .*these differ: tasks\.choice\.questions"
+    ):
         run_search(fewer)
 
 
+def test_another_baseline_is_asked_when_trials_are_judged_anew(common, asked, task_folder):  # noqa: F811
+    first = asked["trials"][0]
+    settings = asking(
+        common,
+        task_folder,
+        study="baseline",
+        objectives=["task:choice", "size"],
+        baseline={key: first["spec"][key] for key in ("layer_types", "model_dim", "ffn_dim")},
+        from_study="asks",
+    )
+    expected = first["errors"][KEY]["pct"] + 15
+    assert run_search(settings)["reference"][KEY] == pytest.approx(min(100, expected))
+
+
+def test_every_model_is_shown_the_same_examples(common, task_folder, backbone_folder):  # noqa: F811
+    few = dataclasses.replace(CHOICE, fewshot=2)
+    suite = SuiteSettings(name="own", tasks=[few], include=str(task_folder))
+    tasks = SearchTasks(suite, None, common["trainer"].precision)
+    tokenizer = ModelTokenizer.open(backbone_folder / "tokenizer.json")
+    seen = []
+
+    class Remembers(DecoderLM):
+        def _score(self, rows):
+            seen.append(rows)
+            return super()._score(rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flash.evaluation.harness.DecoderLM", Remembers)
+        model = load(backbone_folder)
+        found = [tasks.ask(model, tokenizer) for _ in range(2)]
+    assert seen[0] == seen[1]
+    assert found[0] == found[1]
+    assert max(len(row.tokens) for row in seen[0]) > 40  # there are examples
+
+
 def test_a_task_is_refused_before_any_work(common, task_folder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("flash.data.corpus.PackedData.__init__", pytest.fail)
+    monkeypatch.setattr("flash.search.run.latencies_of", pytest.fail)
     gone = asking(common, task_folder, study="gone")
     gone.suite = dataclasses.replace(gone.suite, include=str(tmp_path / "none"))
     with pytest.raises(InputError, match=r"^suite\.include=.*none: expected a folder"):
@@ -127,5 +168,17 @@ def test_a_task_is_refused_before_any_work(common, task_folder, tmp_path, monkey
         doc_to_choice="choices",
         metric_list=[wrong],
     )
-    with pytest.raises(InputError, match=r"^search\.objectives: task choice: metric=acc,none: exp"):
-        run_search(asking(common, tmp_path, study="lower"))
+    lower = asking(common, tmp_path, study="lower")
+    with pytest.raises(
+        InputError, match=r"^suite\.tasks: metric of choice=acc,none: .*more is bet"
+    ):
+        run_search(lower)
+    for typo in ("acc", "f1,none"):
+        typed = asking(common, task_folder, study="typo")
+        typed.suite = dataclasses.replace(
+            typed.suite, tasks=[dataclasses.replace(CHOICE, metric=typo)]
+        )
+        with pytest.raises(
+            InputError, match=rf"^suite\.tasks: metric of choice={typo}: .*acc,none"
+        ):
+            run_search(typed)

@@ -1,6 +1,7 @@
 """Facts about tasks as objectives: proposals, noise, storage, and errors of settings."""
 
 import itertools
+import sqlite3
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from flash.errors import InputError
 from flash.evaluation.settings import SuiteSettings, TaskSettings
 from flash.search.acquisition import greedy_batch
 from flash.search.frontier import write_report
+from flash.search.logs import trial_table
 from flash.search.loop import EvaluationError, frontier, rescore
 from flash.search.objectives import Objective, Quantity
 from flash.search.pareto import hypervolume
@@ -116,6 +118,56 @@ def test_a_failed_trial_has_no_errors_and_teaches_nothing(tmp_path):
     assert trials[2].errors == {}
     assert trials[2].learned([Objective.parse("task:toy")]) is None
     assert len(trials) == 20
+
+
+def test_the_table_of_trials_has_the_errors_even_if_the_first_trial_failed(tmp_path):
+    def fails(spec, number, watch):
+        if number == 0:
+            raise EvaluationError("diverged")
+        return Quality(toy.loss(spec), errors=toy.errors(spec))
+
+    trials = toy.run(tmp_path / "study.db", evaluate=fails, objectives=BESIDE, trials=8)
+    problem = toy.make_problem(toy.make_settings(objectives=BESIDE))
+    columns, rows = trial_table(write_report(tmp_path / "r.json", "toy", trials, problem, 3, {}))
+    place = columns.index(toy.TASK)
+    assert [row[place] for row in rows] == [None, *(t.errors[toy.TASK].pct for t in trials[1:])]
+
+
+@pytest.mark.parametrize("names", [BESIDE, INSTEAD])
+def test_a_damaged_database_is_one_line(tmp_path, names):
+    toy.run(tmp_path / "study.db", objectives=names, trials=4)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("delete from trial_user_attributes where key = 'errors'")
+    with pytest.raises(InputError, match=r"^trial 0 of the study: errors\.error_pct:toy=null: exp"):
+        reopen_study(tmp_path / "study.db", "toy").trials()
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("delete from trial_user_attributes where key = 'loss'")
+    with pytest.raises(InputError, match="^trial 0 of the study: (loss|errors)"):
+        reopen_study(tmp_path / "study.db", "toy").trials()
+
+
+def test_what_a_killed_worker_had_told_of_an_unfinished_trial_does_not_count(tmp_path):
+    settings = toy.make_settings(objectives=INSTEAD)
+    study = toy.open_toy(tmp_path / "study.db", toy.make_space(), settings)
+    specs = toy.make_space().stratified(np.random.default_rng(0), 2)
+    costs = {key: [float(v) for v in values] for key, values in toy.costs(specs).items()}
+    study.plan(specs, costs, (0, 2))
+    study.enqueue(toy.make_space())
+    with study.working():
+        trial = study.start()
+        study._set(trial, "loss", 2.0)
+        study._set(trial, "errors", {toy.TASK: {"pct": 1.0, "stderr_pct": 0.1, "questions": 9}})
+        [first, _] = study.trials()
+    assert first.loss is None
+    assert first.learned(settings.order(Objective.prefill)[:1]) is None
+
+
+@pytest.mark.parametrize(
+    "key", ["error_pct", "loss:x", "prefill_ms:x", "error_pct:", "speed", "speed:x", "error_pct@x"]
+)
+def test_keys_of_no_objective_are_refused(key):
+    with pytest.raises(ValueError, match="is no"):
+        Objective.of_key(key)
 
 
 def test_greedy_batch_with_two_uncertain_objectives_takes_the_greatest_mean_gain():
