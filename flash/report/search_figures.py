@@ -76,12 +76,14 @@ def _panel(figure: go.Figure, data: StudyData, key: str, column: int) -> None:
     winners = [trial for trial in front if trial.winner]
     # With several costs the frontier is a surface, which steps in one panel would misrepresent.
     steps = "lines+markers" if len(data.cost_keys) == 1 else "markers"
+    # Below a panel of two figures of quality, which rise together, there is no room for names.
+    named = "markers" if Objective.of_key(key).learned else "markers+text"
     stopped = {"color": GRAY, "size": 7, "symbol": "x-thin", "line": {"width": 1.5, "color": GRAY}}
     for name, trials, mode, marker in (
         ("trials", others, "markers", {"color": GRAY, "size": 8}),
         ("stopped early (predicted loss)", data.stopped, "markers", stopped),
         ("frontier", front, steps, {"color": BLUE, "size": 9}),
-        ("winners", winners, "markers+text", {"color": ORANGE, "size": 15, "symbol": "star"}),
+        ("winners", winners, named, {"color": ORANGE, "size": 15, "symbol": "star"}),
     ):
         if trials:
             style = {"name": name, "mode": mode, "marker": marker}
