@@ -31,6 +31,7 @@ class Model:
         qat_exported: Result of `export.py` for the same architecture trained with a recipe that has
             `qat`; None if there is none.
         backbone_quality: Held-out quality of the backbone; None for all others.
+        elsewhere: Results of `export.py` on the further devices of the study, by device.
         artifacts: Files and folders of the model that exist.
     """
 
@@ -44,6 +45,7 @@ class Model:
     exported: ExportResult | None = None
     qat_exported: ExportResult | None = None
     backbone_quality: dict[str, float] | None = None
+    elsewhere: dict[str, ExportResult] = field(default_factory=dict)
     artifacts: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """All figures of one study, shown on the HTML page and in Weights & Biases."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import plotly.graph_objects as go
 
@@ -16,7 +17,7 @@ from flash.report.search_figures import (
     hypervolume,
     parallel_coordinates,
 )
-from flash.report.style import GRAY, ORANGE, latency_name, layout
+from flash.report.style import GRAY, ORANGE, SERIES, latency_name, layout
 from flash.report.training_figures import learning_curves, promotion, recovery
 
 
@@ -33,26 +34,23 @@ def predicted_against_measured(data: StudyData) -> go.Figure:
         mode="markers",
         marker={"color": GRAY, "size": 9},
     )
-    points = [
-        (model, model.exported.measurement.latencies[objective].ms, model.predicted[objective])
-        for model in data.models
-        if model.exported is not None
-        and objective in model.exported.measurement.latencies
-        and objective in model.predicted
-    ]
-    figure.add_scatter(
-        x=[value for _, value, _ in points],
-        y=[predicted["mean_ms"] for _, _, predicted in points],
-        error_y={
-            "array": [p["high_ms"] - p["mean_ms"] for _, _, p in points],
-            "arrayminus": [p["mean_ms"] - p["low_ms"] for _, _, p in points],
-        },
-        text=[model.name for model, _, _ in points],
-        textposition="bottom right",
-        name="exported models",
-        mode="markers+text",
-        marker={"color": ORANGE, "size": 11},
-    )
+    by_device = _exported_points(data)
+    for (device, shown), color in zip(by_device.items(), cycle((ORANGE, *SERIES[2:]))):
+        on = f" on {device}" if len(by_device) > 1 else ""
+        figure.add_scatter(
+            x=[value for _, value, _ in shown],
+            y=[predicted["mean_ms"] for _, _, predicted in shown],
+            error_y={
+                "array": [p["high_ms"] - p["mean_ms"] for _, _, p in shown],
+                "arrayminus": [p["mean_ms"] - p["low_ms"] for _, _, p in shown],
+            },
+            text=[name for name, _, _ in shown],
+            textposition="bottom right",
+            name=f"exported models{on}",
+            mode="markers+text",
+            marker={"color": color, "size": 11},
+        )
+    points = [point for shown in by_device.values() for point in shown]
     ends = [*measured, *fitted, *(value for _, value, _ in points)]
     low, high = 0.9 * min(ends, default=0.0), 1.1 * max(ends, default=1.0)
     figure.add_scatter(
@@ -66,10 +64,28 @@ def predicted_against_measured(data: StudyData) -> go.Figure:
     layout(figure, f"measured {name} [ms]", f"predicted {name} [ms]")
     pairs = [
         *((x, y, "calibration model") for x, y in zip(measured, fitted, strict=True)),
-        *((x, p["mean_ms"], model.name) for model, x, p in points),
+        *((x, p["mean_ms"], model) for model, x, p in points),
     ]
     show_most(figure, [("", pairs)])
     return figure
+
+
+def _exported_points(
+    data: StudyData,
+) -> dict[str, list[tuple[str, float, dict[str, float]]]]:
+    """Return name, measured and predicted headline latency of exported models, by device."""
+    objective, first = data.search.objective, data.search.device_name
+    names = [first, *(name for name in data.search.devices if name != first)]
+    found: dict[str, list[tuple[str, float, dict[str, float]]]] = {name: [] for name in names}
+    for model in data.models:
+        for name, exported in ({first: model.exported} | model.elsewhere).items():
+            predicted = model.predicted if name == first else exported and exported.predicted
+            if exported is None or not predicted:
+                continue
+            latency = exported.measurement.latencies.get(objective)
+            if latency is not None and objective in predicted:
+                found[name].append((model.name, latency.ms, predicted[objective]))
+    return found
 
 
 def all_figures(data: StudyData) -> dict[str, go.Figure]:

@@ -21,7 +21,14 @@ from flash.records import plain, write_text
 from flash.report.data import ReportData, StudyData
 from flash.report.figures import all_figures, comparison_figures
 from flash.report.style import DARK
-from flash.report.table import COLUMNS, NONE, QUANTIZATION_COLUMNS, quantization_rows, rows
+from flash.report.table import (
+    COLUMNS,
+    NONE,
+    QUANTIZATION_COLUMNS,
+    measured_rows,
+    quantization_rows,
+    rows,
+)
 from flash.report.trial_table import (
     STUDY_COLUMNS,
     shared_rows,
@@ -178,6 +185,7 @@ def _study_section(
         "title": f"Study {study.name}" if several else "Search",
         "figures": figures,
         "devices": device_rows(study),
+        "measured": measured_rows(study),
     }
 
 

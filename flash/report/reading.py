@@ -225,6 +225,11 @@ class _Reader:
         models = []
         for model in [backbone, *winners, *further]:
             exported = self._export_of(model, device)
+            others = {
+                name: found
+                for name in study.search.devices
+                if name != device and (found := self._export_of(model, name)) is not None
+            }
             found = replace(
                 model,
                 # For the speed that the machine had while the export was measured.
@@ -232,6 +237,7 @@ class _Reader:
                 trained=self._training_of(model),
                 exported=exported,
                 qat_exported=self._qat_export(model.spec, device),
+                elsewhere=others,
             )
             models.append(self._artifacts(found))
         return models
@@ -311,7 +317,7 @@ def _is_of(model: str, name: str) -> bool:
 
 def _names(model: Model) -> set[str]:
     """Return the names of a model and of its results; one with `qat` has a row of its own."""
-    results = (model.trained, model.exported)
+    results = (model.trained, model.exported, *model.elsewhere.values())
     return {model.name, *(result.name for result in results if result is not None)}
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from flash.export.result import ProgramQuality
-from flash.report.data import Model, is_qat
+from flash.export.result import ExportResult, ProgramQuality
+from flash.report.data import Model, StudyData, is_qat
 from flash.terminal import table
 
 COLUMNS = (
@@ -58,11 +58,43 @@ def _row(model: Model) -> list[str]:
 
 def _speedup(model: Model) -> str:
     """Return the speed-up of the first prompt over the backbone's program."""
+    return _speedup_of(model, model.exported)
+
+
+def _speedup_of(model: Model, exported: ExportResult | None) -> str:
     if model.backbone_quality is not None:
         return "1.00x"
-    speedups = model.exported.speedups if model.exported is not None else {}
+    speedups = exported.speedups if exported is not None else {}
     headline = next((name for name in speedups if name.startswith("prefill")), None)
     return NONE if headline is None else f"{speedups[headline]:.2f}x"
+
+
+def measured_rows(study: StudyData) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of what was measured on each of several devices.
+
+    Models that were exported on the first device alone are in the table of results only; without
+    others both are empty.
+    """
+    models = [model for model in study.models if model.elsewhere]
+    if not models:
+        return [], []
+    names = [*study.search.devices]
+    columns = ["model"]
+    for name in names:
+        columns += [f"{name} TTFT [ms]", f"{name} decode [tok/s]", f"{name} speed-up"]
+    lines = []
+    for model in models:
+        line = [model.title]
+        for name in names:
+            exported = model.elsewhere.get(name, model.exported if name == names[0] else None)
+            if exported is None:
+                line += [NONE] * 3
+                continue
+            result = exported.measurement
+            line += [f"{result.prefill.ms:.1f} +- {result.prefill.se_ms:.1f}"]
+            line += [f"{1e3 / result.decode.ms:.0f}", _speedup_of(model, exported)]
+        lines.append(line)
+    return columns, lines
 
 
 def _ttft(model: Model) -> str:

@@ -20,10 +20,12 @@ from flash.report.figures import all_figures
 from flash.report.page import render
 from flash.report.reading import read as read_report
 from flash.report.reading import read_study
+from flash.report.table import measured_rows
 from flash.search.run import run_search
 from flash.search.settings import SearchLimits, SearchStage
 from tests.conftest import SMALL
 from tests.pipeline.conftest import RECIPE, TRAINER, search_settings, with_lowering
+from tests.report.toy_study import write_model
 
 
 def test_a_study_is_not_continued_with_what_would_change_its_figures(common, searched):
@@ -144,15 +146,43 @@ def test_one_search_for_two_devices(common, searched, monkeypatch, capsys):
     assert len(drawn["devices"].layout.xaxis2.title.text) > 0
     page = render(read_report(Runs(Path(common["runs"])), ["both"]))
     assert "Winners on each device" in page
+    assert "Measured on each device" not in page
     runs, program = Runs(Path(common["runs"])), settings.device.lowering
     found = {
         name: predicted_latencies(runs, HostDevice(device), program, SMALL)
         for name, device in (("host", settings.device), ("second", second))
     }
     assert found["host"].backbone_ms != found["second"].backbone_ms
+    report_of_exports(Runs(Path(common["runs"])))
     settings.devices["other"] = dataclasses.replace(second, kind=DeviceKind.ssh, cpus=None)
     with pytest.raises(InputError, match=r"^devices\.other\.ssh\.host="):
         run_search(settings)
+
+
+def report_of_exports(runs: Runs) -> None:
+    """Check what the report shows of a winner that was exported on both devices."""
+    winner = read_study(runs, "both").winners[0]
+    for name, device in ((winner.name, "host"), (f"{winner.name}-device_second", "second")):
+        write_model(runs, name, winner.spec, device)
+        path = runs.export(name) / "export.json"
+        values = json.loads(path.read_text())
+        latencies = values["measurement"]["latencies"]
+        latencies |= {f"{key.partition('_')[0]}_32": each for key, each in [*latencies.items()]}
+        predicted = {"mean_ms": 11.0, "low_ms": 10.0, "high_ms": 12.0}
+        values |= {"predicted": {"prefill_32": predicted}}
+        path.write_text(json.dumps(values))
+    data = read_report(runs, ["both"])
+    assert "Measured on each device" in render(data)
+    [study] = data.studies
+    columns, [line] = measured_rows(study)
+    assert columns[1::3] == ["host TTFT [ms]", "second TTFT [ms]"]
+    assert line[0] == winner.name
+    assert line[1] == line[4] == "11.5 +- 0.1"
+    assert not {model.name for model in data.others} & {f"{winner.name}-device_second"}
+    drawn = all_figures(study)["predicted_against_measured"]
+    names = [trace.name for trace in drawn.data]
+    assert "exported models on host" in names
+    assert "exported models on second" in names
 
 
 def test_new_limits_and_objectives_need_no_training(common, searched, monkeypatch):
