@@ -1,4 +1,4 @@
-"""Sample efficiency of the samplers on the tabular benchmark of benchmarks/tabular.py.
+"""Sample efficiency of the samplers on the tabular benchmarks of benchmarks/tabular.py.
 
 The table holds every member of the space, so samplers search as usual: all proposals have been
 trained, and nothing is mapped or interpolated. Cases are the samplers, each with the same start-up
@@ -8,11 +8,16 @@ the spread is the interquartile range). The reference point is that of a search:
 largest member, at its latency. `share_of_table` is the number of trials relative to the size of the
 space.
 
-`python benchmarks/samplers.py [CASE ...]` prints the results; without cases it also keeps them.
+With the table `tiny_wide` the space has a width for each layer and a choice of key heads. The cases
+`uniform/NAME` there search the space with one FFN width for all layers, and `uniform/frontier` is
+its true frontier: all are shares of the wide space's.
+
+`python benchmarks/samplers.py [--table TABLE] [CASE ...]` prints the results; without cases it also
+keeps them, those of another table under its name.
 """
 
+import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +26,7 @@ import tabular
 from optuna.trial import TrialState
 from record import SMOKE, Recorder
 
-from flash.arch import ArchSpec
+from flash.arch import ArchSpec, SpaceSettings
 from flash.progress import progress
 from flash.search.objectives import Objective, Problem
 from flash.search.pareto import hypervolume
@@ -34,18 +39,23 @@ SETTINGS = SearchSettings(study="table", batch=4, startup_trials=16, pool_size=P
 
 
 class Table:
-    """Table of the loss and the latency of every member of the space."""
+    """Table of the loss and the latency of every member of a space.
 
-    def __init__(self) -> None:
-        self.space = tabular.space()
-        rows = [row for row in tabular.read() if row["seed"] == 0 and row["loss"] is not None]
+    Args:
+        name: Name of the table.
+        space: Space to search; None is the first one of the table.
+    """
+
+    def __init__(self, name: str = "tiny_tabular", space: SpaceSettings | None = None) -> None:
+        self.space = tabular.space(space or tabular.TABLES[name][0])
+        rows = [row for row in tabular.read(name) if row["seed"] == 0 and row["loss"] is not None]
         self.loss = {row["spec"]: row["loss"] for row in reversed(rows)}
         self.prefill_ms = {row["spec"]: row["prefill_ms"] for row in rows}
         missing = [spec for spec in tabular.members(self.space) if spec not in self.loss]
         if missing:
             raise SystemExit(
-                f"{tabular.path()}: {len(missing)} of {self.space.count()} members are missing; "
-                "run benchmarks/tabular.py"
+                f"{tabular.path(name)}: {len(missing)} of {self.space.count()} members missing; "
+                f"run benchmarks/tabular.py {name}"
             )
         top = largest(self.space)
         objectives = (Objective.quality, Objective.prefill)
@@ -59,6 +69,11 @@ class Table:
 
     def costs(self, specs: Sequence[ArchSpec]) -> dict[str, np.ndarray]:
         return {"prefill_ms": np.array([self.prefill_ms[spec] for spec in specs])}
+
+    @property
+    def members(self) -> list[ArchSpec]:
+        """All members of the space; the table may have others."""
+        return tabular.members(self.space)
 
     def volume(self, specs: Sequence[ArchSpec]) -> float:
         """Compute the hypervolume of these members."""
@@ -75,6 +90,8 @@ class Table:
         while len(done) < trials:
             wanted = min(settings.batch if done else settings.startup_trials, trials - len(done))
             specs = propose(self.space, done, wanted, problem=problem, settings=settings, seed=seed)
+            if not specs:  # the whole space is tried
+                break
             done += [
                 Trial(
                     number=len(done) + i,
@@ -91,26 +108,46 @@ class Table:
 
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    cases = [Sampler[name] for name in sys.argv[1:]] or list(Sampler)
-    record, table = Recorder("samplers"), Table()
-    total = table.volume(list(table.loss))
-    for sampler in cases:
-        runs = [
-            table.run(sampler, BUDGETS[-1], seed) for seed in progress(range(SEEDS), sampler.name)
-        ]
-        for budget in BUDGETS:
-            shares = [table.volume(specs[:budget]) / total for specs in runs]
-            record.add(sampler.name, f"hypervolume_{budget}", shares, "share")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = [each.name for each in Sampler]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"one of {', '.join(names)}")
+    parser.add_argument("--table", choices=tabular.TABLES, default="tiny_tabular")
+    arguments = parser.parse_args()
+    for unknown in set(arguments.cases) - {*names}:
+        parser.error(f"CASE {unknown}: expected one of {', '.join(names)}")
+    cases = [Sampler[name] for name in arguments.cases] or list(Sampler)
+    first, *further = tabular.TABLES[arguments.table]
+    record = Recorder("samplers" if not further else f"samplers_{arguments.table}")
+    table = Table(arguments.table, first)
+    total = table.volume(table.members)
+    _search(record, table, cases, total)
+    for space in further:
+        narrow = Table(arguments.table, space)
+        share = narrow.volume(narrow.members) / total
+        record.add(f"{space.name}/frontier", "hypervolume", [share], "share")
+        _search(record, narrow, cases, total, f"{space.name}/")
     for budget in BUDGETS:
         record.add("table", f"share_of_table_{budget}", [budget / table.space.count()], "share")
-    record.add("table", "seed_noise", _noise(), "nats")
+    record.add("table", "seed_noise", _noise(arguments.table), "nats")
     if len(cases) == len(Sampler):
         record.close()
 
 
-def _noise() -> list[float]:
+def _search(
+    record: Recorder, table: Table, cases: Sequence[Sampler], total: float, prefix: str = ""
+) -> None:
+    """Record what each sampler finds, as a share of a hypervolume."""
+    for sampler in cases:
+        name = f"{prefix}{sampler.name}"
+        runs = [table.run(sampler, BUDGETS[-1], seed) for seed in progress(range(SEEDS), name)]
+        for budget in BUDGETS:
+            shares = [table.volume(specs[:budget]) / total for specs in runs]
+            record.add(name, f"hypervolume_{budget}", shares, "share")
+
+
+def _noise(table: str) -> list[float]:
     """Compute absolute differences between the losses of a member with two seeds."""
-    rows = [row for row in tabular.read() if row["loss"] is not None]
+    rows = [row for row in tabular.read(table) if row["loss"] is not None]
     second = {row["spec"]: row["loss"] for row in rows if row["seed"] == 1}
     return [
         abs(row["loss"] - second[row["spec"]])
