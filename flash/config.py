@@ -55,15 +55,12 @@ from flash.outcome import Outcome, noted
 from flash.packages import explain_missing
 from flash.paths import Runs
 from flash.ranks import is_main_process
-from flash.schemas import ROOTS, holds_settings, is_alike, schema_at
+from flash.schemas import ROOTS, hint_at, holds_settings, is_alike, schema_at
 
 log = logging.getLogger(__name__)
 
 
 Settings = TypeVar("Settings")
-
-_PLAIN = str | int | float | bool
-"""Values that are neither a list nor a mapping."""
 
 
 def _config_folders(verb: str | None = None) -> list[Path]:
@@ -131,23 +128,35 @@ def _check_values(node: DictConfig | ListConfig, path: str = "") -> None:
     kind = kind_of_items(node) if isinstance(node, ListConfig) else None
     for key, child in child_containers(node):
         inner = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-        value = resolved(node, key) if OmegaConf.is_interpolation(node, key) else None
-        if isinstance(value, _PLAIN):
-            mapping = "values for its settings, or a mapping of names to values"
-            expected = "a list in brackets" if isinstance(child, ListConfig) else mapping
-            raise InputError(f"{inner}={shown(value)}: expected {expected}")
-        given = isinstance(value, DictConfig | ListConfig)
-        if given and not is_alike(OmegaConf.get_type(node), str(key), value):
-            typed = interpolation(node, key)
-            raise InputError(
-                f"{inner}={typed}: expected values of the kind that {inner} has; write them out"
-            )
+        if OmegaConf.is_interpolation(node, key):
+            _check_interpolation(node, key, child, inner)
         if kind is not None and not dataclasses.is_dataclass(kind):
             raise InputError(wrong_item(inner, shown(OmegaConf.to_container(child)), kind.__name__))
         _check_values(child, inner)
     if path and dataclasses.is_dataclass(OmegaConf.get_type(node)):
         with under(path):
             OmegaConf.to_object(node)
+
+
+def _check_interpolation(
+    node: DictConfig | ListConfig, key: str | int, child: DictConfig | ListConfig, inner: str
+) -> None:
+    """Check that what stands in place of a mapping or list is one of the same kind.
+
+    Raises:
+        InputError: It is not.
+    """
+    value, hint = resolved(node, key), hint_at(node, key)
+    if hint is not None and is_alike(hint, value):
+        return
+    if isinstance(value, DictConfig | ListConfig):
+        if hint is None:
+            return
+        expected = f"values of the kind that {inner} has; write them out"
+        raise InputError(f"{inner}={interpolation(node, key)}: expected {expected}")
+    mapping = "values for its settings, or a mapping of names to values"
+    expected = "a list in brackets" if isinstance(child, ListConfig) else mapping
+    raise InputError(f"{inner}={shown(value)}: expected {expected}")
 
 
 def load(cfg: DictConfig, schema: type[Settings]) -> Settings:

@@ -49,27 +49,40 @@ def holds_settings(root: type, path: list[str]) -> bool:
     return _dataclass_of(_item_of(_annotation_at(root, path))) is not None
 
 
-def is_alike(schema: type | None, key: str, value: DictConfig | ListConfig) -> bool:
-    """Return False if a field of a schema has another type than what an interpolation gives it.
+def hint_at(node: DictConfig | ListConfig, key: str | int) -> Any:
+    """Return the annotation of a value in a configuration; None if it may be anything."""
+    schema = OmegaConf.get_type(node)
+    if schema is not None and dataclasses.is_dataclass(schema):
+        return typing.get_type_hints(schema).get(str(key))
+    return kind_of_items(node)
 
-    Args:
-        schema: Dataclass with the field; of any other type everything is right.
-        key: Name of the field.
-        value: Settings, mapping or list that the interpolation resolves to.
-    """
-    if schema is None or not dataclasses.is_dataclass(schema):
-        return True
-    hint = typing.get_type_hints(schema).get(key)
+
+def is_alike(hint: Any, value: Any) -> bool:
+    """Return False if what an interpolation resolves to has another type than an annotation."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return any(_fits(option, value) for option in options)
+
+
+def _fits(option: Any, value: Any) -> bool:
+    if option is Any:
+        return True
+    if not isinstance(value, DictConfig | ListConfig):
+        kinds = {float: (int, float), None: NoneType}.get(option, option)
+        return isinstance(kinds, type | tuple) and isinstance(value, kinds)
     found = OmegaConf.get_type(value)
-    for option in options:
-        origin, items = typing.get_origin(option), typing.get_args(option)
-        if isinstance(value, ListConfig):
-            if origin is list and kind_of_items(value) in {None, items[0]}:
-                return True
-        elif option is found or (origin is dict and found is dict):
-            return True
-    return False
+    if found is not None and dataclasses.is_dataclass(found):
+        return option is found
+    items = typing.get_args(option)
+    if typing.get_origin(option) is not (list if isinstance(value, ListConfig) else dict):
+        return False
+    kind = kind_of_items(value)
+    if kind is not None:
+        return items[-1] in {kind, Any}
+    return all(_fits(items[-1], item) for item in _values(value))
+
+
+def _values(node: DictConfig | ListConfig) -> Iterator[Any]:
+    yield from node.values() if isinstance(node, DictConfig) else node
 
 
 def _annotation_at(root: type, path: list[str]) -> Any:

@@ -239,6 +239,9 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
             "limits}: expected values of the kind that",
         ),
         ("search", "search.limits=${search.reference}", "reference}: expected values of the kind"),
+        ("search", "search.reference=${search.sampler}", "expected values for its settings, or a"),
+        ("search", "search.limits=${suite}", "search.limits=null: expected values for its set"),
+        ("search", "search.objectives=${search.sampler}", "expected a list in brackets"),
         ("search", "device.workload=${search.limits}", "that device.workload has; write them out"),
         (
             "search",

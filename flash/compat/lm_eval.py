@@ -10,15 +10,21 @@ Names that the harness 0.4.13 does not document, and the reasons to use them:
   files.
 - The dictionaries that `TaskManager.load` accepts and returns: an inline group can override the
   file of a task, and tasks are configured between loading and `evaluate`.
+- `Task._filters`, `aggregation`, `higher_is_better`, `config.process_results`, and
+  `Group.aggregate_metric_list`: the keys of results, before a model has answered.
+- `lm_eval.api.task.tqdm`: its bar over the questions cannot be turned off.
 
 Import this module only to run a benchmark, since the import of the harness takes a second.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task as task_module
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -70,6 +76,17 @@ def generation_settings(arguments: Mapping[str, Any], max_new_tokens: int) -> di
         max_new_tokens: Default of `max_gen_toks`.
     """
     return dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Hide the bar over the questions, which takes a second, inside the block."""
+    shown = task_module.tqdm
+    task_module.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        task_module.tqdm = shown
 
 
 def index_tasks(folders: Sequence[Path], names: set[str]) -> TaskManager:
@@ -148,6 +165,8 @@ def metric_keys(loaded: Any, name: str) -> set[str] | None:
     task = loaded["tasks"][name]
     if not hasattr(task, "_filters") or callable(task.config.process_results):
         return None
+    if any(callable(each["metric"]) for each in task.config.metric_list or []):
+        return None  # its function names the metrics, such as pass@1
     return {f"{metric},{each.name}" for metric in task.aggregation() for each in task._filters}
 
 

@@ -69,8 +69,8 @@ def interpolation(node: DictConfig | ListConfig, key: str | int) -> str:
     return str(child._value())
 
 
-def kind_of_items(node: ListConfig) -> type | None:
-    """Return the type that the items of a list must have; None if they may have any."""
+def kind_of_items(node: DictConfig | ListConfig) -> type | None:
+    """Return the type that the items of a list or mapping must have; None if any may be."""
     kind = node._metadata.element_type
     return kind if isinstance(kind, type) and kind is not Any else None
 

@@ -9,7 +9,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -69,14 +69,14 @@ def digests_of_own(task: TaskSettings) -> list[str]:
 
 
 def digest_of_contents(suite: SuiteSettings, task: TaskSettings) -> str:
-    """Hash the contents of all files that a task may have, wherever they are.
+    """Hash the contents of task files, of the data beside them, and of `files`, wherever they are.
 
-    The data set of a hub is known by its name only.
+    Data elsewhere, such as a data set of a hub, are known by their names only.
     """
     hasher = hashlib.sha256()
     folders = [OWN_TASKS, SANDBOXED_TASKS, *([Path(suite.include)] if suite.include else [])]
     for folder in folders:
-        for path in _task_files(folder):
+        for path in _task_files(folder, {*_TASK_FILES, *_READERS, ".gz"}):
             hasher.update(f"{path.relative_to(folder)} {file_digest(path)}\n".encode())
     for path in _data_of(task):
         hasher.update(f"{file_digest(path)}\n".encode())
@@ -87,11 +87,14 @@ def _data_of(task: TaskSettings) -> list[Path]:
     return [Path(path) for paths in data_files(task).values() for path in paths]
 
 
-def _task_files(folder: Path) -> list[Path]:
+_TASK_FILES = frozenset({".yaml", ".py", ".jsonl", ".json"})
+
+
+def _task_files(folder: Path, kinds: Collection[str] = _TASK_FILES) -> list[Path]:
     """Find the task files in a folder, and the data beside them, but not a cache of `datasets`."""
-    kinds = {".yaml", ".py", ".jsonl", ".json"}
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file())
-    return [path for path in found if path.name != "dataset_info.json"]
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in kinds and path.is_file()]
+    caches = {path.parent for path in found if path.name == "dataset_info.json"}
+    return [path for path in found if path.parent not in caches]
 
 
 def _digest_of(paths: list[Path]) -> str:
@@ -256,22 +259,23 @@ class Tasks:
         """
         from lm_eval.evaluator import evaluate
 
-        from flash.compat.lm_eval import fewshot_of, seed_fewshot
+        from flash.compat.lm_eval import fewshot_of, no_bars, seed_fewshot
 
         seed_fewshot(loaded, self.suite.seed)
         random.seed(self.suite.seed)
         np.random.seed(self.suite.seed)
         started = time.perf_counter()
-        found: Any = evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-            apply_chat_template=self.suite.apply_chat_template,
-            fewshot_as_multiturn=self.suite.apply_chat_template,
-            confirm_run_unsafe_code=self.suite.allow_code_execution,
-        )
+        with no_bars():
+            found: Any = evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+                apply_chat_template=self.suite.apply_chat_template,
+                fewshot_as_multiturn=self.suite.apply_chat_template,
+                confirm_run_unsafe_code=self.suite.allow_code_execution,
+            )
         values = {**found["results"], **found.get("groups", {})}[name]
         return TaskResult(
             name=name,

@@ -56,6 +56,11 @@ class Model:
         """Number of parameters."""
         return count_parameters(self.spec).total
 
+    @property
+    def exports(self) -> list[ExportResult]:
+        """Exports on all devices."""
+        return [*([] if self.exported is None else [self.exported]), *self.elsewhere.values()]
+
 
 def is_qat(trained: TrainResult | None) -> bool:
     """Return True for a training with quantization awareness."""

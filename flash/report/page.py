@@ -284,7 +284,8 @@ def _provenances(data: ReportData) -> list[dict[str, object]]:
         for study in data.studies
     ]
     for model in data.models:
-        for kind, result in (("training", model.trained), ("export", model.exported)):
+        exports = [("export", result) for result in model.exports]
+        for kind, result in [("training", model.trained), *exports]:
             if result is not None:
                 folder = "models" if kind == "training" else "exports"
                 paths = [path for path in model.artifacts if path.parts[-3] == folder]

@@ -141,7 +141,7 @@ class _Reader:
         folders = [self.runs.study(study.name) for study in data.studies]
         for model in data.models:
             folders += [self.runs.model(model.trained.name)] if model.trained else []
-            folders += [self.runs.export(model.exported.name)] if model.exported else []
+            folders += [self.runs.export(result.name) for result in model.exports]
         found = {folder: self.look(lambda folder=folder: find_url(folder)) for folder in folders}
         return {folder: url for folder, url in found.items() if url is not None}
 
@@ -280,8 +280,8 @@ class _Reader:
         if model.trained is not None:
             folder = self.runs.model(model.trained.name)
             found += [path for path in sorted(folder.iterdir()) if path.is_dir()]
-        if model.exported is not None:
-            folder = self.runs.export(model.exported.name)
+        for result in model.exports:
+            folder = self.runs.export(result.name)
             program = folder / "model.pte"
             if program.is_file():
                 found.append(program)

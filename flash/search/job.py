@@ -40,6 +40,7 @@ from flash.search.settings import Across, SearchJobSettings, SearchStage
 from flash.search.study import Study
 from flash.search.tasks import SearchTasks, named_tasks, trained_tokenizer
 from flash.training.accelerators import check_devices, main_device
+from flash.training.memory import out_of_memory_named
 from flash.training.teacher import check_top_k
 from flash.training.validation import validate
 from flash.workspace import Workspace
@@ -297,14 +298,14 @@ def _baseline_quality(job: SearchJob, study: Study) -> dict[str, float]:
         InputError: The baseline cannot be trained.
     """
     backbone, precision = job.workspace.backbone, job.settings.trainer.precision
-    loss = study.remember(
-        "backbone_quality", lambda: plain(validate(_load(job), job.workspace.data, precision))
-    )["loss"]
-    asked = cache(lambda: _asked(job))
-    errors: dict[str, Any] = {
-        key: study.remember(f"backbone_{key}", lambda key=key: asked()[key])
-        for key in (each.key for each in job.objectives if each.task is not None)
-    }
+    asked, tasks = cache(lambda: _asked(job)), [o.key for o in job.objectives if o.task is not None]
+    with out_of_memory_named(job.settings.recipe, job.settings.trainer):
+        loss = study.remember(
+            "backbone_quality", lambda: plain(validate(_load(job), job.workspace.data, precision))
+        )["loss"]
+        errors: dict[str, Any] = {
+            key: study.remember(f"backbone_{key}", lambda key=key: asked()[key]) for key in tasks
+        }
     if job.baseline != backbone.spec:
         trained, name = cache(lambda: _trained_baseline(job)), digest(job.baseline.to_dict())
         loss = study.remember(f"baseline_{name}", lambda: trained().loss)

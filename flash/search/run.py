@@ -89,8 +89,8 @@ def run_search(settings: SearchJobSettings, figures: Figures = _no_figures) -> d
 def _use_study(job: SearchJob, figures: Figures) -> dict[str, Any]:
     """Run stage 2, or train its best trials longer (`stage=promote`)."""
     settings, storage = job.settings, job.storage(job.settings.search.study)
-    known = isinstance(storage, Path) and storage.is_file()
-    if job.tasks is not None and settings.stage is SearchStage.search and not known:
+    new = isinstance(storage, Path) and not storage.is_file()
+    if job.tasks is not None and settings.stage is SearchStage.search and new:
         _ = job.tasks.loaded  # raises before there is a study of tasks that cannot be used
     study = open_study(
         storage,

@@ -276,7 +276,9 @@ def _check_scores(scores: dict[str, float]) -> None:
         require(len(key.split("/")) == 4, "latency_scores", key, "PREFIX/POINT/PREDICTOR/SCORE")
 
 
-_KEYS = ", ".join(each.value for each in Quantity)
+_KEYS = ", ".join(
+    f"{each.value}:NAME" if each is Quantity.task else each.value for each in Quantity
+)
 
 
 def _is_objective(key: str) -> bool:

@@ -112,7 +112,11 @@ def test_a_task_is_indexed_changed_loaded_and_evaluated(folder, shots):
         from flash.compat.lm_eval import (
             fewshot_of,
             index_tasks,
+            is_lower_better,
             load_task,
+            metric_keys,
+            no_bars,
+            seed_fewshot,
             set_fewshot,
             task_config,
         )
@@ -124,9 +128,16 @@ def test_a_task_is_indexed_changed_loaded_and_evaluated(folder, shots):
         loaded = load_task(
             manager, "contract", {split: str(folder / "data.jsonl") for split in ("test", "shown")}
         )
-        set_fewshot(loaded, shots, 1)
+        set_fewshot(loaded, shots)
+        seed_fewshot(loaded, 1)
+        assert metric_keys(loaded, "contract") == {"acc,none"}
+        assert metric_keys(loaded, "another") == set()
+        assert not is_lower_better(loaded, "acc,none")
         assert fewshot_of(loaded) == (shots or 0)
-        found = evaluate(lm=make_model(), task_dict=loaded, bootstrap_iters=2, log_samples=False)
+        with no_bars():
+            found = evaluate(
+                lm=make_model(), task_dict=loaded, bootstrap_iters=2, log_samples=False
+            )
         assert found is not None
         assert found["results"]["contract"]["acc,none"] == 1.0
         assert found["n-samples"]["contract"]["effective"] == 3

@@ -42,6 +42,21 @@ def test_children_are_seen_without_being_resolved():
         assert child_mapping(plain, "elsewhere") is None
 
 
+def test_an_interpolation_is_shown_as_it_is_written():
+    with contract(
+        "omegaconf's Node._value or ListConfig._metadata.element_type",
+        "flash.compat.omegaconf.interpolation and kind_of_items",
+        "tell what stands in the place of settings",
+    ):
+        from flash.compat.omegaconf import interpolation, kind_of_items
+
+        node = OmegaConf.structured(Outer)
+        node.inner = "${empty}"
+        assert interpolation(node, "inner") == "${empty}"
+        assert kind_of_items(node.rows) is Inner
+        assert kind_of_items(OmegaConf.create({"a": 1})) is None
+
+
 def test_errors_know_their_key():
     with contract(
         "omegaconf's OmegaConfBaseException.full_key, .key or .object_type",
