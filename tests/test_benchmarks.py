@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 SLOW = {
     *(
+        "busy",
         "case_smollm2",
         "decode_cache",
         "demo",

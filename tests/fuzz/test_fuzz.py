@@ -28,7 +28,7 @@ def test_bad_input_is_one_line(folder, cheap):
     from tests.fuzz.kinds import KINDS
 
     kinds = CHEAP if cheap else [kind for kind in KINDS if kind not in CHEAP]
-    tries = "100" if cheap else "3"
+    tries = "40" if cheap else "3"
     words = ["-m", "tests.fuzz", *kinds, "--tries", tries, "--folder", str(folder)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
