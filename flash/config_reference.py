@@ -247,9 +247,12 @@ def _options(group: str) -> str:
     """The files of a config group, each with the comment that it begins with."""
     lines = []
     of_commands = sorted(CONF.glob(f"*/{group}/*.yaml"))  # experiments
+    roots = [path.read_text("utf-8") for path in CONF.glob("*.yaml")]
+    chosen = any(f"- {group}: " in text for text in roots)  # by default, even as null
     for path in [*sorted((CONF / group).glob("*.yaml")), *of_commands]:
         about = about_option(path)
         command = f"flash {path.parents[1].name} " if path in of_commands else ""
+        command += "" if chosen else "+"
         lines.append(_item(f"`{command}{group}={path.stem}`" + (f": {about}" if about else ""), 0))
     return "\n".join(lines)
 

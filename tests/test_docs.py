@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from flash import cli, config_reference
 from flash.bundled import CONF
@@ -89,6 +91,21 @@ def inline_commands() -> Iterator[tuple[str, list[str]]]:
         text = outside(path.read_text("utf-8"))
         for match in re.finditer(r"`((?:python|flash|make) [^`]+)`", text):
             yield NAMES[path], shlex.split(match[1], comments=True)
+
+
+def inline_overrides() -> list[str]:
+    """Overrides in sentences that stand alone and have no placeholder, such as `data=chat`."""
+    found: dict[str, None] = {}
+    for path in PAGES:
+        if path.name == "CHANGELOG.md":  # which has keys of former versions
+            continue
+        for match in re.finditer(
+            r"`('?\+{0,2}[a-z_][\w.@/]*=[^=`][^`]*)`", outside(path.read_text("utf-8"))
+        ):
+            typed = " ".join(match[1].split())
+            if not re.search(r"\b[A-Z][A-Z_]*\b|\.\.\.|<", typed):
+                found[typed] = None
+    return [*found]
 
 
 def unique(commands: Iterator[tuple[str, list[str]]]) -> list[object]:
@@ -221,6 +238,36 @@ def test_commands_in_sentences_are_commands(words, folder):
         check_composes(*command, folder)
     else:
         check_own(words)
+
+
+def test_overrides_in_sentences_compose(folder):
+    """Each is one of a command that has its key; short names of settings are none."""
+    option = folder / "conf" / "device" / "mine.yaml"
+    option.parent.mkdir(parents=True)
+    option.write_text("defaults: [host, _self_]\nname: mine\n", "utf-8")
+    register()
+    tried, wrong = 0, {}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for text in inline_overrides():
+            words = shlex.split(text)
+            keys = [re.split(r"[.=/@]", word.lstrip("+"))[0] for word in words]
+            verbs = [v for v, root in ROOTS.items() if {*keys} <= {*typing.get_type_hints(root)}]
+            tried += bool(verbs)
+            errors = {verb: composition_error(verb, words) for verb in verbs}
+            if errors and None not in errors.values():
+                wrong[text] = errors
+    assert not wrong
+    assert tried > 60
+
+
+def composition_error(verb: str, words: list[str]) -> str | None:
+    """Error with which Hydra refuses the overrides of a command; None if it takes them."""
+    os.environ["FLASH_VERB"] = verb  # which the fixture `folder` restores
+    try:
+        compose(verb, [part for word in words for part in cli.each_device(verb, word)])
+    except HydraException as error:
+        return str(error)
+    return None
 
 
 def yaml_blocks() -> list[object]:
