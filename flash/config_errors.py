@@ -45,6 +45,13 @@ def explain(error: BaseException, schema: type) -> str:
     wrapped = cause.__cause__ or cause.__context__
     if isinstance(wrapped, InputError):
         return str(wrapped)
+    entry = _entry_of_settings(str(error), key)
+    held = schema_at(schema, entry.split(".")) if entry is not None else None
+    if held is not None:
+        group = held.__name__.removesuffix("Settings").lower()
+        there = (CONF / group).is_dir()
+        add = f"add it with +{group}@{entry}=NAME" if there else "add it in an option file of yours"
+        return f"{entry}: is not set so far, and holds settings; {add}"
     *path, last = key.split(".")
     owner = schema_at(schema, path)
     if not path and dataclasses.is_dataclass(error_schema(cause)):  # an item of a list
@@ -53,6 +60,13 @@ def explain(error: BaseException, schema: type) -> str:
     if fields and last.partition("[")[0] not in fields:  # format[1] is an item of a list
         return unknown_key(key, fields, schema)
     return _wrong_value(key, _first_line(cause), schema)
+
+
+def _entry_of_settings(text: str, last: str) -> str | None:
+    """Return the whole key of a new entry of a mapping, of which an error has the last part."""
+    typed = re.match(r"Error merging override \+*([\w.@]+)=", text)
+    parts = typed[1].split(".") if typed else []
+    return ".".join(parts[: parts.index(last) + 1]) if last in parts[1:] else None
 
 
 def unknown_key(key: str, valid: list[str], schema: type) -> str:

@@ -252,6 +252,12 @@ def test_a_mapping_that_is_null_gets_keys(run, override):
         ("search", "space.num_heads=[[1]]", "space.num_heads[0]=[1]: expected an integer"),
         ("search", "search.objectives=[{a: 1}]", "search.objectives[0]={a: 1}: expected a word"),
         ("search", "search.objectives=[prefil]", "objective prefil; did you mean 'prefill'?"),
+        (
+            "search",
+            "+devices.x.threads=3",
+            "devices.x: is not set so far, and holds settings; add it with +device@devices.x=NAME",
+        ),
+        ("train", "+then.more.recipe.tokens=5", "then.more: is not set so far, and holds settings"),
         ("search", "latency=bloks", "did you mean 'blocks'?"),
         ("export", "gate.max_kl_quantised=1", "did you mean 'max_kl_quantized'?"),
         (
