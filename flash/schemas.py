@@ -78,11 +78,8 @@ def _fits(option: Any, value: Any) -> bool:
     kind = kind_of_items(value)
     if kind is not None:
         return items[-1] in {kind, Any}
-    return all(_fits(items[-1], item) for item in _values(value))
-
-
-def _values(node: DictConfig | ListConfig) -> Iterator[Any]:
-    yield from node.values() if isinstance(node, DictConfig) else node
+    held = value.values() if isinstance(value, DictConfig) else value
+    return all(_fits(items[-1], item) for item in held)
 
 
 def _annotation_at(root: type, path: list[str]) -> Any:

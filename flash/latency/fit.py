@@ -152,17 +152,8 @@ def collect(
     )
     is_blocks = settings.predictor is PredictorKind.blocks
     grid = make_grid(space, backbone, settings) if is_blocks else None
-    blocks = grid_subjects(grid, backbone) if grid else []
-    # All whole models in the store are used: further ones cost no measurement.
-    last = backbone.as_program()
-    known = [spec for spec in profiler.known_models() if spec != last and spec in space]
     sources = _sources(profiler, space, first, seed)
-    if settings.predictor is PredictorKind.analytical:
-        models = _measure_actively(profiler, space, known, last, seed, sources)
-    else:
-        planned = whole_models(space, backbone, settings.num_whole_models, seed)
-        models = [*dict.fromkeys([*planned[:-1], *known]), last]
-        profiler.measure_missing([*blocks, *(Subject(spec=spec) for spec in models)])
+    models = _measure(profiler, space, backbone, grid, seed, sources)
     model = _fit(profiler, backbone, grid, models, sources)
     for line in model.describe().splitlines():
         logger.info("latency: %s", line)
@@ -198,6 +189,27 @@ def _check(
 
 _Sources = Mapping[Point, AnalyticalPredictor]
 """Predictors of another device from which those of this one start; empty without one."""
+
+
+def _measure(
+    profiler: Profiler,
+    space: SearchSpace,
+    backbone: ArchSpec,
+    grid: Grid | None,
+    seed: int,
+    sources: _Sources,
+) -> list[ArchSpec]:
+    """Measure what the predictors need; return the whole models, the backbone at the end."""
+    settings, last = profiler.settings, backbone.as_program()
+    # All whole models in the store are used: further ones cost no measurement.
+    known = [spec for spec in profiler.known_models() if spec != last and spec in space]
+    if settings.predictor is PredictorKind.analytical:
+        return _measure_actively(profiler, space, known, last, seed, sources)
+    planned = whole_models(space, backbone, settings.num_whole_models, seed)
+    models = [*dict.fromkeys([*planned[:-1], *known]), last]
+    blocks = grid_subjects(grid, backbone) if grid else []
+    profiler.measure_missing([*blocks, *(Subject(spec=spec) for spec in models)])
+    return models
 
 
 def _measure_actively(

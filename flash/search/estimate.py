@@ -64,3 +64,11 @@ def step_seconds(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return seconds
+
+
+def in_words(hours: float) -> str:
+    """Write a duration in the unit that suits it."""
+    for unit, size in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= 2 * size:
+            return f"{hours / size:.0f} {unit}"
+    return f"{3600 * hours:.0f} seconds"

@@ -16,7 +16,7 @@ from flash.latency.store import MeasurementStore
 from flash.paths import Runs
 from flash.provenance import provenance
 from flash.records import digest, find_json, plain, write_json
-from flash.search.estimate import trial_hours
+from flash.search.estimate import in_words, trial_hours
 from flash.search.evaluate import ShortTraining, remove_checkpoints
 from flash.search.fingerprint import check_fingerprint
 from flash.search.frontier import write_frontier, write_report
@@ -127,16 +127,8 @@ def _prepare(job: SearchJob, left: int) -> None:
         "%d trials of %s tokens: about %s of training on this machine, after stage 1",
         left,
         f"{settings.recipe.tokens:,}",
-        _duration(left * hours),
+        in_words(left * hours),
     )
-
-
-def _duration(hours: float) -> str:
-    """Write a duration in the unit that suits it."""
-    for unit, size in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
-        if hours >= 2 * size:
-            return f"{hours / size:.0f} {unit}"
-    return f"{3600 * hours:.0f} seconds"
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,16 @@ class SearchSettings:
                         Objective.parse(name)
                 good = math.isfinite(value) and value > 0
                 require(good, f"{group}.{name}", value, "a positive number")
+        self._check_objectives()
+        require(
+            self.questions is None or self.questions > 0,
+            "questions",
+            self.questions,
+            "a positive integer or null",
+        )
+
+    def _check_objectives(self) -> None:
+        """Check that there is an objective to learn, each is there once, and the sampler fits."""
         if self.objectives is not None:
             names = self.objectives
             with under(f"objectives={shown(names)}", ": "):
@@ -230,12 +240,6 @@ class SearchSettings:
             "sampler",
             self.sampler.value,
             "another one for objectives that are tasks, since it models the loss",
-        )
-        require(
-            self.questions is None or self.questions > 0,
-            "questions",
-            self.questions,
-            "a positive integer or null",
         )
 
     @property
